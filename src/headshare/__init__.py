@@ -1,0 +1,49 @@
+"""headshare: make a pre-trained transformer smaller by letting attention heads of different layers share weights.
+
+Importing it registers the checkpoint format with transformers, and changes nothing else.
+"""
+
+from headshare.accounting import Estimate, estimate, estimate_plan
+from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.errors import (
+    ArchitectureError,
+    CheckpointError,
+    EvaluationError,
+    HeadshareError,
+    OutputError,
+    PlanError,
+)
+from headshare.integrations.transformers import HeadshareConfig
+from headshare.matching import match_function
+from headshare.planning import make_plan
+from headshare.plans import SharePlan
+from headshare.sharing import SharedCheckpoint, expand, share
+from headshare.similarity import Scores, score_units
+from headshare.units import HeadUnit, Part, Parts, Tie
+
+__all__ = [
+    "ArchitectureError",
+    "Checkpoint",
+    "CheckpointError",
+    "Estimate",
+    "EvaluationError",
+    "HeadUnit",
+    "HeadshareConfig",
+    "HeadshareError",
+    "OutputError",
+    "Part",
+    "Parts",
+    "PlanError",
+    "Scores",
+    "SharePlan",
+    "SharedCheckpoint",
+    "Tie",
+    "estimate",
+    "estimate_plan",
+    "expand",
+    "make_plan",
+    "match_function",
+    "open_checkpoint",
+    "score_units",
+    "share",
+]

@@ -1,0 +1,151 @@
+"""Exact bytes, before any weight is read: what a plan, or a ratio, makes of a checkpoint."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from headshare.checkpoints import DTYPES, Checkpoint, TensorInfo
+from headshare.gaps import gapped_tensors, scale_names
+from headshare.layout import Layout
+from headshare.planning import checked_recipients
+from headshare.plans import Choice, Selection, SharePlan
+from headshare.similarity import layouts_of
+from headshare.units import HeadUnit, Kind, Parts, Tie
+
+LITTLE = 0.02
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$|\.(?:masked_)?attn\.masked_bias$|attention\.masked_bias$")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What sharing saves. Bytes are of parameters, as the model holds them in memory and the checkpoint on disk.
+
+    `units` and `recipients` are summed over the grids that share (attention, feed-forward; each part when matched
+    separately). Fractions are of the whole model: `saved_fraction` what goes, `parts_fraction` what was at stake.
+    """
+
+    units: int
+    recipients: int
+    dense_bytes: int
+    shared_bytes: int
+    saved_bytes: int
+    saved_fraction: float
+    parts_fraction: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """One or two sentences for the person who decides, honest where little can be saved."""
+        text = (
+            f"{self.recipients} of {self.units} units shared: {_mib(self.dense_bytes)} becomes "
+            f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
+        )
+        if self.recipients and self.saved_fraction < LITTLE:
+            text += (
+                f" That is little: the chosen parts are only {self.parts_fraction:.1%} of this model, "
+                "so no ratio can save more than that. Consider more parts (--parts qkvo or qkvo+ffn)."
+            )
+        elif self.parts_fraction < 0.15:
+            text += f" The chosen parts are {self.parts_fraction:.1%} of this model; no ratio can save more."
+        return text
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    ratio: float = 0.3,
+    *,
+    parts: str | Parts = "qkv",
+    match: str = "qk",
+    ffn_groups: int = 1,
+    ffn_ratio: float | None = None,
+    dtype: str | None = None,
+) -> Estimate:
+    """The bytes that `share` will leave at this ratio. Reads names and shapes only; exact for star and root plans.
+
+    Raises:
+        ArchitectureError, PlanError, CheckpointError: as `share` would.
+    """
+    checkpoint.require_dense("estimate the saving of")
+    wanted = Parts.parse(parts) if isinstance(parts, str) else parts
+    layouts = layouts_of(checkpoint, wanted, ffn_groups)
+    selections: list[Selection] = []
+    for layout in layouts:
+        attention = layout.kind is Kind.ATTENTION
+        share = ratio if attention or ffn_ratio is None else ffn_ratio
+        chosen = _present(layout, wanted)
+        ties = _any_ties(layout, checked_recipients(layout, share))
+        for one in [(part,) for part in chosen] if attention and match == "separate" else [chosen]:
+            selections.append(Selection(layout=layout.only(one), ties=ties, chosen=Choice(ratio=share)))
+    return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
+
+
+def _present(layout: Layout, wanted: Parts) -> tuple:  # type: ignore[type-arg]
+    parts = wanted.attention if layout.kind is Kind.ATTENTION else wanted.ffn
+    return tuple(part for part in parts if part in layout.parts)
+
+
+def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
+    """Ties enough to count bytes: all to layer 0, whose units never give anything up."""
+    first = HeadUnit(0, 0)
+    return tuple(Tie(layout.unit(layout.groups + index), first) for index in range(count))
+
+
+def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
+    """The bytes that this very plan leaves of this checkpoint."""
+    parameters = parameter_infos(checkpoint)
+    dense = sum(stored_bytes(info, dtype) for info in parameters.values())
+    saved = at_stake = 0
+    for selection in plan.selections:
+        for place in selection.layout.parts.values():
+            info = checkpoint.tensors[place.name(0)]
+            unit = place.numel * item_size(info, dtype)
+            saved += len(selection.ties) * unit
+            at_stake += selection.layout.units * unit
+    for name, count in scale_names(plan).items():
+        saved -= count * item_size(checkpoint.tensors[name.removesuffix("tie_scale") + "weight"], dtype)
+    return Estimate(
+        units=sum(selection.layout.units for selection in plan.selections),
+        recipients=plan.ties,
+        dense_bytes=dense,
+        shared_bytes=dense - saved,
+        saved_bytes=saved,
+        saved_fraction=saved / dense,
+        parts_fraction=at_stake / dense,
+    )
+
+
+def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The stored tensors that are parameters, each counted once: no rotary tables, masks or second tied embedding."""
+    infos = {name: info for name, info in checkpoint.tensors.items() if not _is_buffer(info)}
+    tied = checkpoint.config.get("tie_word_embeddings")
+    inputs = [name for name in infos if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
+    if tied and inputs:
+        infos.pop("lm_head.weight", None)
+    return infos
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    mask = len(info.shape) == 4 and info.name.endswith((".attn.bias", ".attention.bias"))
+    return mask or bool(_BUFFERS.search(info.name))
+
+
+def stored_bytes(info: TensorInfo, dtype: str | None) -> int:
+    """Bytes of this tensor once floating-point weights are stored as `dtype` (None: as they are)."""
+    return info.nbytes // DTYPES[info.dtype].itemsize * item_size(info, dtype)
+
+
+def item_size(info: TensorInfo, dtype: str | None) -> int:
+    """Bytes of one number of this tensor, stored as `dtype` if it is a floating-point weight."""
+    convert = dtype is not None and info.torch_dtype.is_floating_point
+    return DTYPES[dtype].itemsize if convert and dtype is not None else DTYPES[info.dtype].itemsize
+
+
+def touched_tensors(plan: SharePlan) -> int:
+    """How many tensors give up something under this plan."""
+    return sum(bool(tensor.gaps) for tensor in gapped_tensors(plan).values())

@@ -1,0 +1,97 @@
+"""Where every output tensor's numbers come from, as a value; and one executor that streams them, slice by slice."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headshare.checkpoints import DTYPES, Checkpoint, TensorInfo
+from headshare.gaps import GappedTensor, Run
+
+SLICE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One output tensor: runs of stored indices along `axis`, each from some tensor of the source, laid end to end.
+
+    `dtype` is the safetensors name of the output's type; `file` is where the tensor goes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    axis: int
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the output."""
+        count = 1
+        for number in self.shape:
+            count *= number
+        return count * DTYPES[self.dtype].itemsize
+
+
+def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
+    """The tensor as it is, stored as `dtype` if it is a floating-point weight."""
+    length = info.shape[0] if info.shape else 1
+    return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Run(info.name, 0, length),))
+
+
+def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None) -> Assembly:
+    """What a dense tensor keeps under a plan."""
+    runs = tuple(Run(info.name, start, stop) for start, stop in tensor.kept())
+    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs)
+
+
+def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:
+    """A dense tensor with every gap filled from its donor, read from a dense checkpoint."""
+    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(tensor.whole()))
+
+
+def filled(info: TensorInfo, tensor: GappedTensor, tensors: Mapping[str, GappedTensor]) -> Assembly:
+    """The same, read from a shared checkpoint, where donors too hold only what they keep."""
+    runs = []
+    for source, start, stop in tensor.whole():
+        first = tensors[source].stored_index(start)
+        runs.append(Run(source, first, first + stop - start))
+    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
+
+
+def output_dtype(info: TensorInfo, dtype: str | None) -> str:
+    """The type this tensor is stored as when floating-point weights become `dtype`."""
+    return dtype if dtype is not None and info.torch_dtype.is_floating_point else info.dtype
+
+
+def stream(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    """The output tensor's numbers in order, as slices of at most about SLICE_BYTES."""
+    slices = _rows(assembly, source) if assembly.axis == 0 else _columns(assembly, source)
+    dtype = DTYPES[assembly.dtype]
+    for piece in slices:
+        yield piece.to(dtype).contiguous()
+
+
+def _rows(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    for name, start, stop in assembly.runs:
+        step = _rows_per_slice(source.tensors[name])
+        for first in range(start, stop, step):
+            yield source.read(name, first, min(first + step, stop))
+
+
+def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    if not assembly.runs:
+        return
+    names = dict.fromkeys(run.source for run in assembly.runs)
+    step = max(1, min(_rows_per_slice(source.tensors[name]) for name in names) // len(names))
+    for first in range(0, assembly.shape[0], step):
+        last = min(first + step, assembly.shape[0])
+        rows = {name: source.read(name, first, last) for name in names}
+        yield torch.cat([rows[name][:, start:stop] for name, start, stop in assembly.runs], dim=1)
+
+
+def _rows_per_slice(info: TensorInfo) -> int:
+    row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+    return max(1, SLICE_BYTES // max(1, row))

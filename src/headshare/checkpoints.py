@@ -1,0 +1,315 @@
+"""Open a Hugging Face checkpoint: its configuration, and the names, shapes and places of its tensors.
+
+Nothing is read but headers until a tensor is asked for, and then only its rows at hand. Only safetensors files
+are opened: a pickle can run code. A hub id works wherever a folder does.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headshare.errors import CheckpointError
+from headshare.plans import SharePlan
+
+MAX_HEADER_BYTES = 100_000_000
+METHOD = "headshare"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: its type and shape as in the file's header, and where its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same type in torch's words."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors files, or the headers of one on the hub. Compare `tensors` and `config`, read with `read`."""
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    folder: Path | None = None
+    _descriptors: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def plan(self) -> SharePlan | None:
+        """The checked share plan, where this is a shared checkpoint; None where it is dense.
+
+        Raises:
+            PlanError: if the checkpoint carries a plan that is not valid.
+        """
+        entry = self.config.get("quantization_config")
+        if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+            return None
+        return SharePlan.from_dict(entry.get("plan"))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def path(self) -> Path:
+        """The local folder.
+
+        Raises:
+            CheckpointError: if only the headers were fetched.
+        """
+        if self.folder is None:
+            raise CheckpointError(f"only the headers of {self.name} were fetched; open it with weights=True to read it.")
+        return self.folder
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, as stored, in memory of their own. Shape: (stop - start, ...).
+
+        Raises:
+            CheckpointError: if the file ends early or cannot be read.
+        """
+        info = self.tensors[name]
+        length = info.shape[0] if info.shape else 1
+        stop = length if stop is None else stop
+        row_bytes = info.nbytes // length if length else 0
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        if buffer.numel():
+            self.read_into(memoryview(buffer.numpy()), info, start * row_bytes)
+        return buffer.view(info.torch_dtype).view(shape)
+
+    def read_into(self, buffer: memoryview, info: TensorInfo, offset: int) -> None:
+        """Fill the buffer with this tensor's bytes from `offset` on."""
+        descriptor = self._open(info.file)
+        position, done = info.offset + offset, 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], position + done)
+            if count == 0:
+                raise CheckpointError(f"{info.file} ends inside {info.name}: it became shorter while it was read.")
+            done += count
+
+    def _open(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files that were read. Reading again opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def require_dense(self, purpose: str) -> None:
+        """Refuse a checkpoint that is already shared or quantised.
+
+        Raises:
+            CheckpointError: naming the method that was found.
+        """
+        entry = self.config.get("quantization_config")
+        if not entry:
+            return
+        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
+        if method == METHOD:
+            raise CheckpointError(f"{self.name} is already shared. To {purpose}, first: headshare expand {self.name} DENSE")
+        raise CheckpointError(
+            f"{self.name} is quantised ({method}). headshare can only {purpose} the original weights; quantise afterwards."
+        )
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
+    """Open a local folder or a hub id and read its headers. With weights=False a hub model's weights are not fetched.
+
+    Raises:
+        CheckpointError: if there is no such model, or its files are missing, truncated or not safetensors.
+        PlanError: if it is a shared checkpoint whose plan is not valid.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return _checked(_open_folder(folder))
+    if folder.exists():
+        raise CheckpointError(f"{model} is a file. Give the folder that holds config.json and the weights.")
+    if _looks_local(str(model)):
+        raise CheckpointError(f"there is no folder {model}.")
+    return _checked(_open_hub(str(model), revision, weights))
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    _ = checkpoint.plan
+    return checkpoint
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = _read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
+    tensors: dict[str, TensorInfo] = {}
+    files = _weight_files(folder)
+    for file in files:
+        for info in read_header(folder / file):
+            if info.name in tensors:
+                raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
+            tensors[info.name] = info
+    _check_index(folder, tensors)
+    return Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
+        files = sorted(set(weight_map.values()))
+        if any(Path(file).name != file for file in files):
+            raise CheckpointError(f"{index} names files outside its folder.")
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. Download them again."
+            )
+        return files
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    raise CheckpointError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_FILES)
+    if not others:
+        return f"{folder} holds no model.safetensors and no model.safetensors.index.json."
+    return (
+        f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
+        "(a pickle can run code). Convert it first: load it with transformers and save_pretrained, which writes safetensors."
+    )
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    weight_map = _read_json(index, "")["weight_map"]
+    absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
+    if absent:
+        raise CheckpointError(f"{index} lists {absent[0]} in {weight_map[absent[0]]}, where it is not.")
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path.name} in {path.parent}. {hint}".rstrip())
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is {path.stat().st_size} bytes, too large for what it should be.")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, found {type(data).__name__}.")
+    return data
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, in the order of their bytes; every offset checked against the file's size.
+
+    Raises:
+        CheckpointError: if the header is damaged, or the file is shorter or longer than it says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes). Download it again.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        infos = [
+            _tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}). Download it again.") from None
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        if info.offset != end:
+            raise CheckpointError(f"{path}: {info.name} begins at byte {info.offset}, expected {end}. The header is damaged.")
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(f"{path} is {size} bytes, but its header describes {end}. It is truncated or damaged; download it again.")
+    return infos
+
+
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
+    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}")
+    if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop)):
+        raise ValueError(f"{name} has shape {shape} at {start}:{stop}")
+    count = 1
+    for number in shape:
+        count *= number
+    if stop - start != count * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} has {stop - start} bytes for shape {shape} of {dtype}")
+    return TensorInfo(name=name, dtype=dtype, shape=shape, file=path.name, offset=base + start, nbytes=stop - start)
+
+
+def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
+    """Fetch a model, or only its configuration and headers, with huggingface_hub's own cache and credentials."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    problems = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, hub.errors.NotASafetensorsRepoError, OSError)
+    try:
+        if weights:
+            folder = hub.snapshot_download(model, revision=revision, ignore_patterns=[f"*{end}" for end in WEIGHT_FILES[1:]])
+            return _open_folder(Path(folder))
+        config = hub.hf_hub_download(model, "config.json", revision=revision)
+        metadata = hub.get_safetensors_metadata(model, revision=revision)
+    except problems as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {first_line}") from None
+    tensors = {
+        name: TensorInfo(name, info.dtype, tuple(info.shape), file, info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0])
+        for file, one in metadata.files_metadata.items()
+        for name, info in one.tensors.items()
+    }
+    return Checkpoint(name=model, config=_read_json(Path(config), ""), tensors=tensors)

@@ -1,0 +1,1 @@
+"""How shared checkpoints load in other libraries."""

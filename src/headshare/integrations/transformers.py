@@ -1,0 +1,134 @@
+"""Load and save shared checkpoints with transformers: `import headshare`, then `from_pretrained` as for any model.
+
+To transformers, sharing is a quantisation method: config.json names it, and its quantizer replaces the modules that
+the plan touches while the model is still on the meta device. Weights then load under their own names.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from headshare.checkpoints import METHOD
+from headshare.errors import PlanError
+from headshare.gaps import gapped_tensors
+from headshare.plans import FORMAT, SharePlan
+from headshare.storage import get_storage
+from headshare.storage.owner import dense_module, shared_projections
+
+
+@register_quantization_config(METHOD)
+class HeadshareConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of a shared checkpoint: format, plan, and how to hold it in memory.
+
+    Raises:
+        PlanError: if the plan is not valid; it is untrusted until it has passed here.
+    """
+
+    def __init__(
+        self,
+        plan: SharePlan | Mapping[str, Any] | None = None,
+        format: int = FORMAT,  # noqa: A002 - the key in config.json
+        storage: str = "auto",
+        quant_method: str = METHOD,
+        **_: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise PlanError(f"the checkpoint has format {format}; this headshare reads format {FORMAT}. Upgrade headshare.")
+        self.quant_method = quant_method
+        self.format = format
+        self.storage = storage
+        self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; how a model was held in memory is not part of it."""
+        return {"quant_method": METHOD, "format": self.format, "plan": self.plan.model_dump(mode="json")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: a plan has no defaults to leave out."""
+        return self.to_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadshareConfig":
+        return HeadshareConfig(self.plan, self.format, self.storage)
+
+
+@register_quantizer(METHOD)
+class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Builds the shared modules before weights load, and gives back dense ones on `model.dequantize()`."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config: HeadshareConfig = self.quantization_config
+        tensors = gapped_tensors(config.plan)
+        modules = {name: module_path(model, name) for name in tensors}
+        get_storage(config.storage).install(model, tensors, modules)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        stock = _stock_modules(model)
+        whole = {path: dense_module(shared, stock[path]) for path, shared in shared_projections(model)}
+        for path, module in whole.items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.to(dtype))
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """A shared model saves as it was loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Every stored number is an ordinary parameter."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer asks this before it trains a quantised model in full."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile sees plain tensor operations."""
+        return True
+
+
+def module_path(model: nn.Module, tensor: str) -> str:
+    """Where the model keeps a checkpoint's tensor: its own path, or that with the base model's prefix more or less.
+
+    Raises:
+        PlanError: if the model has no such module.
+    """
+    path = tensor.removesuffix(".weight")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        if _has(model, candidate):
+            return candidate
+    tails = [path.split(".", drop)[-1] for drop in range(1, path.count("."))]
+    for tail in tails:
+        found = [name for name, _ in model.named_modules() if name.endswith("." + tail)]
+        if len(found) == 1:
+            return found[0]
+    raise PlanError(f"the plan shares {tensor}, which {type(model).__name__} does not have.")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _stock_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Dense modules, empty, of the kinds this model would have without sharing, by path."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        stock = type(model)(config)
+    return {path: stock.get_submodule(path) for path, _ in shared_projections(model)}

@@ -1,0 +1,54 @@
+"""How far a long step has come: a bar on a terminal, plain lines elsewhere, nothing when nobody asked."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
+PLAIN_INTERVAL_S = 10.0
+
+_shown: ContextVar[bool] = ContextVar("headshare_progress", default=False)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Within this block, `track` reports on standard error."""
+    token = _shown.set(True)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """Pass the items through, reporting how many of `total` are done."""
+    if not _shown.get() or total == 0:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from _bar(items, what, total)
+    else:
+        yield from _lines(items, what, total)
+
+
+def _bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+def _lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    begun = reported = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - reported >= PLAIN_INTERVAL_S:
+            left = (now - begun) / max(done, 1) * (total - done)
+            sys.stderr.write(f"{what}: {done} of {total}, about {left:.0f} s left\n")
+            reported = now
+        yield item

@@ -1,0 +1,261 @@
+"""Share and expand: from a dense checkpoint and a plan to a smaller one, and back. This file is the format.
+
+On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name; one with gaps holds only
+the indices it keeps. config.json carries the plan as `quantization_config`, so that transformers without headshare
+stops at a shape mismatch. headshare.json holds the digests of the files as they were written.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headshare.accounting import Estimate, estimate_plan
+from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
+from headshare.checkpoints import DTYPES, METHOD, WEIGHT_FILES, Checkpoint, open_checkpoint, read_header
+from headshare.errors import CheckpointError, PlanError
+from headshare.gaps import GappedTensor, gapped_tensors, scale_names
+from headshare.plans import FORMAT, SharePlan
+from headshare.progress import track
+from headshare.writing import (
+    MANIFEST,
+    canonical_order,
+    check_output,
+    copy_file,
+    file_digest,
+    whole_folder,
+    write_json,
+    write_safetensors,
+)
+
+OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SharedCheckpoint:
+    """A dense checkpoint and a plan that fits it: what `save` will write. Nothing has been moved yet."""
+
+    dense: Checkpoint
+    plan: SharePlan
+    dtype: str | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """The exact bytes of the result."""
+        return estimate_plan(self.dense, self.plan, dtype=self.dtype)
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the shared checkpoint as a folder, whole or not at all, and check what was written.
+
+        Raises:
+            OutputError: if the folder exists or cannot be written.
+            CheckpointError: if the source cannot be read, or what was written is not what was meant.
+        """
+        tensors = gapped_tensors(self.plan)
+        assemblies = [
+            kept_only(info, tensors[name], self.dtype) if name in tensors else copied(info, self.dtype)
+            for name, info in self.dense.tensors.items()
+        ]
+        entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
+        config = {**self.dense.config, "quantization_config": entry}
+        if self.dtype is not None:
+            config[_dtype_key(config)] = next(name for name, code in OUTPUT_DTYPES.items() if code == self.dtype)
+        return _write(self.dense, assemblies, config, Path(out), overwrite, _scales(self.dense, self.plan, self.dtype))
+
+
+def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> SharedCheckpoint:
+    """Check that the plan fits the checkpoint. `dtype` (float32, float16, bfloat16) converts all weights.
+
+    Raises:
+        PlanError: if the plan is for a model of other names or shapes.
+        CheckpointError: if the checkpoint is already shared or quantised.
+    """
+    dense.require_dense("share")
+    check_fits(plan, dense)
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise PlanError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+    return SharedCheckpoint(dense, plan, None if dtype is None else OUTPUT_DTYPES[dtype])
+
+
+def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
+    """Raise PlanError unless every tensor of the plan's layout is in this dense checkpoint, in its shape."""
+    for selection in plan.selections:
+        for place in selection.layout.parts.values():
+            for layer in range(selection.layout.layers):
+                _check_tensor(checkpoint, place.name(layer), place.shape, "the plan is for another model")
+
+
+def check_shared(checkpoint: Checkpoint) -> SharePlan:
+    """The plan of a shared checkpoint whose tensors are what the plan says.
+
+    Raises:
+        CheckpointError: if the checkpoint is not shared, or a tensor is missing or has another shape.
+    """
+    plan = checkpoint.plan
+    if plan is None:
+        raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
+    tensors = gapped_tensors(plan)
+    for selection in plan.selections:
+        for place in selection.layout.parts.values():
+            for layer in range(selection.layout.layers):
+                name = place.name(layer)
+                shape = tensors[name].stored_shape if name in tensors else place.shape
+                _check_tensor(checkpoint, name, shape, "the checkpoint does not hold what its plan says")
+    for name, count in scale_names(plan).items():
+        _check_tensor(checkpoint, name, (count,), "the checkpoint does not hold what its plan says")
+    return plan
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], what: str) -> None:
+    info = checkpoint.tensors.get(name)
+    if info is None or info.shape != shape:
+        found = "no such tensor" if info is None else f"shape {info.shape}"
+        raise PlanError(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")
+
+
+def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor.
+
+    Scales are multiplied into the columns of W_o that they belong to.
+
+    Raises:
+        CheckpointError: if the checkpoint is not shared or its tensors are not what its plan says.
+        OutputError: if the folder exists or cannot be written.
+    """
+    plan = check_shared(shared)
+    tensors = gapped_tensors(plan)
+    scales = scale_names(plan)
+    assemblies = [
+        filled(info, tensors[name], tensors) if name in tensors else copied(info)
+        for name, info in shared.tensors.items()
+        if name not in scales
+    ]
+    config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
+    return _write(shared, assemblies, config, Path(out), overwrite, {}, _folded(shared, tensors, scales))
+
+
+def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
+    """Write the dense checkpoint with recipients' indices overwritten by their donors': what sharing should equal."""
+    check_fits(plan, dense)
+    tensors = gapped_tensors(plan)
+    assemblies = [
+        overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()
+    ]
+    return _write(dense, assemblies, dict(dense.config), Path(out), False, {})
+
+
+def _folded(
+    shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Scaled readouts, whole, with the scale multiplied into the columns it belongs to."""
+    folded: dict[str, Tensor] = {}
+    for scale in scales:
+        name = scale.removesuffix("tie_scale") + "weight"
+        tensor = tensors[name]
+        weight = torch.cat(list(stream(filled(shared.tensors[name], tensor, tensors), shared)))
+        values, used = shared.read(scale), 0
+        for start, stop in tensor.scaled:
+            part = weight.narrow(tensor.axis, start, stop - start)
+            shape = (-1, 1) if tensor.axis == 0 else (1, -1)
+            part.mul_(values[used : used + stop - start].view(shape))
+            used += stop - start
+        folded[name] = weight
+    return folded
+
+
+def _scales(dense: Checkpoint, plan: SharePlan, dtype: str | None) -> dict[str, tuple[Tensor, str]]:
+    """The scales of a fresh plan: ones, in the file and the type of the readout they belong to."""
+    scales = {}
+    for name, count in scale_names(plan).items():
+        info = dense.tensors[name.removesuffix("tie_scale") + "weight"]
+        assembly = copied(info, dtype)
+        scales[name] = (torch.ones(count, dtype=DTYPES[assembly.dtype]), info.file)
+    return scales
+
+
+def _dtype_key(config: Mapping[str, Any]) -> str:
+    return "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+
+
+def _write(
+    source: Checkpoint,
+    assemblies: Iterable[Assembly],
+    config: dict[str, Any],
+    out: Path,
+    overwrite: bool,
+    scales: Mapping[str, tuple[Tensor, str]],
+    replaced: Mapping[str, Tensor] | None = None,
+) -> Path:
+    given = {name: tensor for name, (tensor, _) in scales.items()} | dict(replaced or {})
+    extra = [_given_assembly(name, tensor, file) for name, (tensor, file) in scales.items()]
+    by_file = _by_file([*assemblies, *extra])
+    expected = sum(one.nbytes for many in by_file.values() for one in many)
+    check_output(out, source.path, overwrite=overwrite)
+    with whole_folder(out, overwrite=overwrite, expected_bytes=expected) as folder, source:
+        _copy_other_files(source.path, folder)
+        digests = {}
+        for file, many in track(by_file.items(), "writing", len(by_file)):
+            slices = ([given[one.name]] if one.name in given else stream(one, source) for one in many)
+            digests[file] = write_safetensors(folder / file, many, slices)
+        if (source.path / _INDEX).is_file():
+            write_json(folder / _INDEX, _index(by_file, expected))
+        write_json(folder / "config.json", config)
+        _write_manifest(folder, digests)
+        _check_written(folder, by_file, digests)
+    return out
+
+
+def _given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return Assembly(name, codes[tensor.dtype], tuple(tensor.shape), file, 0, ())
+
+
+def _by_file(assemblies: Iterable[Assembly]) -> dict[str, list[Assembly]]:
+    files: dict[str, list[Assembly]] = {}
+    for assembly in assemblies:
+        files.setdefault(assembly.file, []).append(assembly)
+    return {file: canonical_order(files[file]) for file in sorted(files)}
+
+
+def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
+    weight_map = {one.name: file for file, many in by_file.items() for one in many}
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _copy_other_files(source: Path, folder: Path) -> None:
+    """Everything beside the weights: tokenizer, generation settings, a model card. Hidden files stay behind."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(step.startswith(".") for step in relative.parts)
+        written = relative.name in ("config.json", _INDEX, MANIFEST) and len(relative.parts) == 1
+        weights = path.suffix in WEIGHT_FILES or path.name.endswith(".index.json")
+        if path.is_file() and not (hidden or written or weights):
+            copy_file(path, folder / relative)
+
+
+def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digest} for file, digest in digests.items()}
+    config = {"config.json": {"bytes": (folder / "config.json").stat().st_size, "sha256": file_digest(folder / "config.json")}}
+    write_json(folder / MANIFEST, {"format": FORMAT, "headshare": version("headshare"), "files": {**files, **config}})
+
+
+def _check_written(folder: Path, by_file: Mapping[str, list[Assembly]], digests: Mapping[str, str]) -> None:
+    """Open what was written and compare it with what was meant, before it is put in place.
+
+    Raises:
+        CheckpointError: if a header or a file's digest differs.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.plan is not None:
+        check_shared(checkpoint)
+    for file, many in track(by_file.items(), "checking", len(by_file)):
+        written = {info.name: (info.dtype, info.shape) for info in read_header(folder / file)}
+        if written != {one.name: (one.dtype, one.shape) for one in many} or file_digest(folder / file) != digests[file]:
+            raise CheckpointError(f"{file} did not reach the disk as it was written. Check the disk and run again.")
+    checkpoint.close()
+
