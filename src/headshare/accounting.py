@@ -10,7 +10,7 @@ from headshare.layout import Layout
 from headshare.planning import checked_recipients
 from headshare.plans import Choice, Selection, SharePlan
 from headshare.similarity import layouts_of
-from headshare.units import HeadUnit, Kind, Parts, Tie
+from headshare.units import HeadUnit, Kind, Part, Parts, Tie
 
 LITTLE = 0.02
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$|\.(?:masked_)?attn\.masked_bias$|attention\.masked_bias$")
@@ -80,12 +80,13 @@ def estimate(
         share = ratio if attention or ffn_ratio is None else ffn_ratio
         chosen = _present(layout, wanted)
         ties = _any_ties(layout, checked_recipients(layout, share))
-        for one in [(part,) for part in chosen] if attention and match == "separate" else [chosen]:
-            selections.append(Selection(layout=layout.only(one), ties=ties, chosen=Choice(ratio=share)))
+        tied_together = [(part,) for part in chosen] if attention and match == "separate" else [chosen]
+        choice = Choice(match=match, ratio=share)
+        selections += [Selection(layout=layout.only(one), ties=ties, chosen=choice) for one in tied_together]
     return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
 
 
-def _present(layout: Layout, wanted: Parts) -> tuple:  # type: ignore[type-arg]
+def _present(layout: Layout, wanted: Parts) -> tuple[Part, ...]:
     parts = wanted.attention if layout.kind is Kind.ATTENTION else wanted.ffn
     return tuple(part for part in parts if part in layout.parts)
 

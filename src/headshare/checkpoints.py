@@ -59,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files, or the headers of one on the hub. Compare `tensors` and `config`, read with `read`."""
+    """A folder of safetensors files, or only the headers of one on the hub. `read` reads, a few rows at a time."""
 
     name: str
     config: Mapping[str, Any]
@@ -92,7 +92,7 @@ class Checkpoint:
             CheckpointError: if only the headers were fetched.
         """
         if self.folder is None:
-            raise CheckpointError(f"only the headers of {self.name} were fetched; open it with weights=True to read it.")
+            raise CheckpointError(f"only the headers of {self.name} were fetched; open it with weights=True.")
         return self.folder
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class Checkpoint:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         if buffer.numel():
-            self.read_into(memoryview(buffer.numpy()), info, start * row_bytes)
+            self.read_into(buffer.numpy().data, info, start * row_bytes)
         return buffer.view(info.torch_dtype).view(shape)
 
     def read_into(self, buffer: memoryview, info: TensorInfo, offset: int) -> None:
@@ -148,9 +148,11 @@ class Checkpoint:
             return
         method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
         if method == METHOD:
-            raise CheckpointError(f"{self.name} is already shared. To {purpose}, first: headshare expand {self.name} DENSE")
+            raise CheckpointError(
+                f"{self.name} is already shared. To {purpose}, first: headshare expand {self.name} DENSE"
+            )
         raise CheckpointError(
-            f"{self.name} is quantised ({method}). headshare can only {purpose} the original weights; quantise afterwards."
+            f"{self.name} is quantised ({method}). headshare can only {purpose} original weights; quantise afterwards."
         )
 
 
@@ -181,7 +183,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = _read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
+    config = read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
     tensors: dict[str, TensorInfo] = {}
     files = _weight_files(folder)
     for file in files:
@@ -196,7 +198,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
         files = sorted(set(weight_map.values()))
@@ -205,7 +207,8 @@ def _weight_files(folder: Path) -> list[str]:
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. Download them again."
+                f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. "
+                "Download them again."
             )
         return files
     if (folder / "model.safetensors").is_file():
@@ -219,7 +222,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder} holds no model.safetensors and no model.safetensors.index.json."
     return (
         f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
-        "(a pickle can run code). Convert it first: load it with transformers and save_pretrained, which writes safetensors."
+        "(a pickle can run code). Convert it first: transformers' save_pretrained writes safetensors."
     )
 
 
@@ -227,13 +230,18 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    weight_map = _read_json(index, "")["weight_map"]
+    weight_map = read_json(index)["weight_map"]
     absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
     if absent:
         raise CheckpointError(f"{index} lists {absent[0]} in {weight_map[absent[0]]}, where it is not.")
 
 
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """A JSON object from a file of sane size.
+
+    Raises:
+        CheckpointError: if it is missing, too large, or not a JSON object.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no {path.name} in {path.parent}. {hint}".rstrip())
     if path.stat().st_size > MAX_HEADER_BYTES:
@@ -271,10 +279,14 @@ def read_header(path: Path) -> list[TensorInfo]:
     end = 8 + length
     for info in infos:
         if info.offset != end:
-            raise CheckpointError(f"{path}: {info.name} begins at byte {info.offset}, expected {end}. The header is damaged.")
+            raise CheckpointError(
+                f"{path}: {info.name} begins at byte {info.offset}, expected {end}. The header is damaged."
+            )
         end += info.nbytes
     if end != size:
-        raise CheckpointError(f"{path} is {size} bytes, but its header describes {end}. It is truncated or damaged; download it again.")
+        raise CheckpointError(
+            f"{path} is {size} bytes, but its header describes {end}. It is truncated or damaged; download it again."
+        )
     return infos
 
 
@@ -297,19 +309,31 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    problems = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, hub.errors.NotASafetensorsRepoError, OSError)
+    problems = (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        hub.errors.NotASafetensorsRepoError,
+        OSError,
+    )
     try:
         if weights:
-            folder = hub.snapshot_download(model, revision=revision, ignore_patterns=[f"*{end}" for end in WEIGHT_FILES[1:]])
+            folder = hub.snapshot_download(
+                model, revision=revision, ignore_patterns=[f"*{end}" for end in WEIGHT_FILES[1:]]
+            )
             return _open_folder(Path(folder))
         config = hub.hf_hub_download(model, "config.json", revision=revision)
         metadata = hub.get_safetensors_metadata(model, revision=revision)
     except problems as error:
         first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {first_line}") from None
+        raise CheckpointError(
+            f"{model} is neither a folder here nor a model that can be fetched: {first_line}"
+        ) from None
     tensors = {
-        name: TensorInfo(name, info.dtype, tuple(info.shape), file, info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0])
+        name: TensorInfo(
+            name, info.dtype, tuple(info.shape), file, info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
+        )
         for file, one in metadata.files_metadata.items()
         for name, info in one.tensors.items()
     }
-    return Checkpoint(name=model, config=_read_json(Path(config), ""), tensors=tensors)
+    return Checkpoint(name=model, config=read_json(Path(config)), tensors=tensors)

@@ -1,8 +1,9 @@
 """Where each unit's parts lie in a checkpoint's tensors. Knows names and shapes, never a weight."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Self
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -73,7 +74,7 @@ class Layout(BaseModel):
     parts: dict[Part, Place]
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "Layout":
         if self.layers * self.groups > MAX_UNITS:
             raise PlanError(f"the layout has {self.layers} x {self.groups} units; at most {MAX_UNITS} are supported.")
         for part, place in self.parts.items():
@@ -94,7 +95,7 @@ class Layout(BaseModel):
             if len({(place.axis, place.shape) for place in places}) > 1:
                 raise PlanError(f"the parts in {tensor} disagree about its axis or shape.")
             spans = sorted(place.span(group) for place in places for group in range(self.groups))
-            if any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
+            if any(before[1] > after[0] for before, after in pairwise(spans)):
                 raise PlanError(f"the parts in {tensor} overlap.")
 
     @property
@@ -281,12 +282,10 @@ def _recognise(config: Mapping[str, Any], shapes: Shapes) -> tuple[Family, str, 
                 f"layers, in one stack. Found {len(prefixes)} such stacks among {len(shapes)} tensors."
             )
         return family, prefix, layers
-    return _recognise_unknown(model_type, config, shapes, layers)
+    return _recognise_unknown(model_type, shapes, layers)
 
 
-def _recognise_unknown(
-    model_type: str, config: Mapping[str, Any], shapes: Shapes, layers: int
-) -> tuple[Family, str, int]:
+def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Family, str, int]:
     """Accept an unlisted model only where names, shapes and config leave one reading: separate q, k, v, one stack."""
     refusal = f"model type '{model_type}' is not one that headshare knows, and it cannot be recognised safely: "
     crossed = next((name for name in shapes if re.search(r"cross|encoder_attn|enc_dec", name, re.I)), None)
@@ -333,12 +332,10 @@ def _is_whole(prefix: str, family: Family, layers: int, shapes: Shapes) -> bool:
 
 
 def _the_prefix(prefixes: list[str], config: Mapping[str, Any], shapes: Shapes, family: Family) -> str | None:
-    """One prefix, or the only one whose first layer reads this configuration's hidden size (a vision tower's does not)."""
+    """One prefix, or the only one whose first layer reads the configuration's hidden size (a vision tower's is not)."""
     if len(prefixes) <= 1:
         return prefixes[0] if prefixes else None
-    hidden = heads_of(config).hidden
-    reads: Callable[[str], int] = lambda prefix: shapes[  # noqa: E731 - one line, used once below
-        f"{prefix}{family.layer.replace('{layer}', '0')}.{_modules(family.qkv)[0]}.weight"
-    ][0 if family.in_out else 1]
-    fitting = [prefix for prefix in prefixes if reads(prefix) == hidden and "vision" not in prefix]
+    first = f"{family.layer.replace('{layer}', '0')}.{_modules(family.qkv)[0]}.weight"
+    hidden, axis = heads_of(config).hidden, 0 if family.in_out else 1
+    fitting = [one for one in prefixes if shapes[one + first][axis] == hidden and "vision" not in one]
     return fitting[0] if len(fitting) == 1 else None

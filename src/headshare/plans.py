@@ -7,7 +7,7 @@ A plan read from a checkpoint or a file is untrusted and comes through the same 
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
@@ -15,7 +15,7 @@ from headshare.errors import PlanError
 from headshare.layout import MAX_UNITS, Layout
 from headshare.units import HeadUnit, Part, Tie
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -60,7 +60,7 @@ class Selection(BaseModel):
         return [[*tie.recipient, *tie.donor] for tie in ties]
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "Selection":
         if len(self.ties) > self.layout.units:
             raise PlanError(f"the plan lists {len(self.ties)} ties for {self.layout.units} units.")
         donor_of: dict[HeadUnit, HeadUnit] = {}
@@ -108,7 +108,7 @@ class SharePlan(BaseModel):
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "SharePlan":
         parts = [part for selection in self.selections for part in selection.parts]
         if len(parts) != len(set(parts)):
             raise PlanError(f"two selections share the same part: {', '.join(parts)}.")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 PLAIN_INTERVAL_S = 10.0
 
 _shown: ContextVar[bool] = ContextVar("headshare_progress", default=False)

@@ -149,9 +149,7 @@ def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Pa
     return _write(dense, assemblies, dict(dense.config), Path(out), False, {})
 
 
-def _folded(
-    shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Mapping[str, int]
-) -> dict[str, Tensor]:
+def _folded(shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Mapping[str, int]) -> dict[str, Tensor]:
     """Scaled readouts, whole, with the scale multiplied into the columns it belongs to."""
     folded: dict[str, Tensor] = {}
     for scale in scales:
@@ -206,7 +204,7 @@ def _write(
             write_json(folder / _INDEX, _index(by_file, expected))
         write_json(folder / "config.json", config)
         _write_manifest(folder, digests)
-        _check_written(folder, by_file, digests)
+        _check_written(folder, source, by_file, digests)
     return out
 
 
@@ -240,22 +238,46 @@ def _copy_other_files(source: Path, folder: Path) -> None:
 
 def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digest} for file, digest in digests.items()}
-    config = {"config.json": {"bytes": (folder / "config.json").stat().st_size, "sha256": file_digest(folder / "config.json")}}
+    config = {
+        "config.json": {"bytes": (folder / "config.json").stat().st_size, "sha256": file_digest(folder / "config.json")}
+    }
     write_json(folder / MANIFEST, {"format": FORMAT, "headshare": version("headshare"), "files": {**files, **config}})
 
 
-def _check_written(folder: Path, by_file: Mapping[str, list[Assembly]], digests: Mapping[str, str]) -> None:
+def _check_written(
+    folder: Path, source: Checkpoint, by_file: Mapping[str, list[Assembly]], digests: Mapping[str, str]
+) -> None:
     """Open what was written and compare it with what was meant, before it is put in place.
 
     Raises:
-        CheckpointError: if a header or a file's digest differs.
+        CheckpointError: if a header, a number or a file's digest differs.
     """
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.plan is not None:
-        check_shared(checkpoint)
+    written_checkpoint = open_checkpoint(folder)
+    if written_checkpoint.plan is not None:
+        tensors = gapped_tensors(check_shared(written_checkpoint))
+        for name in track(tensors, "comparing", len(tensors)):
+            if not same_numbers(written_checkpoint, source, name, tensors[name]):
+                raise CheckpointError(
+                    f"{name} was not written as it was read. Check the disk and memory, and run again."
+                )
     for file, many in track(by_file.items(), "checking", len(by_file)):
         written = {info.name: (info.dtype, info.shape) for info in read_header(folder / file)}
         if written != {one.name: (one.dtype, one.shape) for one in many} or file_digest(folder / file) != digests[file]:
             raise CheckpointError(f"{file} did not reach the disk as it was written. Check the disk and run again.")
-    checkpoint.close()
+    written_checkpoint.close()
 
+
+def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: GappedTensor | None) -> bool:
+    """Whether a stored tensor holds just what the dense one holds outside its gaps, bit for bit, after conversion."""
+    ours, theirs = shared.read(name), dense.read(name).to(shared.tensors[name].torch_dtype)
+    if tensor is not None:
+        kept = torch.ones(tensor.size, dtype=torch.bool)
+        for gap in tensor.gaps:
+            kept[gap.start : gap.stop] = False
+        theirs = theirs[kept] if tensor.axis == 0 else theirs[:, kept]
+    return ours.shape == theirs.shape and torch.equal(_bits(ours), _bits(theirs))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The numbers as bytes, so that NaN equals NaN and -0 is not 0."""
+    return tensor.contiguous().flatten().view(torch.uint8)

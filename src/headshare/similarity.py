@@ -201,9 +201,7 @@ def _slices(
                 yield rows[:, first:last].flatten()
 
 
-def _accumulate(
-    products: Float[Tensor, "units units"], units: Float[Tensor, "units slice"], groups: int
-) -> None:
+def _accumulate(products: Float[Tensor, "units units"], units: Float[Tensor, "units slice"], groups: int) -> None:
     """Add one slice's products, block row by block row, up to each block's own diagonal."""
     block = max(groups, BLOCK_UNITS // groups * groups)
     for start in range(0, len(units), block):

@@ -81,10 +81,7 @@ class Parts:
         )
 
     def __str__(self) -> str:
-        if self.ffn == FFN_PARTS:
-            ffn = "ffn"
-        else:
-            ffn = "+".join(self.ffn)
+        ffn = "ffn" if self.ffn == FFN_PARTS else "+".join(self.ffn)
         return "+".join(filter(None, ("".join(self.attention), ffn)))
 
 

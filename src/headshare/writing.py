@@ -64,7 +64,9 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
     _remove_stale(parent, out.name)
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
-        raise OutputError(f"{parent} has {free:,} bytes free; the output needs {expected_bytes:,}. Free some, or write elsewhere.")
+        raise OutputError(
+            f"{parent} has {free:,} bytes free; the output needs {expected_bytes:,}. Free some, or write elsewhere."
+        )
     partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,7 +119,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _os_error(error: OSError, out: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"there is no room left for {out} ({error.strerror}). Nothing was left behind; free some space and run again."
+        return f"there is no room left for {out} ({error.strerror}). Nothing was left behind; free some and run again."
     return f"{out} could not be written: {error}"
 
 

@@ -23,7 +23,7 @@ from headshare.storage.owner import dense_module, shared_projections
 
 
 @register_quantization_config(METHOD)
-class HeadshareConfig(QuantizationConfigMixin):
+class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """The `quantization_config` entry of a shared checkpoint: format, plan, and how to hold it in memory.
 
     Raises:
@@ -39,7 +39,9 @@ class HeadshareConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         if format != FORMAT:
-            raise PlanError(f"the checkpoint has format {format}; this headshare reads format {FORMAT}. Upgrade headshare.")
+            raise PlanError(
+                f"the checkpoint has format {format}; this headshare reads format {FORMAT}. Upgrade headshare."
+            )
         self.quant_method = quant_method
         self.format = format
         self.storage = storage
@@ -98,7 +100,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
 
 def module_path(model: nn.Module, tensor: str) -> str:
-    """Where the model keeps a checkpoint's tensor: its own path, or that with the base model's prefix more or less.
+    """Where the model keeps a checkpoint's tensor: at its own path, with the base model's prefix more or less, or
+    in the module most like it.
 
     Raises:
         PlanError: if the model has no such module.
@@ -108,12 +111,24 @@ def module_path(model: nn.Module, tensor: str) -> str:
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         if _has(model, candidate):
             return candidate
-    tails = [path.split(".", drop)[-1] for drop in range(1, path.count("."))]
-    for tail in tails:
-        found = [name for name, _ in model.named_modules() if name.endswith("." + tail)]
-        if len(found) == 1:
-            return found[0]
+    found = _most_alike(path, [name for name, _ in model.named_modules()])
+    if found is not None:
+        return found
     raise PlanError(f"the plan shares {tensor}, which {type(model).__name__} does not have.")
+
+
+def _most_alike(path: str, names: list[str]) -> str | None:
+    """The one module that ends as this path does and shares most of its other steps: transformers moves whole towers
+    (language_model.model.layers to model.language_model.layers), but keeps what they are called."""
+    steps = path.split(".")
+    layer = next((n for n, step in enumerate(steps) if step.isdigit()), None)
+    if not layer:
+        return None
+    tail = "." + ".".join(steps[layer - 1 :])
+    alike = sorted((len(set(steps) & set(name.split("."))), name) for name in names if name.endswith(tail))
+    if not alike or (len(alike) > 1 and alike[-2][0] == alike[-1][0]):
+        return None
+    return alike[-1][1]
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -5,7 +5,7 @@ load the checkpoint's tensors as they are stored. `storage="auto"` picks what su
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from headshare.gaps import GappedTensor
 from headshare.storage.owner import OwnerStorage
 
 
+@runtime_checkable
 class Storage(Protocol):
     """What a realisation does."""
 

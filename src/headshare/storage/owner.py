@@ -26,7 +26,7 @@ class Slot(NamedTuple):
 
 
 class SharedProjection(nn.Module):
-    """A projection that stores the rows (or columns) it owns and borrows the others from its donors when it runs.
+    """A projection that stores the rows (or columns) it owns, and borrows the others from donors when it runs.
 
     Drop-in for nn.Linear, Falcon's linear and Conv1D: same parameter names, same arithmetic, same result bit for bit
     as the dense module with the borrowed rows written in. `tie_scale` multiplies the input channels of scaled ties.
@@ -37,10 +37,9 @@ class SharedProjection(nn.Module):
         self.style = _style_of(dense, tensor)
         self.axis = tensor.axis
         self.out_features, self.in_features = tensor.shape if self.style != "conv1d" else tensor.shape[::-1]
-        empty = torch.empty(tensor.stored_shape, dtype=dense.weight.dtype, device=dense.weight.device)
-        self.weight = nn.Parameter(empty)
-        bias = getattr(dense, "bias", None)
-        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
+        self.weight = nn.Parameter(_parameter(dense, "weight").new_empty(tensor.stored_shape))
+        has_bias = getattr(dense, "bias", None) is not None
+        self.bias = nn.Parameter(torch.empty_like(_parameter(dense, "bias"))) if has_bias else None
         self.scaled = tensor.scaled
         scaled_channels = sum(stop - start for start, stop in tensor.scaled)
         self.tie_scale = nn.Parameter(self.weight.new_ones(scaled_channels)) if scaled_channels else None
@@ -50,7 +49,7 @@ class SharedProjection(nn.Module):
         self._slots: tuple[Slot, ...] = ()
 
     def link(self, tensor: GappedTensor, tensors: Mapping[str, GappedTensor], modules: Mapping[str, nn.Module]) -> None:
-        """Say whose rows this module borrows, and in which order they stand. Donors are not registered as submodules."""
+        """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
         if not tensor.gaps:
             return
         names = list(dict.fromkeys(gap.donor for gap in tensor.gaps))
@@ -80,6 +79,7 @@ class SharedProjection(nn.Module):
                 product = x @ weight.T
                 return product if self.bias is None else product + self.bias
             case _:
+                assert self.bias is not None
                 flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
                 return flat.view(*x.shape[:-1], self.out_features)
 
@@ -144,6 +144,12 @@ def shared_projections(model: nn.Module) -> Sequence[tuple[str, SharedProjection
 def _shared(module: nn.Module) -> SharedProjection:
     assert isinstance(module, SharedProjection)
     return module
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = getattr(module, name)
+    assert isinstance(parameter, Tensor)
+    return parameter
 
 
 def _style_of(dense: nn.Module, tensor: GappedTensor) -> str:

@@ -1,0 +1,111 @@
+"""The main job on a real model, start to end: what sharing saves and what it costs, beside its controls."""
+
+import pydoc_data.topics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
+from headshare.errors import HeadshareError
+from headshare.evaluation import Windows, perplexity, windows_of
+from headshare.models import load_model, load_tokenizer, unique_parameter_bytes
+from headshare.planning import make_plan
+from headshare.plans import SharePlan
+from headshare.sharing import share
+from headshare.similarity import score_units
+from headshare.verification import verify
+
+RATIOS = (0.0, 0.1, 0.2, 0.3)
+TOKENS = 4096
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio. Bytes are measured: files on disk, and parameters of the loaded model, each counted once."""
+
+    ratio: float
+    recipients: int
+    disk_bytes: int
+    memory_bytes: int
+    verified: bool
+    shared: float
+    deleted: float
+    random_donors: float
+    dense: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+
+def language_reference() -> str:
+    """The Python language reference, which every CPython carries."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def run_demo(
+    model: str | Path, work: Path, text: str, *, ratios: Sequence[float] = RATIOS, tokens: int = TOKENS
+) -> Iterator[Row]:
+    """Share at each ratio into `work`, verify, measure, and yield one row at a time.
+
+    Raises:
+        HeadshareError: if any step fails, or a shared model does not verify.
+    """
+    dense = open_checkpoint(model)
+    tokenizer = load_tokenizer(dense)
+    windows = windows_of(tokenizer, text, limit=tokens)
+    scores = score_units(dense, "qk", "qkv")
+    dense_value = _perplexity_of(dense, windows)
+    for ratio in ratios:
+        plan = make_plan(scores, ratio)
+        out = share(dense, plan).save(work / f"shared-{ratio:g}", overwrite=True)
+        with open_checkpoint(out) as shared:
+            found = verify(shared, dense)
+            if not found.ok:
+                raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(found.problems)}")
+            loaded = load_model(shared).model
+            yield Row(
+                ratio=ratio,
+                recipients=plan.ties,
+                disk_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+                memory_bytes=unique_parameter_bytes(loaded),
+                verified=True,
+                shared=perplexity(loaded, windows).perplexity,
+                deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
+                random_donors=_with_random(dense, plan, windows) if ratio else dense_value,
+                dense=dense_value,
+            )
+
+
+def _perplexity_of(checkpoint: Checkpoint, windows: Windows) -> float:
+    return perplexity(load_model(checkpoint).model, windows).perplexity
+
+
+def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Any, windows: Windows) -> float:
+    model = load_model(dense).model
+    for units in recipients_of(plan).values():
+        delete_units(model, layout, units)
+    return perplexity(model, windows).perplexity
+
+
+def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows) -> float:
+    model = load_model(dense).model
+    overwrite_recipients(model, with_random_donors(plan, _SEED))
+    return perplexity(model, windows).perplexity
+
+
+def in_one_sentence(rows: Sequence[Row]) -> str:
+    """What the table shows, in words that follow from its numbers."""
+    last = rows[-1]
+    saved = 1 - last.memory_bytes / rows[0].memory_bytes
+    named = [(last.shared, "the paper's pairs"), (last.random_donors, "random donors"), (last.deleted, "deletion")]
+    order = ", then ".join(f"{name} ({value:,.0f})" for value, name in sorted(named))
+    return (
+        f"At ratio {last.ratio:g} the saving is real, {saved:.1%} of the model on disk and in memory alike, but "
+        f"without repair it costs {last.shared / last.dense:.0f} times the dense perplexity ({last.dense:.1f} to "
+        f"{last.shared:,.0f}); best to worst at the same recipients: {order}."
+    )

@@ -1,0 +1,188 @@
+"""Perplexity of a text in windows, and for encoders the agreement of their hidden states with the dense model's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from headshare.checkpoints import Checkpoint
+from headshare.errors import EvaluationError
+from headshare.models import load_model, load_tokenizer, quiet
+from headshare.progress import track
+
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text's tokens in equal windows, and whether each is opened by the beginning-of-text token."""
+
+    tokens: Int[Tensor, "windows window"]
+    bos: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens in one window."""
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per predicted token, over windows that do not overlap."""
+
+    perplexity: float
+    tokens: int
+    window: int
+    bos: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same under the names that `--json` prints; a perplexity past any float is null."""
+        return {**asdict(self), "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Mean cosine between two models' mean-pooled last hidden states, over the windows of a text."""
+
+    cosine: float
+    tokens: int
+    window: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        EvaluationError: if it is missing, empty or not text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise EvaluationError(f"{path} is empty; there is nothing to measure.")
+    return text
+
+
+def windows_of(
+    tokenizer: Any, text: str, *, window: int = WINDOW, limit: int | None = None, bos: bool | None = None
+) -> Windows:
+    """The text's tokens cut into equal windows, each opened by the beginning-of-text token where the model has one.
+
+    The last, shorter piece is left out. `limit` bounds the tokens of text; `bos` overrides that.
+
+    Raises:
+        EvaluationError: if the text is shorter than one window, or a beginning-of-text token is asked for and absent.
+    """
+    if window < 2:
+        raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
+    with quiet():
+        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = tokenizer.bos_token_id
+    if bos and first is None:
+        raise EvaluationError("this tokenizer has no beginning-of-text token; run without it.")
+    use_bos = first is not None if bos is None else bos
+    body = window - use_bos
+    usable = min(len(ids), limit or len(ids)) // body * body
+    if usable == 0:
+        raise EvaluationError(
+            f"the text has {min(len(ids), limit or len(ids))} tokens, less than one window of {window}. "
+            "Use a longer text, a smaller --window, or a larger --limit."
+        )
+    tokens = torch.tensor(ids[:usable]).view(-1, body)
+    return Windows(functional.pad(tokens, (1, 0), value=first) if use_bos else tokens, use_bos)
+
+
+@torch.inference_mode()
+def perplexity(model: Any, windows: Windows) -> Perplexity:
+    """Windowed perplexity: every token after a window's first is predicted from those before it in the window.
+
+    Log-likelihoods are computed in float32 and summed in float64.
+
+    Raises:
+        EvaluationError: if the model is not a causal language model, or its logits are not finite.
+    """
+    if not is_causal(model):
+        raise EvaluationError(
+            f"{type(model).__name__} does not predict the next token, so it has no perplexity. "
+            "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
+        )
+    loss, count = 0.0, 0
+    device = next(model.parameters()).device
+    for window in track(windows.tokens, "windows", len(windows.tokens)):
+        tokens = window[None].to(device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        if not torch.isfinite(logits).all():
+            raise EvaluationError(
+                "the model's logits are NaN or infinite; its weights are damaged or overflow this dtype."
+            )
+        loss += functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().sum().item()
+        count += len(window) - 1
+    mean = loss / count
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, windows.length, windows.bos)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token."""
+    config = model.config
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    masked = config.model_type in ("bert", "roberta", "xlm-roberta") and not getattr(config, "is_decoder", False)
+    return named and not masked
+
+
+@torch.inference_mode()
+def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
+    """How alike two encoders' sentence embeddings (mean over tokens of the last hidden state) are."""
+    cosines = []
+    for window in track(windows.tokens, "windows", len(windows.tokens)):
+        one, other = (hidden_states(m, window[None])[0].float().mean(dim=0) for m in (model, dense))
+        cosines.append(functional.cosine_similarity(one, other, dim=0).item())
+    return Agreement(sum(cosines) / len(cosines), windows.tokens.numel(), windows.length)
+
+
+def hidden_states(model: Any, tokens: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Last hidden states, whatever head the model carries. Shape: batch x tokens x hidden."""
+    out = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True)
+    return out.hidden_states[-1]  # type: ignore[no-any-return]
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    text: str,
+    *,
+    against: Checkpoint | None = None,
+    window: int = WINDOW,
+    limit: int | None = None,
+    bos: bool | None = None,
+) -> Perplexity | Agreement:
+    """Perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings.
+
+    Raises:
+        EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    windows = windows_of(tokenizer, text, window=window, limit=limit, bos=bos)
+    model = load_model(checkpoint).model
+    _check_length(model, windows)
+    if against is not None:
+        return agreement(model, load_model(against).model, windows)
+    return perplexity(model, windows)
+
+
+def _check_length(model: Any, windows: Windows) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and windows.length > longest:
+        raise EvaluationError(
+            f"windows of {windows.length} tokens are longer than the model's {longest}. Use --window {longest}."
+        )

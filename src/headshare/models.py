@@ -1,0 +1,102 @@
+"""Load a checkpoint, dense or shared, as a transformers model and tokenizer, running no code it brings along."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+
+import headshare.integrations.transformers  # noqa: F401 - registers the format
+from headshare.checkpoints import Checkpoint
+from headshare.errors import CheckpointError, EvaluationError
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and whether it has a language-model head (else its output is hidden states)."""
+
+    model: Any
+    has_head: bool
+
+
+def load_model(checkpoint: Checkpoint, **options: Any) -> Loaded:
+    """The model class that config.json names, if the checkpoint has all its weights; else the bare encoder or decoder.
+
+    `options` go to `from_pretrained`.
+
+    Raises:
+        CheckpointError: if transformers has no such class, or the weights of the bare model are incomplete.
+    """
+    if "auto_map" in checkpoint.config and str(checkpoint.config.get("model_type")) not in _known_types():
+        raise CheckpointError(
+            f"{checkpoint.name} needs model code of its own (auto_map), which headshare does not run. "
+            "Load it yourself with trust_remote_code=True if you trust it; share, expand and inspect need no model."
+        )
+    names = checkpoint.config.get("architectures") or []
+    classes = [getattr(transformers, str(name), None) for name in names[:1]]
+    for model_class in (*filter(None, classes), transformers.AutoModel):
+        with quiet():
+            model, report = _from_pretrained(model_class, checkpoint.path, options)
+        if not report["missing_keys"]:
+            return Loaded(model.eval(), has_head=model.get_output_embeddings() is not None)
+    raise CheckpointError(
+        f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
+    )
+
+
+def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    if model_class is transformers.AutoModel:
+        report["missing_keys"] = {key for key in report["missing_keys"] if "pooler" not in key}
+    return model, report
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        EvaluationError: if the folder has none.
+    """
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(
+            f"{checkpoint.name} has no tokenizer that transformers can load ({reason}). "
+            "Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights."
+        ) from None
+
+
+def unique_parameter_bytes(model: Any) -> int:
+    """Bytes of all parameters, each counted once however many names it has."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars and loading reports; errors still come through."""
+    logger = transformers.utils.logging
+    level = logger.get_verbosity()
+    bars = logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.set_verbosity(level)
+        if bars:
+            logger.enable_progress_bar()

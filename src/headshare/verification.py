@@ -1,0 +1,173 @@
+"""Verify a shared checkpoint by opening it again: digests, map, every kept row, and what the model computes."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from headshare.accounting import parameter_infos
+from headshare.checkpoints import Checkpoint, open_checkpoint, read_json
+from headshare.errors import CheckpointError, HeadshareError, OutputError
+from headshare.gaps import gapped_tensors, scale_names
+from headshare.models import load_model
+from headshare.progress import track
+from headshare.sharing import check_fits, check_shared, expand, same_numbers, write_overwritten
+from headshare.writing import MANIFEST, file_digest
+
+PROBE_TOKENS = 48
+
+
+@dataclass
+class Verification:
+    """What was found. `ok` is true only if every check that was made passed; `notes` names any that was not made."""
+
+    ok: bool = True
+    max_logit_diff: float | None = None
+    files_checked: int = 0
+    tensors_checked: int = 0
+    parameter_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+    def fail(self, problem: str) -> None:
+        """Record a check that did not pass."""
+        self.ok = False
+        self.problems.append(problem)
+
+
+def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: bool = True) -> Verification:
+    """Check files against their digests, tensors against the plan, and, with `against`, every number against the dense
+    model's. Then compare the model's logits (hidden states, for a bare encoder) with those of a stock model whose
+    recipient rows were overwritten with donor rows: made from `against`, or from the shared checkpoint itself.
+
+    A problem is reported, not raised.
+
+    Raises:
+        CheckpointError: if the checkpoint is not a shared one, or cannot be opened at all.
+    """
+    result = Verification()
+    if shared.plan is None:
+        raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
+    _check_files(shared, result)
+    try:
+        check_shared(shared)
+        if against is not None:
+            against.require_dense("verify against")
+            check_fits(shared.plan, against)
+            _check_numbers(shared, against, result)
+        result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
+        if logits and result.ok:
+            _check_logits(shared, against, result)
+    except HeadshareError as error:
+        result.fail(str(error))
+    return result
+
+
+def _check_files(shared: Checkpoint, result: Verification) -> None:
+    manifest = shared.path / MANIFEST
+    if not manifest.is_file():
+        result.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
+        return
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict):
+        result.fail(f"{MANIFEST} lists no files")
+        return
+    for name, entry in track(files.items(), "digests", len(files)):
+        path = shared.path / Path(name).name
+        if not path.is_file():
+            result.fail(f"{name} is missing")
+        elif not isinstance(entry, dict) or file_digest(path) != entry.get("sha256"):
+            result.fail(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
+        result.files_checked += 1
+
+
+def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) -> None:
+    """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
+    assert shared.plan is not None
+    tensors, scales = gapped_tensors(shared.plan), scale_names(shared.plan)
+    for name in set(dense.tensors) ^ (set(shared.tensors) - set(scales)):
+        result.fail(f"{name} is in only one of the two checkpoints")
+    common = sorted(set(dense.tensors) & set(shared.tensors))
+    converted = set()
+    for name in track(common, "numbers", len(common)):
+        if dense.tensors[name].dtype != shared.tensors[name].dtype:
+            converted.add(f"{dense.tensors[name].dtype} to {shared.tensors[name].dtype}")
+        if not same_numbers(shared, dense, name, tensors.get(name)):
+            result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
+        result.tensors_checked += 1
+    if converted:
+        result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
+
+
+def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verification) -> None:
+    if "auto_map" in shared.config:
+        result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
+        return
+    with _stock_folder(shared, against) as stock:
+        needed = 2 * sum(info.nbytes for info in stock.tensors.values())
+        free = psutil.virtual_memory().available
+        if needed > free:
+            result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
+            return
+        probe, dtype = _probe(shared), next(iter(shared.tensors.values())).torch_dtype
+        ours = _outputs(shared, probe, dtype)
+        theirs = _outputs(stock, probe, dtype)
+    if not torch.isfinite(ours).all():
+        result.fail("the shared model's logits are NaN or infinite")
+        return
+    difference = (ours - theirs).abs().max().item()
+    result.max_logit_diff = difference
+    if difference != 0.0:
+        result.fail(
+            f"logits differ by up to {difference} from the stock model with overwritten rows; they should be equal"
+        )
+
+
+@contextmanager
+def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
+    """A stock checkpoint with donors' rows in place of recipients', written where there is room and then removed."""
+    assert shared.plan is not None
+    scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
+    same_dtype = against is not None and all(
+        against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
+    )
+    try:
+        if against is not None and same_dtype and not scale_names(shared.plan):
+            folder = write_overwritten(against, shared.plan, scratch / "stock")
+        else:
+            folder = expand(shared, scratch / "stock")
+        with open_checkpoint(folder) as stock:
+            yield stock
+    except OutputError as error:
+        raise OutputError(f"{error} Point TMPDIR at a disk with room, or pass --no-logits.") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _probe(checkpoint: Checkpoint) -> Tensor:
+    """Fixed pseudo-random token ids that every model of this vocabulary has. Shape: 2 x tokens."""
+    config = checkpoint.config
+    nested = config.get("text_config")
+    vocabulary = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None) or 1000
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(10, vocabulary - 1), vocabulary, (2, PROBE_TOKENS), generator=generator)
+
+
+@torch.inference_mode()
+def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
+    model: Any = load_model(checkpoint, dtype="auto" if not dtype.is_floating_point else dtype).model
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
+    out = model(input_ids=probe[:, : max(2, min(PROBE_TOKENS, positions - 2))])
+    value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
+    return value.float()
