@@ -9,10 +9,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-import tiny  # noqa: E402
+import tiny
 
 torch.set_num_threads(2)
 transformers.utils.logging.set_verbosity(logging.ERROR)

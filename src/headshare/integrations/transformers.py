@@ -71,13 +71,13 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         modules = {name: module_path(model, name) for name in tensors}
         get_storage(config.storage).install(model, tensors, modules)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         stock = _stock_modules(model)
         whole = {path: dense_module(shared, stock[path]) for path, shared in shared_projections(model)}
         for path, module in whole.items():
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.to(dtype))
-        return model
+            setattr(model.get_submodule(parent), leaf, module)
+        return model.to(dtype if isinstance(dtype, torch.dtype) else None)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """A shared model saves as it was loaded."""

