@@ -4,16 +4,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from headshare.checkpoints import DTYPES, Checkpoint, TensorInfo
-from headshare.gaps import gapped_tensors, scale_names
+from headshare.checkpoints import DTYPES, OUTPUT_DTYPES, Checkpoint, TensorInfo
+from headshare.configuration import text_config
+from headshare.errors import PlanError
+from headshare.gaps import scale_names
 from headshare.layout import Layout
-from headshare.planning import checked_recipients
+from headshare.planning import check_covered, checked_recipients
 from headshare.plans import Choice, Selection, SharePlan
-from headshare.similarity import layouts_of
-from headshare.units import HeadUnit, Kind, Part, Parts, Tie
+from headshare.similarity import layouts_of, match_for, tied_together
+from headshare.units import HeadUnit, Kind, Parts, Tie
 
 LITTLE = 0.02
+SMALL_PARTS = 0.15
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$|\.(?:masked_)?attn\.masked_bias$|attention\.masked_bias$")
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_TIED_OUTPUTS = (
+    *("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight"),
+    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,11 @@ class Estimate:
             f"{self.recipients} of {self.units} units shared: {_mib(self.dense_bytes)} becomes "
             f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
         )
+        if self.parts_fraction < SMALL_PARTS:
+            text += f" The chosen parts are only {self.parts_fraction:.1%} of this model; no ratio can save more."
         if self.recipients and self.saved_fraction < LITTLE:
-            text += (
-                f" That is little: the chosen parts are only {self.parts_fraction:.1%} of this model, "
-                "so no ratio can save more than that. Consider more parts (--parts qkvo or qkvo+ffn)."
-            )
-        elif self.parts_fraction < 0.15:
-            text += f" The chosen parts are {self.parts_fraction:.1%} of this model; no ratio can save more."
+            small = "more parts (--parts qkvo or qkvo+ffn)" if self.parts_fraction < SMALL_PARTS else "a higher ratio"
+            text += f" That is little: consider {small}."
         return text
 
 
@@ -73,22 +79,21 @@ def estimate(
     """
     checkpoint.require_dense("estimate the saving of")
     wanted = Parts.parse(parts) if isinstance(parts, str) else parts
-    layouts = layouts_of(checkpoint, wanted, ffn_groups)
     selections: list[Selection] = []
-    for layout in layouts:
+    for layout in layouts_of(checkpoint, wanted, ffn_groups):
         attention = layout.kind is Kind.ATTENTION
         share = ratio if attention or ffn_ratio is None else ffn_ratio
-        chosen = _present(layout, wanted)
+        function = match_for(layout, match)
+        tables = tied_together(function, layout)
+        asked = wanted.attention if attention else wanted.ffn
+        check_covered(asked, tables, layout)
         ties = _any_ties(layout, checked_recipients(layout, share))
-        tied_together = [(part,) for part in chosen] if attention and match == "separate" else [chosen]
-        choice = Choice(match=match, ratio=share)
-        selections += [Selection(layout=layout.only(one), ties=ties, chosen=choice) for one in tied_together]
+        choice = Choice(match=function.name, ratio=share)
+        for table in tables:
+            tied = tuple(part for part in asked if part in table)
+            if tied:
+                selections.append(Selection(layout=layout.only(tied), ties=ties, chosen=choice))
     return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
-
-
-def _present(layout: Layout, wanted: Parts) -> tuple[Part, ...]:
-    parts = wanted.attention if layout.kind is Kind.ATTENTION else wanted.ffn
-    return tuple(part for part in parts if part in layout.parts)
 
 
 def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
@@ -98,18 +103,23 @@ def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
 
 
 def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
-    """The bytes that this very plan leaves of this checkpoint."""
+    """The bytes that this very plan leaves of this checkpoint, stored as `dtype` (float32, float16, bfloat16, or as is).
+
+    Raises:
+        PlanError: if there is no such type.
+    """
+    code = dtype_code(dtype)
     parameters = parameter_infos(checkpoint)
-    dense = sum(stored_bytes(info, dtype) for info in parameters.values())
+    dense = sum(stored_bytes(info, code) for info in parameters.values())
     saved = at_stake = 0
     for selection in plan.selections:
         for place in selection.layout.parts.values():
             info = checkpoint.tensors[place.name(0)]
-            unit = place.numel * item_size(info, dtype)
+            unit = place.numel * item_size(info, code)
             saved += len(selection.ties) * unit
             at_stake += selection.layout.units * unit
     for name, count in scale_names(plan).items():
-        saved -= count * item_size(checkpoint.tensors[name.removesuffix("tie_scale") + "weight"], dtype)
+        saved -= count * item_size(checkpoint.tensors[name.removesuffix("tie_scale") + "weight"], code)
     return Estimate(
         units=sum(selection.layout.units for selection in plan.selections),
         recipients=plan.ties,
@@ -121,13 +131,26 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     )
 
 
+def dtype_code(dtype: str | None) -> str | None:
+    """What safetensors calls this type.
+
+    Raises:
+        PlanError: naming those that weights can be stored as.
+    """
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise PlanError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+    return None if dtype is None else OUTPUT_DTYPES[dtype]
+
+
 def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     """The stored tensors that are parameters, each counted once: no rotary tables, masks or second tied embedding."""
     infos = {name: info for name, info in checkpoint.tensors.items() if not _is_buffer(info)}
-    tied = checkpoint.config.get("tie_word_embeddings")
-    inputs = [name for name in infos if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
-    if tied and inputs:
-        infos.pop("lm_head.weight", None)
+    inputs = {infos[name].shape for name in infos if name.endswith(_INPUT_EMBEDDINGS)}
+    if text_config(checkpoint.config).get("tie_word_embeddings"):
+        repeated = [name for name in _TIED_OUTPUTS if name in infos and infos[name].shape in inputs]
+        for name in repeated:
+            infos.pop(name)
+            infos.pop(name.removesuffix("weight") + "bias" if "decoder" in name else "", None)
     return infos
 
 
@@ -145,8 +168,3 @@ def item_size(info: TensorInfo, dtype: str | None) -> int:
     """Bytes of one number of this tensor, stored as `dtype` if it is a floating-point weight."""
     convert = dtype is not None and info.torch_dtype.is_floating_point
     return DTYPES[dtype].itemsize if convert and dtype is not None else DTYPES[info.dtype].itemsize
-
-
-def touched_tensors(plan: SharePlan) -> int:
-    """How many tensors give up something under this plan."""
-    return sum(bool(tensor.gaps) for tensor in gapped_tensors(plan).values())

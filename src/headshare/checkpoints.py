@@ -20,6 +20,7 @@ from headshare.errors import CheckpointError
 from headshare.plans import SharePlan
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 16
 METHOD = "headshare"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
 
@@ -116,14 +118,20 @@ class Checkpoint:
         descriptor = self._open(info.file)
         position, done = info.offset + offset, 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], position + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], position + done)
+            except OSError as error:
+                raise CheckpointError(f"{info.file} cannot be read at {info.name}: {error.strerror}.") from None
             if count == 0:
                 raise CheckpointError(f"{info.file} ends inside {info.name}: it became shorter while it was read.")
             done += count
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror}.") from None
         return self._descriptors[file]
 
     def close(self) -> None:
@@ -164,9 +172,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
         PlanError: if it is a shared checkpoint whose plan is not valid.
     """
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(model):.100} cannot be opened: {error.strerror}.") from None
+    if is_folder:
         return _checked(_open_folder(folder))
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{model} is a file. Give the folder that holds config.json and the weights.")
     if _looks_local(str(model)):
         raise CheckpointError(f"there is no folder {model}.")
@@ -218,7 +230,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _no_weights(folder: Path) -> str:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_FILES)
-    if not others:
+    if not others or any(name.endswith(".safetensors") for name in others):
         return f"{folder} holds no model.safetensors and no model.safetensors.index.json."
     return (
         f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
@@ -270,6 +282,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
+        _check_metadata(header.get("__metadata__"))
         infos = [
             _tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
         ]
@@ -290,10 +303,19 @@ def read_header(path: Path) -> list[TensorInfo]:
     return infos
 
 
+def _check_metadata(metadata: Any) -> None:
+    pairs = {} if metadata is None else dict(metadata)
+    if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
+        raise ValueError("its metadata is not a map of strings")
+
+
 def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    name.encode()
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"{name} has {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop)):
         raise ValueError(f"{name} has shape {shape} at {start}:{stop}")
     count = 1
@@ -307,33 +329,28 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> Ten
 def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     """Fetch a model, or only its configuration and headers, with huggingface_hub's own cache and credentials."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    problems = (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        hub.errors.NotASafetensorsRepoError,
-        OSError,
-    )
     try:
         if weights:
-            folder = hub.snapshot_download(
-                model, revision=revision, ignore_patterns=[f"*{end}" for end in WEIGHT_FILES[1:]]
-            )
-            return _open_folder(Path(folder))
+            ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
+            return _open_folder(Path(hub.snapshot_download(model, revision=revision, ignore_patterns=ignored)))
         config = hub.hf_hub_download(model, "config.json", revision=revision)
         metadata = hub.get_safetensors_metadata(model, revision=revision)
-    except problems as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{model} is neither a folder here nor a model that can be fetched: {first_line}"
-        ) from None
-    tensors = {
-        name: TensorInfo(
-            name, info.dtype, tuple(info.shape), file, info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
-        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client, and the one beneath it, raise what they like
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {reason}") from None
+    infos = [
+        _hub_tensor(model, name, file, info)
         for file, one in metadata.files_metadata.items()
         for name, info in one.tensors.items()
-    }
-    return Checkpoint(name=model, config=read_json(Path(config)), tensors=tensors)
+    ]
+    return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
+
+
+def _hub_tensor(model: str, name: str, file: str, info: Any) -> TensorInfo:
+    start, stop = info.data_offsets
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{model} stores {name} as {info.dtype}, a type that headshare does not know.")
+    return TensorInfo(name, info.dtype, tuple(info.shape), file, start, stop - start)

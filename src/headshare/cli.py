@@ -123,9 +123,8 @@ def estimate(
 ) -> None:
     """Exact bytes before any weight is read: what sharing would save, and how much was at stake."""
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    code = None if dtype is None else {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     found = estimate_bytes(
-        checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=code
+        checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
     )
     _print(found.to_dict(), found.in_words(), as_json)
 
@@ -360,9 +359,11 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[  # noqa: ARG001 - the callback has done its work by then
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Shared by all commands."""
+    """Make a pre-trained transformer smaller: heads of different layers share one stored copy of their weights."""
 
 
 def main() -> None:

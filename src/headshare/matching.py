@@ -14,6 +14,7 @@ from torch import Tensor
 from headshare.errors import PlanError
 from headshare.units import FFN_PARTS, Kind, Part
 
+MAX_NAME = 200
 Products = Mapping[Part, Float[Tensor, "units units"]]
 MatchingScores = Float[Tensor, "units units"]
 
@@ -35,7 +36,13 @@ MATCH_FUNCTIONS: dict[str, MatchFunction] = {}
 def match_function(
     name: str, *parts: Part, kind: Kind = Kind.ATTENTION, separate: bool = False
 ) -> Callable[[Callable[[Products], MatchingScores]], Callable[[Products], MatchingScores]]:
-    """Register a match function under a name; `parts` are those whose inner products it needs."""
+    """Register a match function under a name; `parts` are those whose inner products it needs.
+
+    Raises:
+        PlanError: if the name is longer than a plan can hold.
+    """
+    if len(name) > MAX_NAME:
+        raise PlanError(f"a match function's name has at most {MAX_NAME} characters; this one has {len(name)}.")
 
     def register(score: Callable[[Products], MatchingScores]) -> Callable[[Products], MatchingScores]:
         MATCH_FUNCTIONS[name] = MatchFunction(name, kind, parts, score, separate)

@@ -80,17 +80,24 @@ def make_plan(
 
 
 def _tables_for(scores: Scores, kind: Kind, tied: tuple[Part, ...]) -> list[ScoreTable]:
-    if not tied:
-        return []
-    tables = [table for table in scores.tables if table.layout.kind is kind and set(tied) & set(table.parts)]
-    have = {part for table in tables for part in table.parts}
-    missing = [part for part in tied if part not in have and not (kind is Kind.FFN and part is Part.GATE and have)]
+    tables = [table for table in scores.tables if table.layout.kind is kind]
+    if tied and not tables:
+        raise PlanError(f"the scores hold no {kind} units. Score the model again with parts {'+'.join(tied)}.")
+    if tied:
+        check_covered(tied, [table.parts for table in tables], tables[0].layout)
+    return [table for table in tables if set(tied) & set(table.parts)]
+
+
+def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], layout: Layout) -> None:
+    """Raise PlanError unless some table chooses the ties of each part; a feed-forward without gate needs none."""
+    covered = {part for parts in tables for part in parts}
+    absent = {Part.GATE} if layout.kind is Kind.FFN and len(tied) > 1 and Part.GATE not in layout.parts else set()
+    missing = [part for part in tied if part not in covered | absent]
     if missing:
         raise PlanError(
-            f"the scores choose no ties for part {', '.join(missing)} of the {kind} layers. "
-            "Score the model again with those parts, or with a match function that covers them."
+            f"no ties are chosen for part {', '.join(missing)} of the {layout.kind} layers, only for "
+            f"{', '.join(sorted(covered))}. Choose among those, or a match function that covers it."
         )
-    return tables
 
 
 def _select(

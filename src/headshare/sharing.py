@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headshare.accounting import Estimate, estimate_plan
+from headshare.accounting import Estimate, dtype_code, estimate_plan
 from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
 from headshare.checkpoints import DTYPES, METHOD, WEIGHT_FILES, Checkpoint, open_checkpoint, read_header
 from headshare.errors import CheckpointError, PlanError
 from headshare.gaps import GappedTensor, gapped_tensors, scale_names
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
+from headshare.similarity import require_one_dtype
 from headshare.writing import (
     MANIFEST,
     canonical_order,
@@ -32,7 +33,6 @@ from headshare.writing import (
     write_safetensors,
 )
 
-OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -56,16 +56,16 @@ class SharedCheckpoint:
             OutputError: if the folder exists or cannot be written.
             CheckpointError: if the source cannot be read, or what was written is not what was meant.
         """
-        tensors = gapped_tensors(self.plan)
+        tensors, code = gapped_tensors(self.plan), dtype_code(self.dtype)
         assemblies = [
-            kept_only(info, tensors[name], self.dtype) if name in tensors else copied(info, self.dtype)
+            kept_only(info, tensors[name], code) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
         entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
         config = {**self.dense.config, "quantization_config": entry}
         if self.dtype is not None:
-            config[_dtype_key(config)] = next(name for name, code in OUTPUT_DTYPES.items() if code == self.dtype)
-        return _write(self.dense, assemblies, config, Path(out), overwrite, _scales(self.dense, self.plan, self.dtype))
+            config[_dtype_key(config)] = self.dtype
+        return _write(self.dense, assemblies, config, Path(out), overwrite, _scales(self.dense, self.plan, code))
 
 
 def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> SharedCheckpoint:
@@ -73,13 +73,12 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.
-        CheckpointError: if the checkpoint is already shared or quantised.
+        CheckpointError: if the checkpoint is already shared or quantised, or its layers are of different types.
     """
     dense.require_dense("share")
     check_fits(plan, dense)
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise PlanError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
-    return SharedCheckpoint(dense, plan, None if dtype is None else OUTPUT_DTYPES[dtype])
+    dtype_code(dtype)
+    return SharedCheckpoint(dense, plan, dtype)
 
 
 def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
@@ -88,6 +87,7 @@ def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
         for place in selection.layout.parts.values():
             for layer in range(selection.layout.layers):
                 _check_tensor(checkpoint, place.name(layer), place.shape, "the plan is for another model")
+        require_one_dtype(selection.layout, checkpoint)
 
 
 def check_shared(checkpoint: Checkpoint) -> SharePlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +16,7 @@ from headshare.checkpoints import WEIGHT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.layout import Layout, Place, attention_layout, ffn_layout
-from headshare.matching import MatchFunction, Products, get_match_function
+from headshare.matching import MatchFunction, get_match_function
 from headshare.progress import track
 from headshare.units import Kind, Part, Parts
 
@@ -25,6 +25,8 @@ BLOCK_UNITS = 256
 EXACT_PRODUCTS = 2e9
 NEAR_EXACT = 1e-11
 NEAR_FLOAT32 = 2e-6
+MOST_RECHECKED = 20_000
+GRID = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Scores:
             return cls(model_type=str(header["model_type"]), tables=tables)
         except HeadshareError:
             raise
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise PlanError(f"{path} is not a scores file of headshare: {error}") from None
 
 
@@ -112,11 +114,16 @@ def layouts_of(checkpoint: Checkpoint, parts: Parts, ffn_groups: int = 1) -> tup
     if parts.ffn:
         layouts.append(ffn_layout(config, shapes, ffn_groups))
     for layout in layouts:
-        _require_weights(layout, checkpoint)
+        require_one_dtype(layout, checkpoint)
     return tuple(layouts)
 
 
-def _require_weights(layout: Layout, checkpoint: Checkpoint) -> None:
+def require_one_dtype(layout: Layout, checkpoint: Checkpoint) -> None:
+    """Refuse a part whose tensors are of different types in different layers, or not floating-point weights.
+
+    Raises:
+        CheckpointError: naming the part and the types.
+    """
     for place in layout.parts.values():
         dtypes = {checkpoint.tensors[place.name(layer)].dtype for layer in range(layout.layers)}
         if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
@@ -124,6 +131,25 @@ def _require_weights(layout: Layout, checkpoint: Checkpoint) -> None:
                 f"{place.tensor} is stored as {', '.join(sorted(dtypes))} in its layers; units can be shared only "
                 f"where all layers have one of {', '.join(WEIGHT_DTYPES)}."
             )
+
+
+def match_for(layout: Layout, match: str) -> MatchFunction:
+    """The match function for this grid: the one asked for, or for feed-forward units `ffn`.
+
+    Raises:
+        PlanError: if there is none of that name, or it is for another kind of unit.
+    """
+    asked = get_match_function(match)
+    if layout.kind is Kind.FFN:
+        return get_match_function("ffn")
+    if asked.kind is not layout.kind:
+        raise PlanError(f"the match function '{match}' is for {asked.kind} units, not for {layout.kind}.")
+    return asked
+
+
+def tied_together(function: MatchFunction, layout: Layout) -> list[tuple[Part, ...]]:
+    """The sets of parts whose ties this match function chooses together: all of the grid's, or each by itself."""
+    return [(part,) for part in function.parts] if function.separate else [tuple(layout.parts)]
 
 
 def score_units(
@@ -142,77 +168,104 @@ def score_units(
     wanted = Parts.parse(parts) if isinstance(parts, str) else parts
     tables: list[ScoreTable] = []
     for layout in layouts_of(checkpoint, wanted, ffn_groups):
-        function = get_match_function(match if layout.kind is Kind.ATTENTION else "ffn")
-        if function.kind is not layout.kind:
-            raise PlanError(f"the match function '{match}' is for {function.kind} units, not for {layout.kind}.")
-        tables += _score_tables(checkpoint, layout, function)
+        tables += _score_tables(checkpoint, layout, match_for(layout, match))
     return Scores(model_type=str(checkpoint.config.get("model_type", "unknown")), tables=tuple(tables))
 
 
 def _score_tables(checkpoint: Checkpoint, layout: Layout, function: MatchFunction) -> list[ScoreTable]:
     parts = tuple(part for part in function.parts if part in layout.parts)
-    if function.kind is Kind.FFN:
-        parts = tuple(part for part in parts if part is not Part.DOWN)
-    products = {part: unit_products(checkpoint, layout, part) for part in parts}
-    groups = [(part,) for part in parts] if function.separate else [parts]
+    products = unit_products(checkpoint, layout, parts)
     tables = []
-    for group in groups:
-        scores = function.score({part: products[part] for part in group})
-        scores = _decided(scores, checkpoint, layout, function, group)
-        tied = group if function.separate else tuple(layout.parts)
+    for tied in tied_together(function, layout):
+        scored = tied if function.separate else parts
+        scores = function.score({part: products[part] for part in scored})
+        scores = _decided(scores, checkpoint, layout, function, scored)
         tables.append(ScoreTable(layout, function.name, tied, scores))
     return tables
 
 
-def unit_products(checkpoint: Checkpoint, layout: Layout, part: Part) -> Float[Tensor, "units units"]:
-    """Inner products of this part of all pairs of units, in float64. One pass over the part's weights.
+def unit_products(
+    checkpoint: Checkpoint, layout: Layout, parts: tuple[Part, ...]
+) -> dict[Part, Float[Tensor, "units units"]]:
+    """Inner products of all pairs of units, for each of these parts, in float64. Reads each weight once.
 
     Raises:
-        CheckpointError: if a weight is NaN or infinite.
+        CheckpointError: if a weight is NaN or infinite, or so large or small that its square is.
     """
-    place = layout.parts[part]
-    exact = layout.units**2 * place.numel <= EXACT_PRODUCTS
-    dtype = torch.float64 if exact else torch.float32
-    products = torch.zeros(layout.units, layout.units, dtype=torch.float64)
-    lines = place.rows if place.axis == 0 else place.shape[0]
-    per_line = place.numel // lines
-    step = max(1, SLICE_BYTES // (layout.units * per_line * dtype.itemsize))
-    steps = range(0, lines, step)
-    for start in track(steps, f"matching {part}", len(steps)):
-        units = torch.stack(list(_slices(checkpoint, layout, place, start, min(start + step, lines)))).to(dtype)
-        if not torch.isfinite(units).all():
-            raise CheckpointError(_not_finite(units, checkpoint, layout, place))
-        _accumulate(products, units, layout.groups)
+    products = {part: torch.zeros(layout.units, layout.units, dtype=torch.float64) for part in parts}
+    for together in _read_together(layout, parts):
+        for part, units in _streamed(checkpoint, layout, together):
+            _require_finite(units, checkpoint, layout, layout.parts[part])
+            _accumulate(products[part], units, layout.groups)
+    for part, product in products.items():
+        if not torch.isfinite(product).all():
+            raise CheckpointError(
+                f"the weights of part {part} in {checkpoint.name} are too large to compare: their squares overflow."
+            )
     return products
 
 
-def _slices(
-    checkpoint: Checkpoint, layout: Layout, place: Place, start: int, stop: int
-) -> Iterator[Float[Tensor, " slice"]]:
-    """For every unit in order, the same slice of its part, flattened."""
-    for layer in range(layout.layers):
-        name = place.name(layer)
-        rows = None if place.axis == 0 else checkpoint.read(name, start, stop)
-        for group in range(layout.groups):
-            first, last = place.span(group)
-            if rows is None:
-                yield checkpoint.read(name, first + start, first + stop).flatten()
-            else:
-                yield rows[:, first:last].flatten()
+def _read_together(layout: Layout, parts: tuple[Part, ...]) -> list[tuple[Part, ...]]:
+    """Parts that lie in the same rows of the same tensor, and so come from the same reads."""
+    groups: dict[tuple[str, int], list[Part]] = {}
+    for part in parts:
+        place = layout.parts[part]
+        groups.setdefault((place.tensor, -1 if place.axis == 1 else place.start), []).append(part)
+    return [tuple(group) for group in groups.values()]
+
+
+def _streamed(
+    checkpoint: Checkpoint, layout: Layout, parts: tuple[Part, ...]
+) -> Iterator[tuple[Part, Float[Tensor, "units slice"]]]:
+    """The same slice of every unit, for each part, slice after slice. Parts of one call lie in the same rows."""
+    place = layout.parts[parts[0]]
+    dtype = torch.float64 if all(_is_exact(layout, part) for part in parts) else torch.float32
+    lines = place.rows if place.axis == 0 else place.shape[0]
+    per_line = sum(layout.parts[part].numel for part in parts) // lines
+    step = max(1, SLICE_BYTES // (layout.units * per_line * dtype.itemsize))
+    starts = range(0, lines, step)
+    for start in track(starts, f"matching {','.join(parts)}", len(starts)):
+        stop = min(start + step, lines)
+        slices: dict[Part, list[Tensor]] = {part: [] for part in parts}
+        for layer in range(layout.layers):
+            rows = checkpoint.read(place.name(layer), start, stop) if place.axis == 1 else None
+            for part, group in ((part, group) for part in parts for group in range(layout.groups)):
+                first, last = layout.parts[part].span(group)
+                if rows is None:
+                    piece = checkpoint.read(place.name(layer), first + start, first + stop)
+                else:
+                    piece = rows[:, first:last]
+                slices[part].append(piece.flatten())
+        for part in parts:
+            yield part, torch.stack(slices[part]).to(dtype)
+
+
+def _is_exact(layout: Layout, part: Part) -> bool:
+    return layout.units**2 * layout.parts[part].numel <= EXACT_PRODUCTS
 
 
 def _accumulate(products: Float[Tensor, "units units"], units: Float[Tensor, "units slice"], groups: int) -> None:
-    """Add one slice's products, block row by block row, up to each block's own diagonal."""
+    """Add one slice's products, block row by block row, up to each block's own diagonal.
+
+    Every unit is first divided by a power of two near its largest number, so that no product over- or underflows;
+    that is exact, and undone in float64.
+    """
+    exponents = torch.frexp(units.abs().amax(dim=1)).exponent
+    scaled = torch.ldexp(units, -exponents[:, None])
+    scales = torch.ldexp(torch.ones(len(units), dtype=torch.float64), exponents)
     block = max(groups, BLOCK_UNITS // groups * groups)
     for start in range(0, len(units), block):
         stop = min(start + block, len(units))
-        products[start:stop, :stop] += units[start:stop] @ units[:stop].T
+        product = (scaled[start:stop] @ scaled[:stop].T).double()
+        products[start:stop, :stop] += product * scales[start:stop, None] * scales[None, :stop]
 
 
-def _not_finite(units: Tensor, checkpoint: Checkpoint, layout: Layout, place: Place) -> str:
+def _require_finite(units: Tensor, checkpoint: Checkpoint, layout: Layout, place: Place) -> None:
+    if torch.isfinite(units).all():
+        return
     index = int((~torch.isfinite(units)).any(dim=1).nonzero()[0, 0])
     unit = layout.unit(index)
-    return (
+    raise CheckpointError(
         f"{place.name(unit.layer)} in {checkpoint.name} holds NaN or infinite numbers (in {unit}). "
         "The file is damaged or the training diverged; headshare does not share such weights."
     )
@@ -225,46 +278,47 @@ def _decided(
     function: MatchFunction,
     parts: tuple[Part, ...],
 ) -> Float[Tensor, "units units"]:
-    """Keep pairs with strictly earlier layers, and recompute those too close to their recipient's best to call."""
+    """Keep pairs with strictly earlier layers, and make exact those that are too close to call.
+
+    Too close are donors near their recipient's best, and recipients whose bests are near one another's. All scores
+    are then rounded to GRID, far below what weights can mean, so that equal units have equal scores.
+    """
     layer_of = torch.arange(layout.units) // layout.groups
     allowed = layer_of[:, None] > layer_of[None, :]
-    near = NEAR_EXACT if _all_exact(layout, parts) else NEAR_FLOAT32
+    near = NEAR_EXACT if all(_is_exact(layout, part) for part in parts) else NEAR_FLOAT32
     masked = scores.masked_fill(~allowed, float("-inf"))
-    close = allowed & (masked >= masked.amax(dim=1, keepdim=True) - near)
+    best = masked.amax(dim=1)
+    close = allowed & (masked >= best[:, None] - near)
+    undecided = (close.sum(dim=1) > 1) | _has_neighbour(best, near)
     result = scores.masked_fill(~allowed, 0.0)
-    for index in (close.sum(dim=1) > 1).nonzero().flatten().tolist():
-        donors = close[index].nonzero().flatten().tolist()
-        result[index, donors] = _exact_scores(checkpoint, layout, function, parts, index, donors)
-    return result
+    pairs = (close & undecided[:, None]).nonzero()
+    if len(pairs) <= MOST_RECHECKED:
+        for recipient, donor in pairs.tolist():
+            result[recipient, donor] = _exact_score(checkpoint, layout, function, parts, recipient, donor)
+    return torch.round(result / GRID) * GRID
 
 
-def _all_exact(layout: Layout, parts: tuple[Part, ...]) -> bool:
-    return all(layout.units**2 * layout.parts[part].numel <= EXACT_PRODUCTS for part in parts)
+def _has_neighbour(best: Float[Tensor, " units"], near: float) -> Bool[Tensor, " units"]:
+    """Whether another unit's best score is within `near` of this one's."""
+    ordered, order = best.sort()
+    gap = ordered.diff() <= near
+    side = torch.zeros(1, dtype=torch.bool)
+    found = torch.empty_like(best, dtype=torch.bool)
+    found[order] = torch.cat([gap, side]) | torch.cat([side, gap])
+    return found
 
 
-def _exact_scores(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    function: MatchFunction,
-    parts: tuple[Part, ...],
-    recipient: int,
-    donors: list[int],
-) -> Float[Tensor, " donors"]:
-    """Scores of one recipient with a few donors, each pair alone in float64: equal units get equal scores."""
-    scores = []
-    for donor in donors:
-        products: dict[Part, Tensor] = {}
-        for part in parts:
-            a = read_unit(checkpoint, layout, part, recipient).double()
-            b = read_unit(checkpoint, layout, part, donor).double()
-            ab = (a * b).sum()
-            products[part] = torch.stack([torch.stack([(a * a).sum(), ab]), torch.stack([ab, (b * b).sum()])])
-        scores.append(function.score(_typed(products))[0, 1])
-    return torch.stack(scores)
-
-
-def _typed(products: dict[Part, Tensor]) -> Products:
-    return products
+def _exact_score(
+    checkpoint: Checkpoint, layout: Layout, function: MatchFunction, parts: tuple[Part, ...], recipient: int, donor: int
+) -> float:
+    """The score of one pair, alone, in float64: equal units get equal scores."""
+    products: dict[Part, Tensor] = {}
+    for part in parts:
+        a = read_unit(checkpoint, layout, part, recipient).double()
+        b = read_unit(checkpoint, layout, part, donor).double()
+        ab = (a * b).sum()
+        products[part] = torch.stack([torch.stack([(a * a).sum(), ab]), torch.stack([ab, (b * b).sum()])])
+    return float(function.score(products)[0, 1])
 
 
 def read_unit(checkpoint: Checkpoint, layout: Layout, part: Part, index: int) -> Float[Tensor, " numel"]:
