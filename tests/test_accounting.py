@@ -127,7 +127,6 @@ def test_the_estimate_is_exact_when_weights_are_converted(
 
 
 def test_estimate_takes_the_same_names_of_types_as_share(llama: Path) -> None:
-    # BUG: share takes "bfloat16" and refuses others with a PlanError; estimate takes "BF16" and fails with a KeyError.
     dense = hs.open_checkpoint(llama)
     plan = hs.make_plan(hs.score_units(dense), 0.4)
     shared = hs.share(dense, plan, dtype="bfloat16")
@@ -156,7 +155,6 @@ def test_a_scale_costs_one_number_for_each_shared_channel(tmp_path: Path) -> Non
 
 
 def test_layers_stored_in_different_types_are_counted_as_written_or_refused(llama: Path, tmp_path: Path) -> None:
-    # BUG: score_units refuses such a model, but share takes a plan from elsewhere and counts all layers like the first.
     plan = hs.make_plan(hs.score_units(hs.open_checkpoint(llama)), 0.5)
     weights = load_file(llama / MODEL)
     for name in weights:
@@ -224,7 +222,6 @@ def test_dense_bytes_are_those_of_the_stock_models_parameters(name: str, tmp_pat
     "name", ["llama-gqa", "gpt2", "opt", "gemma2", "gemma3", "bert", "roberta", "falcon-mqa", "falcon-mha"]
 )
 def test_a_tied_output_embedding_that_is_stored_twice_is_counted_once(name: str, tmp_path: Path) -> None:
-    # BUG (bert, roberta): only lm_head.weight is known as the second copy of the embeddings.
     folder = tiny.make(name, tmp_path / "dense")
     stock = tiny.FAMILIES[name][0].from_pretrained(folder)
     output = stock.get_output_embeddings().weight
@@ -241,7 +238,6 @@ def test_a_tied_output_embedding_that_is_stored_twice_is_counted_once(name: str,
 
 def test_a_tie_of_embeddings_that_the_configuration_leaves_to_its_default_is_known(tmp_path: Path) -> None:
     """As in the published config.json of GPT-2 and of Gemma, which do not mention it."""
-    # BUG: the raw configuration is asked, where the key is absent, instead of the one with its family's defaults.
     folder = tiny.make("gpt2", tmp_path / "dense")
     before = hs.estimate(hs.open_checkpoint(folder), 0.3)
     lines = (folder / "config.json").read_text().splitlines(keepends=True)
@@ -336,7 +332,6 @@ def test_a_good_saving_comes_without_a_warning() -> None:
 
 
 def test_a_small_ratio_is_not_blamed_on_the_parts() -> None:
-    # BUG: at 1 % of all heads and feed-forwards the advice is to add parts, of which there are no more.
     words = hs.estimate(llama_like(*LLAMA_2_7B), 0.01, parts="qkvo+ffn").in_words()
     assert "only 96" not in words
     assert "--parts qkvo" not in words
@@ -369,8 +364,6 @@ def test_an_estimate_refuses_what_share_would_refuse(llama: Path, tmp_path: Path
 def test_an_estimate_refuses_a_request_that_cannot_be_planned(
     name: str, match: str, parts: str, tmp_path: Path
 ) -> None:
-    # BUG: estimate never looks at the match function, nor at whether it ties every part; it gives numbers for a
-    # request that score_units or make_plan then refuses.
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     with pytest.raises(hs.PlanError):
         hs.make_plan(hs.score_units(dense, match, parts), 0.3, parts=parts)

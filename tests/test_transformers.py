@@ -122,7 +122,7 @@ sys.exit(difference > 1e-4)
 
 
 def tied_gradients(stock: nn.Module, plan: SharePlan) -> dict[str, torch.Tensor]:
-    """Gradients of a stock model whose recipient rows are one variable with their donors': recipients' added to donors'."""
+    """Gradients of a stock model as if recipients' rows were their donors': recipients' gradients added to donors'."""
     gradients = {f"{name}": p.grad.clone() for name, p in stock.named_parameters() if p.grad is not None}
     for selection in plan.selections:
         for place in selection.layout.parts.values():

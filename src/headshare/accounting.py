@@ -103,7 +103,7 @@ def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
 
 
 def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
-    """The bytes that this very plan leaves of this checkpoint, stored as `dtype` (float32, float16, bfloat16, or as is).
+    """The bytes that this very plan leaves of this checkpoint, stored as `dtype` or as they are.
 
     Raises:
         PlanError: if there is no such type.

@@ -40,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
+PICKLES = (".pkl", ".pickle", ".joblib")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:
-        raise CheckpointError(f"{str(model):.100} cannot be opened: {error.strerror}.") from None
+        raise CheckpointError(f"{model!s:.100} cannot be opened: {error.strerror}.") from None
     if is_folder:
         return _checked(_open_folder(folder))
     if exists:

@@ -4,8 +4,10 @@ Results go to standard output, everything else to standard error. Exit status 1 
 """
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ import typer
 from headshare.accounting import estimate as estimate_bytes
 from headshare.checkpoints import open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
-from headshare.errors import HeadshareError, OutputError
+from headshare.errors import HeadshareError, OutputError, PlanError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
 from headshare.inspection import describe, picture, plan_of
 from headshare.memory import watched_peak
@@ -143,7 +145,7 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Score every pair of units, once. Plans at any ratio and in any mode come from the same scores."""
-    _check_file(output, overwrite)
+    _check_file(output, overwrite, Scores.load, model)
     begun = time.monotonic()
     with open_checkpoint(model, revision=revision) as checkpoint:
         scores = score_units(checkpoint, match, parts, ffn_groups=ffn_groups)
@@ -173,7 +175,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose recipients and donors from scores. The plan is JSON that can be read, edited and compared."""
-    _check_file(output, overwrite)
+    _check_file(output, overwrite, SharePlan.load)
     made = make_plan(
         Scores.load(scores_file), ratio, parts=parts, mode=mode, ffn_ratio=ffn_ratio, protect=_layers(protect)
     )
@@ -331,35 +333,47 @@ def demo(
 ) -> None:
     """Share at 0, 0.1, 0.2 and 0.3, verify each, and print one table of what it saves and what it costs."""
     content = read_text(text) if text else language_reference()
-    work.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in run_demo(model, work, content, tokens=tokens):
         rows.append(row)
         sys.stderr.write(f"{len(rows)} of {len(RATIOS)}: ratio {row.ratio:g} shared, verified, measured\n")
     sentence = in_one_sentence(rows)
-    source = f"perplexity on {text or 'the Python language reference'}, {tokens} tokens, windows of {WINDOW}"
+    first = rows[0]
+    source = (
+        f"perplexity on {text or 'the Python language reference'}: {first.tokens} tokens, windows of {first.window}"
+    )
     data = {"rows": [row.to_dict() for row in rows], "text": str(text or "pydoc_data.topics"), "sentence": sentence}
     _print(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json)
 
 
-def _check_file(path: Path, overwrite: bool) -> None:
-    if path.exists() and not (overwrite and path.is_file()):
-        raise OutputError(f"{path} exists. Choose another name" + ("." if overwrite else ", or pass --overwrite."))
-    if not path.absolute().parent.is_dir():
+def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:
+    """Refuse an output file that exists, unless it may be overwritten and is of the kind that `read` reads."""
+    if not os.path.isdir(path.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
         raise OutputError(f"there is no folder {path.absolute().parent} to write {path.name} in.")
+    if source is not None and Path(os.path.realpath(source)) in Path(os.path.realpath(path)).parents:
+        raise OutputError(f"the output {path} is inside the model {source}. Choose a place outside it.")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise OutputError(f"{path} exists. Choose another name, or pass --overwrite.")
+    try:
+        read(path)
+    except PlanError as error:
+        raise OutputError(f"{path} is not what --overwrite may replace: {error}") from None
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         from importlib.metadata import version
 
         sys.stdout.write(f"headshare {version('headshare')}\n")
         raise typer.Exit
+    return value
 
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 - the callback has done its work by then
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -370,10 +384,16 @@ def main() -> None:
     """Run the command line; a headshare error becomes one line and exit status 1."""
     try:
         with shown():
-            app()
+            status = app(standalone_mode=False)
     except HeadshareError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
+    except typer.TyperException as error:
+        sys.stderr.write(f"error: {error.format_message()}\n")
+        raise SystemExit(1) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         raise SystemExit(130) from None
+    raise SystemExit(status if isinstance(status, int) else 0)

@@ -1,5 +1,6 @@
 """The main job on a real model, start to end: what sharing saves and what it costs, beside its controls."""
 
+import math
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +9,9 @@ from typing import Any
 
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
-from headshare.errors import HeadshareError
-from headshare.evaluation import Windows, perplexity, windows_of
+from headshare.errors import EvaluationError, HeadshareError, OutputError
+from headshare.evaluation import WINDOW, Windows, longest_window, perplexity, windows_of
+from headshare.files import explain
 from headshare.models import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
@@ -35,10 +37,16 @@ class Row:
     deleted: float
     random_donors: float
     dense: float
+    tokens: int
+    window: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints."""
-        return asdict(self)
+        """The same under the names that `--json` prints; a perplexity past any float is null."""
+        return {name: value if _is_json(value) else None for name, value in asdict(self).items()}
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def language_reference() -> str:
@@ -55,11 +63,19 @@ def run_demo(
     Raises:
         HeadshareError: if any step fails, or a shared model does not verify.
     """
+    if tokens < 1:
+        raise EvaluationError(f"--tokens {tokens} leaves nothing to measure; use at least one window's worth.")
     dense = open_checkpoint(model)
-    tokenizer = load_tokenizer(dense)
-    windows = windows_of(tokenizer, text, limit=tokens)
+    tokenizer, model_at_rest = load_tokenizer(dense), load_model(dense).model
+    window = min(WINDOW, longest_window(model_at_rest) or WINDOW)
+    windows = windows_of(tokenizer, text, window=window, limit=tokens)
+    dense_value = perplexity(model_at_rest, windows).perplexity
+    del model_at_rest
     scores = score_units(dense, "qk", "qkv")
-    dense_value = _perplexity_of(dense, windows)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(explain(error, work)) from None
     for ratio in ratios:
         plan = make_plan(scores, ratio)
         out = share(dense, plan).save(work / f"shared-{ratio:g}", overwrite=True)
@@ -78,11 +94,9 @@ def run_demo(
                 deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
                 random_donors=_with_random(dense, plan, windows) if ratio else dense_value,
                 dense=dense_value,
+                tokens=windows.tokens.numel(),
+                window=window,
             )
-
-
-def _perplexity_of(checkpoint: Checkpoint, windows: Windows) -> float:
-    return perplexity(load_model(checkpoint).model, windows).perplexity
 
 
 def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Any, windows: Windows) -> float:

@@ -17,6 +17,7 @@ from headshare.models import load_model, load_tokenizer, quiet
 from headshare.progress import track
 
 WINDOW = 512
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def windows_of(
     Raises:
         EvaluationError: if the text is shorter than one window, or a beginning-of-text token is asked for and absent.
     """
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"a limit of {limit} tokens leaves nothing to measure; use at least one window's worth.")
     if window < 2:
         raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
     with quiet():
@@ -174,15 +177,31 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoint)
     windows = windows_of(tokenizer, text, window=window, limit=limit, bos=bos)
     model = load_model(checkpoint).model
-    _check_length(model, windows)
+    _check_fits(model, windows)
     if against is not None:
         return agreement(model, load_model(against).model, windows)
     return perplexity(model, windows)
 
 
-def _check_length(model: Any, windows: Windows) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and windows.length > longest:
+def longest_window(model: Any) -> int | None:
+    """How many tokens this model can take at once; None where it does not say."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    return positions - offset
+
+
+def _check_fits(model: Any, windows: Windows) -> None:
+    longest = longest_window(model)
+    if longest is not None and windows.length > longest:
         raise EvaluationError(
             f"windows of {windows.length} tokens are longer than the model's {longest}. Use --window {longest}."
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if windows.tokens.max() >= vocabulary:
+        raise EvaluationError(
+            f"the tokenizer gives token {windows.tokens.max()}, but the model's vocabulary has {vocabulary}. "
+            "The tokenizer belongs to another model."
         )

@@ -1,11 +1,11 @@
 """Where each unit's parts lie in a checkpoint's tensors. Knows names and shapes, never a weight."""
 
 import re
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, pairwise
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headshare.errors import ArchitectureError, PlanError
 from headshare.families import (
@@ -73,6 +73,11 @@ class Layout(BaseModel):
     groups: Positive
     parts: dict[Part, Place]
 
+    @field_validator("parts")
+    @classmethod
+    def _in_order(cls, parts: dict[Part, Place]) -> dict[Part, Place]:
+        return {part: parts[part] for part in Part if part in parts}
+
     @model_validator(mode="after")
     def _check(self) -> "Layout":
         if self.layers * self.groups > MAX_UNITS:
@@ -82,21 +87,8 @@ class Layout(BaseModel):
                 raise PlanError(f"part {part}: the tensor name '{place.tensor}' must hold {{layer}} once.")
             if place.step < place.rows or place.span(self.groups - 1)[1] > place.shape[place.axis]:
                 raise PlanError(f"part {part} of {self.groups} groups does not fit in {place.tensor} {place.shape}.")
-        self._check_overlaps()
+        check_places([(place, self.groups) for place in self.parts.values()])
         return self
-
-    def _check_overlaps(self) -> None:
-        by_tensor: dict[str, list[Place]] = {}
-        for place in self.parts.values():
-            by_tensor.setdefault(place.tensor, []).append(place)
-        for tensor, places in by_tensor.items():
-            if len(places) == 1:
-                continue
-            if len({(place.axis, place.shape) for place in places}) > 1:
-                raise PlanError(f"the parts in {tensor} disagree about its axis or shape.")
-            spans = sorted(place.span(group) for place in places for group in range(self.groups))
-            if any(before[1] > after[0] for before, after in pairwise(spans)):
-                raise PlanError(f"the parts in {tensor} overlap.")
 
     @property
     def units(self) -> int:
@@ -124,6 +116,33 @@ class Layout(BaseModel):
                 f"{', '.join(self.parts)}. Choose among those."
             )
         return self.model_copy(update={"parts": {part: self.parts[part] for part in parts}})
+
+
+def check_places(places: Sequence[tuple[Place, int]]) -> None:
+    """Raise PlanError if two of these (place, number of groups) can reach the same numbers of the same tensor."""
+    by_tensor: dict[str, list[tuple[Place, int]]] = {}
+    for place, groups in places:
+        by_tensor.setdefault(place.tensor, []).append((place, groups))
+    for one, other in combinations(by_tensor, 2):
+        if _could_be_one_name(one, other):
+            raise PlanError(f"{one} and {other} can name the same tensor, so their parts could overlap.")
+    for tensor, sharing in by_tensor.items():
+        if len({(place.axis, place.shape) for place, _ in sharing}) > 1:
+            raise PlanError(f"the parts in {tensor} disagree about its axis or shape.")
+        if len(sharing) > 1:
+            spans = sorted(place.span(group) for place, groups in sharing for group in range(groups))
+            if any(before[1] > after[0] for before, after in pairwise(spans)):
+                raise PlanError(f"the parts in {tensor} overlap.")
+
+
+def _could_be_one_name(one: str, other: str) -> bool:
+    """Whether some layer of one template is some layer of the other: what they differ by is digits on both sides."""
+    (prefix, _, suffix), (prefix_2, _, suffix_2) = one.partition("{layer}"), other.partition("{layer}")
+    before, after = sorted((prefix, prefix_2), key=len), sorted((suffix, suffix_2), key=len)
+    if not (before[1].startswith(before[0]) and after[1].endswith(after[0])):
+        return False
+    left, right = before[1][len(before[0]) :], after[1][: len(after[1]) - len(after[0])]
+    return all(not rest or rest.isdecimal() for rest in (left, right))
 
 
 def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:

@@ -34,9 +34,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> Loaded:
             f"{checkpoint.name} needs model code of its own (auto_map), which headshare does not run. "
             "Load it yourself with trust_remote_code=True if you trust it; share, expand and inspect need no model."
         )
-    names = checkpoint.config.get("architectures") or []
-    classes = [getattr(transformers, str(name), None) for name in names[:1]]
-    for model_class in (*filter(None, classes), transformers.AutoModel):
+    for model_class in (*_named_class(checkpoint), transformers.AutoModel):
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         if not report["missing_keys"]:
@@ -44,6 +42,22 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> Loaded:
     raise CheckpointError(
         f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
     )
+
+
+def _named_class(checkpoint: Checkpoint) -> list[Any]:
+    """The model class that config.json names first, where it names one that transformers has."""
+    names = checkpoint.config.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} has architectures {names!r:.100}; it should be a list."
+        )
+    found = getattr(transformers, str(names[0]), None) if names else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if names and not is_model:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} names the class {names[0]!r:.100}, which transformers does not have."
+        )
+    return [found] if is_model else []
 
 
 def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

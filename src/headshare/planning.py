@@ -74,8 +74,11 @@ def make_plan(
         share = ratio if kind is Kind.ATTENTION or ffn_ratio is None else ffn_ratio
         for table in _tables_for(scores, kind, tied):
             shared = tuple(part for part in tied if part in table.parts)
+            recipients = checked_recipients(table.layout, share, protect)
+            request = Request(table.layout, table.scores, recipients, frozenset(protect))
             choice = Choice(match=table.match, mode=mode, ratio=share, scores_digest=digest)
-            selections.append(_select(table, shared, share, MODES[mode], frozenset(protect), choice))
+            ties = tuple(sorted(MODES[mode](request)))
+            selections.append(Selection(layout=table.layout.only(shared), ties=ties, chosen=choice))
     return SharePlan(model_type=scores.model_type, selections=tuple(selections))
 
 
@@ -100,29 +103,33 @@ def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], la
         )
 
 
-def _select(
-    table: ScoreTable, parts: tuple[Part, ...], ratio: float, mode: Mode, protected: frozenset[int], choice: Choice
-) -> Selection:
-    recipients = checked_recipients(table.layout, ratio, protected)
-    request = Request(table.layout, table.scores, recipients, protected)
-    ties = tuple(sorted(mode(request)))
-    return Selection(layout=table.layout.only(parts), ties=ties, chosen=choice)
-
-
 def checked_recipients(layout: Layout, ratio: float, protected: Collection[int] = ()) -> int:
     """The number of recipients that a ratio means for this grid.
 
     Raises:
-        PlanError: if the ratio is not a number from 0 to what layers that may give up units allow.
+        PlanError: if the ratio is not a number from 0 to what layers that may give up units allow, or a protected
+            layer does not exist.
     """
+    absent = [layer for layer in sorted(protected) if not 0 <= layer < layout.layers]
+    if absent:
+        raise PlanError(f"there is no layer {absent[0]} to protect: the model has layers 0 to {layout.layers - 1}.")
     open_layers = sum(layer not in protected for layer in range(1, layout.layers))
     most = open_layers * layout.groups
     if not 0 <= ratio <= 1 or units_at(ratio, layout.units) > most:
         raise PlanError(
             f"a ratio of {ratio} of {layout.units} {layout.kind} units cannot be met. Layer 0 and protected layers "
-            f"give nothing up, so the ratio is from 0 to {most / layout.units:.4f} ({most} units)."
+            f"give nothing up, so the ratio is from 0 to {_ratio_for(most, layout.units)} ({most} units)."
         )
     return units_at(ratio, layout.units)
+
+
+def _ratio_for(recipients: int, units: int) -> str:
+    """The shortest decimal, of four digits or more, that means this many recipients."""
+    for digits in range(4, 12):
+        ratio = Fraction(-(-recipients * 10**digits // units), 10**digits)
+        if int(ratio * units) == recipients:
+            return f"{float(ratio):.{digits}f}"
+    return str(recipients / units)
 
 
 @mode

@@ -9,10 +9,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from headshare.errors import PlanError
-from headshare.layout import MAX_UNITS, Layout
+from headshare.files import write_whole
+from headshare.layout import MAX_UNITS, Layout, check_places
 from headshare.units import HeadUnit, Part, Tie
 
 FORMAT: Literal[1] = 1
@@ -47,12 +56,14 @@ class Selection(BaseModel):
 
     @field_validator("ties", mode="before")
     @classmethod
-    def _read_ties(cls, value: Any) -> Any:
+    def _read_ties(cls, value: Any, info: Any) -> Any:
         """Accept [[recipient layer, recipient group, donor layer, donor group], ...], refusing absurd lengths first."""
         if not isinstance(value, list | tuple):
             raise PlanError(f"ties must be a list of [layer, group, donor layer, donor group], found {type(value)}.")
-        if len(value) > MAX_UNITS:
-            raise PlanError(f"the plan lists {len(value)} ties; no model has more than {MAX_UNITS} units.")
+        layout = info.data.get("layout")
+        most = layout.units if isinstance(layout, Layout) else MAX_UNITS
+        if len(value) > most:
+            raise PlanError(f"the plan lists {len(value)} ties for {most} units.")
         return tuple(_read_tie(item) for item in value)
 
     @field_serializer("ties")
@@ -61,8 +72,6 @@ class Selection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Selection":
-        if len(self.ties) > self.layout.units:
-            raise PlanError(f"the plan lists {len(self.ties)} ties for {self.layout.units} units.")
         donor_of: dict[HeadUnit, HeadUnit] = {}
         for recipient, donor in self.ties:
             self._check_tie(recipient, donor)
@@ -112,6 +121,7 @@ class SharePlan(BaseModel):
         parts = [part for selection in self.selections for part in selection.parts]
         if len(parts) != len(set(parts)):
             raise PlanError(f"two selections share the same part: {', '.join(parts)}.")
+        check_places([(place, one.layout.groups) for one in self.selections for place in one.layout.parts.values()])
         return self
 
     @property
@@ -158,8 +168,12 @@ class SharePlan(BaseModel):
             raise PlanError(f"the plan is not valid at {where}: {first['msg']}.") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as indented JSON, one tie a line."""
-        Path(path).write_text(_readable(self.model_dump(mode="json")), encoding="utf-8")
+        """Write the plan as indented JSON, one tie a line.
+
+        Raises:
+            OutputError: if it cannot be written; nothing is left behind.
+        """
+        write_whole(path, _readable(self.model_dump(mode="json")).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "SharePlan":

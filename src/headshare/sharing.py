@@ -5,7 +5,8 @@ the indices it keeps. config.json carries the plan as `quantization_config`, so 
 stops at a shape mismatch. headshare.json holds the digests of the files as they were written.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from headshare.accounting import Estimate, dtype_code, estimate_plan
 from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
-from headshare.checkpoints import DTYPES, METHOD, WEIGHT_FILES, Checkpoint, open_checkpoint, read_header
+from headshare.checkpoints import (
+    DTYPES,
+    METHOD,
+    PICKLES,
+    WEIGHT_DTYPES,
+    WEIGHT_FILES,
+    Checkpoint,
+    open_checkpoint,
+    read_header,
+)
 from headshare.errors import CheckpointError, PlanError
 from headshare.gaps import GappedTensor, gapped_tensors, scale_names
 from headshare.plans import FORMAT, SharePlan
@@ -198,7 +208,7 @@ def _write(
         _copy_other_files(source.path, folder)
         digests = {}
         for file, many in track(by_file.items(), "writing", len(by_file)):
-            slices = ([given[one.name]] if one.name in given else stream(one, source) for one in many)
+            slices = ([given[one.name]] if one.name in given else _finite(one, source) for one in many)
             digests[file] = write_safetensors(folder / file, many, slices)
         if (source.path / _INDEX).is_file():
             write_json(folder / _INDEX, _index(by_file, expected))
@@ -206,6 +216,24 @@ def _write(
         _write_manifest(folder, digests)
         _check_written(folder, source, by_file, digests)
     return out
+
+
+def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    """The tensor's slices, as long as they are finite.
+
+    Raises:
+        CheckpointError: if the source is not, or if its numbers do not fit the output's type.
+    """
+    converted = any(source.tensors[run.source].dtype != assembly.dtype for run in assembly.runs)
+    for piece in stream(assembly, source):
+        if piece.is_floating_point() and assembly.dtype in WEIGHT_DTYPES and not torch.isfinite(piece).all():
+            cause = (
+                f"holds numbers that {DTYPES[assembly.dtype]} cannot (or NaN). Choose a wider --dtype."
+                if converted
+                else "holds NaN or infinite numbers. The file is damaged or the training diverged."
+            )
+            raise CheckpointError(f"{assembly.name} in {source.name} {cause}")
+        yield piece
 
 
 def _given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
@@ -226,14 +254,27 @@ def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    """Everything beside the weights: tokenizer, generation settings, a model card. Hidden files stay behind."""
+    """Everything beside the weights: tokenizer, generation settings, a model card. Hidden files and pickles stay."""
+    modules = _module_folders(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(step.startswith(".") for step in relative.parts)
         written = relative.name in ("config.json", _INDEX, MANIFEST) and len(relative.parts) == 1
-        weights = path.suffix in WEIGHT_FILES or path.name.endswith(".index.json")
-        if path.is_file() and not (hidden or written or weights):
+        weights = path.suffix in (*WEIGHT_FILES, *PICKLES) or path.name.endswith(".index.json")
+        own_module = path.suffix == ".safetensors" and str(relative.parent) in modules
+        if path.is_file() and not (hidden or written or (weights and not own_module)):
             copy_file(path, folder / relative)
+
+
+def _module_folders(source: Path) -> set[str]:
+    """Subfolders that a sentence embedder's modules.json names: their weights belong to the model."""
+    listed = source / "modules.json"
+    try:
+        modules = json.loads(listed.read_bytes()) if listed.is_file() else []
+    except ValueError:
+        return set()
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return {path for path in paths if isinstance(path, str) and path}
 
 
 def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:

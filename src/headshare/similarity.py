@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from headshare.checkpoints import WEIGHT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import CheckpointError, HeadshareError, PlanError
+from headshare.files import write_whole
 from headshare.layout import Layout, Place, attention_layout, ffn_layout
 from headshare.matching import MatchFunction, get_match_function
 from headshare.progress import track
@@ -63,10 +64,13 @@ class Scores:
         return json.dumps({"format": 1, "model_type": self.model_type, "tables": tables}, sort_keys=True)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: one float64 matrix a table, everything else in its metadata."""
+        """Write a safetensors file: one float64 matrix a table, everything else in its metadata.
+
+        Raises:
+            OutputError: if it cannot be written; nothing is left behind.
+        """
         matrices = {str(index): table.scores.contiguous() for index, table in enumerate(self.tables)}
-        save_file(matrices, path, metadata={"headshare": self._header()})
-        Path(path).chmod(0o644)
+        write_whole(path, save(matrices, metadata={"headshare": self._header()}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":

@@ -59,8 +59,8 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
     result = Verification()
     if shared.plan is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
-    _check_files(shared, result)
     try:
+        _check_files(shared, result)
         check_shared(shared)
         if against is not None:
             against.require_dense("verify against")
@@ -83,6 +83,8 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
     if not isinstance(files, dict):
         result.fail(f"{MANIFEST} lists no files")
         return
+    for name in sorted({info.file for info in shared.tensors.values()} - set(files)):
+        result.fail(f"{MANIFEST} has no digest of {name}")
     for name, entry in track(files.items(), "digests", len(files)):
         path = shared.path / Path(name).name
         if not path.is_file():

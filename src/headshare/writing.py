@@ -1,7 +1,6 @@
 """Write a whole folder or none: a temporary sibling, flushed to disk, checked, then renamed in one step."""
 
 import ctypes
-import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +9,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, uint8
 from headshare.assembly import Assembly
 from headshare.checkpoints import DTYPES
 from headshare.errors import HeadshareError, OutputError
+from headshare.files import explain, flush_folder, umask
 
 MANIFEST = "headshare.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -30,7 +30,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: saying which, and what to do.
     """
-    target, origin = out.resolve(), source.resolve()
+    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if target == origin or origin in target.parents:
         raise OutputError(f"the output {out} is inside the input {source}. Choose a folder outside it.")
     if target in origin.parents:
@@ -40,14 +40,22 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 
 def check_vacant(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a checkpoint that may be overwritten, or has no folder to go in."""
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
         raise OutputError(f"there is no folder {out.absolute().parent} to write {out.name} in. Make it first.")
-    if not (out.exists() or out.is_symlink()):
+    if not os.path.lexists(out):
         return
     if not overwrite:
         raise OutputError(f"{out} exists. Choose another name, or pass --overwrite to replace it.")
-    if out.is_symlink() or not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
+    if not _is_checkpoint(out):
         raise OutputError(f"{out} is not a checkpoint folder, so --overwrite does not replace it.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    weights = {"model.safetensors", "model.safetensors.index.json", MANIFEST}
+    return not names or ("config.json" in names and bool(names & weights))
 
 
 @contextmanager
@@ -67,29 +75,32 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
         raise OutputError(
             f"{parent} has {free:,} bytes free; the output needs {expected_bytes:,}. Free some, or write elsewhere."
         )
-    partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        _flush_folder(partial)
-        _put_in_place(partial, out)
-        _flush_folder(parent)
-    except OSError as error:
-        raise OutputError(_os_error(error, out)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+    with ExitStack() as cleanup:
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
+            cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+            lock = os.open(partial, os.O_RDONLY)
+            cleanup.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield partial
+            partial.chmod(0o777 & ~umask())
+            for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+                flush_folder(folder)
+            _put_in_place(partial, out, overwrite=overwrite)
+            flush_folder(parent)
+        except OSError as error:
+            raise OutputError(explain(error, out)) from error
 
 
 def _partial_prefix(name: str) -> str:
-    return f".{name}.headshare-partial-"
+    return f".{name:.100}.headshare-partial-"
 
 
 def _remove_stale(parent: Path, name: str) -> None:
     """Remove what killed runs left: partial folders whose lock nobody holds."""
-    for stale in parent.glob(f"{_partial_prefix(name)}*"):
+    for stale in parent.iterdir():
+        if not stale.name.startswith(_partial_prefix(name)):
+            continue
         with suppress(OSError):
             lock = os.open(stale, os.O_RDONLY)
             try:
@@ -99,10 +110,20 @@ def _remove_stale(parent: Path, name: str) -> None:
                 os.close(lock)
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-    elif not _exchange(partial, out):
+def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
+    """Rename onto nothing; or, where overwriting is allowed, swap with the checkpoint that is there."""
+    if not (overwrite and os.path.lexists(out)):
+        try:
+            partial.rename(out)
+        except OSError as error:
+            if os.path.lexists(out):
+                raise OutputError(
+                    f"{out} exists: it appeared while this run was writing. It was left alone."
+                ) from error
+            raise
+        return
+    check_vacant(out, overwrite=True)
+    if not _exchange(partial, out):
         old = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=partial.parent))
         out.rename(old)
         partial.rename(out)
@@ -115,26 +136,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if renameat2 is None:
         return False
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
-
-
-def _os_error(error: OSError, out: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"there is no room left for {out} ({error.strerror}). Nothing was left behind; free some and run again."
-    return f"{out} could not be written: {error}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterable[Iterable[Tensor]]) -> str:
@@ -161,7 +162,7 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
             if written != assembly.nbytes:
                 raise HeadshareError(f"{assembly.name}: wrote {written} bytes, expected {assembly.nbytes}.")
         os.fsync(file.fileno())
-    path.chmod(0o666 & ~_umask())
+    path.chmod(0o666 & ~umask())
     return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ the plan touches while the model is still on the meta device. Weights then load 
 """
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
 
     def __init__(
         self,
-        plan: SharePlan | Mapping[str, Any] | None = None,
+        plan: Any = None,
         format: int = FORMAT,  # noqa: A002 - the key in config.json
         storage: str = "auto",
         quant_method: str = METHOD,

@@ -1,0 +1,56 @@
+"""Put a file in place whole or not at all. Knows nothing of what is in it."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from headshare.errors import OutputError
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file: a temporary sibling, flushed to disk, then renamed over whatever is there.
+
+    Raises:
+        OutputError: if it cannot be written; nothing is left behind, and what was there stays.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".headshare-partial-", dir=path.absolute().parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~umask())
+        temporary.replace(path)
+        flush_folder(path.absolute().parent)
+    except OSError as error:
+        raise OutputError(explain(error, path)) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def explain(error: OSError, path: Path) -> str:
+    """What went wrong with this output, for the person at the keyboard."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"there is no room left for {path} ({error.strerror}). Nothing was left behind; free some and run again."
+    return f"{path!s:.300} could not be written: {error.strerror or error}."
+
+
+def umask() -> int:
+    """What new files may not allow. The system tells only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a folder's own entries reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
