@@ -91,13 +91,16 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 def random_bits(shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> Weights:
-    """Any bits at all: NaN, infinities, -0 and subnormal numbers among them."""
+    """Any bits of finite numbers: -0 and subnormal numbers among them."""
     generator, unsigned = np.random.default_rng(seed), TYPES[dtype]
     highest = np.iinfo(unsigned).max
-    return {
+    weights = {
         name: np.asarray(generator.integers(0, highest, shape, dtype=unsigned, endpoint=True)).view(dtype)
         for name, shape in shapes.items()
     }
+    for array in weights.values():
+        array[~np.isfinite(array)] = -0.0
+    return weights
 
 
 def write_folder(folder: Path, weights: Weights) -> Checkpoint:

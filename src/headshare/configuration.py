@@ -22,6 +22,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(plain).get_text_config()
     except Exception as error:  # the library validates with its own, changing, exception types
-        raise ArchitectureError(f"config.json is not a valid '{model_type}' configuration: {error}") from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ArchitectureError(f"config.json is not a valid '{model_type}' configuration: {reason}") from None
     names = {*config.to_dict(), *getattr(config, "attribute_map", {})}
     return {name: getattr(config, name, None) for name in names} | {"model_type": model_type}

@@ -17,7 +17,7 @@ from headshare.configuration import text_config
 from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.files import write_whole
 from headshare.layout import Layout, Place, attention_layout, ffn_layout
-from headshare.matching import MatchFunction, get_match_function
+from headshare.matching import MAX_NAME, MatchFunction, get_match_function
 from headshare.progress import track
 from headshare.units import Kind, Part, Parts
 
@@ -47,6 +47,11 @@ class Scores:
 
     model_type: str
     tables: tuple[ScoreTable, ...]
+
+    def __post_init__(self) -> None:
+        for name in (self.model_type, *(table.match for table in self.tables)):
+            if len(name) > MAX_NAME:
+                raise PlanError(f"the name {name:.40}... has {len(name)} characters; a plan holds at most {MAX_NAME}.")
 
     @property
     def digest(self) -> str:
