@@ -25,7 +25,7 @@ def test_a_shared_model_equals_a_stock_model_with_donor_rows_written_in(name: st
     plan = hs.make_plan(hs.score_units(dense, parts=parts), 0.5, parts=parts)
     shared = hs.share(dense, plan)
     out = shared.save(tmp_path / "shared")
-    model = load_model(hs.open_checkpoint(out)).model
+    model = load_model(hs.open_checkpoint(out))
     stock = type(model).from_pretrained(dense.path).eval()
     overwrite_recipients(stock, plan)
     with torch.inference_mode():
@@ -43,7 +43,7 @@ def test_expanding_a_shared_model_gives_a_stock_folder_with_the_same_logits(name
     out = hs.share(dense, plan).save(tmp_path / "shared")
     stock_folder = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
     stock = tiny.FAMILIES[name][0].from_pretrained(stock_folder).eval()
-    shared = load_model(hs.open_checkpoint(out)).model
+    shared = load_model(hs.open_checkpoint(out))
     with torch.inference_mode():
         assert torch.equal(stock(input_ids=tiny.tokens())[0], shared(input_ids=tiny.tokens())[0])
     assert "quantization_config" not in stock.config.to_dict()
@@ -54,7 +54,7 @@ def test_feed_forward_neuron_groups_are_shared_like_whole_layers(name: str, tmp_
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     plan = hs.make_plan(hs.score_units(dense, parts="ffn", ffn_groups=4), 0.4, parts="ffn")
     out = hs.share(dense, plan).save(tmp_path / "shared")
-    model = load_model(hs.open_checkpoint(out)).model
+    model = load_model(hs.open_checkpoint(out))
     stock = type(model).from_pretrained(dense.path).eval()
     overwrite_recipients(stock, plan)
     with torch.inference_mode():

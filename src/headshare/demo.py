@@ -66,7 +66,7 @@ def run_demo(
     if tokens < 1:
         raise EvaluationError(f"--tokens {tokens} leaves nothing to measure; use at least one window's worth.")
     dense = open_checkpoint(model)
-    tokenizer, model_at_rest = load_tokenizer(dense), load_model(dense).model
+    tokenizer, model_at_rest = load_tokenizer(dense), load_model(dense)
     window = min(WINDOW, longest_window(model_at_rest) or WINDOW)
     windows = windows_of(tokenizer, text, window=window, limit=tokens)
     dense_value = perplexity(model_at_rest, windows).perplexity
@@ -83,7 +83,7 @@ def run_demo(
             found = verify(shared, dense)
             if not found.ok:
                 raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(found.problems)}")
-            loaded = load_model(shared).model
+            loaded = load_model(shared)
             yield Row(
                 ratio=ratio,
                 recipients=plan.ties,
@@ -100,14 +100,14 @@ def run_demo(
 
 
 def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Any, windows: Windows) -> float:
-    model = load_model(dense).model
+    model = load_model(dense)
     for units in recipients_of(plan).values():
         delete_units(model, layout, units)
     return perplexity(model, windows).perplexity
 
 
 def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows) -> float:
-    model = load_model(dense).model
+    model = load_model(dense)
     overwrite_recipients(model, with_random_donors(plan, _SEED))
     return perplexity(model, windows).perplexity
 

@@ -176,10 +176,10 @@ def evaluate(
     """
     tokenizer = load_tokenizer(checkpoint)
     windows = windows_of(tokenizer, text, window=window, limit=limit, bos=bos)
-    model = load_model(checkpoint).model
+    model = load_model(checkpoint)
     _check_fits(model, windows)
     if against is not None:
-        return agreement(model, load_model(against).model, windows)
+        return agreement(model, load_model(against), windows)
     return perplexity(model, windows)
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 
@@ -14,14 +14,7 @@ from headshare.checkpoints import Checkpoint
 from headshare.errors import CheckpointError, EvaluationError
 
 
-class Loaded(NamedTuple):
-    """A model in evaluation mode, and whether it has a language-model head (else its output is hidden states)."""
-
-    model: Any
-    has_head: bool
-
-
-def load_model(checkpoint: Checkpoint, **options: Any) -> Loaded:
+def load_model(checkpoint: Checkpoint, **options: Any) -> Any:
     """The model class that config.json names, if the checkpoint has all its weights; else the bare encoder or decoder.
 
     `options` go to `from_pretrained`.
@@ -38,7 +31,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> Loaded:
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         if not report["missing_keys"]:
-            return Loaded(model.eval(), has_head=model.get_output_embeddings() is not None)
+            return model.eval()
     raise CheckpointError(
         f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
     )

@@ -22,6 +22,7 @@ from headshare.sharing import check_fits, check_shared, expand, same_numbers, wr
 from headshare.writing import MANIFEST, file_digest
 
 PROBE_TOKENS = 48
+MODEL_OVERHEAD = 1.6
 
 
 @dataclass
@@ -116,12 +117,12 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
     if "auto_map" in shared.config:
         result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
         return
+    needed = int(MODEL_OVERHEAD * sum(info.nbytes for info in shared.tensors.values()))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
+        return
     with _stock_folder(shared, against) as stock:
-        needed = 2 * sum(info.nbytes for info in stock.tensors.values())
-        free = psutil.virtual_memory().available
-        if needed > free:
-            result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
-            return
         probe, dtype = _probe(shared), next(iter(shared.tensors.values())).torch_dtype
         ours = _outputs(shared, probe, dtype)
         theirs = _outputs(stock, probe, dtype)
@@ -168,7 +169,7 @@ def _probe(checkpoint: Checkpoint) -> Tensor:
 
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
-    model: Any = load_model(checkpoint, dtype="auto" if not dtype.is_floating_point else dtype).model
+    model: Any = load_model(checkpoint, dtype="auto" if not dtype.is_floating_point else dtype)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
     out = model(input_ids=probe[:, : max(2, min(PROBE_TOKENS, positions - 2))])
     value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
