@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
-from headshare.checkpoints import DTYPES, Checkpoint, TensorInfo
+from headshare.checkpoints import Checkpoint
+from headshare.headers import DTYPES, TensorInfo
 from headshare.models import load_model, unique_parameter_bytes
 
 MODEL = "model.safetensors"

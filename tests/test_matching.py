@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 import tiny
 from headshare import matching, similarity
-from headshare.checkpoints import Checkpoint, TensorInfo
+from headshare.checkpoints import Checkpoint
+from headshare.headers import TensorInfo
 from headshare.matching import Products
 from headshare.planning import best_pairs
 

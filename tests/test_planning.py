@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 import headshare as hs
 from headshare.layout import Layout, Place
 from headshare.planning import MODES, best_pairs, published_count
-from headshare.similarity import Scores, ScoreTable
+from headshare.scores import Scores, ScoreTable
 from headshare.units import Kind
 
 Pairs = dict[int, int]  # recipient: donor, as unit numbers

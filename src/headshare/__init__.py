@@ -17,8 +17,9 @@ from headshare.integrations.transformers import HeadshareConfig
 from headshare.matching import match_function
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
+from headshare.scores import Scores
 from headshare.sharing import SharedCheckpoint, expand, share
-from headshare.similarity import Scores, score_units
+from headshare.similarity import score_units
 from headshare.units import HeadUnit, Part, Parts, Tie
 
 __all__ = [

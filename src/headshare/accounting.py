@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from headshare.checkpoints import DTYPES, OUTPUT_DTYPES, Checkpoint, TensorInfo
+from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import PlanError
 from headshare.gaps import scale_names
+from headshare.headers import DTYPES, TensorInfo
 from headshare.layout import Layout
 from headshare.planning import check_covered, checked_recipients
 from headshare.plans import Choice, Selection, SharePlan

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headshare.checkpoints import DTYPES, Checkpoint, TensorInfo
+from headshare.checkpoints import Checkpoint
 from headshare.gaps import GappedTensor, Run
+from headshare.headers import DTYPES, TensorInfo
 
 SLICE_BYTES = 16 * 2**20
 

@@ -6,7 +6,6 @@ are opened: a pickle can run code. A hub id works wherever a folder does.
 
 import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,47 +16,16 @@ import torch
 from torch import Tensor
 
 from headshare.errors import CheckpointError
+from headshare.headers import DTYPES, TensorInfo, read_header
 from headshare.plans import SharePlan
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_RANK = 16
+MAX_JSON_BYTES = 100_000_000
 METHOD = "headshare"
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
 PICKLES = (".pkl", ".pickle", ".joblib")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor: its type and shape as in the file's header, and where its bytes are."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The same type in torch's words."""
-        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -257,7 +225,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no {path.name} in {path.parent}. {hint}".rstrip())
-    if path.stat().st_size > MAX_HEADER_BYTES:
+    if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is {path.stat().st_size} bytes, too large for what it should be.")
     try:
         data = json.loads(path.read_bytes())
@@ -266,65 +234,6 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} should hold a JSON object, found {type(data).__name__}.")
     return data
-
-
-def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, in the order of their bytes; every offset checked against the file's size.
-
-    Raises:
-        CheckpointError: if the header is damaged, or the file is shorter or longer than it says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes). Download it again.")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        _check_metadata(header.get("__metadata__"))
-        infos = [
-            _tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}). Download it again.") from None
-    infos.sort(key=lambda info: (info.offset, info.nbytes))
-    end = 8 + length
-    for info in infos:
-        if info.offset != end:
-            raise CheckpointError(
-                f"{path}: {info.name} begins at byte {info.offset}, expected {end}. The header is damaged."
-            )
-        end += info.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{path} is {size} bytes, but its header describes {end}. It is truncated or damaged; download it again."
-        )
-    return infos
-
-
-def _check_metadata(metadata: Any) -> None:
-    pairs = {} if metadata is None else dict(metadata)
-    if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
-        raise ValueError("its metadata is not a map of strings")
-
-
-def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    name.encode()
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}")
-    if len(shape) > MAX_RANK:
-        raise ValueError(f"{name} has {len(shape)} dimensions")
-    if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop)):
-        raise ValueError(f"{name} has shape {shape} at {start}:{stop}")
-    count = 1
-    for number in shape:
-        count *= number
-    if stop - start != count * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} has {stop - start} bytes for shape {shape} of {dtype}")
-    return TensorInfo(name=name, dtype=dtype, shape=shape, file=path.name, offset=base + start, nbytes=stop - start)
 
 
 def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:

@@ -24,9 +24,10 @@ from headshare.memory import watched_peak
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
 from headshare.progress import shown
+from headshare.scores import Scores
 from headshare.sharing import expand as expand_checkpoint
 from headshare.sharing import share as share_checkpoint
-from headshare.similarity import Scores, score_units
+from headshare.similarity import score_units
 from headshare.table import demo_table
 from headshare.units import Parts
 from headshare.verification import verify as verify_checkpoint

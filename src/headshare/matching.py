@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headshare.errors import PlanError
+from headshare.plans import MAX_NAME
 from headshare.units import FFN_PARTS, Kind, Part
 
-MAX_NAME = 200
 Products = Mapping[Part, Float[Tensor, "units units"]]
 MatchingScores = Float[Tensor, "units units"]
 

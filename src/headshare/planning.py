@@ -13,7 +13,7 @@ from torch import Tensor
 from headshare.errors import PlanError
 from headshare.layout import Layout
 from headshare.plans import Choice, Selection, SharePlan
-from headshare.similarity import Scores, ScoreTable
+from headshare.scores import Scores, ScoreTable
 from headshare.units import HeadUnit, Kind, Part, Parts, Tie
 
 ScoreMatrix = Float[Tensor, "units units"]

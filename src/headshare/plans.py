@@ -26,6 +26,7 @@ from headshare.units import HeadUnit, Part, Tie
 
 FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
+MAX_NAME = 200
 
 
 class Choice(BaseModel):
@@ -33,10 +34,10 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    match: Annotated[str, Field(max_length=200)] = "given"
-    mode: Annotated[str, Field(max_length=200)] = "given"
+    match: Annotated[str, Field(max_length=MAX_NAME)] = "given"
+    mode: Annotated[str, Field(max_length=MAX_NAME)] = "given"
     ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    scores_digest: Annotated[str, Field(max_length=200)] | None = None
+    scores_digest: Annotated[str, Field(max_length=MAX_NAME)] | None = None
 
 
 class Selection(BaseModel):
@@ -113,7 +114,7 @@ class SharePlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = FORMAT
-    model_type: Annotated[str, Field(max_length=200)] = "unknown"
+    model_type: Annotated[str, Field(max_length=MAX_NAME)] = "unknown"
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
 
     @model_validator(mode="after")

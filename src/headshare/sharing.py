@@ -17,18 +17,10 @@ from torch import Tensor
 
 from headshare.accounting import Estimate, dtype_code, estimate_plan
 from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
-from headshare.checkpoints import (
-    DTYPES,
-    METHOD,
-    PICKLES,
-    WEIGHT_DTYPES,
-    WEIGHT_FILES,
-    Checkpoint,
-    open_checkpoint,
-    read_header,
-)
+from headshare.checkpoints import METHOD, PICKLES, WEIGHT_DTYPES, WEIGHT_FILES, Checkpoint, open_checkpoint
 from headshare.errors import CheckpointError, PlanError
 from headshare.gaps import GappedTensor, gapped_tensors, scale_names
+from headshare.headers import DTYPES, read_header
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
 from headshare.similarity import require_one_dtype

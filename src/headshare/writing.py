@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, uint8
 
 from headshare.assembly import Assembly
-from headshare.checkpoints import DTYPES
 from headshare.errors import HeadshareError, OutputError
 from headshare.files import explain, flush_folder, umask
+from headshare.headers import DTYPES
 
 MANIFEST = "headshare.json"
+PREFIX_BYTES = 100
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -93,7 +94,8 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
 
 
 def _partial_prefix(name: str) -> str:
-    return f".{name:.100}.headshare-partial-"
+    short = os.fsdecode(os.fsencode(name)[:PREFIX_BYTES])
+    return f".{short}.headshare-partial-"
 
 
 def _remove_stale(parent: Path, name: str) -> None:
