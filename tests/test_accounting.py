@@ -303,7 +303,7 @@ def test_a_loaded_model_holds_as_many_bytes_as_estimated_whatever_else_is_stored
     save_file(weights, folder / MODEL, metadata={"format": "pt"})
     dense = hs.open_checkpoint(folder)
     shared = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5))
-    model = load_model(hs.open_checkpoint(shared.save(tmp_path / "shared"))).model
+    model = load_model(hs.open_checkpoint(shared.save(tmp_path / "shared")))
     assert unique_parameter_bytes(model) == shared.estimate.shared_bytes
 
 

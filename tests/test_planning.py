@@ -234,7 +234,6 @@ def test_the_greatest_ratio_is_met_and_any_greater_one_is_refused_with_it(
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_the_greatest_ratio_that_an_error_names_gives_the_units_that_it_names(layers: int, groups: int) -> None:
-    # BUG: the ratio is rounded to nearest; 0.8333 of 6 units is 4 of the 5 it names. Round it up.
     layout = grid(layers, groups)
     with pytest.raises(hs.PlanError) as caught:
         hs.planning.checked_recipients(layout, 1.0)
@@ -246,8 +245,6 @@ def test_the_greatest_ratio_that_an_error_names_gives_the_units_that_it_names(la
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), float("inf"), 1.0, 0.76, 1e300])
 def test_a_ratio_that_cannot_be_met_is_refused_with_the_greatest_that_can(mode: str, ratio: float) -> None:
-    # BUG: a ratio below 0, above 1 or NaN surfaces as pydantic's ValidationError: make_plan builds Choice(ratio=...)
-    # before checked_recipients has seen the ratio.
     scores = table(np.zeros((100, 100)), layers=4, groups=25)
     with pytest.raises(hs.PlanError, match=r"the ratio is from 0 to 0\.7500 \(75 units\)"):
         chosen(scores, ratio, mode)
@@ -263,7 +260,6 @@ def test_the_greatest_ratio_empties_all_layers_but_the_first_and_the_protected(m
 
 
 def test_protecting_a_layer_that_is_not_there_is_refused() -> None:
-    # BUG: it is ignored, so a typing error leaves the layer unprotected in silence.
     with pytest.raises(hs.PlanError, match="layer 9"):
         chosen(table(np.zeros((6, 6)), layers=3, groups=2), 0.3, "star", protect=[9])
 
@@ -280,7 +276,6 @@ def test_an_unknown_mode_and_parts_without_scores_are_refused() -> None:
 
 @pytest.mark.parametrize(("model_type", "match"), [("m" * 201, "qk"), ("llama", "q" * 201)])
 def test_scores_whose_names_are_too_long_for_a_plan_are_refused(model_type: str, match: str) -> None:
-    # BUG: the plan's 200-character bounds surface as pydantic's ValidationError. Both names can come from a file.
     (one,) = table(np.zeros((6, 6)), layers=3, groups=2).tables
     with pytest.raises(hs.PlanError):
         hs.make_plan(Scores(model_type, (ScoreTable(one.layout, match, one.parts, one.scores),)), 0.3)

