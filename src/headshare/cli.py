@@ -385,12 +385,13 @@ def main() -> None:
     """Run the command line; a headshare error becomes one line and exit status 1."""
     try:
         with shown():
-            status = app(standalone_mode=False)
+            status = app(prog_name="headshare", standalone_mode=False)
     except HeadshareError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
     except typer.TyperException as error:
-        sys.stderr.write(f"error: {error.format_message()}\n")
+        message = error.format_message()
+        sys.stderr.write(f"error: {message}\n" if message else "")  # without any command, the help has said it all
         raise SystemExit(1) from None
     except typer.Abort:
         raise SystemExit(130) from None
