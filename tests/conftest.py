@@ -14,7 +14,7 @@ import transformers
 
 import tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests of kill -9 fork this process, and a fork must not wait for threads that it lacks
 transformers.utils.logging.set_verbosity(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()
 

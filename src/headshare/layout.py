@@ -1,7 +1,7 @@
 """Where each unit's parts lie in a checkpoint's tensors, as a value. Knows names and shapes, never a weight."""
 
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -10,6 +10,8 @@ from headshare.errors import PlanError
 from headshare.units import HeadUnit, Kind, Part
 
 MAX_UNITS = 1_000_000
+MAX_LAYERS = 10_000
+MAX_GROUPS = 100_000
 Positive = Annotated[int, Field(ge=1, le=2**40)]
 NotNegative = Annotated[int, Field(ge=0, le=2**40)]
 
@@ -54,8 +56,8 @@ class Layout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
-    layers: Positive
-    groups: Positive
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    groups: Annotated[int, Field(ge=1, le=MAX_GROUPS)]
     parts: dict[Part, Place]
 
     @field_validator("parts")
@@ -72,7 +74,7 @@ class Layout(BaseModel):
                 raise PlanError(f"part {part}: the tensor name '{place.tensor}' must hold {{layer}} once.")
             if place.step < place.rows or place.span(self.groups - 1)[1] > place.shape[place.axis]:
                 raise PlanError(f"part {part} of {self.groups} groups does not fit in {place.tensor} {place.shape}.")
-        check_places([(place, self.groups) for place in self.parts.values()])
+        check_places([self])
         return self
 
     @property
@@ -103,28 +105,21 @@ class Layout(BaseModel):
         return self.model_copy(update={"parts": {part: self.parts[part] for part in parts}})
 
 
-def check_places(places: Sequence[tuple[Place, int]]) -> None:
-    """Raise PlanError if two of these (place, number of groups) can reach the same numbers of the same tensor."""
-    by_tensor: dict[str, list[tuple[Place, int]]] = {}
-    for place, groups in places:
-        by_tensor.setdefault(place.tensor, []).append((place, groups))
-    for one, other in combinations(by_tensor, 2):
-        if _could_be_one_name(one, other):
-            raise PlanError(f"{one} and {other} can name the same tensor, so their parts could overlap.")
-    for tensor, sharing in by_tensor.items():
+def check_places(layouts: Sequence[Layout]) -> None:
+    """Raise PlanError if two parts of these layouts can reach the same numbers of the same tensor."""
+    template_of: dict[str, str] = {}
+    by_template: dict[str, list[tuple[Place, int]]] = {}
+    for layout in layouts:
+        for place in layout.parts.values():
+            by_template.setdefault(place.tensor, []).append((place, layout.groups))
+            for name in map(place.name, range(layout.layers)):
+                other = template_of.setdefault(name, place.tensor)
+                if other != place.tensor:
+                    raise PlanError(f"{other} and {place.tensor} both name {name}, so their parts could overlap.")
+    for template, sharing in by_template.items():
         if len({(place.axis, place.shape) for place, _ in sharing}) > 1:
-            raise PlanError(f"the parts in {tensor} disagree about its axis or shape.")
+            raise PlanError(f"the parts in {template} disagree about its axis or shape.")
         if len(sharing) > 1:
             spans = sorted(place.span(group) for place, groups in sharing for group in range(groups))
             if any(before[1] > after[0] for before, after in pairwise(spans)):
-                raise PlanError(f"the parts in {tensor} overlap.")
-
-
-def _could_be_one_name(one: str, other: str) -> bool:
-    """Whether some layer of one template is some layer of the other: what they differ by is digits on both sides."""
-    (prefix, _, suffix), (prefix_2, _, suffix_2) = one.partition("{layer}"), other.partition("{layer}")
-    before, after = sorted((prefix, prefix_2), key=len), sorted((suffix, suffix_2), key=len)
-    if not (before[1].startswith(before[0]) and after[1].endswith(after[0])):
-        return False
-    left, right = before[1][len(before[0]) :], after[1][: len(after[1]) - len(after[0])]
-    return all(not rest or rest.isdecimal() for rest in (left, right))
+                raise PlanError(f"the parts in {template} overlap.")

@@ -122,7 +122,7 @@ class SharePlan(BaseModel):
         parts = [part for selection in self.selections for part in selection.parts]
         if len(parts) != len(set(parts)):
             raise PlanError(f"two selections share the same part: {', '.join(parts)}.")
-        check_places([(place, one.layout.groups) for one in self.selections for place in one.layout.parts.values()])
+        check_places([selection.layout for selection in self.selections])
         return self
 
     @property

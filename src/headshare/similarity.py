@@ -22,6 +22,8 @@ EXACT_PRODUCTS = 2e9
 NEAR_EXACT = 1e-11
 NEAR_FLOAT32 = 2e-6
 MOST_RECHECKED = 20_000
+SLICE_NUMBERS = 65_536
+SAFE_EXPONENT = 50
 GRID = 2.0**-40
 
 
@@ -120,8 +122,11 @@ def unit_products(
     products = {part: torch.zeros(layout.units, layout.units, dtype=torch.float64) for part in parts}
     for together in _read_together(layout, parts):
         for part, units in _streamed(checkpoint, layout, together):
-            _require_finite(units, checkpoint, layout, layout.parts[part])
-            _accumulate(products[part], units, layout.groups)
+            low, high = units.aminmax(dim=1)
+            largest = torch.maximum(-low, high)
+            if not torch.isfinite(largest).all():
+                raise CheckpointError(_not_finite(largest, checkpoint, layout, layout.parts[part]))
+            _accumulate(products[part], units, largest, layout.groups)
     for part, product in products.items():
         if not torch.isfinite(product).all():
             raise CheckpointError(
@@ -147,7 +152,7 @@ def _streamed(
     dtype = torch.float64 if all(_is_exact(layout, part) for part in parts) else torch.float32
     lines = place.rows if place.axis == 0 else place.shape[0]
     per_line = sum(layout.parts[part].numel for part in parts) // lines
-    step = max(1, SLICE_BYTES // (layout.units * per_line * dtype.itemsize))
+    step = max(1, min(SLICE_BYTES // (layout.units * dtype.itemsize), SLICE_NUMBERS) // per_line)
     starts = range(0, lines, step)
     for start in track(starts, f"matching {','.join(parts)}", len(starts)):
         stop = min(start + step, lines)
@@ -169,28 +174,33 @@ def _is_exact(layout: Layout, part: Part) -> bool:
     return layout.units**2 * layout.parts[part].numel <= EXACT_PRODUCTS
 
 
-def _accumulate(products: Float[Tensor, "units units"], units: Float[Tensor, "units slice"], groups: int) -> None:
+def _accumulate(
+    products: Float[Tensor, "units units"],
+    units: Float[Tensor, "units slice"],
+    largest: Float[Tensor, " units"],
+    groups: int,
+) -> None:
     """Add one slice's products, block row by block row, up to each block's own diagonal.
 
-    Every unit is first divided by a power of two near its largest number, so that no product over- or underflows;
-    that is exact, and undone in float64.
+    Where numbers are so large or small that a product could over- or underflow, every unit is first divided by a
+    power of two near its largest number; that is exact, and undone in float64.
     """
-    exponents = torch.frexp(units.abs().amax(dim=1)).exponent
-    scaled = torch.ldexp(units, -exponents[:, None])
+    exponents = torch.frexp(largest).exponent
+    extreme = bool((exponents.abs() > SAFE_EXPONENT).any())
+    scaled = torch.ldexp(units, -exponents[:, None]) if extreme else units
     scales = torch.ldexp(torch.ones(len(units), dtype=torch.float64), exponents)
     block = max(groups, BLOCK_UNITS // groups * groups)
     for start in range(0, len(units), block):
         stop = min(start + block, len(units))
         product = (scaled[start:stop] @ scaled[:stop].T).double()
-        products[start:stop, :stop] += product * scales[start:stop, None] * scales[None, :stop]
+        if extreme:
+            product = product * scales[start:stop, None] * scales[None, :stop]
+        products[start:stop, :stop] += product
 
 
-def _require_finite(units: Tensor, checkpoint: Checkpoint, layout: Layout, place: Place) -> None:
-    if torch.isfinite(units).all():
-        return
-    index = int((~torch.isfinite(units)).any(dim=1).nonzero()[0, 0])
-    unit = layout.unit(index)
-    raise CheckpointError(
+def _not_finite(largest: Float[Tensor, " units"], checkpoint: Checkpoint, layout: Layout, place: Place) -> str:
+    unit = layout.unit(int((~torch.isfinite(largest)).nonzero()[0, 0]))
+    return (
         f"{place.name(unit.layer)} in {checkpoint.name} holds NaN or infinite numbers (in {unit}). "
         "The file is damaged or the training diverged; headshare does not share such weights."
     )
@@ -206,7 +216,8 @@ def _decided(
     """Keep pairs with strictly earlier layers, and make exact those that are too close to call.
 
     Too close are donors near their recipient's best, and recipients whose bests are near one another's. All scores
-    are then rounded to GRID, far below what weights can mean, so that equal units have equal scores.
+    are then rounded to GRID, far below what weights can mean, so that equal units have equal scores. Where more than
+    MOST_RECHECKED pairs are too close (a model of copies), all are rounded to what is close instead.
     """
     layer_of = torch.arange(layout.units) // layout.groups
     allowed = layer_of[:, None] > layer_of[None, :]
@@ -217,9 +228,10 @@ def _decided(
     undecided = (close.sum(dim=1) > 1) | _has_neighbour(best, near)
     result = scores.masked_fill(~allowed, 0.0)
     pairs = (close & undecided[:, None]).nonzero()
-    if len(pairs) <= MOST_RECHECKED:
-        for recipient, donor in pairs.tolist():
-            result[recipient, donor] = _exact_score(checkpoint, layout, function, parts, recipient, donor)
+    if len(pairs) > MOST_RECHECKED:
+        return torch.round(result / near) * near
+    for recipient, donor in pairs.tolist():
+        result[recipient, donor] = _exact_score(checkpoint, layout, function, parts, recipient, donor)
     return torch.round(result / GRID) * GRID
 
 
