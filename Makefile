@@ -20,7 +20,7 @@ demo-output/smollm2-135m/config.json: $(VENV)/installed examples/smollm2.py
 	touch $@
 
 demo: demo-output/smollm2-135m/config.json
-	$(BIN)/headshare demo demo-output/smollm2-135m --work demo-output
+	$(BIN)/headshare demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -17,7 +17,7 @@ import typer
 from headshare.accounting import estimate as estimate_bytes
 from headshare.checkpoints import open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
-from headshare.errors import HeadshareError, OutputError, PlanError
+from headshare.errors import CheckpointError, HeadshareError, OutputError, PlanError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
 from headshare.inspection import describe, picture, plan_of
 from headshare.memory import watched_peak
@@ -39,6 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+DEMO_MODEL = "./demo-output/smollm2-135m"
 
 
 class MatchName(StrEnum):
@@ -324,18 +327,26 @@ def evaluate_command(
 
 @app.command()
 def demo(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A local folder, or a hub id. Default: the model that `make demo` made."),
+    ] = DEMO_MODEL,
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on. Default: Python's own language reference.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder for the shared models.")] = Path("demo-output"),
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = TOKENS,
+    seed: Annotated[int, typer.Option(help="Seed of the random donors.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Share at 0, 0.1, 0.2 and 0.3, verify each, and print one table of what it saves and what it costs."""
+    if model == DEMO_MODEL and not Path(model).exists():
+        raise CheckpointError(
+            f"there is no model at {model}. `make demo` makes it; or name a model: headshare demo MODEL"
+        )
     content = read_text(text) if text else language_reference()
     rows = []
-    for row in run_demo(model, work, content, tokens=tokens):
+    for row in run_demo(model, work, content, tokens=tokens, seed=seed):
         rows.append(row)
         sys.stderr.write(f"{len(rows)} of {len(RATIOS)}: ratio {row.ratio:g} shared, verified, measured\n")
     sentence = in_one_sentence(rows)

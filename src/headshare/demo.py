@@ -21,7 +21,6 @@ from headshare.verification import verify
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 TOKENS = 4096
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def language_reference() -> str:
 
 
 def run_demo(
-    model: str | Path, work: Path, text: str, *, ratios: Sequence[float] = RATIOS, tokens: int = TOKENS
+    model: str | Path, work: Path, text: str, *, ratios: Sequence[float] = RATIOS, tokens: int = TOKENS, seed: int = 0
 ) -> Iterator[Row]:
     """Share at each ratio into `work`, verify, measure, and yield one row at a time.
 
@@ -92,7 +91,7 @@ def run_demo(
                 verified=True,
                 shared=perplexity(loaded, windows).perplexity,
                 deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
-                random_donors=_with_random(dense, plan, windows) if ratio else dense_value,
+                random_donors=_with_random(dense, plan, windows, seed) if ratio else dense_value,
                 dense=dense_value,
                 tokens=windows.tokens.numel(),
                 window=window,
@@ -106,9 +105,9 @@ def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Any, windows: Wind
     return perplexity(model, windows).perplexity
 
 
-def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows) -> float:
+def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows, seed: int) -> float:
     model = load_model(dense)
-    overwrite_recipients(model, with_random_donors(plan, _SEED))
+    overwrite_recipients(model, with_random_donors(plan, seed))
     return perplexity(model, windows).perplexity
 
 
