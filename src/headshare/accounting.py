@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import PlanError
-from headshare.gaps import scale_names
+from headshare.gaps import scale_names, scaled_weight_name
 from headshare.headers import DTYPES, TensorInfo
 from headshare.layout import Layout
-from headshare.planning import check_covered, checked_recipients
+from headshare.planning import check_covered, checked_recipients, ratio_of
 from headshare.plans import Choice, Selection, SharePlan
 from headshare.similarity import layouts_of, match_for, tied_together
-from headshare.units import HeadUnit, Kind, Parts, Tie
+from headshare.units import HeadUnit, Parts, Tie
 
 LITTLE = 0.02
 SMALL_PARTS = 0.15
@@ -79,14 +79,13 @@ def estimate(
         ArchitectureError, PlanError, CheckpointError: as `share` would.
     """
     checkpoint.require_dense("estimate the saving of")
-    wanted = Parts.parse(parts) if isinstance(parts, str) else parts
+    wanted = Parts.parse(parts)
     selections: list[Selection] = []
     for layout in layouts_of(checkpoint, wanted, ffn_groups):
-        attention = layout.kind is Kind.ATTENTION
-        share = ratio if attention or ffn_ratio is None else ffn_ratio
+        share = ratio_of(layout.kind, ratio, ffn_ratio)
         function = match_for(layout, match)
         tables = tied_together(function, layout)
-        asked = wanted.attention if attention else wanted.ffn
+        asked = wanted.of(layout.kind)
         check_covered(asked, tables, layout)
         ties = _any_ties(layout, checked_recipients(layout, share))
         choice = Choice(match=function.name, ratio=share)
@@ -120,7 +119,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
             saved += len(selection.ties) * unit
             at_stake += selection.layout.units * unit
     for name, count in scale_names(plan).items():
-        saved -= count * item_size(checkpoint.tensors[name.removesuffix("tie_scale") + "weight"], code)
+        saved -= count * item_size(checkpoint.tensors[scaled_weight_name(name)], code)
     return Estimate(
         units=sum(selection.layout.units for selection in plan.selections),
         recipients=plan.ties,

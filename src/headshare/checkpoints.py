@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headshare.errors import CheckpointError
 from headshare.headers import DTYPES, TensorInfo, read_header
+from headshare.layout import Layout
 from headshare.plans import SharePlan
 
 MAX_JSON_BYTES = 100_000_000
@@ -131,6 +132,21 @@ class Checkpoint:
         raise CheckpointError(
             f"{self.name} is quantised ({method}). headshare can only {purpose} original weights; quantise afterwards."
         )
+
+
+def require_one_dtype(layout: Layout, checkpoint: Checkpoint) -> None:
+    """Refuse a part whose tensors are of different types in different layers, or not floating-point weights.
+
+    Raises:
+        CheckpointError: naming the part and the types.
+    """
+    for place in layout.parts.values():
+        dtypes = {checkpoint.tensors[place.name(layer)].dtype for layer in range(layout.layers)}
+        if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
+            raise CheckpointError(
+                f"{place.tensor} is stored as {', '.join(sorted(dtypes))} in its layers; units can be shared only "
+                f"where all layers have one of {', '.join(WEIGHT_DTYPES)}."
+            )
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:

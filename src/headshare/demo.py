@@ -1,6 +1,5 @@
 """The main job on a real model, start to end: what sharing saves and what it costs, beside its controls."""
 
-import math
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +9,9 @@ from typing import Any
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
 from headshare.errors import EvaluationError, HeadshareError, OutputError
-from headshare.evaluation import WINDOW, Windows, longest_window, perplexity, windows_of
+from headshare.evaluation import WINDOW, Windows, finite_or_null, longest_window, perplexity, windows_of
 from headshare.files import explain
+from headshare.layout import Layout
 from headshare.models import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
@@ -41,11 +41,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The same under the names that `--json` prints; a perplexity past any float is null."""
-        return {name: value if _is_json(value) else None for name, value in asdict(self).items()}
-
-
-def _is_json(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+        return finite_or_null(asdict(self))
 
 
 def language_reference() -> str:
@@ -98,7 +94,7 @@ def run_demo(
             )
 
 
-def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Any, windows: Windows) -> float:
+def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Layout, windows: Windows) -> float:
     model = load_model(dense)
     for units in recipients_of(plan).values():
         delete_units(model, layout, units)

@@ -33,6 +33,13 @@ class Windows:
         return self.tokens.shape[1]
 
 
+def finite_or_null(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for every number that JSON cannot hold."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()
+    }
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """exp of the mean negative log-likelihood per predicted token, over windows that do not overlap."""
@@ -44,7 +51,7 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         """The same under the names that `--json` prints; a perplexity past any float is null."""
-        return {**asdict(self), "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
+        return finite_or_null(asdict(self))
 
 
 @dataclass(frozen=True)

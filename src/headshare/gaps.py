@@ -122,6 +122,11 @@ def scale_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "tie_scale"
 
 
+def scaled_weight_name(scale: str) -> str:
+    """The readout weight whose channels this tensor scales; the inverse of `scale_name`."""
+    return scale.removesuffix("tie_scale") + "weight"
+
+
 def recipients_by_layer(selection: Selection) -> dict[int, list[tuple[int, int, int]]]:
     """For each layer: (group, donor layer, donor group) of its recipients, in order."""
     ordered = sorted(selection.ties)

@@ -49,6 +49,11 @@ def units_at(ratio: float, units: int) -> int:
     return int(Fraction(str(ratio)) * units)
 
 
+def ratio_of(kind: Kind, ratio: float, ffn_ratio: float | None) -> float:
+    """The ratio for this kind of unit: the feed-forward's own, where it has one."""
+    return ffn_ratio if kind is Kind.FFN and ffn_ratio is not None else ratio
+
+
 def make_plan(
     scores: Scores,
     ratio: float = 0.3,
@@ -65,13 +70,13 @@ def make_plan(
     Raises:
         PlanError: if the ratio cannot be met (it says the maximum), or the scores lack what the parts need.
     """
-    wanted = Parts.parse(parts) if isinstance(parts, str) else parts
+    wanted = Parts.parse(parts)
     if mode not in MODES:
         raise PlanError(f"there is no mode '{mode}'. There are: {', '.join(MODES)}.")
     digest = scores.digest
     selections = []
-    for kind, tied in ((Kind.ATTENTION, wanted.attention), (Kind.FFN, wanted.ffn)):
-        share = ratio if kind is Kind.ATTENTION or ffn_ratio is None else ffn_ratio
+    for kind in Kind:
+        tied, share = wanted.of(kind), ratio_of(kind, ratio, ffn_ratio)
         for table in _tables_for(scores, kind, tied):
             shared = tuple(part for part in tied if part in table.parts)
             recipients = checked_recipients(table.layout, share, protect)

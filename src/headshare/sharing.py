@@ -17,13 +17,20 @@ from torch import Tensor
 
 from headshare.accounting import Estimate, dtype_code, estimate_plan
 from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
-from headshare.checkpoints import METHOD, PICKLES, WEIGHT_DTYPES, WEIGHT_FILES, Checkpoint, open_checkpoint
+from headshare.checkpoints import (
+    METHOD,
+    PICKLES,
+    WEIGHT_DTYPES,
+    WEIGHT_FILES,
+    Checkpoint,
+    open_checkpoint,
+    require_one_dtype,
+)
 from headshare.errors import CheckpointError, PlanError
-from headshare.gaps import GappedTensor, gapped_tensors, scale_names
+from headshare.gaps import GappedTensor, gapped_tensors, scale_names, scaled_weight_name
 from headshare.headers import DTYPES, read_header
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
-from headshare.similarity import require_one_dtype
 from headshare.writing import (
     MANIFEST,
     canonical_order,
@@ -155,7 +162,7 @@ def _folded(shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Map
     """Scaled readouts, whole, with the scale multiplied into the columns it belongs to."""
     folded: dict[str, Tensor] = {}
     for scale in scales:
-        name = scale.removesuffix("tie_scale") + "weight"
+        name = scaled_weight_name(scale)
         tensor = tensors[name]
         weight = torch.cat(list(stream(filled(shared.tensors[name], tensor, tensors), shared)))
         values, used = shared.read(scale), 0
@@ -172,7 +179,7 @@ def _scales(dense: Checkpoint, plan: SharePlan, dtype: str | None) -> dict[str, 
     """The scales of a fresh plan: ones, in the file and the type of the readout they belong to."""
     scales = {}
     for name, count in scale_names(plan).items():
-        info = dense.tensors[name.removesuffix("tie_scale") + "weight"]
+        info = dense.tensors[scaled_weight_name(name)]
         assembly = copied(info, dtype)
         scales[name] = (torch.ones(count, dtype=DTYPES[assembly.dtype]), info.file)
     return scales
@@ -229,8 +236,8 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 
 
 def _given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
-    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return Assembly(name, codes[tensor.dtype], tuple(tensor.shape), file, 0, ())
+    code = next(code for code in WEIGHT_DTYPES if DTYPES[code] == tensor.dtype)
+    return Assembly(name, code, tuple(tensor.shape), file, 0, ())
 
 
 def _by_file(assemblies: Iterable[Assembly]) -> dict[str, list[Assembly]]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headshare.checkpoints import WEIGHT_DTYPES, Checkpoint
+from headshare.checkpoints import Checkpoint, require_one_dtype
 from headshare.configuration import text_config
 from headshare.errors import CheckpointError, PlanError
 from headshare.layout import Layout, Place
@@ -45,21 +45,6 @@ def layouts_of(checkpoint: Checkpoint, parts: Parts, ffn_groups: int = 1) -> tup
     return tuple(layouts)
 
 
-def require_one_dtype(layout: Layout, checkpoint: Checkpoint) -> None:
-    """Refuse a part whose tensors are of different types in different layers, or not floating-point weights.
-
-    Raises:
-        CheckpointError: naming the part and the types.
-    """
-    for place in layout.parts.values():
-        dtypes = {checkpoint.tensors[place.name(layer)].dtype for layer in range(layout.layers)}
-        if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
-            raise CheckpointError(
-                f"{place.tensor} is stored as {', '.join(sorted(dtypes))} in its layers; units can be shared only "
-                f"where all layers have one of {', '.join(WEIGHT_DTYPES)}."
-            )
-
-
 def match_for(layout: Layout, match: str) -> MatchFunction:
     """The match function for this grid: the one asked for, or for feed-forward units `ffn`.
 
@@ -92,7 +77,7 @@ def score_units(
         CheckpointError: if the checkpoint is already shared or quantised, or a weight is not finite.
     """
     checkpoint.require_dense("score")
-    wanted = Parts.parse(parts) if isinstance(parts, str) else parts
+    wanted = Parts.parse(parts)
     tables: list[ScoreTable] = []
     for layout in layouts_of(checkpoint, wanted, ffn_groups):
         tables += _score_tables(checkpoint, layout, match_for(layout, match))

@@ -66,12 +66,14 @@ class Parts:
     ffn: tuple[Part, ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> "Parts":
-        """Read `qkv`, `qk`, `qkvo`, `ffn`, `gateup`, or several joined by `+`: `qkvo+ffn`.
+    def parse(cls, text: "str | Parts") -> "Parts":
+        """Read `qkv`, `qk`, `qkvo`, `ffn`, `gateup`, or several joined by `+`: `qkvo+ffn`. Parts pass through.
 
         Raises:
             PlanError: if a letter or a word is not a part.
         """
+        if isinstance(text, Parts):
+            return text
         found: set[Part] = set()
         for word in text.replace(",", "+").split("+"):
             found |= set(_parts_of(word.strip(), text))
@@ -79,6 +81,10 @@ class Parts:
             attention=tuple(part for part in ATTENTION_PARTS if part in found),
             ffn=tuple(part for part in FFN_PARTS if part in found),
         )
+
+    def of(self, kind: Kind) -> tuple[Part, ...]:
+        """Those of this half of the layer."""
+        return self.attention if kind is Kind.ATTENTION else self.ffn
 
     def __str__(self) -> str:
         ffn = "ffn" if self.ffn == FFN_PARTS else "+".join(self.ffn)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from headshare.accounting import parameter_infos
 from headshare.checkpoints import Checkpoint, open_checkpoint, read_json
+from headshare.configuration import text_config
 from headshare.errors import CheckpointError, HeadshareError, OutputError
+from headshare.evaluation import longest_window
 from headshare.gaps import gapped_tensors, scale_names
 from headshare.models import load_model
 from headshare.progress import track
@@ -160,9 +162,7 @@ def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Ch
 
 def _probe(checkpoint: Checkpoint) -> Tensor:
     """Fixed pseudo-random token ids that every model of this vocabulary has. Shape: 2 x tokens."""
-    config = checkpoint.config
-    nested = config.get("text_config")
-    vocabulary = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None) or 1000
+    vocabulary = text_config(checkpoint.config).get("vocab_size") or 1000
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(10, vocabulary - 1), vocabulary, (2, PROBE_TOKENS), generator=generator)
 
@@ -170,7 +170,6 @@ def _probe(checkpoint: Checkpoint) -> Tensor:
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
     model: Any = load_model(checkpoint, dtype="auto" if not dtype.is_floating_point else dtype)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
-    out = model(input_ids=probe[:, : max(2, min(PROBE_TOKENS, positions - 2))])
+    out = model(input_ids=probe[:, : longest_window(model) or PROBE_TOKENS])
     value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
     return value.float()
