@@ -72,7 +72,16 @@ def test_the_public_names_are_these() -> None:
     assert set(hs.__all__) == {
         *("ArchitectureError", "CheckpointError", "EvaluationError", "HeadshareError", "OutputError", "PlanError"),
         *("Checkpoint", "Estimate", "HeadUnit", "HeadshareConfig", "Part", "Parts", "Scores", "SharePlan"),
-        *("SharedCheckpoint", "Tie", "estimate", "estimate_plan", "expand", "make_plan", "match_function"),
+        *(
+            "SharedCheckpoint",
+            "StorageError",
+            "Tie",
+            "estimate",
+            "estimate_plan",
+            "expand",
+            "make_plan",
+            "match_function",
+        ),
         *("open_checkpoint", "score_units", "share"),
     }
 

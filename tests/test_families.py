@@ -19,13 +19,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("storage", ["owner", "alias"])
 @pytest.mark.parametrize(("name", "parts"), CASES)
-def test_a_shared_model_equals_a_stock_model_with_donor_rows_written_in(name: str, parts: str, tmp_path: Path) -> None:
+def test_a_shared_model_equals_a_stock_model_with_donor_rows_written_in(
+    name: str, parts: str, storage: str, tmp_path: Path
+) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     plan = hs.make_plan(hs.score_units(dense, parts=parts), 0.5, parts=parts)
     shared = hs.share(dense, plan)
     out = shared.save(tmp_path / "shared")
-    model = load_model(hs.open_checkpoint(out))
+    model = load_model(hs.open_checkpoint(out), storage=storage)
     stock = type(model).from_pretrained(dense.path).eval()
     overwrite_recipients(stock, plan)
     with torch.inference_mode():

@@ -12,6 +12,7 @@ from headshare.errors import (
     HeadshareError,
     OutputError,
     PlanError,
+    StorageError,
 )
 from headshare.integrations.transformers import HeadshareConfig
 from headshare.matching import match_function
@@ -38,6 +39,7 @@ __all__ = [
     "Scores",
     "SharePlan",
     "SharedCheckpoint",
+    "StorageError",
     "Tie",
     "estimate",
     "estimate_plan",

@@ -11,13 +11,15 @@ from headshare.gaps import GappedTensor, Run
 from headshare.headers import DTYPES, TensorInfo
 
 SLICE_BYTES = 16 * 2**20
+PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Assembly:
     """One output tensor: runs of stored indices along `axis`, each from some tensor of the source, laid end to end.
 
-    `dtype` is the safetensors name of the output's type; `file` is where the tensor goes.
+    `dtype` is the safetensors name of the output's type; `file` is where the tensor goes. `shared` marks what a plan
+    touches: a loaded model maps it from the file, if it fills whole pages there.
     """
 
     name: str
@@ -26,6 +28,12 @@ class Assembly:
     file: str
     axis: int
     runs: tuple[Run, ...]
+    shared: bool = False
+
+    @property
+    def paged(self) -> bool:
+        """Whether the tensor is to begin at a page's boundary: it is shared, and ends at one too."""
+        return self.shared and self.axis == 0 and self.nbytes > 0 and self.nbytes % PAGE == 0
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +53,7 @@ def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
 def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None) -> Assembly:
     """What a dense tensor keeps under a plan."""
     runs = tuple(Run(info.name, start, stop) for start, stop in tensor.kept())
-    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs)
+    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, True)
 
 
 def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:

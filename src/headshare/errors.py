@@ -4,6 +4,7 @@
     ├── CheckpointError     the files cannot be used: missing, truncated, not safetensors, not finite
     ├── ArchitectureError   the model's layout is unknown, or not what its configuration says
     ├── PlanError           a share plan, or what was asked of one, is not valid
+    ├── StorageError        a loaded model's weights cannot be held, moved or changed as was asked
     ├── OutputError         the place to write to is not usable: it exists, is inside the input, is full
     └── EvaluationError     a text, a tokenizer or a model that cannot be measured
 
@@ -25,6 +26,10 @@ class ArchitectureError(HeadshareError):
 
 class PlanError(HeadshareError):
     """A share plan, or a request for one, is not valid."""
+
+
+class StorageError(HeadshareError):
+    """A loaded model's weights cannot be held, moved or changed as was asked."""
 
 
 class OutputError(HeadshareError):

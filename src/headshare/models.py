@@ -14,10 +14,10 @@ from headshare.checkpoints import Checkpoint
 from headshare.errors import CheckpointError, EvaluationError
 
 
-def load_model(checkpoint: Checkpoint, **options: Any) -> Any:
+def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any) -> Any:
     """The model class that config.json names, if the checkpoint has all its weights; else the bare encoder or decoder.
 
-    `options` go to `from_pretrained`.
+    `storage` says how a shared model holds its weights; `options` go to `from_pretrained`.
 
     Raises:
         CheckpointError: if transformers has no such class, or the weights of the bare model are incomplete.
@@ -27,6 +27,8 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> Any:
             f"{checkpoint.name} needs model code of its own (auto_map), which headshare does not run. "
             "Load it yourself with trust_remote_code=True if you trust it; share, expand and inspect need no model."
         )
+    if checkpoint.plan is not None:
+        options = {**options, "config": _config_with(checkpoint, storage)}
     for model_class in (*_named_class(checkpoint), transformers.AutoModel):
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
@@ -35,6 +37,13 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> Any:
     raise CheckpointError(
         f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
     )
+
+
+def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
+    """The model's configuration, asking for this storage."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    config.quantization_config = {**config.quantization_config, "storage": storage}
+    return config
 
 
 def _named_class(checkpoint: Checkpoint) -> list[Any]:

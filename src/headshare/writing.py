@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, uint8
 
-from headshare.assembly import Assembly
+from headshare.assembly import PAGE, Assembly
 from headshare.errors import HeadshareError, OutputError
 from headshare.files import explain, flush_folder, umask
 from headshare.headers import DTYPES
@@ -176,13 +176,15 @@ def _header(assemblies: Sequence[Assembly]) -> bytes:
         header[assembly.name] = {"dtype": assembly.dtype, "shape": list(assembly.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    boundary = PAGE if assemblies and assemblies[0].paged else 8
+    text += b" " * (-(len(text) + 8) % boundary)
     return struct.pack("<Q", len(text)) + text
 
 
 def canonical_order(assemblies: Iterable[Assembly]) -> list[Assembly]:
-    """The order in which safetensors itself writes: widest type first, then by name."""
-    return sorted(assemblies, key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
+    """Paged tensors first, so that each begins at a page's boundary in the file and can be mapped from there; then the
+    order in which safetensors itself writes: widest type first, then by name."""
+    return sorted(assemblies, key=lambda one: (not one.paged, -DTYPES[one.dtype].itemsize, one.name))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

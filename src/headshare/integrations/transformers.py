@@ -5,6 +5,7 @@ the plan touches while the model is still on the meta device. Weights then load 
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headshare.checkpoints import METHOD
-from headshare.errors import PlanError
+from headshare.errors import PlanError, StorageError
 from headshare.gaps import gapped_tensors
 from headshare.plans import FORMAT, SharePlan
-from headshare.storage import get_storage
-from headshare.storage.owner import dense_module, shared_projections
+from headshare.storage import STORAGES, check_storage, choose_storage
+from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
+from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
 
 
 @register_quantization_config(METHOD)
@@ -43,6 +45,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
             )
         self.quant_method = quant_method
         self.format = format
+        check_storage(storage)
         self.storage = storage
         self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
 
@@ -63,19 +66,41 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     """Builds the shared modules before weights load, and gives back dense ones on `model.dequantize()`."""
 
     requires_calibration = False
+    _frozen = False
+    _model: nn.Module | None = None
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        config: HeadshareConfig = self.quantization_config
-        tensors = gapped_tensors(config.plan)
-        modules = {name: module_path(model, name) for name in tensors}
-        get_storage(config.storage).install(model, tensors, modules)
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
+        """A device map that is still to be worked out is worked out on `owner`, which has the sizes of all storages."""
+        tensors = gapped_tensors(self.quantization_config.plan)
+        self._modules = {name: module_path(model, name) for name in tensors}
+        self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
+        self._model = model
+        if isinstance(device_map, str):
+            STORAGES["owner"].install(model, tensors, self._modules)
+        else:
+            self._install(model, device_map)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """transformers calls this again once it has worked out a device map."""
+        if self._model is not None and isinstance(device_map, dict):
+            _put_back(self._model, self._stock)
+            self._install(self._model, device_map)
+
+    def _install(self, model: nn.Module, device_map: Any) -> None:
+        tensors = gapped_tensors(self.quantization_config.plan)
+        dtypes = stored_dtypes(self._stock.values())
+        chosen = choose_storage(self.quantization_config.storage, tensors, dtypes, _device_types(device_map))
+        STORAGES[chosen].install(model, tensors, self._modules)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self._model, self._stock = None, {}
+        self._frozen = read_banks(model)
+        return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         stock = _stock_modules(model)
         whole = {path: dense_module(shared, stock[path]) for path, shared in shared_projections(model)}
-        for path, module in whole.items():
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
+        _put_back(model, whole)
         return model.to(dtype if isinstance(dtype, torch.dtype) else None)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -84,7 +109,13 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     @property
     def is_trainable(self) -> bool:
-        """Every stored number is an ordinary parameter."""
+        """Whether every stored number is an ordinary parameter.
+
+        Raises:
+            StorageError: if shared weights are read-only. The Trainer asks, and would otherwise train only the others.
+        """
+        if self._frozen:
+            raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")
         return True
 
     @property
@@ -128,6 +159,19 @@ def _most_alike(path: str, names: list[str]) -> str | None:
     if not alike or (len(alike) > 1 and alike[-2][0] == alike[-1][0]):
         return None
     return alike[-1][1]
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def _device_types(device_map: Any) -> set[str]:
+    """cpu, cuda, disk and the like, from a device map as transformers resolves it; numbers are accelerators."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+    named = {place.type if isinstance(place, torch.device) else place for place in places}
+    return {"cuda" if isinstance(place, int) else str(place).split(":")[0] for place in named}
 
 
 def _has(model: nn.Module, path: str) -> bool:

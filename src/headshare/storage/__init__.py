@@ -1,17 +1,23 @@
 """How a shared model holds its weights in memory: one interface, several realisations.
 
 A storage replaces the modules that a plan touches, before any weight is loaded. The modules keep their names and
-load the checkpoint's tensors as they are stored. `storage="auto"` picks what suits the machine; today that is `owner`.
+load the checkpoint's tensors as they are stored. `storage="auto"` picks what suits the machine and says so in the log:
+`alias` where the model is to run on this machine's CPU, `owner` elsewhere.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from headshare.errors import PlanError
 from headshare.gaps import GappedTensor
+from headshare.storage.alias import AliasStorage, refusal
 from headshare.storage.owner import OwnerStorage
+
+LOGGER = logging.getLogger("headshare")
 
 
 @runtime_checkable
@@ -22,16 +28,37 @@ class Storage(Protocol):
         """Replace the modules that hold these tensors. `modules` maps each tensor's name to its module's path."""
 
 
-STORAGES: dict[str, Storage] = {"owner": OwnerStorage()}
+STORAGES: dict[str, Storage] = {"alias": AliasStorage(), "owner": OwnerStorage()}
 
 
-def get_storage(name: str) -> Storage:
-    """The realisation of that name; `auto` chooses.
+def check_storage(name: str) -> None:
+    """Refuse a name that is none.
 
     Raises:
         PlanError: naming those that exist.
     """
-    chosen = "owner" if name == "auto" else name
-    if chosen not in STORAGES:
+    if name != "auto" and name not in STORAGES:
         raise PlanError(f"there is no storage '{name}'. There are: auto, {', '.join(STORAGES)}.")
-    return STORAGES[chosen]
+
+
+def choose_storage(name: str, tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], devices: set[str]) -> str:
+    """The storage to use; `auto` decides from the types of numbers and of devices (cpu, cuda, disk), and logs why.
+
+    Raises:
+        PlanError: if there is no storage of that name.
+    """
+    check_storage(name)
+    if name != "auto":
+        return name
+    chosen, reason = _best(tensors, dtypes, devices)
+    LOGGER.info("storage %s: %s", chosen, reason)
+    return chosen
+
+
+def _best(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], devices: set[str]) -> tuple[str, str]:
+    if devices != {"cpu"}:
+        return "owner", f"the model is placed on {', '.join(sorted(devices))}"
+    reason = refusal(tensors, dtypes)
+    if reason:
+        return "owner", f"aliases are not possible: {reason}"
+    return "alias", "the model is placed on this machine's CPU"

@@ -1,0 +1,169 @@
+"""Memory that can appear at several addresses at once (Linux): a memfd, and contiguous views laid over its pieces.
+
+A view is an ordinary tensor whose consecutive pages are pages of the arena in any order, the same one as often as
+asked. Nothing is copied: physical memory is what the arena holds, however many views there are.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headshare.errors import StorageError
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4
+MADV_RANDOM, MADV_HUGEPAGE = 1, 14
+
+OTHERWISE = 'Load the model with storage="owner".'
+
+
+class Piece(NamedTuple):
+    """Bytes of an open file that stand at `position` in a view. Positions, offsets and lengths are whole pages."""
+
+    position: int
+    descriptor: int
+    offset: int
+    length: int
+
+
+def supported() -> bool:
+    """Whether this system can lay one piece of memory under several addresses."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
+class Arena:
+    """`nbytes` of memory that can be mapped in pieces. Writable until `seal`; freed with the last tensor on it.
+
+    Raises:
+        StorageError: if the system refuses the memory.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-nbytes // PAGE) * PAGE
+        try:
+            self.descriptor = os.memfd_create("headshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise StorageError(f"the system gives no shared memory: {error.strerror}. {OTHERWISE}") from None
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+        try:
+            os.ftruncate(self.descriptor, self.nbytes)
+            _seal_size(self.descriptor)
+        except OSError as error:
+            raise StorageError(f"the system refuses {self.nbytes} bytes: {error.strerror}. {OTHERWISE}") from None
+        if not self.nbytes:
+            return
+        self._base = _map([Piece(0, self.descriptor, 0, self.nbytes)], self.nbytes, PROT_READ | PROT_WRITE)
+        _libc().madvise(self._base.address, self.nbytes, MADV_HUGEPAGE)  # a wish: less work in filling it
+
+    def region(self, offset: int, nbytes: int) -> Tensor:
+        """Bytes [offset, offset + nbytes) as a tensor of uint8 with a storage of its own, writable until `seal`."""
+        return self._base.tensor(offset, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+    def seal(self) -> None:
+        """Make the arena read-only for good: a stray write now stops the process instead of changing weights."""
+        if self.nbytes and _libc().mprotect(self._base.address, self._base.nbytes, PROT_READ):
+            raise StorageError(f"the system cannot protect memory: {os.strerror(ctypes.get_errno())}.")
+
+
+class _Mapping:
+    """A range of addresses, given back when the last tensor on it is gone."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        weakref.finalize(self, _libc().munmap, address, nbytes).atexit = False
+
+    def tensor(self, offset: int, nbytes: int) -> Tensor:
+        buffer = (ctypes.c_ubyte * nbytes).from_address(self.address + offset)
+        buffer._mapping = self  # type: ignore[attr-defined]  # the tensor keeps the buffer, and the buffer the mapping
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def mapped(pieces: Sequence[Piece], nbytes: int) -> Tensor:
+    """A read-only tensor of uint8 laid over these pieces of files.
+
+    Raises:
+        StorageError: if the system refuses one more mapping.
+    """
+    return _map(pieces, nbytes, PROT_READ).tensor(0, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+def _map(pieces: Sequence[Piece], nbytes: int, protection: int) -> _Mapping:
+    """Reserve one range of addresses, then lay the pieces over it."""
+    libc = _libc()
+    nbytes = -(-nbytes // PAGE) * PAGE
+    room = nbytes + HUGE_PAGE
+    reserved = libc.mmap(None, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if reserved == _failed():
+        raise _refused()
+    start = reserved + (pieces[0].offset - reserved) % HUGE_PAGE  # so that large pages of the arena stay large here
+    if start > reserved:
+        libc.munmap(reserved, start - reserved)
+    if reserved + room > start + nbytes:
+        libc.munmap(start + nbytes, reserved + room - start - nbytes)
+    for position, descriptor, offset, length in pieces:
+        flags = MAP_SHARED | MAP_FIXED
+        if libc.mmap(start + position, length, protection, flags, descriptor, offset) == _failed():
+            error = _refused()
+            libc.munmap(start, nbytes)
+            raise error
+    return _Mapping(start, nbytes)
+
+
+def _refused() -> StorageError:
+    return StorageError(f"the system refuses one more mapping: {os.strerror(ctypes.get_errno())}. {OTHERWISE}")
+
+
+def _seal_size(descriptor: int) -> None:
+    import fcntl
+
+    fcntl.fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
+
+
+def read_singly(address: int, nbytes: int) -> None:
+    """Bring in no pages of these addresses but those that are read.
+
+    When a page of a file is read, the system maps its neighbours too. A loader's view whose bytes we hold elsewhere
+    lies among others that will be read: set apart, it takes no memory.
+    """
+    start, stop = -(-address // PAGE) * PAGE, (address + nbytes) // PAGE * PAGE
+    if start < stop:
+        _libc().madvise(start, stop - start, MADV_RANDOM)
+
+
+def mappings_left() -> int | None:
+    """How many more mappings this process may make; None where the system does not say."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        with Path("/proc/self/maps").open("rb") as lines:
+            return limit - sum(1 for _ in lines)
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    libc.mmap.argtypes = [pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [pointer, size]
+    libc.mprotect.argtypes = [pointer, size, ctypes.c_int]
+    libc.madvise.argtypes = [pointer, size, ctypes.c_int]
+    return libc
+
+
+@cache
+def _failed() -> int | None:
+    return ctypes.c_void_p(-1).value

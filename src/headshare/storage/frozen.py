@@ -1,0 +1,203 @@
+"""Projections whose weights several modules read at once and nobody may write, and the bank that holds them.
+
+Whatever would make such a module own a copy of its weight, silently, is stopped or done rightly here: conversion
+rebuilds the bank, copies refer to the same one, pickles carry each unit once, writes and training are refused.
+"""
+
+import copy
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headshare.errors import StorageError
+from headshare.gaps import GappedTensor
+from headshare.storage.projection import SharedProjection
+from headshare.storage.readonly import ReadOnlyParameter
+
+LOGGER = logging.getLogger("headshare")
+
+
+class Held(NamedTuple):
+    """A tensor in a bank: its stored rows, and its whole weight, both in the stock module's orientation."""
+
+    stored: Tensor
+    whole: Tensor
+
+
+class Bank(ABC):
+    """The one copy of every unit that some projections read. Filled tensor by tensor, then sealed."""
+
+    def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
+        self.tensors = tensors
+        self._held: dict[str, Held] = {}
+        self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
+
+    @abstractmethod
+    def put(self, name: str, stored: Tensor) -> Tensor:
+        """Take a tensor's stored rows in. Returns the view of them that its module shows."""
+
+    @abstractmethod
+    def seal(self) -> dict[str, Held]:
+        """Make what is in it read-only, and say where everything is."""
+
+    @abstractmethod
+    def admits(self, device: torch.device) -> bool:
+        """Whether modules of this bank can be on that device."""
+
+    def held(self, name: str) -> Held:
+        """Where a tensor is, in a bank that is filled; the first to ask seals it."""
+        if not self._held:
+            self._held = self.seal()
+        return self._held[name]
+
+    def converted(self, dtype: torch.dtype) -> "Bank":
+        """The same weights in another type of number: one bank, however many modules ask for it."""
+        found = self._converted.get(dtype)
+        if found is None:
+            stored = {name: held.stored.to(dtype) for name, held in self._held.items()}
+            found = self._converted[dtype] = rebuilt(type(self), self.tensors, stored)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stored = {name: held.stored.clone(memory_format=torch.contiguous_format) for name, held in self._held.items()}
+        return rebuilt, (type(self), self.tensors, stored)
+
+
+def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
+    """A bank of these stored rows."""
+    bank = kind(tensors)
+    for name, rows in stored.items():
+        bank.put(name, rows)
+    return bank
+
+
+class FrozenProjection(SharedProjection):
+    """A projection that reads a bank. `weight` shows its stored rows, read-only; biases and scales are its own.
+
+    Abstract: a storage says in `forward` how it multiplies with what the bank holds.
+    """
+
+    _whole: Tensor
+
+    def __init__(self, dense: nn.Module, name: str, bank: Bank) -> None:
+        super().__init__(dense, bank.tensors[name])
+        self.name = name
+        self.bank = bank
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Loading sets `weight`: the bank takes in what it sets, and the parameter stands on the bank's memory."""
+        if name == "weight" and "bank" in self.__dict__ and isinstance(value, Tensor) and not value.is_meta:
+            self._parameters["weight"] = shown = ReadOnlyParameter(self.bank.put(self.name, value.detach()))
+            shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers asks
+        else:
+            super().__setattr__(name, value)
+
+    def read_bank(self) -> None:
+        """Look up where the bank, which is filled by now, holds this module's weight."""
+        held = self.bank.held(self.name)
+        self.__dict__["_whole"] = held.whole
+        self._parameters["weight"] = ReadOnlyParameter(held.stored)
+
+    def whole_weight(self) -> Tensor:
+        """The dense weight as the bank shows it; read-only."""
+        return self._whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenProjection":
+        """Conversion to another type of number rebuilds the bank once; another device is refused."""
+        weight = self._parameters.pop("weight")
+        assert weight is not None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
+        if weight.is_meta:
+            return self
+        probe = fn(torch.ones((), dtype=weight.dtype, device=weight.device))
+        if not self.bank.admits(probe.device):
+            raise StorageError(
+                f"this model's shared weights are held on {weight.device} and cannot be moved to {probe.device}: each "
+                "module would get a copy of its own. Load the model for that device (device_map=), or "
+                'with storage="owner".'
+            )
+        if probe.dtype != weight.dtype:
+            self.bank = self.bank.converted(probe.dtype)
+            self.read_bank()
+        elif probe.item() != 1:
+            raise StorageError(f"this function would change shared weights, which are read-only. {HOW_TO_TRAIN}")
+        return self
+
+    def train(self, mode: bool = True) -> "FrozenProjection":
+        """Dropout and the like may be switched on; the shared weights stay as they are, and that is said once."""
+        if mode and not self.training:
+            _warn_once(
+                id(self.bank), "the shared weights of this model are read-only and will not train. " + HOW_TO_TRAIN
+            )
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenProjection":
+        """A twin with biases of its own that reads the same bank."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        held = {"bank": self.bank, "_whole": self.__dict__.get("_whole")}
+        weight = self._parameters["weight"]
+        memo[id(weight)] = weight  # nobody can write it, so both may show it
+        twin.__dict__ = {
+            key: held[key] if key in held else copy.deepcopy(value, memo) for key, value in self.__dict__.items()
+        }
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without weight: a pickled model carries its bank, which carries each unit once."""
+        state = self.__dict__.copy()
+        state.pop("_whole", None)
+        weight = self._parameters["weight"]
+        if weight is not None and not weight.is_meta:
+            state["_parameters"] = {key: None if key == "weight" else p for key, p in self._parameters.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read the bank that came along."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._parameters["weight"] is None:
+            self.read_bank()
+
+
+HOW_TO_TRAIN = 'To train them, load the model with storage="owner".'
+
+
+class MappedProjection(FrozenProjection):
+    """A projection whose whole weight is one ordinary tensor over the bank's memory: the stock product as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The projection of x."""
+        return self.multiply(x, self._whole)
+
+
+def install_frozen(
+    model: nn.Module, bank: Bank, modules: Mapping[str, str], kind: type[FrozenProjection] = MappedProjection
+) -> None:
+    """Replace every module that holds one of the bank's tensors. `modules` maps tensor names to modules' paths."""
+    for name in bank.tensors:
+        parent, _, leaf = modules[name].rpartition(".")
+        setattr(model.get_submodule(parent), leaf, kind(model.get_submodule(modules[name]), name, bank))
+
+
+def read_banks(model: nn.Module) -> bool:
+    """Once all weights are loaded: seal the banks and let every module find its weight. False if there are none."""
+    frozen = [module for module in model.modules() if isinstance(module, FrozenProjection)]
+    for module in frozen:
+        module.read_bank()
+    return bool(frozen)
+
+
+@cache
+def _warn_once(_: int, message: str) -> None:
+    LOGGER.warning(message)

@@ -1,0 +1,123 @@
+"""A projection that holds its weight in another way than a stock module, and multiplies exactly as that module does."""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headshare.errors import PlanError
+from headshare.gaps import GappedTensor
+
+
+class Style(StrEnum):
+    """How a stock module multiplies."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+    FALCON = "falcon"
+
+
+class SharedProjection(nn.Module):
+    """Drop-in for nn.Linear, Falcon's linear and Conv1D: the same parameter names and the same arithmetic.
+
+    `weight` is what this module stores, `whole_weight()` the dense weight. `tie_scale` multiplies the input channels
+    of scaled ties. Abstract: a storage says in `forward` and `whole_weight` where the borrowed rows come from.
+    """
+
+    def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
+        super().__init__()
+        self.style = style_of(dense, tensor)
+        self.axis = tensor.axis
+        self.out_features, self.in_features = tensor.shape if self.style is not Style.CONV1D else tensor.shape[::-1]
+        self.weight = nn.Parameter(_parameter(dense, "weight").new_empty(tensor.stored_shape))
+        has_bias = getattr(dense, "bias", None) is not None
+        self.bias = nn.Parameter(torch.empty_like(_parameter(dense, "bias"))) if has_bias else None
+        self.scaled = tensor.scaled
+        scaled_channels = sum(stop - start for start, stop in tensor.scaled)
+        self.tie_scale = nn.Parameter(self.weight.new_ones(scaled_channels)) if scaled_channels else None
+
+    def whole_weight(self) -> Float[Tensor, "rows columns"]:
+        """The dense weight, in the stock module's orientation."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, weight: Float[Tensor, "rows columns"]) -> Tensor:
+        """What the stock module gives for x and this whole weight, with scaled ties' channels scaled first."""
+        if self.tie_scale is not None:
+            x = x * self.channel_scale(self.tie_scale)
+        match self.style:
+            case Style.LINEAR:
+                return functional.linear(x, weight, self.bias)
+            case Style.FALCON:
+                product = x @ weight.T
+                return product if self.bias is None else product + self.bias
+            case _:
+                assert self.bias is not None
+                flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
+                return flat.view(*x.shape[:-1], self.out_features)
+
+    def channel_scale(self, tie_scale: Float[Tensor, " scaled"]) -> Float[Tensor, " channels"]:
+        """One factor for each input channel: the tie's where it is scaled, else 1."""
+        pieces, used, at = [], 0, 0
+        for start, stop in self.scaled:
+            pieces += [tie_scale.new_ones(start - at), tie_scale[used : used + stop - start]]
+            used, at = used + stop - start, stop
+        return torch.cat([*pieces, tie_scale.new_ones(self.in_features - at)])
+
+    def extra_repr(self) -> str:
+        """What prints show beside the class's name."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"stored={tuple(self.weight.shape)}"
+        )
+
+
+def dense_module(shared: SharedProjection, like: nn.Module) -> nn.Module:
+    """Fill a stock module with the shared one's whole weight, scale folded in, and bias. Returns `like`."""
+    with torch.no_grad():
+        weight = shared.whole_weight().clone(memory_format=torch.contiguous_format)
+        if shared.tie_scale is not None:
+            scale = shared.channel_scale(shared.tie_scale)
+            weight.mul_(scale[:, None] if shared.style is Style.CONV1D else scale)
+        like.weight = nn.Parameter(weight)
+        if shared.bias is not None:
+            like.bias = nn.Parameter(shared.bias.clone(), requires_grad=shared.bias.requires_grad)
+    return like
+
+
+def shared_projections(model: nn.Module) -> Sequence[tuple[str, SharedProjection]]:
+    """Every shared projection of a model, with its path."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SharedProjection)]
+
+
+def stored_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
+    """The types of number that these modules' weights are to have."""
+    return {_parameter(module, "weight").dtype for module in modules}
+
+
+def style_of(dense: nn.Module, tensor: GappedTensor) -> Style:
+    """How the stock module that holds this tensor multiplies.
+
+    Raises:
+        PlanError: if its weight has another shape than the plan says, or it is of a kind that we do not know.
+    """
+    name = type(dense).__name__
+    weight = getattr(dense, "weight", None)
+    if weight is None or tuple(weight.shape) != tensor.shape:
+        found = "none" if weight is None else tuple(weight.shape)
+        raise PlanError(f"the model's {tensor.name} has shape {found}; the plan says {tensor.shape}.")
+    if name == "FalconLinear":
+        return Style.FALCON
+    if name == "Conv1D":
+        return Style.CONV1D
+    if isinstance(dense, nn.Linear) and type(dense).forward is nn.Linear.forward:
+        return Style.LINEAR
+    raise PlanError(f"the model computes {tensor.name} with a {name}, which headshare does not know how to share.")
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = getattr(module, name)
+    assert isinstance(parameter, Tensor)
+    return parameter
