@@ -148,8 +148,13 @@ def test_slices_and_blocks_of_any_size_give_the_same_scores(
 def test_small_slices_are_streamed_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, counts = tiny.make("llama-mha", tmp_path / "dense"), []
     accumulate = similarity._accumulate
-    monkeypatch.setattr(similarity, "_accumulate", lambda *given: (counts.append(given[1].shape), accumulate(*given)))
-    monkeypatch.setattr(similarity, "SLICE_BYTES", 3 * 16 * HIDDEN * 8)
+
+    def counting(*given: torch.Tensor, **named: bool) -> torch.Tensor | None:
+        counts.append(given[1].shape)
+        return accumulate(*given, **named)
+
+    monkeypatch.setattr(similarity, "_accumulate", counting)
+    monkeypatch.setattr(similarity, "SLICE_BYTES", 3 * 16 * HIDDEN * 4)
     table_of(folder, "q")
     assert counts == [(16, 3 * HIDDEN), (16, 3 * HIDDEN), (16, 2 * HIDDEN)]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     folder: Path | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _opening: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @cached_property
     def plan(self) -> SharePlan | None:
@@ -97,12 +99,13 @@ class Checkpoint:
             done += count
 
     def _open(self, file: str) -> int:
-        if file not in self._descriptors:
-            try:
-                self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror}.") from None
-        return self._descriptors[file]
+        with self._opening:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror}.") from None
+            return self._descriptors[file]
 
     def close(self) -> None:
         """Close the files that were read. Reading again opens them again."""

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,22 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterable[Iterable[Tensor]]) -> str:
-    """Stream tensors into one safetensors file, in the order given; return its SHA-256.
+    """Stream tensors into one safetensors file, in the order given; return its SHA-256. The file is not flushed yet.
 
-    `slices` yields, for each assembly, its numbers in order. At most one slice is in memory.
+    `slices` yields, for each assembly, its numbers in order. One slice is digested while the next is read and written.
 
     Raises:
         HeadshareError: if an assembly does not yield as many bytes as its shape needs.
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester:
+        digested: list[Future[None]] = []
 
         def write(data: Any) -> int:
             view, done = memoryview(data).cast("B"), 0
-            digest.update(view)
+            while digested:
+                digested.pop().result()
+            digested.append(digester.submit(digest.update, view))
             while done < len(view):
                 done += file.write(view[done:])
             return done
@@ -163,9 +167,14 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
             written = sum(write(piece.flatten().view(uint8).numpy()) for piece in pieces if piece.numel())
             if written != assembly.nbytes:
                 raise HeadshareError(f"{assembly.name}: wrote {written} bytes, expected {assembly.nbytes}.")
-        os.fsync(file.fileno())
     path.chmod(0o666 & ~umask())
     return digest.hexdigest()
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _header(assemblies: Sequence[Assembly]) -> bytes:
@@ -199,8 +208,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a small file, following links, and flush it to disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+    flush_file(target)
 
 
 def file_digest(path: Path) -> str:

@@ -4,15 +4,18 @@ Calling the donor, rather than holding its parameter, is what lets hooks do thei
 weight for the call, FSDP gathers it, and autograd sums the gradients of all its users in the one copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from headshare.gaps import GappedTensor
-from headshare.storage.projection import SharedProjection
+from headshare.storage.projection import SharedProjection, Style
+
+FEW_TOKENS = 3
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -53,12 +56,47 @@ class OwnerProjection(SharedProjection):
         self._own = tuple(spans[tensor.name])
         self._slots = tuple(slots)
 
-    def forward(self, x: Tensor | None = None, *, lend: Spans | None = None) -> Tensor | tuple[Tensor, ...]:
-        """The projection of x; or, for a recipient that calls, copies of these spans of the stored weight."""
-        if lend is not None:
+    def forward(
+        self, x: Tensor | None = None, *, lend: Spans | None = None, biases: Sequence[Tensor | None] = ()
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The projection of x. For a recipient that calls, with `lend`: copies of these spans of the stored weight, or,
+        given x too, its products with them (rows only), each with a bias of the recipient's.
+        """
+        if x is None:
+            assert lend is not None
             return tuple(self.weight.narrow(self.axis, start, stop - start).clone() for start, stop in lend)
-        assert x is not None
+        if lend is not None:
+            rows = [self.weight[start:stop] for start, stop in lend]
+            return tuple(linear(x.to(self.weight.device), w, b) for w, b in zip(rows, biases, strict=True))
+        if self._multiplies_by_runs(x):
+            return self._product_by_runs(x)
         return self.multiply(x, self.whole_weight())
+
+    def _multiplies_by_runs(self, x: Tensor) -> bool:
+        """Whether one product for each run of rows is worth it: for few tokens it is faster than putting rows together,
+        and the same bit for bit; for more tokens the library may round the narrower products in another way."""
+        return (
+            bool(self._slots)
+            and self.style is Style.LINEAR
+            and self.axis == 0
+            and x.numel() <= FEW_TOKENS * x.shape[-1]
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+    def _product_by_runs(self, x: Tensor) -> Tensor:
+        sources: list[OwnerProjection] = [self, *self._donors]
+        biases: dict[int, list[Tensor | None]] = {slot.donor: [] for slot in self._slots}
+        at = 0
+        for slot in self._slots:
+            start, stop = (self._own if slot.donor < 0 else self._spans[slot.donor])[slot.nth]
+            biases[slot.donor].append(None if self.bias is None else self.bias[at : at + stop - start])
+            at += stop - start
+        products = {
+            donor: sources[donor + 1](x, lend=self._own if donor < 0 else self._spans[donor], biases=many)
+            for donor, many in biases.items()
+        }
+        return torch.cat([products[donor][nth].to(x.device) for donor, nth in self._slots], dim=-1)
 
     def whole_weight(self) -> Float[Tensor, "rows columns"]:
         """The dense weight: the stored parameter itself where nothing is borrowed, else put together anew."""
