@@ -3,13 +3,20 @@
 import logging
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+if find_spec("triton") and not torch.cuda.is_available():  # triton decides at its import whether it interprets
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        import triton  # noqa: F401
+
 import transformers
 
 import tiny
@@ -29,3 +36,9 @@ def llama(tmp_path: Path) -> Path:
 def _one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU say so, instead of failing, where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

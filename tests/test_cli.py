@@ -26,12 +26,13 @@ from torch.nn import functional
 
 import headshare as hs
 import tiny
+from headshare.benching import load_once
 from headshare.cli import app, main
 from headshare.demo import Row
 from headshare.table import HEADERS
 
 WEIGHTS = "model.safetensors"
-COMMANDS = ("estimate", "score", "plan", "share", "inspect", "verify", "expand", "eval", "demo")
+COMMANDS = ("bench", "estimate", "score", "plan", "share", "inspect", "verify", "expand", "eval", "demo")
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
 
@@ -57,12 +58,19 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
+def load_here(subjects: Any, loads: int, options: Any) -> Any:
+    """Loading measured in this process: a process for each load, as tests/test_benching.py has, takes seconds each."""
+    return {one.name: [load_once(one, options, 1) for _ in range(loads)] for one in subjects}
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command in this process, in the test's own folder, as the console script does."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    monkeypatch.setattr("headshare.benching.measure_loading", load_here)
+    monkeypatch.setattr("headshare.demo.measure_loading", load_here)
 
     def command(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["headshare", *map(str, words)])
@@ -172,6 +180,7 @@ KEYS: dict[str, set[str]] = {
     "expand": {"out", "bytes"},
     "eval": {"perplexity", "tokens", "window"},
     "demo": {"rows", "sentence"},
+    "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
 }
 
 
@@ -190,6 +199,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
         "eval": [model, "--text", text, "--window", 32],
+        "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
         "demo": [long, "--text", a_text(tmp_path / "long.txt", 1100), "--tokens", 1022],
     }
 
@@ -246,7 +256,7 @@ def test_an_estimate_in_words_has_the_numbers_of_its_json(model: Path, run: Run)
 
 def test_a_perplexity_past_any_float_is_null_in_every_json() -> None:
     # Infinity is no JSON.
-    counts = dict.fromkeys(("recipients", "disk_bytes", "memory_bytes", "tokens", "window"), 1)
+    counts = dict.fromkeys(("recipients", "disk_bytes", "memory_bytes", "pss_bytes", "tokens", "window"), 1)
     beyond = dict.fromkeys(("shared", "deleted", "random_donors"), math.inf)
     row = Row(ratio=0.1, verified=True, dense=1.0, **counts, **beyond)
     assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["shared"] is None
@@ -483,7 +493,7 @@ def test_the_demo_measures_what_it_prints(run: Run, tmp_path: Path) -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.out.splitlines() if line[:1] == "|"
     ]
     assert tuple(lines[0]) == HEADERS
-    assert {"on disk", "in memory", "shared", "deleted", "random donors", "dense"} <= set(lines[0])
+    assert {"on disk", "parameters", "PSS", "shared", "deleted", "random donors", "dense"} <= set(lines[0])
     assert [line[0] for line in lines[2:]] == ["0", "0.1", "0.2", "0.3"]
 
     data = run(*words, "--json").data
@@ -502,7 +512,8 @@ def test_the_demo_measures_what_it_prints(run: Run, tmp_path: Path) -> None:
         assert row["dense"] == pytest.approx(expected, rel=1e-5)
         assert row["verified"] is True
         assert line[1] == str(row["recipients"])
-        assert line[4:] == [f"{row[key]:,.1f}" for key in ("shared", "deleted", "random_donors", "dense")]
+        assert row["pss_bytes"] is not None
+        assert line[5:] == [f"{row[key]:,.1f}" for key in ("shared", "deleted", "random_donors", "dense")]
     first, last = data["rows"][0], data["rows"][-1]
     assert first["memory_bytes"] == stock_bytes
     assert first["shared"] == first["deleted"] == first["random_donors"] == pytest.approx(expected, rel=1e-5)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,13 @@ from typing import Annotated, Any
 import typer
 
 from headshare.accounting import estimate as estimate_bytes
+from headshare.benching import DENSE, Subject, dense_and_shared
+from headshare.benching import bench as run_bench
 from headshare.checkpoints import open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CheckpointError, HeadshareError, OutputError, PlanError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
-from headshare.inspection import describe, picture, plan_of
+from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
@@ -28,7 +31,7 @@ from headshare.scores import Scores
 from headshare.sharing import expand as expand_checkpoint
 from headshare.sharing import share as share_checkpoint
 from headshare.similarity import score_units
-from headshare.table import demo_table
+from headshare.table import bench_table, demo_table
 from headshare.units import Parts
 from headshare.verification import verify as verify_checkpoint
 from headshare.writing import check_output, check_vacant
@@ -104,11 +107,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
 
 
-def _layers(text: str | None) -> list[int]:
+def _numbers(text: str | None) -> list[int]:
     try:
         return [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        raise typer.BadParameter(f"'{text}' is not a list of layer numbers such as 1,2,29") from None
+        raise typer.BadParameter(f"'{text}' is not a list of whole numbers such as 1,2,29") from None
 
 
 def _print(data: dict[str, Any], words: str, as_json: bool) -> None:
@@ -181,7 +184,7 @@ def plan(
     """Choose recipients and donors from scores. The plan is JSON that can be read, edited and compared."""
     _check_file(output, overwrite, SharePlan.load)
     made = make_plan(
-        Scores.load(scores_file), ratio, parts=parts, mode=mode, ffn_ratio=ffn_ratio, protect=_layers(protect)
+        Scores.load(scores_file), ratio, parts=parts, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect)
     )
     made.save(output)
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest}
@@ -217,7 +220,7 @@ def share(
         else:
             wanted = Parts.parse(parts)
             scores = score_units(dense, match, wanted, ffn_groups=ffn_groups)
-            made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_layers(protect))
+            made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect))
         shared = share_checkpoint(dense, made, dtype=dtype)
         shared.save(out, overwrite=overwrite)
         found = shared.estimate
@@ -240,11 +243,17 @@ def share(
 @app.command()
 def inspect(
     shared: Annotated[str, typer.Argument(metavar="SHARED", help="A shared checkpoint, or a share_plan.json.")],
+    split: Annotated[
+        int | None,
+        typer.Option(help="Also say what is held more than once when the layers are split over this many devices."),
+    ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is tied to what, layer by layer."""
     if shared.endswith(".json"):
+        if split is not None:
+            raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
         made = SharePlan.load(shared)
         _print(describe(made), picture(made), as_json)
         return
@@ -252,7 +261,11 @@ def inspect(
     made = plan_of(checkpoint)
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     data = {**describe(made), "stored_bytes": stored}
-    _print(data, f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}", as_json)
+    words = f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}"
+    if split is not None:
+        data["split"] = describe_split(checkpoint, split)
+        words += f"\n{picture_split(data['split'])}"
+    _print(data, words, as_json)
 
 
 @app.command()
@@ -356,6 +369,37 @@ def demo(
     )
     data = {"rows": [row.to_dict() for row in rows], "text": str(text or "pydoc_data.topics"), "sentence": sentence}
     _print(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json)
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model of a shared one. Default: the shared one is expanded for the time."),
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(help="How the shared model holds its weights; several, as in alias,owner.")
+    ] = "auto",
+    ratio: Annotated[float, typer.Option(help="For a dense MODEL: the ratio to share it at, for the time.")] = 0.3,
+    parts: PartsOption = "qkv",
+    tokens: Annotated[str, typer.Option(help="Tokens of a pass; several, as in 1,16,512.")] = "1,16,512",
+    repeats: Annotated[int, typer.Option(help="Passes of each model, by turns.")] = 10,
+    loads: Annotated[int, typer.Option(help="Loads of each model, by turns, in a process each.")] = 3,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure speed, loading and memory of a shared model on this machine, beside its dense model in the same run."""
+    options = {} if dtype is None else {"dtype": str(dtype)}
+    with (
+        open_checkpoint(model) as opened,
+        nullcontext() if against is None else open_checkpoint(against) as dense,
+        dense_and_shared(opened, dense, ratio=ratio, parts=parts) as (dense_folder, shared_folder),
+    ):
+        subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
+        found = run_bench(subjects, tokens=_numbers(tokens), repeats=repeats, loads=loads, **options)
+    counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
+    _print(found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

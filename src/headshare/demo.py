@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headshare.benching import Subject, measure_loading
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
 from headshare.errors import EvaluationError, HeadshareError, OutputError
@@ -25,12 +26,14 @@ TOKENS = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """One ratio. Bytes are measured: files on disk, and parameters of the loaded model, each counted once."""
+    """One ratio. Bytes are measured: files on disk, parameters of the loaded model, each counted once, and what loading
+    it adds to the PSS of a fresh process (None where the system does not say)."""
 
     ratio: float
     recipients: int
     disk_bytes: int
     memory_bytes: int
+    pss_bytes: int | None
     verified: bool
     shared: float
     deleted: float
@@ -84,6 +87,7 @@ def run_demo(
                 recipients=plan.ties,
                 disk_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
                 memory_bytes=unique_parameter_bytes(loaded),
+                pss_bytes=measure_loading([Subject("shared", out)], 1, {})["shared"][0].pss_bytes,
                 verified=True,
                 shared=perplexity(loaded, windows).perplexity,
                 deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
@@ -113,8 +117,17 @@ def in_one_sentence(rows: Sequence[Row]) -> str:
     saved = 1 - last.memory_bytes / rows[0].memory_bytes
     named = [(last.shared, "the paper's pairs"), (last.random_donors, "random donors"), (last.deleted, "deletion")]
     order = ", then ".join(f"{name} ({value:,.0f})" for value, name in sorted(named))
+    where = f"on disk and in memory alike{_in_pss(rows)}"
     return (
-        f"At ratio {last.ratio:g} the saving is real, {saved:.1%} of the model on disk and in memory alike, but "
+        f"At ratio {last.ratio:g} the saving is real, {saved:.1%} of the model {where}, but "
         f"without repair it costs {last.shared / last.dense:.0f} times the dense perplexity ({last.dense:.1f} to "
         f"{last.shared:,.0f}); best to worst at the same recipients: {order}."
     )
+
+
+def _in_pss(rows: Sequence[Row]) -> str:
+    """The saving as the system sees it: the dense model's PSS against the last row's."""
+    dense, shared = rows[0].pss_bytes, rows[-1].pss_bytes
+    if dense is None or shared is None:
+        return ""
+    return f" (PSS of dense {dense / 2**20:,.1f} MiB, of shared {shared / 2**20:,.1f} MiB)"

@@ -5,6 +5,7 @@ from typing import Any
 from headshare.checkpoints import Checkpoint
 from headshare.errors import PlanError
 from headshare.gaps import recipients_by_layer
+from headshare.placement import held_again, split_evenly
 from headshare.plans import Selection, SharePlan
 
 KEPT, LENDS, GIVEN = "■", "◆", "·"
@@ -60,6 +61,43 @@ def _picture_selection(selection: Selection) -> str:
         notes = "  ".join(f"{group}<-{donor_layer}.{donor_group}" for group, donor_layer, donor_group in ties)
         lines.append(f"  layer {layer:{width}}  {signs}  {notes}".rstrip())
     return "\n".join(lines)
+
+
+def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
+    """What is held more than once when the layers are split evenly over this many devices: by pair, by device, in all.
+
+    Raises:
+        PlanError: if the checkpoint is dense, or has fewer layers than there are devices.
+    """
+    plan = plan_of(checkpoint)
+    places = split_evenly(plan, devices)
+    missing = sorted(set(places) - set(checkpoint.tensors))
+    if missing:
+        raise PlanError(f"the plan in {checkpoint.name} shares {missing[0]}, which is not among its tensors.")
+    itemsizes = {name: checkpoint.tensors[name].torch_dtype.itemsize for name in places}
+    pairs = held_again(plan, places, itemsizes)
+    by_device = [[pair for pair in pairs if pair.device == f"device {number}"] for number in range(devices)]
+    return {
+        "pairs": [
+            {"home": pair.home, "device": pair.device, "units": pair.units, "bytes": pair.nbytes} for pair in pairs
+        ],
+        "devices": [
+            {"device": f"device {number}", "units": sum(p.units for p in held), "bytes": sum(p.nbytes for p in held)}
+            for number, held in enumerate(by_device)
+        ],
+        "units": sum(pair.units for pair in pairs),
+        "bytes": sum(pair.nbytes for pair in pairs),
+    }
+
+
+def picture_split(split: dict[str, Any]) -> str:
+    """One line for each pair of devices, and their sum."""
+    lines = [
+        f"  {pair['device']} also holds {pair['units']} units of {pair['home']}: {pair['bytes']:,} bytes"
+        for pair in split["pairs"]
+    ]
+    title = f"layers split over {len(split['devices'])} devices: {split['units']} units held more than once"
+    return "\n".join([f"{title}, {split['bytes']:,} bytes", *lines]) + "\n"
 
 
 def plan_of(checkpoint: Checkpoint) -> SharePlan:

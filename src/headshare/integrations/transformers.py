@@ -5,6 +5,7 @@ the plan touches while the model is still on the meta device. Weights then load 
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from headshare.checkpoints import METHOD
 from headshare.errors import PlanError, StorageError
 from headshare.gaps import gapped_tensors
+from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
 from headshare.storage import STORAGES, check_storage, choose_storage
 from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
 from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
+
+LOGGER = logging.getLogger("headshare")
+REPLICATING = ("indirect", "vmm")
 
 
 @register_quantization_config(METHOD)
@@ -68,6 +73,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     requires_calibration = False
     _frozen = False
     _model: nn.Module | None = None
+    _mapped: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
         """A device map that is still to be worked out is worked out on `owner`, which has the sizes of all storages."""
@@ -76,7 +82,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
         self._model = model
         if isinstance(device_map, str):
-            STORAGES["owner"].install(model, tensors, self._modules)
+            STORAGES["owner"]({}).install(model, tensors, self._modules)
         else:
             self._install(model, device_map)
 
@@ -90,7 +96,22 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         tensors = gapped_tensors(self.quantization_config.plan)
         dtypes = stored_dtypes(self._stock.values())
         chosen = choose_storage(self.quantization_config.storage, tensors, dtypes, _device_types(device_map))
-        STORAGES[chosen].install(model, tensors, self._modules)
+        devices = {name: device_of(path, device_map) for name, path in self._modules.items()}
+        STORAGES[chosen](devices).install(model, tensors, self._modules)
+        if chosen in REPLICATING and len(set(devices.values())) > 1:
+            self._say_what_is_held_again(devices)
+        if chosen == "vmm":
+            self._mapped = frozenset(f"{path}.weight" for path in self._modules.values())
+
+    def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
+        itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in self._modules.items()}
+        found = held_again(self.quantization_config.plan, devices, itemsizes)
+        units, nbytes = sum(pair.units for pair in found), sum(pair.nbytes for pair in found)
+        LOGGER.info("%d units, %d bytes, are held more than once: on each device that uses them", units, nbytes)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> int:  # noqa: ARG002
+        """Bytes of one number, as transformers reserves memory before it loads: mapped weights bring their own."""
+        return 0 if param_name in self._mapped else param.element_size()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         self._model, self._stock = None, {}
@@ -165,6 +186,14 @@ def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
+
+
+def device_of(path: str, device_map: Any) -> str:
+    """Where a module is to be, by the longest of the map's keys that it lies under; numbers are CUDA devices."""
+    places = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
+    above = [key for key in places if not key or path == key or path.startswith(f"{key}.")]
+    place = places[max(above, key=len)] if above else "cpu"
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
 
 
 def _device_types(device_map: Any) -> set[str]:

@@ -2,11 +2,12 @@
 
 A storage replaces the modules that a plan touches, before any weight is loaded. The modules keep their names and
 load the checkpoint's tensors as they are stored. `storage="auto"` picks what suits the machine and says so in the log:
-`alias` where the model is to run on this machine's CPU, `owner` elsewhere.
+`indirect` where the model is to run on CUDA devices, `alias` on this machine's CPU, `owner` elsewhere. `vmm` is used
+where it is asked for.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,8 +15,11 @@ from torch import nn
 
 from headshare.errors import PlanError
 from headshare.gaps import GappedTensor
-from headshare.storage.alias import AliasStorage, refusal
+from headshare.storage import alias, indirect
+from headshare.storage.alias import AliasStorage
+from headshare.storage.indirect import IndirectStorage
 from headshare.storage.owner import OwnerStorage
+from headshare.storage.vmm import VmmStorage
 
 LOGGER = logging.getLogger("headshare")
 
@@ -28,7 +32,13 @@ class Storage(Protocol):
         """Replace the modules that hold these tensors. `modules` maps each tensor's name to its module's path."""
 
 
-STORAGES: dict[str, Storage] = {"alias": AliasStorage(), "owner": OwnerStorage()}
+# Each makes a storage for tensors on these devices: names of tensors to names of devices (cpu, cuda:0, disk).
+STORAGES: dict[str, Callable[[Mapping[str, str]], Storage]] = {
+    "alias": lambda _: AliasStorage(),
+    "indirect": IndirectStorage,
+    "owner": lambda _: OwnerStorage(),
+    "vmm": VmmStorage,
+}
 
 
 def check_storage(name: str) -> None:
@@ -56,9 +66,12 @@ def choose_storage(name: str, tensors: Mapping[str, GappedTensor], dtypes: set[t
 
 
 def _best(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], devices: set[str]) -> tuple[str, str]:
-    if devices != {"cpu"}:
-        return "owner", f"the model is placed on {', '.join(sorted(devices))}"
-    reason = refusal(tensors, dtypes)
-    if reason:
-        return "owner", f"aliases are not possible: {reason}"
-    return "alias", "the model is placed on this machine's CPU"
+    if devices == {"cpu"}:
+        reason = alias.refusal(tensors, dtypes)
+        if reason:
+            return "owner", f"aliases are not possible: {reason}"
+        return "alias", "the model is placed on this machine's CPU"
+    if devices == {"cuda"}:
+        reason = indirect.refusal(tensors, dtypes)
+        return ("owner", reason) if reason else ("indirect", "the model is placed on CUDA devices")
+    return "owner", f"the model is placed on {', '.join(sorted(devices))}"

@@ -67,10 +67,6 @@ class AliasBank(Bank):
         self._files.close()
         return held
 
-    def admits(self, device: torch.device) -> bool:
-        """CPU memory only."""
-        return device.type == "cpu"
-
     def _in_file(self, name: str, stored: Tensor) -> Backing | None:
         rack, row = self._racks[name], stored.shape[1] * stored.dtype.itemsize
         if self.tensors[name].axis == 1 or row != stride_of(rack, stored.dtype):
@@ -78,8 +74,9 @@ class AliasBank(Bank):
         found = self._files.behind(stored)
         if found is None or found.offset % PAGE:
             return None
-        view = mapped([Piece(0, found.descriptor, found.offset, stored.nbytes)], stored.nbytes)
-        return Backing(found.descriptor, found.offset, row, view.view(stored.dtype).view(stored.shape))
+        # a mapping of its own: when a page is read the system maps its neighbours, as far as the mapping goes
+        rows = mapped([Piece(0, found.descriptor, found.offset, stored.nbytes)], stored.nbytes)
+        return Backing(found.descriptor, found.offset, row, rows.view(stored.dtype).view(stored.shape))
 
     def _in_arena(self, name: str, stored: Tensor) -> Backing:
         arena, rack = self._arena(stored.dtype), self._racks[name]

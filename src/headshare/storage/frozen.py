@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headshare.errors import StorageError
 from headshare.gaps import GappedTensor
+from headshare.storage.product import Slots
 from headshare.storage.projection import SharedProjection
 from headshare.storage.readonly import ReadOnlyParameter
 
@@ -24,10 +25,13 @@ LOGGER = logging.getLogger("headshare")
 
 
 class Held(NamedTuple):
-    """A tensor in a bank: its stored rows, and its whole weight, both in the stock module's orientation."""
+    """A tensor in a bank: its stored rows in the stock module's orientation, and what the product reads.
+
+    That is the whole weight, in the same orientation, or the slots of its rows.
+    """
 
     stored: Tensor
-    whole: Tensor
+    whole: Tensor | Slots
 
 
 class Bank(ABC):
@@ -46,9 +50,10 @@ class Bank(ABC):
     def seal(self) -> dict[str, Held]:
         """Make what is in it read-only, and say where everything is."""
 
-    @abstractmethod
-    def admits(self, device: torch.device) -> bool:
-        """Whether modules of this bank can be on that device."""
+    @classmethod
+    def on(cls, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> "Bank":  # noqa: ARG003
+        """An empty bank for tensors that are on these devices; a bank that knows but one place needs no more."""
+        return cls(tensors)
 
     def held(self, name: str) -> Held:
         """Where a tensor is, in a bank that is filled; the first to ask seals it."""
@@ -73,8 +78,8 @@ class Bank(ABC):
 
 
 def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
-    """A bank of these stored rows."""
-    bank = kind(tensors)
+    """A bank of these stored rows, on the devices that they are on."""
+    bank = kind.on(tensors, {name: rows.device for name, rows in stored.items()})
     for name, rows in stored.items():
         bank.put(name, rows)
     return bank
@@ -86,7 +91,7 @@ class FrozenProjection(SharedProjection):
     Abstract: a storage says in `forward` how it multiplies with what the bank holds.
     """
 
-    _whole: Tensor
+    _whole: Tensor | Slots
 
     def __init__(self, dense: nn.Module, name: str, bank: Bank) -> None:
         super().__init__(dense, bank.tensors[name])
@@ -106,10 +111,7 @@ class FrozenProjection(SharedProjection):
         held = self.bank.held(self.name)
         self.__dict__["_whole"] = held.whole
         self._parameters["weight"] = ReadOnlyParameter(held.stored)
-
-    def whole_weight(self) -> Tensor:
-        """The dense weight as the bank shows it; read-only."""
-        return self._whole
+        _keep_still(held.whole)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenProjection":
         """Conversion to another type of number rebuilds the bank once; another device is refused."""
@@ -122,7 +124,7 @@ class FrozenProjection(SharedProjection):
         if weight.is_meta:
             return self
         probe = fn(torch.ones((), dtype=weight.dtype, device=weight.device))
-        if not self.bank.admits(probe.device):
+        if probe.device != weight.device:
             raise StorageError(
                 f"this model's shared weights are held on {weight.device} and cannot be moved to {probe.device}: each "
                 "module would get a copy of its own. Load the model for that device (device_map=), or "
@@ -176,9 +178,15 @@ HOW_TO_TRAIN = 'To train them, load the model with storage="owner".'
 class MappedProjection(FrozenProjection):
     """A projection whose whole weight is one ordinary tensor over the bank's memory: the stock product as it is."""
 
+    _whole: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x."""
         return self.multiply(x, self._whole)
+
+    def whole_weight(self) -> Tensor:
+        """The dense weight as the bank shows it; read-only."""
+        return self._whole
 
 
 def install_frozen(
@@ -196,6 +204,13 @@ def read_banks(model: nn.Module) -> bool:
     for module in frozen:
         module.read_bank()
     return bool(frozen)
+
+
+def _keep_still(whole: Tensor | Slots) -> None:
+    """Tell torch.compile that these tensors stay where they are: graphs then read them there, not a copy."""
+    for tensor in whole if isinstance(whole, Slots) else (whole,):
+        if tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor)
 
 
 @cache

@@ -20,8 +20,11 @@ FEW_TOKENS = 3
 Spans = tuple[tuple[int, int], ...]
 
 
+OWN = -1
+
+
 class Slot(NamedTuple):
-    """The next rows of a whole weight: taken from a donor (or -1 for the module itself), its n-th span."""
+    """The next rows of a whole weight: the n-th span that a donor lends, or (OWN) that the module has itself."""
 
     donor: int
     nth: int
@@ -35,6 +38,7 @@ class OwnerProjection(SharedProjection):
 
     def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
         super().__init__(dense, tensor)
+        self._shape = tensor.shape
         self._donors: tuple[OwnerProjection, ...] = ()
         self._spans: tuple[Spans, ...] = ()
         self._own: Spans = ()
@@ -49,7 +53,7 @@ class OwnerProjection(SharedProjection):
         slots = []
         for source, start, stop in tensor.whole():
             first = tensors[source].stored_index(start)
-            slots.append(Slot(-1 if source == tensor.name else names.index(source), len(spans[source])))
+            slots.append(Slot(OWN if source == tensor.name else names.index(source), len(spans[source])))
             spans[source].append((first, first + stop - start))
         self._donors = tuple(_owner(modules[name]) for name in names)
         self._spans = tuple(tuple(spans[name]) for name in names)
@@ -57,14 +61,23 @@ class OwnerProjection(SharedProjection):
         self._slots = tuple(slots)
 
     def forward(
-        self, x: Tensor | None = None, *, lend: Spans | None = None, biases: Sequence[Tensor | None] = ()
+        self,
+        x: Tensor | None = None,
+        *,
+        lend: Spans | None = None,
+        biases: Sequence[Tensor | None] = (),
+        into: Sequence[Tensor] = (),
     ) -> Tensor | tuple[Tensor, ...]:
-        """The projection of x. For a recipient that calls, with `lend`: copies of these spans of the stored weight, or,
-        given x too, its products with them (rows only), each with a bias of the recipient's.
+        """The projection of x. For a recipient that calls, with `lend`: copies of these spans of the stored weight, put
+        `into` tensors of its own where it has some; or, given x too, its products with them (rows only), each with a
+        bias of the recipient's.
         """
         if x is None:
             assert lend is not None
-            return tuple(self.weight.narrow(self.axis, start, stop - start).clone() for start, stop in lend)
+            lent = [self.weight.narrow(self.axis, start, stop - start) for start, stop in lend]
+            if not into:
+                return tuple(span.clone() for span in lent)
+            return tuple(target.copy_(span) for target, span in zip(into, lent, strict=True))
         if lend is not None:
             rows = [self.weight[start:stop] for start, stop in lend]
             return tuple(linear(x.to(self.weight.device), w, b) for w, b in zip(rows, biases, strict=True))
@@ -102,12 +115,28 @@ class OwnerProjection(SharedProjection):
         """The dense weight: the stored parameter itself where nothing is borrowed, else put together anew."""
         if not self._slots:
             return self.weight
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._copied_together()
         lent = [
             [rows.to(self.weight.device) for rows in donor(lend=spans)]
             for donor, spans in zip(self._donors, self._spans, strict=True)
         ]
         own = [self.weight.narrow(self.axis, start, stop - start) for start, stop in self._own]
         return torch.cat([own[nth] if donor < 0 else lent[donor][nth] for donor, nth in self._slots], dim=self.axis)
+
+    def _copied_together(self) -> Float[Tensor, "rows columns"]:
+        """The same without gradients: every row copied once, to where it is to stand."""
+        whole = self.weight.new_empty(self._shape)
+        spans = {OWN: self._own, **dict(enumerate(self._spans))}
+        lengths = [stop - start for donor, nth in self._slots for start, stop in spans[donor][nth : nth + 1]]
+        into: dict[int, list[Tensor]] = {donor: [] for donor in spans}
+        for slot, target in zip(self._slots, torch.split(whole, lengths, dim=self.axis), strict=True):
+            into[slot.donor].append(target)
+        for target, (start, stop) in zip(into.pop(OWN), self._own, strict=True):
+            target.copy_(self.weight.narrow(self.axis, start, stop - start))
+        for donor, targets in into.items():
+            self._donors[donor](lend=spans[donor], into=targets)
+        return whole
 
 
 class OwnerStorage:

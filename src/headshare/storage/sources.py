@@ -103,14 +103,14 @@ def _open_same(found: Range) -> int | None:
 
 def _mapped_ranges() -> list[Range]:
     """Every private, readable mapping of a file, by address."""
+    ranges = []
     try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        with Path("/proc/self/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                bounds, mode, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
+                if mode[0] == "r" and mode[3] == "p" and inode != "0" and path:
+                    start, stop = (int(bound, 16) for bound in bounds.split("-"))
+                    ranges.append(Range(start, stop, int(offset, 16), int(inode), path[0]))
     except OSError:
         return []
-    ranges = []
-    for line in lines:
-        bounds, mode, offset, _, inode, *path = line.split(maxsplit=5)
-        if mode[0] == "r" and mode[3] == "p" and inode != "0" and path:
-            start, stop = (int(bound, 16) for bound in bounds.split("-"))
-            ranges.append(Range(start, stop, int(offset, 16), int(inode), path[0]))
     return ranges
