@@ -33,12 +33,14 @@ def test_the_readmes_commands_run_in_their_order(
             words[3] = "OUT2"
         if words[1] == "eval":
             words += ["--window", "32"]
+        if words[1] == "bench":
+            words += ["--repeats", "2", "--loads", "1"]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0, (words, capsys.readouterr().err)
         seen.add(words[1])
-    assert seen == {"estimate", "share", "inspect", "verify", "eval", "expand", "score", "plan"}
+    assert seen == {"estimate", "share", "inspect", "verify", "eval", "bench", "expand", "score", "plan"}
 
 
 def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,9 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_the_readmes_tree_lists_every_module() -> None:
     tree = README[README.index("## Files") : README.index("## Cite")]
-    modules = {path.name for path in (ROOT / "src" / "headshare").glob("*.py") if not path.name.startswith("__")}
+    source = ROOT / "src" / "headshare"
+    paths = [*source.glob("*.py"), *(source / "storage").glob("*.py")]
+    modules = {path.name for path in paths if not path.name.startswith("__")}
     assert {name for name in modules if name not in tree} == set()
     assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules
 
@@ -72,16 +76,8 @@ def test_the_public_names_are_these() -> None:
     assert set(hs.__all__) == {
         *("ArchitectureError", "CheckpointError", "EvaluationError", "HeadshareError", "OutputError", "PlanError"),
         *("Checkpoint", "Estimate", "HeadUnit", "HeadshareConfig", "Part", "Parts", "Scores", "SharePlan"),
-        *(
-            "SharedCheckpoint",
-            "StorageError",
-            "Tie",
-            "estimate",
-            "estimate_plan",
-            "expand",
-            "make_plan",
-            "match_function",
-        ),
+        *("SharedCheckpoint", "StorageError", "Tie", "estimate", "estimate_plan", "expand", "load"),
+        *("make_plan", "match_function"),
         *("open_checkpoint", "score_units", "share"),
     }
 

@@ -16,6 +16,7 @@ from headshare.errors import (
 )
 from headshare.integrations.transformers import HeadshareConfig
 from headshare.matching import match_function
+from headshare.models import load
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
 from headshare.scores import Scores
@@ -44,6 +45,7 @@ __all__ = [
     "estimate",
     "estimate_plan",
     "expand",
+    "load",
     "make_plan",
     "match_function",
     "open_checkpoint",

@@ -19,11 +19,12 @@ import torch
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation import longest_window
+from headshare.inspection import plan_of
 from headshare.memory import give_back_freed, pss_bytes
 from headshare.models import load_model, unique_parameter_bytes
 from headshare.planning import make_plan
 from headshare.progress import track
-from headshare.sharing import expand, share
+from headshare.sharing import check_fits, expand, share
 from headshare.similarity import score_units
 
 DENSE = "dense"
@@ -94,14 +95,21 @@ class Bench:
 
 
 def bench(
-    subjects: Sequence[Subject], *, tokens: Sequence[int] = TOKENS, repeats: int = 10, loads: int = 3, **options: Any
+    subjects: Sequence[Subject],
+    *,
+    tokens: Sequence[int] | None = None,
+    repeats: int = 10,
+    loads: int = 3,
+    **options: Any,
 ) -> Bench:
     """Measure these models, of which the first is the dense one. `options` go to `from_pretrained`.
+
+    `tokens`: of a pass; without any, those of 1, 16 and 512 that the model has room for.
 
     Raises:
         EvaluationError: if a model has no room for that many tokens, or nothing is to be repeated.
     """
-    if min(repeats, loads, *tokens) < 1:
+    if min(repeats, loads, *(tokens or (1,))) < 1:
         raise EvaluationError("tokens, repeats and loads must each be at least 1.")
     times = measure_speed(subjects, tokens, repeats, options)
     loaded = measure_loading(subjects, loads, options)
@@ -121,7 +129,13 @@ def dense_and_shared(
     model: Checkpoint, against: Checkpoint | None, *, ratio: float, parts: str
 ) -> Iterator[tuple[Path, Path]]:
     """Folders of a dense model and a shared one. What is missing is made for the time being: a dense model is shared;
-    a shared one, without its dense model beside it, is expanded."""
+    a shared one, without its dense model beside it, is expanded.
+
+    Raises:
+        PlanError: if `against` is not the dense model of a shared one.
+    """
+    if against is not None:
+        check_fits(plan_of(model), against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:
@@ -134,7 +148,7 @@ def dense_and_shared(
 
 
 def measure_speed(
-    subjects: Sequence[Subject], tokens: Sequence[int], repeats: int, options: Mapping[str, Any]
+    subjects: Sequence[Subject], tokens: Sequence[int] | None, repeats: int, options: Mapping[str, Any]
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each task and subject, one value a repeat: {task: {subject: seconds}}.
 
@@ -146,6 +160,8 @@ def measure_speed(
     models = {one.name: _load(one, options) for one in subjects}
     first = next(iter(models.values()))
     longest = longest_window(first)
+    if tokens is None:
+        tokens = [count for count in TOKENS if longest is None or count <= longest]
     if longest is not None and max(tokens) > longest:
         raise EvaluationError(f"the model reads at most {longest} tokens at once; {max(tokens)} were asked for.")
     tasks: dict[str, Callable[[Any], float]] = {f"prefill {count}": _prefill(count) for count in tokens}

@@ -383,7 +383,10 @@ def bench(
     ] = "auto",
     ratio: Annotated[float, typer.Option(help="For a dense MODEL: the ratio to share it at, for the time.")] = 0.3,
     parts: PartsOption = "qkv",
-    tokens: Annotated[str, typer.Option(help="Tokens of a pass; several, as in 1,16,512.")] = "1,16,512",
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of a pass; several, as in 1,16,512, which is the default as far as it fits."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Passes of each model, by turns.")] = 10,
     loads: Annotated[int, typer.Option(help="Loads of each model, by turns, in a process each.")] = 3,
     dtype: DtypeOption = None,
@@ -397,7 +400,7 @@ def bench(
         dense_and_shared(opened, dense, ratio=ratio, parts=parts) as (dense_folder, shared_folder),
     ):
         subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
-        found = run_bench(subjects, tokens=_numbers(tokens), repeats=repeats, loads=loads, **options)
+        found = run_bench(subjects, tokens=_numbers(tokens) or None, repeats=repeats, loads=loads, **options)
     counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
     _print(found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json)
 

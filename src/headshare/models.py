@@ -10,8 +10,23 @@ from typing import Any
 import transformers
 
 import headshare.integrations.transformers  # noqa: F401 - registers the format
-from headshare.checkpoints import Checkpoint
+from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import CheckpointError, EvaluationError
+
+
+def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
+    """The transformers model in a folder or under a hub id, dense or shared, in evaluation mode.
+
+    `storage` says how a shared model holds its weights: `auto`, `alias`, `owner` (to train it), `indirect` or `vmm`.
+    `options` go to `from_pretrained`: dtype, device_map and the like.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or transformers cannot load it.
+        PlanError: if there is no such storage.
+        StorageError: if this machine cannot hold the model so.
+    """
+    with open_checkpoint(model) as checkpoint:
+        return load_model(checkpoint, storage=storage, **options)
 
 
 def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any) -> Any:

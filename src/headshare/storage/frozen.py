@@ -172,7 +172,7 @@ class FrozenProjection(SharedProjection):
             self.read_bank()
 
 
-HOW_TO_TRAIN = 'To train them, load the model with storage="owner".'
+HOW_TO_TRAIN = 'To train them, load the model by headshare.load(..., storage="owner").'
 
 
 class MappedProjection(FrozenProjection):

@@ -89,7 +89,7 @@ def _refuse_writes(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any
 def _refusal(what: str) -> StorageError:
     return StorageError(
         f"this weight is read-only, since several layers read the one copy of it: {what} was refused. "
-        'To train or change it, load the model with storage="owner"; to change a copy, clone() it first.'
+        'To train or change it, use headshare.load(..., storage="owner"); to change a copy, clone() it first.'
     )
 
 
