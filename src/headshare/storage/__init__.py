@@ -34,7 +34,7 @@ class Storage(Protocol):
 
 # Each makes a storage for tensors on these devices: names of tensors to names of devices (cpu, cuda:0, disk).
 STORAGES: dict[str, Callable[[Mapping[str, str]], Storage]] = {
-    "alias": lambda _: AliasStorage(),
+    "alias": AliasStorage,
     "indirect": IndirectStorage,
     "owner": lambda _: OwnerStorage(),
     "vmm": VmmStorage,

@@ -162,14 +162,23 @@ def refusal(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], *, pa
 
 
 class AliasStorage:
-    """Install projections that multiply with aliased weights."""
+    """Install projections that multiply with aliased weights. `devices` says where each tensor's module is."""
+
+    def __init__(self, devices: Mapping[str, str]) -> None:
+        self.devices = devices
 
     def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
         """Replace the modules; their weights go to one bank as they load.
 
         Raises:
-            StorageError: if this system, or its limit on mappings, does not allow it.
+            StorageError: if a module is not on the CPU, or this system, or its limit on mappings, does not allow it.
         """
+        elsewhere = sorted(set(self.devices.values()) - {"cpu"})
+        if elsewhere:
+            raise StorageError(
+                "storage alias holds all shared weights in CPU memory; some of this model's are placed on "
+                f"{elsewhere[0]}. Place them so (device_map=). {OTHERWISE}"
+            )
         dtypes = stored_dtypes(model.get_submodule(path) for path in modules.values())
         reason = refusal(tensors, dtypes, padding=True)
         if reason:

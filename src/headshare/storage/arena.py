@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ HUGE_PAGE = 2 << 20
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4
-MADV_RANDOM, MADV_HUGEPAGE = 1, 14
+MADV_RANDOM, MADV_DONTNEED, MADV_HUGEPAGE = 1, 4, 14
 
 OTHERWISE = 'Load the model with storage="owner".'
 
@@ -131,8 +132,8 @@ def _seal_size(descriptor: int) -> None:
     fcntl.fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
 
 
-def read_singly(address: int, nbytes: int) -> None:
-    """Bring in no pages of these addresses but those that are read.
+def set_apart(address: int, nbytes: int) -> None:
+    """Drop the whole pages of this mapped, unchanged piece of a file, and bring none in but those that are read.
 
     When a page of a file is read, the system maps its neighbours too. A loader's view whose bytes we hold elsewhere
     lies among others that will be read: set apart, it takes no memory.
@@ -140,6 +141,20 @@ def read_singly(address: int, nbytes: int) -> None:
     start, stop = -(-address // PAGE) * PAGE, (address + nbytes) // PAGE * PAGE
     if start < stop:
         _libc().madvise(start, stop - start, MADV_RANDOM)
+        _libc().madvise(start, stop - start, MADV_DONTNEED)
+
+
+def unchanged(address: int, nbytes: int) -> bool:
+    """Whether the pages of this private mapping of a file still are the file's: none was written and so copied."""
+    first, last = address // PAGE, (address + nbytes - 1) // PAGE
+    try:
+        with Path("/proc/self/pagemap").open("rb") as pagemap:
+            pagemap.seek(8 * first)
+            pages = np.frombuffer(pagemap.read(8 * (last - first + 1)), dtype=np.uint64)
+    except OSError:
+        return False
+    present, swapped, of_file = ((pages >> np.uint64(bit)) & np.uint64(1) for bit in (63, 62, 61))
+    return len(pages) == last - first + 1 and not bool((swapped | (present & ~of_file)).any())
 
 
 def mappings_left() -> int | None:

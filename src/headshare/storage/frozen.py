@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from headshare.errors import StorageError
 from headshare.gaps import GappedTensor
 from headshare.storage.product import Slots
 from headshare.storage.projection import SharedProjection
-from headshare.storage.readonly import ReadOnlyParameter
+from headshare.storage.readonly import ReadOnlyParameter, read_only
 
 LOGGER = logging.getLogger("headshare")
 
@@ -41,6 +42,7 @@ class Bank(ABC):
         self.tensors = tensors
         self._held: dict[str, Held] = {}
         self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
+        self.lent: tuple[Any, ...] = ()
 
     @abstractmethod
     def put(self, name: str, stored: Tensor) -> Tensor:
@@ -69,12 +71,22 @@ class Bank(ABC):
             found = self._converted[dtype] = rebuilt(type(self), self.tensors, stored)
         return found
 
+    def __init_subclass__(cls) -> None:
+        ForkingPickler.register(cls, _reduced_for_a_process)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         stored = {name: held.stored.clone(memory_format=torch.contiguous_format) for name, held in self._held.items()}
-        return rebuilt, (type(self), self.tensors, stored)
+        empty = {name: rows.dtype for name, rows in stored.items() if not rows.numel()}  # which processes cannot share
+        return _unpickled, (type(self), self.tensors, {n: r for n, r in stored.items() if n not in empty}, empty)
+
+
+def _reduced_for_a_process(bank: Bank) -> tuple[Any, ...]:
+    """The same for another process, which is handed the copies' memory: they must live until it has it."""
+    bank.lent = bank.__reduce__()
+    return bank.lent
 
 
 def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
@@ -85,6 +97,17 @@ def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mappi
     return bank
 
 
+def _unpickled(
+    kind: type[Bank],
+    tensors: Mapping[str, GappedTensor],
+    stored: Mapping[str, Tensor],
+    empty: Mapping[str, torch.dtype],
+) -> Bank:
+    device = next((rows.device for rows in stored.values()), torch.device("cpu"))
+    none = {n: torch.empty(tensors[n].stored_shape, dtype=dtype, device=device) for n, dtype in empty.items()}
+    return rebuilt(kind, tensors, {**stored, **none})
+
+
 class FrozenProjection(SharedProjection):
     """A projection that reads a bank. `weight` shows its stored rows, read-only; biases and scales are its own.
 
@@ -92,6 +115,7 @@ class FrozenProjection(SharedProjection):
     """
 
     _whole: Tensor | Slots
+    _shown: ReadOnlyParameter
 
     def __init__(self, dense: nn.Module, name: str, bank: Bank) -> None:
         super().__init__(dense, bank.tensors[name])
@@ -100,6 +124,8 @@ class FrozenProjection(SharedProjection):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Loading sets `weight`: the bank takes in what it sets, and the parameter stands on the bank's memory."""
+        if name == "weight" and "_shown" in self.__dict__:
+            raise StorageError(f"this weight is read-only, and cannot be replaced either. {HOW_TO_TRAIN}")
         if name == "weight" and "bank" in self.__dict__ and isinstance(value, Tensor) and not value.is_meta:
             self._parameters["weight"] = shown = ReadOnlyParameter(self.bank.put(self.name, value.detach()))
             shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers asks
@@ -110,31 +136,51 @@ class FrozenProjection(SharedProjection):
         """Look up where the bank, which is filled by now, holds this module's weight."""
         held = self.bank.held(self.name)
         self.__dict__["_whole"] = held.whole
-        self._parameters["weight"] = ReadOnlyParameter(held.stored)
+        self._parameters["weight"] = self.__dict__["_shown"] = ReadOnlyParameter(held.stored)
         _keep_still(held.whole)
 
+    def check_weight(self) -> None:
+        """Refuse to run when something has put another weight here, which the product would not read; or when inductor
+        is to freeze weights, which gives every layer a copy of its own.
+
+        Raises:
+            StorageError: saying so.
+        """
+        if torch.compiler.is_compiling():
+            if torch._inductor.config.freezing:
+                raise StorageError(
+                    "inductor's freezing copies every layer's weights, which undoes sharing. Switch it off."
+                )
+        elif self._parameters.get("weight") is not self._shown:
+            raise StorageError(
+                "the weight of a projection that reads a shared bank was replaced; its product does not read what was "
+                f"put there. {HOW_TO_TRAIN}"
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        if prefix + "weight" in state_dict:
+            raise StorageError(f"{prefix}weight is read-only: no other weights can be loaded into it. {HOW_TO_TRAIN}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(prefix + "weight")
+        if isinstance(weight, Tensor) and not keep_vars and not weight.is_contiguous():
+            destination[prefix + "weight"] = weight.contiguous()  # savers take nothing else
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenProjection":
-        """Conversion to another type of number rebuilds the bank once; another device is refused."""
-        weight = self._parameters.pop("weight")
+        """Conversion to another type of number rebuilds the bank once; another device or other numbers are refused."""
+        weight = self._parameters["weight"]
         assert weight is not None
+        dtype = weight.dtype if weight.is_meta else _converts_to(fn, weight)
+        del self._parameters["weight"]
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters = {"weight": weight, **self._parameters}
-        if weight.is_meta:
-            return self
-        probe = fn(torch.ones((), dtype=weight.dtype, device=weight.device))
-        if probe.device != weight.device:
-            raise StorageError(
-                f"this model's shared weights are held on {weight.device} and cannot be moved to {probe.device}: each "
-                "module would get a copy of its own. Load the model for that device (device_map=), or "
-                'with storage="owner".'
-            )
-        if probe.dtype != weight.dtype:
-            self.bank = self.bank.converted(probe.dtype)
+        if dtype != weight.dtype:
+            self.bank = self.bank.converted(dtype)
             self.read_bank()
-        elif probe.item() != 1:
-            raise StorageError(f"this function would change shared weights, which are read-only. {HOW_TO_TRAIN}")
         return self
 
     def train(self, mode: bool = True) -> "FrozenProjection":
@@ -148,7 +194,7 @@ class FrozenProjection(SharedProjection):
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenProjection":
         """A twin with biases of its own that reads the same bank."""
         twin = memo[id(self)] = type(self).__new__(type(self))
-        held = {"bank": self.bank, "_whole": self.__dict__.get("_whole")}
+        held = {key: self.__dict__.get(key) for key in ("bank", "_whole", "_shown") if key in self.__dict__}
         weight = self._parameters["weight"]
         memo[id(weight)] = weight  # nobody can write it, so both may show it
         twin.__dict__ = {
@@ -159,7 +205,8 @@ class FrozenProjection(SharedProjection):
     def __getstate__(self) -> dict[str, Any]:
         """Without weight: a pickled model carries its bank, which carries each unit once."""
         state = self.__dict__.copy()
-        state.pop("_whole", None)
+        for key in ("_whole", "_shown"):
+            state.pop(key, None)
         weight = self._parameters["weight"]
         if weight is not None and not weight.is_meta:
             state["_parameters"] = {key: None if key == "weight" else p for key, p in self._parameters.items()}
@@ -172,6 +219,7 @@ class FrozenProjection(SharedProjection):
             self.read_bank()
 
 
+PROBE = (1.0, -2.0, 0.5, 0.0)
 HOW_TO_TRAIN = 'To train them, load the model by headshare.load(..., storage="owner").'
 
 
@@ -182,11 +230,31 @@ class MappedProjection(FrozenProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x."""
+        self.check_weight()
         return self.multiply(x, self._whole)
 
     def whole_weight(self) -> Tensor:
         """The dense weight as the bank shows it; read-only."""
-        return self._whole
+        return read_only(self._whole)
+
+
+def _converts_to(fn: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
+    """The type of number that fn converts this weight to, by what it does to a few numbers.
+
+    Raises:
+        StorageError: if it moves them to another device, or changes them.
+    """
+    numbers = torch.tensor(PROBE, dtype=weight.dtype, device=weight.device)
+    found = fn(numbers.clone())
+    if found.device != weight.device:
+        raise StorageError(
+            f"this model's shared weights are held on {weight.device} and cannot be moved to {found.device}: each "
+            "module would get a copy of its own. Load the model for that device (device_map=), or "
+            'with storage="owner".'
+        )
+    if found.shape != numbers.shape or not torch.equal(found, numbers.to(found.dtype)):
+        raise StorageError(f"this function would change shared weights, which are read-only. {HOW_TO_TRAIN}")
+    return found.dtype
 
 
 def install_frozen(

@@ -99,6 +99,7 @@ class IndirectProjection(FrozenProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x."""
+        self.check_weight()
         if self.tie_scale is not None:
             x = x * self.channel_scale(self.tie_scale)
         if torch.is_autocast_enabled(x.device.type):

@@ -1,6 +1,8 @@
 """Tensors that refuse to be written: what users see of weights that several layers read at once.
 
 The guard stands on the parameter, never in the product: modules multiply with a plain tensor on the same memory.
+Operators say in their schemas what they write, and are stopped where that is guarded; what never becomes an operator
+(assigning attributes, handing memory to other libraries) is stopped by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +14,9 @@ from torch import Tensor, nn
 
 from headshare.errors import StorageError
 
-HARMLESS = frozenset({"requires_grad_", "share_memory_", "detach_"})
-SETTABLE = frozenset({"grad", "_backward_hooks", "_post_accumulate_grad_hooks", "requires_grad"})
-OPERATORS = "setitem iadd isub imul itruediv ifloordiv imod ipow idiv iand ior ixor ilshift irshift imatmul"
-WRITING_OPERATORS = frozenset(f"__{name}__" for name in OPERATORS.split())
+HARMLESS = ("requires_grad_", "share_memory_", "detach_", "retain_grad")
+SETTABLE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks", "requires_grad")
+UNMARKED = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # write statistics, and do not say so
 
 
 class ReadOnlyTensor(Tensor):
@@ -26,14 +27,33 @@ class ReadOnlyTensor(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        _refuse_writes(func, args, kwargs)
+        _refuse_by_name(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if func in (Tensor.share_memory_, Tensor.detach_):
                 return args[0]
-            if func in (Tensor.__dlpack__,):
-                return func(args[0].clone(), *args[1:], **kwargs)
+            if func is Tensor.__dlpack__:
+                return _plain_copy(args[0]).__dlpack__(*args[1:], **kwargs)
+            if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist):
+                return _not_writeable(func(_plain(args[0]), *args[1:], **kwargs))
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own signature lacks func
+        cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        written = [
+            kwargs.get(argument.name, args[n] if n < len(args) else None)
+            for n, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if func._schema.name.removeprefix("aten::") in UNMARKED:
+            written += args[3:5]
+        if _guarded_in(written):
+            raise _refusal(func._schema.name.removeprefix("aten::"))
+        with torch._C._DisableTorchDispatch():
             result = func(*args, **kwargs)
-        return _guarded(result, [tensor for tensor in _tensors((*args, *kwargs.values())) if _is_guarded(tensor)])
+        return _guarded(result, _guarded_in([*args, *kwargs.values()]))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickled as the plain tensor of its numbers."""
@@ -44,17 +64,22 @@ class ReadOnlyTensor(Tensor):
         copied: Tensor = memo.setdefault(id(self), _plain_copy(self))
         return copied
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Read-only, shared: {_plain_copy(self)!r}"
+
 
 class ReadOnlyParameter(ReadOnlyTensor, nn.Parameter):
     """A parameter that no optimizer and no initialiser can change."""
 
-    def __new__(cls, data: Tensor) -> "ReadOnlyParameter":
-        """Stand on the memory of `data`; nothing is copied."""
-        return Tensor._make_subclass(cls, data, False)
+    def __new__(cls, data: Tensor, requires_grad: bool | None = None) -> "ReadOnlyParameter":
+        """Stand on the memory of `data`; nothing is copied. Who says whether it trains wants to replace one by another.
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
-            return f"Read-only parameter, shared:\n{self.as_subclass(Tensor)!r}"
+        Raises:
+            StorageError: if asked for `requires_grad`.
+        """
+        if requires_grad is not None:
+            raise _refusal("replacing it")
+        return Tensor._make_subclass(cls, data, False)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickled as the plain parameter of its numbers."""
@@ -66,23 +91,37 @@ class ReadOnlyParameter(ReadOnlyTensor, nn.Parameter):
         return copied
 
 
+def read_only(tensor: Tensor) -> ReadOnlyTensor:
+    """The same memory, guarded."""
+    return tensor.as_subclass(ReadOnlyTensor)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same memory without a guard."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
+        return tensor.as_subclass(Tensor).detach()
+
+
 def _plain_copy(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_subclass(Tensor).detach().clone(memory_format=torch.contiguous_format)
+    return _plain(tensor).clone(memory_format=torch.contiguous_format)
 
 
-def _refuse_writes(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
+def _not_writeable(found: Any) -> Any:
+    if isinstance(found, np.ndarray):
+        found.flags.writeable = False
+    return found
+
+
+def _refuse_by_name(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
     name = getattr(func, "__name__", "")
     if name == "__set__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if attribute not in SETTABLE or (attribute == "requires_grad" and args[1]):
             raise _refusal(f"setting {attribute}")
-        return
-    if name == "requires_grad_" and (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)):
-        raise _refusal("training it")
-    in_place = name in WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
-    written = [kwargs.get("out"), *([*args[:1], kwargs.get("tensor"), kwargs.get("input")] if in_place else [])]
-    if any(_is_guarded(tensor) for tensor in _tensors(written)):
+    elif name == "requires_grad_":
+        if args[1] if len(args) > 1 else kwargs.get("requires_grad", True):
+            raise _refusal("training it")
+    elif name.endswith("_") and not name.endswith("__") and name not in HARMLESS and _guarded_in(args[:1]):
         raise _refusal(name)
 
 
@@ -93,35 +132,23 @@ def _refusal(what: str) -> StorageError:
     )
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def _guarded_in(values: Iterable[Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, ReadOnlyTensor):
             found.append(value)
         elif isinstance(value, tuple | list):
-            found += _tensors(value)
+            found += _guarded_in(value)
     return found
 
 
-def _is_guarded(tensor: Tensor) -> bool:
-    return isinstance(tensor, ReadOnlyTensor)
-
-
 def _guarded(result: Any, sources: list[Tensor]) -> Any:
-    """The same result; tensors and arrays that stand on guarded memory are read-only too."""
-    if isinstance(result, np.ndarray):
-        result.flags.writeable = False
-        return result
+    """The same result, with tensors that stand on guarded memory guarded too."""
     if type(result) in (tuple, list):
         return type(result)(_guarded(item, sources) for item in result)
-    if isinstance(result, Tensor) and not isinstance(result, ReadOnlyTensor) and _shares_memory(result, sources):
-        return result.as_subclass(ReadOnlyTensor)
-    return result
-
-
-def _shares_memory(result: Tensor, sources: list[Tensor]) -> bool:
+    if not isinstance(result, Tensor) or isinstance(result, ReadOnlyTensor) or result.layout is not torch.strided:
+        return result
     with torch._C.DisableTorchFunctionSubclass():
-        if result.layout is not torch.strided:
-            return False
         ours = result.untyped_storage()._cdata
-        return any(source.untyped_storage()._cdata == ours for source in sources)
+        shares = any(source.untyped_storage()._cdata == ours for source in sources)
+    return read_only(result) if shares else result

@@ -5,6 +5,7 @@ as any tensor of that file lives; reading the file leaves them alone, so that no
 """
 
 import os
+import weakref
 from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headshare.storage.arena import read_singly
+from headshare.storage.arena import set_apart, unchanged
 
 
 class Range(NamedTuple):
@@ -38,14 +39,15 @@ class MappedFiles:
     def __init__(self) -> None:
         self._ranges: list[Range] = []
         self._open: dict[tuple[str, int], int | None] = {}
+        weakref.finalize(self, _close_all, self._open)
 
     def behind(self, tensor: Tensor) -> InFile | None:
-        """Where in which open file this tensor's bytes are; None where it is in no file."""
+        """Where in which open file this tensor's bytes are; None where it is in no file, or was changed since."""
         if not tensor.is_contiguous() or not tensor.numel():
             return None
         found = self._find(tensor.data_ptr(), tensor.nbytes)
         descriptor = self._descriptor(found) if found else None
-        if found is None or descriptor is None:
+        if found is None or descriptor is None or not unchanged(tensor.data_ptr(), tensor.nbytes):
             return None
         return InFile(descriptor, found.offset + tensor.data_ptr() - found.start)
 
@@ -63,15 +65,13 @@ class MappedFiles:
                 return False
             done += count
         if place:
-            read_singly(tensor.data_ptr(), tensor.nbytes)
+            set_apart(tensor.data_ptr(), tensor.nbytes)
         return place is not None
 
     def close(self) -> None:
         """Close the files that were read, and forget what was mapped."""
-        for descriptor in self._open.values():
-            if descriptor is not None:
-                os.close(descriptor)
-        self._open, self._ranges = {}, []
+        _close_all(self._open)
+        self._ranges = []
 
     def _find(self, address: int, nbytes: int) -> Range | None:
         for _ in range(2):
@@ -90,6 +90,13 @@ class MappedFiles:
         return self._open[key]
 
 
+def _close_all(opened: dict[tuple[str, int], int | None]) -> None:
+    while opened:
+        descriptor = opened.popitem()[1]
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _open_same(found: Range) -> int | None:
     try:
         descriptor = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,12 +112,12 @@ def _mapped_ranges() -> list[Range]:
     """Every private, readable mapping of a file, by address."""
     ranges = []
     try:
-        with Path("/proc/self/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
+        with Path("/proc/self/maps").open("rb") as lines:  # as bytes: names may hold what text takes for a line's end
             for line in lines:
-                bounds, mode, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
-                if mode[0] == "r" and mode[3] == "p" and inode != "0" and path:
-                    start, stop = (int(bound, 16) for bound in bounds.split("-"))
-                    ranges.append(Range(start, stop, int(offset, 16), int(inode), path[0]))
+                bounds, mode, offset, _, inode, *path = line.rstrip(b"\n").split(maxsplit=5)
+                if mode[:1] == b"r" and mode[3:4] == b"p" and inode != b"0" and path:
+                    start, stop = (int(bound, 16) for bound in bounds.split(b"-"))
+                    ranges.append(Range(start, stop, int(offset, 16), int(inode), os.fsdecode(path[0])))
     except OSError:
         return []
     return ranges
