@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import logging
+import multiprocessing.resource_tracker
 import os
 import pickle
 import re
@@ -867,6 +868,8 @@ def send_logits(model: nn.Module, pipe: Any) -> None:
 def test_a_spawned_process_takes_the_model_and_computes_the_same(paged: Case) -> None:
     model = paged.load()
     context = torch.multiprocessing.get_context("spawn")
+    multiprocessing.resource_tracker.ensure_running()
+    before = open_files()
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=send_logits, args=(model, sender))
     child.start()
@@ -876,6 +879,11 @@ def test_a_spawned_process_takes_the_model_and_computes_the_same(paged: Case) ->
     assert child.exitcode == 0
     assert torch.equal(torch.tensor(found), logits(model))
     assert mapped, "the child's copy shares within itself"
+    child.close()
+    receiver.close()
+    gc.collect()
+    ordinary = sum(1 for parameter in model.parameters() if type(parameter) is nn.Parameter)  # torch keeps these open
+    assert open_files() <= before + ordinary, "the copy that was lent to the child is kept for ever"
     assert torch.equal(logits(model), torch.tensor(found))
 
 

@@ -97,7 +97,7 @@ def mapped(pieces: Sequence[Piece], nbytes: int) -> Tensor:
     Raises:
         StorageError: if the system refuses one more mapping.
     """
-    return _map(pieces, nbytes, PROT_READ).tensor(0, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+    return _map(pieces, nbytes, PROT_READ).tensor(0, nbytes)
 
 
 def _map(pieces: Sequence[Piece], nbytes: int, protection: int) -> _Mapping:

@@ -13,6 +13,7 @@ from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,6 @@ class Bank(ABC):
         self.tensors = tensors
         self._held: dict[str, Held] = {}
         self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
-        self.lent: tuple[Any, ...] = ()
 
     @abstractmethod
     def put(self, name: str, stored: Tensor) -> Tensor:
@@ -74,9 +74,6 @@ class Bank(ABC):
     def __init_subclass__(cls) -> None:
         ForkingPickler.register(cls, _reduced_for_a_process)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
         stored = {name: held.stored.clone(memory_format=torch.contiguous_format) for name, held in self._held.items()}
         empty = {name: rows.dtype for name, rows in stored.items() if not rows.numel()}  # which processes cannot share
@@ -84,9 +81,25 @@ class Bank(ABC):
 
 
 def _reduced_for_a_process(bank: Bank) -> tuple[Any, ...]:
-    """The same for another process, which is handed the copies' memory: they must live until it has it."""
-    bank.lent = bank.__reduce__()
-    return bank.lent
+    """The same for another process, as bytes: tensors would be handed over by descriptors that must be kept alive."""
+    _, (kind, tensors, stored, empty) = bank.__reduce__()
+    sent = {
+        name: (rows.cpu().flatten().view(torch.uint8).numpy(), rows.dtype, rows.device) for name, rows in stored.items()
+    }
+    return _received, (kind, tensors, sent, empty)
+
+
+def _received(
+    kind: type[Bank],
+    tensors: Mapping[str, GappedTensor],
+    sent: Mapping[str, tuple[np.ndarray, torch.dtype, torch.device]],
+    empty: Mapping[str, torch.dtype],
+) -> Bank:
+    stored = {
+        name: torch.from_numpy(raw).view(dtype).view(tensors[name].stored_shape).to(device)
+        for name, (raw, dtype, device) in sent.items()
+    }
+    return _unpickled(kind, tensors, stored, empty)
 
 
 def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
