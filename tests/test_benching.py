@@ -114,3 +114,13 @@ def test_more_tokens_than_the_model_reads_are_refused(llama: Path) -> None:
         bench([Subject("dense", llama)], tokens=[65], repeats=1, loads=1)
     with pytest.raises(hs.EvaluationError, match="at least 1"):
         bench([Subject("dense", llama)], tokens=[4], repeats=0, loads=1)
+
+
+def test_a_dense_model_that_does_not_belong_is_refused(llama: Path, shared: Path, tmp_path: Path) -> None:
+    other = hs.open_checkpoint(tiny.make_llama(tmp_path / "other", hidden_size=64))
+    for model, against, words in ((llama, llama, "leave --against out"), (shared, other.path, "for another model")):
+        with (
+            pytest.raises(hs.PlanError, match=words),
+            dense_and_shared(hs.open_checkpoint(model), hs.open_checkpoint(against), ratio=0.5, parts="qkv"),
+        ):
+            pass

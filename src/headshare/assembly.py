@@ -10,7 +10,7 @@ from headshare.checkpoints import Checkpoint
 from headshare.gaps import GappedTensor, Run
 from headshare.headers import DTYPES, TensorInfo
 
-SLICE_BYTES = 16 * 2**20
+SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
 PAGE = 4096
 
 

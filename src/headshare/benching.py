@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, PlanError
 from headshare.evaluation import longest_window
 from headshare.inspection import plan_of
 from headshare.memory import give_back_freed, pss_bytes
@@ -132,8 +132,10 @@ def dense_and_shared(
     a shared one, without its dense model beside it, is expanded.
 
     Raises:
-        PlanError: if `against` is not the dense model of a shared one.
+        PlanError: if `against` is given for a dense model, or is not the dense model of a shared one.
     """
+    if against is not None and model.plan is None:
+        raise PlanError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
         check_fits(plan_of(model), against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
