@@ -7,8 +7,8 @@ import torch
 
 import headshare as hs
 import tiny
-from headshare.benching import Loaded, Ratio, Subject, bench, dense_and_shared, measure_loading
-from headshare.memory import give_back_freed, pss_bytes
+from headshare.benching import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
+from headshare.memory import forget_cached, give_back_freed, pss_bytes
 from headshare.table import bench_table
 
 
@@ -72,7 +72,7 @@ def _model(folder: Path) -> torch.nn.Module:
 def test_a_bench_has_every_task_and_subject(llama: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"dense": Loaded(1.0, 2.0, 1000, 900), "alias": Loaded(1.5, 2.5, 910, 800)}
     monkeypatch.setattr(
-        "headshare.benching.measure_loading", lambda *_: {name: [one] * 2 for name, one in given.items()}
+        "headshare.benching.measure_loading", lambda *_, **__: {name: [one] * 2 for name, one in given.items()}
     )
     subjects = [Subject("dense", llama), Subject("alias", shared, "alias")]
     found = bench(subjects, tokens=[1, 8], repeats=3, loads=2)
@@ -88,7 +88,7 @@ def test_a_bench_has_every_task_and_subject(llama: Path, shared: Path, monkeypat
 
 def test_an_encoder_has_no_decoding_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.make("mpnet", tmp_path / "dense")
-    monkeypatch.setattr("headshare.benching.measure_loading", lambda *_: {"dense": [Loaded(1.0, 2.0, None, 900)]})
+    monkeypatch.setattr("headshare.benching.measure_loading", lambda *_, **__: {"dense": [Loaded(1.0, 2.0, None, 900)]})
     found = bench([Subject("dense", folder)], tokens=[4], repeats=2, loads=1)
     assert list(found.tasks) == ["prefill 4"]
     assert found.memory["dense"].saved_of_ideal is None
@@ -124,3 +124,11 @@ def test_a_dense_model_that_does_not_belong_is_refused(llama: Path, shared: Path
             dense_and_shared(hs.open_checkpoint(model), hs.open_checkpoint(against), ratio=0.5, parts="qkv"),
         ):
             pass
+
+
+def test_forgotten_files_are_read_again_and_are_the_same(shared: Path) -> None:
+    before = {path.name: path.read_bytes() for path in shared.iterdir()}
+    forget_cached(shared)
+    assert {path.name: path.read_bytes() for path in shared.iterdir()} == before
+    cold = load_once(Subject("shared", shared, "alias"), {}, 1, True)
+    assert 0 < cold.load_s < cold.first_token_s

@@ -58,9 +58,9 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-def load_here(subjects: Any, loads: int, options: Any) -> Any:
+def load_here(subjects: Any, loads: int, options: Any, cold: bool = False) -> Any:
     """Loading measured in this process: a process for each load, as tests/test_benching.py has, takes seconds each."""
-    return {one.name: [load_once(one, options, 1) for _ in range(loads)] for one in subjects}
+    return {one.name: [load_once(one, options, 1, cold) for _ in range(loads)] for one in subjects}
 
 
 @pytest.fixture

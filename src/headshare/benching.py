@@ -20,7 +20,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError, PlanError
 from headshare.evaluation import longest_window
 from headshare.inspection import plan_of
-from headshare.memory import give_back_freed, pss_bytes
+from headshare.memory import forget_cached, give_back_freed, pss_bytes
 from headshare.models import load_model, unique_parameter_bytes
 from headshare.planning import make_plan
 from headshare.progress import track
@@ -100,11 +100,13 @@ def bench(
     tokens: Sequence[int] | None = None,
     repeats: int = 10,
     loads: int = 3,
+    cold: bool = False,
     **options: Any,
 ) -> Bench:
     """Measure these models, of which the first is the dense one. `options` go to `from_pretrained`.
 
-    `tokens`: of a pass; without any, those of 1, 16 and 512 that the model has room for.
+    `tokens`: of a pass; without any, those of 1, 16 and 512 that the model has room for. `cold`: load from the disk,
+    not from the system's cache of it.
 
     Raises:
         EvaluationError: if a model has no room for that many tokens, or nothing is to be repeated.
@@ -112,7 +114,7 @@ def bench(
     if min(repeats, loads, *(tokens or (1,))) < 1:
         raise EvaluationError("tokens, repeats and loads must each be at least 1.")
     times = measure_speed(subjects, tokens, repeats, options)
-    loaded = measure_loading(subjects, loads, options)
+    loaded = measure_loading(subjects, loads, options, cold=cold)
     first = subjects[0].name
     return Bench(
         tasks={task: {n: Ratio.of(v, values[first]) for n, v in values.items()} for task, values in times.items()},
@@ -181,17 +183,19 @@ def measure_speed(
     return times
 
 
-def measure_loading(subjects: Sequence[Subject], loads: int, options: Mapping[str, Any]) -> dict[str, list[Loaded]]:
+def measure_loading(
+    subjects: Sequence[Subject], loads: int, options: Mapping[str, Any], *, cold: bool = False
+) -> dict[str, list[Loaded]]:
     """Load each subject in a process of its own, by turns, and run one token through it."""
     loaded: dict[str, list[Loaded]] = {one.name: [] for one in subjects}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in track(range(loads), "loading", loads):
             for one in subjects:
-                loaded[one.name].append(pool.apply(load_once, (one, dict(options), torch.get_num_threads())))
+                loaded[one.name].append(pool.apply(load_once, (one, dict(options), torch.get_num_threads(), cold)))
     return loaded
 
 
-def load_once(subject: Subject, options: dict[str, Any], threads: int) -> Loaded:
+def load_once(subject: Subject, options: dict[str, Any], threads: int, cold: bool = False) -> Loaded:
     """Load a subject here and now: first for its memory, while this process is fresh and nothing freed is used again;
     then for its seconds, which do not count what libraries set up once."""
     torch.set_num_threads(threads)
@@ -205,6 +209,8 @@ def load_once(subject: Subject, options: dict[str, Any], threads: int) -> Loaded
         after = pss_bytes(subject.folder)
         del model
         give_back_freed()
+        if cold:
+            forget_cached(subject.folder)
         begun = time.perf_counter()
         model = _load(subject, options)
         load_s = time.perf_counter() - begun

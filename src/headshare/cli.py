@@ -389,6 +389,9 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Passes of each model, by turns.")] = 10,
     loads: Annotated[int, typer.Option(help="Loads of each model, by turns, in a process each.")] = 3,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Load from the disk, not from the system's cache of it.")
+    ] = False,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -400,7 +403,7 @@ def bench(
         dense_and_shared(opened, dense, ratio=ratio, parts=parts) as (dense_folder, shared_folder),
     ):
         subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
-        found = run_bench(subjects, tokens=_numbers(tokens) or None, repeats=repeats, loads=loads, **options)
+        found = run_bench(subjects, tokens=_numbers(tokens) or None, repeats=repeats, loads=loads, cold=cold, **options)
     counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
     _print(found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json)
 

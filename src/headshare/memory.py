@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,14 @@ def give_back_freed() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget_cached(folder: Path) -> None:
+    """Ask the system to drop this folder's files from its cache, so that they are next read from the disk."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file, suppress(OSError, AttributeError):
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Peak:
