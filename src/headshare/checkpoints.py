@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headshare.errors import CheckpointError
+from headshare.files import read_at
 from headshare.headers import DTYPES, TensorInfo, read_header
 from headshare.layout import Layout
 from headshare.plans import SharePlan
@@ -88,15 +89,12 @@ class Checkpoint:
     def read_into(self, buffer: memoryview, info: TensorInfo, offset: int) -> None:
         """Fill the buffer with this tensor's bytes from `offset` on."""
         descriptor = self._open(info.file)
-        position, done = info.offset + offset, 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], position + done)
-            except OSError as error:
-                raise CheckpointError(f"{info.file} cannot be read at {info.name}: {error.strerror}.") from None
-            if count == 0:
-                raise CheckpointError(f"{info.file} ends inside {info.name}: it became shorter while it was read.")
-            done += count
+        try:
+            filled = read_at(descriptor, buffer, info.offset + offset)
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read at {info.name}: {error.strerror}.") from None
+        if not filled:
+            raise CheckpointError(f"{info.file} ends inside {info.name}: it became shorter while it was read.")
 
     def _open(self, file: str) -> int:
         with self._opening:

@@ -54,3 +54,14 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer with a file's bytes from `offset` on; False where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True

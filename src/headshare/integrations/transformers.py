@@ -77,12 +77,12 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
         """A device map that is still to be worked out is worked out on `owner`, which has the sizes of all storages."""
-        tensors = gapped_tensors(self.quantization_config.plan)
-        self._modules = {name: module_path(model, name) for name in tensors}
+        self._tensors = gapped_tensors(self.quantization_config.plan)
+        self._modules = {name: module_path(model, name) for name in self._tensors}
         self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
         self._model = model
         if isinstance(device_map, str):
-            STORAGES["owner"]({}).install(model, tensors, self._modules)
+            STORAGES["owner"]({}).install(model, self._tensors, self._modules)
         else:
             self._install(model, device_map)
 
@@ -93,11 +93,10 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._install(self._model, device_map)
 
     def _install(self, model: nn.Module, device_map: Any) -> None:
-        tensors = gapped_tensors(self.quantization_config.plan)
         dtypes = stored_dtypes(self._stock.values())
-        chosen = choose_storage(self.quantization_config.storage, tensors, dtypes, _device_types(device_map))
+        chosen = choose_storage(self.quantization_config.storage, self._tensors, dtypes, _device_types(device_map))
         devices = {name: device_of(path, device_map) for name, path in self._modules.items()}
-        STORAGES[chosen](devices).install(model, tensors, self._modules)
+        STORAGES[chosen](devices).install(model, self._tensors, self._modules)
         if chosen in REPLICATING and len(set(devices.values())) > 1:
             self._say_what_is_held_again(devices)
         if chosen == "vmm":
@@ -114,7 +113,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return 0 if param_name in self._mapped else param.element_size()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        self._model, self._stock = None, {}
+        self._model, self._stock, self._tensors = None, {}, {}
         self._frozen = read_banks(model)
         return model
 
@@ -192,15 +191,17 @@ def device_of(path: str, device_map: Any) -> str:
     """Where a module is to be, by the longest of the map's keys that it lies under; numbers are CUDA devices."""
     places = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
     above = [key for key in places if not key or path == key or path.startswith(f"{key}.")]
-    place = places[max(above, key=len)] if above else "cpu"
-    return f"cuda:{place}" if isinstance(place, int) else str(place)
+    return _device_name(places[max(above, key=len)] if above else "cpu")
 
 
 def _device_types(device_map: Any) -> set[str]:
     """cpu, cuda, disk and the like, from a device map as transformers resolves it; numbers are accelerators."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-    named = {place.type if isinstance(place, torch.device) else place for place in places}
-    return {"cuda" if isinstance(place, int) else str(place).split(":")[0] for place in named}
+    return {_device_name(place).partition(":")[0] for place in places}
+
+
+def _device_name(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
 
 
 def _has(model: nn.Module, path: str) -> bool:

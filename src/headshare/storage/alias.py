@@ -19,6 +19,7 @@ from headshare.gaps import GappedTensor
 from headshare.storage.arena import OTHERWISE, PAGE, Arena, Piece, mapped, mappings_left, supported
 from headshare.storage.frozen import Bank, Held, install_frozen
 from headshare.storage.projection import stored_dtypes
+from headshare.storage.shelves import turned
 from headshare.storage.slots import Rack, racks_of
 from headshare.storage.sources import MappedFiles
 
@@ -39,7 +40,8 @@ class AliasBank(Bank):
 
     def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
         super().__init__(tensors)
-        self._racks = {name: rack for rack in racks_of(tensors) for name in rack.placed}
+        self._racks = racks_of(tensors)
+        self._rack_of = {name: rack for rack in self._racks for name in rack.placed}
         self._arenas: dict[torch.dtype, Arena] = {}
         self._backing: dict[str, Backing] = {}
         self._files = MappedFiles()
@@ -53,7 +55,7 @@ class AliasBank(Bank):
         if stored.device.type != "cpu":
             raise StorageError(f"storage alias holds weights in CPU memory; {name} came on {stored.device}.")
         self._backing[name] = self._in_file(name, stored) or self._in_arena(name, stored)
-        return self._turned(name, self._backing[name].stored)
+        return turned(self.tensors[name], self._backing[name].stored)
 
     def seal(self) -> dict[str, Held]:
         """Make all of it read-only, and lay every whole weight over the slots of its rows.
@@ -68,7 +70,7 @@ class AliasBank(Bank):
         return held
 
     def _in_file(self, name: str, stored: Tensor) -> Backing | None:
-        rack, row = self._racks[name], stored.shape[1] * stored.dtype.itemsize
+        rack, row = self._rack_of[name], stored.shape[1] * stored.dtype.itemsize
         if self.tensors[name].axis == 1 or row != stride_of(rack, stored.dtype):
             return None
         found = self._files.behind(stored)
@@ -79,7 +81,7 @@ class AliasBank(Bank):
         return Backing(found.descriptor, found.offset, row, rows.view(stored.dtype).view(stored.shape))
 
     def _in_arena(self, name: str, stored: Tensor) -> Backing:
-        arena, rack = self._arena(stored.dtype), self._racks[name]
+        arena, rack = self._arena(stored.dtype), self._rack_of[name]
         placed, stride = rack.placed[name], stride_of(rack, stored.dtype)
         offset = self._offset(rack, stored.dtype) + placed.first * rack.height * stride
         region = arena.region(offset, placed.count * rack.height * stride)
@@ -92,10 +94,10 @@ class AliasBank(Bank):
         return Backing(arena.descriptor, offset, stride, rows)
 
     def _hold(self, name: str) -> Held:
-        rack, own = self._racks[name], self._backing[name]
+        rack, own = self._rack_of[name], self._backing[name]
         placed, slot = rack.placed[name], rack.height * own.stride
         if not placed.borrows:
-            return Held(self._turned(name, own.stored), self._turned(name, own.stored))
+            return Held(turned(self.tensors[name], own.stored), turned(self.tensors[name], own.stored))
         pieces = []
         for position, source, start, count in placed.runs:
             donor = self._backing.get(source)
@@ -106,22 +108,15 @@ class AliasBank(Bank):
                 )
             pieces.append(Piece(position * slot, donor.descriptor, donor.offset + start * slot, count * slot))
         whole = _rows(mapped(pieces, placed.size * slot), own.stored.dtype, rack.width, own.stride)
-        return Held(self._turned(name, own.stored), self._turned(name, whole))
-
-    def _turned(self, name: str, rows: Tensor) -> Tensor:
-        return rows.T if self.tensors[name].axis == 1 else rows
+        return Held(turned(self.tensors[name], own.stored), turned(self.tensors[name], whole))
 
     def _arena(self, dtype: torch.dtype) -> Arena:
         if dtype not in self._arenas:
-            self._arenas[dtype] = Arena(arena_bytes(self._distinct_racks(), dtype))
+            self._arenas[dtype] = Arena(arena_bytes(self._racks, dtype))
         return self._arenas[dtype]
 
     def _offset(self, wanted: Rack, dtype: torch.dtype) -> int:
-        racks = self._distinct_racks()
-        return arena_bytes(racks[: racks.index(wanted)], dtype)
-
-    def _distinct_racks(self) -> list[Rack]:
-        return list({rack.width: rack for rack in self._racks.values()}.values())
+        return arena_bytes(self._racks[: self._racks.index(wanted)], dtype)
 
 
 def _rows(region: Tensor, dtype: torch.dtype, width: int, stride: int) -> Tensor:

@@ -5,6 +5,7 @@ asked. Nothing is copied: physical memory is what the arena holds, however many 
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import sys
@@ -24,7 +25,6 @@ PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
-F_ADD_SEALS, F_SEAL_SHRINK, F_SEAL_GROW = 1033, 0x2, 0x4
 MADV_RANDOM, MADV_DONTNEED, MADV_HUGEPAGE = 1, 4, 14
 
 OTHERWISE = 'Load the model with storage="owner".'
@@ -60,7 +60,7 @@ class Arena:
         weakref.finalize(self, os.close, self.descriptor).atexit = False
         try:
             os.ftruncate(self.descriptor, self.nbytes)
-            _seal_size(self.descriptor)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except OSError as error:
             raise StorageError(f"the system refuses {self.nbytes} bytes: {error.strerror}. {OTHERWISE}") from None
         if not self.nbytes:
@@ -124,12 +124,6 @@ def _map(pieces: Sequence[Piece], nbytes: int, protection: int) -> _Mapping:
 
 def _refused() -> StorageError:
     return StorageError(f"the system refuses one more mapping: {os.strerror(ctypes.get_errno())}. {OTHERWISE}")
-
-
-def _seal_size(descriptor: int) -> None:
-    import fcntl
-
-    fcntl.fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)
 
 
 def set_apart(address: int, nbytes: int) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headshare.files import read_at
 from headshare.storage.arena import set_apart, unchanged
 
 
@@ -58,15 +59,11 @@ class MappedFiles:
 
     def read_into(self, target: Tensor, tensor: Tensor) -> bool:
         """Fill the target (uint8) with this tensor's bytes from the file behind it; False where there is none."""
-        place, done, buffer = self.behind(tensor), 0, target.numpy().data
-        while place and done < len(buffer):
-            count = os.preadv(place.descriptor, [buffer[done:]], place.offset + done)
-            if not count:
-                return False
-            done += count
-        if place:
-            set_apart(tensor.data_ptr(), tensor.nbytes)
-        return place is not None
+        place = self.behind(tensor)
+        if place is None or not read_at(place.descriptor, target.numpy().data, place.offset):
+            return False
+        set_apart(tensor.data_ptr(), tensor.nbytes)
+        return True
 
     def close(self) -> None:
         """Close the files that were read, and forget what was mapped."""
