@@ -4,9 +4,11 @@ Importing it registers the checkpoint format with transformers, and changes noth
 """
 
 from headshare.accounting import Estimate, estimate, estimate_plan
+from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import (
     ArchitectureError,
+    CalibrationError,
     CheckpointError,
     EvaluationError,
     HeadshareError,
@@ -26,6 +28,8 @@ from headshare.units import HeadUnit, Part, Parts, Tie
 
 __all__ = [
     "ArchitectureError",
+    "Calibration",
+    "CalibrationError",
     "Checkpoint",
     "CheckpointError",
     "Estimate",
@@ -42,6 +46,7 @@ __all__ = [
     "SharedCheckpoint",
     "StorageError",
     "Tie",
+    "calibration_from",
     "estimate",
     "estimate_plan",
     "expand",

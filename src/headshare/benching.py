@@ -163,7 +163,7 @@ def measure_speed(
     """
     models = {one.name: _load(one, options) for one in subjects}
     first = next(iter(models.values()))
-    longest = longest_window(first)
+    longest = longest_window(first.config.to_dict())
     if tokens is None:
         tokens = [count for count in TOKENS if longest is None or count <= longest]
     if longest is not None and max(tokens) > longest:

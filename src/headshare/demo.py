@@ -65,7 +65,7 @@ def run_demo(
         raise EvaluationError(f"--tokens {tokens} leaves nothing to measure; use at least one window's worth.")
     dense = open_checkpoint(model)
     tokenizer, model_at_rest = load_tokenizer(dense), load_model(dense)
-    window = min(WINDOW, longest_window(model_at_rest) or WINDOW)
+    window = min(WINDOW, longest_window(dense.config) or WINDOW)
     windows = windows_of(tokenizer, text, window=window, limit=tokens)
     dense_value = perplexity(model_at_rest, windows).perplexity
     del model_at_rest

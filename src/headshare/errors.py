@@ -6,7 +6,8 @@
     ├── PlanError           a share plan, or what was asked of one, is not valid
     ├── StorageError        a loaded model's weights cannot be held, moved or changed as was asked
     ├── OutputError         the place to write to is not usable: it exists, is inside the input, is full
-    └── EvaluationError     a text, a tokenizer or a model that cannot be measured
+    ├── EvaluationError     a text, a tokenizer or a model that cannot be measured
+    └── CalibrationError    no calibration tokens can be had from what was named
 
 Every message says what is wrong, what was found, and what to do.
 """
@@ -38,3 +39,7 @@ class OutputError(HeadshareError):
 
 class EvaluationError(HeadshareError):
     """A measurement cannot be made."""
+
+
+class CalibrationError(HeadshareError):
+    """Calibration tokens cannot be had from what was named, or not as many as are needed."""

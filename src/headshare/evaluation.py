@@ -1,7 +1,7 @@
 """Perplexity of a text in windows, and for encoders the agreement of their hidden states with the dense model's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headshare.checkpoints import Checkpoint
+from headshare.configuration import text_config
 from headshare.errors import EvaluationError
 from headshare.models import load_model, load_tokenizer, quiet
 from headshare.progress import track
@@ -95,23 +96,69 @@ def windows_of(
     """
     if limit is not None and limit < 1:
         raise EvaluationError(f"a limit of {limit} tokens leaves nothing to measure; use at least one window's worth.")
-    if window < 2:
-        raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
-    with quiet():
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first = tokenizer.bos_token_id
-    if bos and first is None:
-        raise EvaluationError("this tokenizer has no beginning-of-text token; run without it.")
-    use_bos = first is not None if bos is None else bos
-    body = window - use_bos
-    usable = min(len(ids), limit or len(ids)) // body * body
-    if usable == 0:
+    check_window(window)
+    first = opening_token(tokenizer, bos)
+    ids = ids_of(tokenizer, text)[:limit]
+    tokens = cut(ids, window, first)
+    if len(tokens) == 0:
         raise EvaluationError(
-            f"the text has {min(len(ids), limit or len(ids))} tokens, less than one window of {window}. "
+            f"the text has {len(ids)} tokens, less than one window of {window}. "
             "Use a longer text, a smaller --window, or a larger --limit."
         )
-    tokens = torch.tensor(ids[:usable]).view(-1, body)
-    return Windows(functional.pad(tokens, (1, 0), value=first) if use_bos else tokens, use_bos)
+    return Windows(tokens, first is not None)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The text's tokens, none added."""
+    with quiet():
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def opening_token(tokenizer: Any, bos: bool | None) -> int | None:
+    """The beginning-of-text token that is to open each window; None where none is. `bos` None: if the model has one.
+
+    Raises:
+        EvaluationError: if one is asked for and absent.
+    """
+    first: int | None = tokenizer.bos_token_id
+    if bos and first is None:
+        raise EvaluationError("this tokenizer has no beginning-of-text token; run without it.")
+    return None if bos is False else first
+
+
+def cut(ids: Sequence[int], window: int, first: int | None) -> Int[Tensor, "windows window"]:
+    """The tokens in whole windows, in order, each opened by `first` where there is one; the rest is left out."""
+    body = window - (first is not None)
+    tokens = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    return tokens if first is None else functional.pad(tokens, (1, 0), value=first)
+
+
+def check_window(window: int, longest: int | None = None) -> None:
+    """Refuse windows that predict nothing, or that are longer than the model reads.
+
+    Raises:
+        EvaluationError: in these cases.
+    """
+    if window < 2:
+        raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
+    if longest is not None and window > longest:
+        raise EvaluationError(
+            f"windows of {window} tokens are longer than the model's {longest}. Use --window {longest}."
+        )
+
+
+def check_vocabulary(config: Mapping[str, Any], tokens: Tensor) -> None:
+    """Refuse tokens that the model with this config.json does not have.
+
+    Raises:
+        EvaluationError: if there is one.
+    """
+    vocabulary = text_config(config).get("vocab_size")
+    if isinstance(vocabulary, int) and tokens.max() >= vocabulary:
+        raise EvaluationError(
+            f"the tokenizer gives token {tokens.max()}, but the model's vocabulary has {vocabulary}. "
+            "The tokenizer belongs to another model."
+        )
 
 
 @torch.inference_mode()
@@ -133,14 +180,21 @@ def perplexity(model: Any, windows: Windows) -> Perplexity:
     for window in track(windows.tokens, "windows", len(windows.tokens)):
         tokens = window[None].to(device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-        if not torch.isfinite(logits).all():
-            raise EvaluationError(
-                "the model's logits are NaN or infinite; its weights are damaged or overflow this dtype."
-            )
+        check_finite(logits)
         loss += functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().sum().item()
         count += len(window) - 1
     mean = loss / count
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, windows.length, windows.bos)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits that say nothing.
+
+    Raises:
+        EvaluationError: if one is NaN or infinite.
+    """
+    if not torch.isfinite(logits).all():
+        raise EvaluationError("the model's logits are NaN or infinite; its weights are damaged or overflow this dtype.")
 
 
 def is_causal(model: Any) -> bool:
@@ -181,34 +235,19 @@ def evaluate(
     Raises:
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    windows = windows_of(tokenizer, text, window=window, limit=limit, bos=bos)
+    windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
+    check_window(window, longest_window(checkpoint.config))
+    check_vocabulary(checkpoint.config, windows.tokens)
     model = load_model(checkpoint)
-    _check_fits(model, windows)
     if against is not None:
         return agreement(model, load_model(against), windows)
     return perplexity(model, windows)
 
 
-def longest_window(model: Any) -> int | None:
-    """How many tokens this model can take at once; None where it does not say."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+def longest_window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens the model with this config.json can take at once; None where it does not say."""
+    settings = text_config(config)
+    positions = settings.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
-    return positions - offset
-
-
-def _check_fits(model: Any, windows: Windows) -> None:
-    longest = longest_window(model)
-    if longest is not None and windows.length > longest:
-        raise EvaluationError(
-            f"windows of {windows.length} tokens are longer than the model's {longest}. Use --window {longest}."
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if windows.tokens.max() >= vocabulary:
-        raise EvaluationError(
-            f"the tokenizer gives token {windows.tokens.max()}, but the model's vocabulary has {vocabulary}. "
-            "The tokenizer belongs to another model."
-        )
+    return positions - ((settings.get("pad_token_id") or 0) + 1 if settings["model_type"] in _OFFSET_POSITIONS else 0)

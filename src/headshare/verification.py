@@ -170,6 +170,6 @@ def _probe(checkpoint: Checkpoint) -> Tensor:
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
     model: Any = load_model(checkpoint, storage="owner", dtype="auto" if not dtype.is_floating_point else dtype)
-    out = model(input_ids=probe[:, : longest_window(model) or PROBE_TOKENS])
+    out = model(input_ids=probe[:, : longest_window(checkpoint.config) or PROBE_TOKENS])
     value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
     return value.float()
