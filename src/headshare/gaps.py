@@ -9,7 +9,8 @@ ones, and know of no removal. Without removals the two are the same.
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -52,13 +53,15 @@ class GappedTensor:
     gaps: tuple[Gap, ...] = ()
     scaled: tuple[tuple[int, int], ...] = ()
     removed: Spans = ()
-    _absent: "_Absent" = field(init=False, repr=False, compare=False)
-    _removed: "_Absent" = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _absent(self) -> "_Absent":
         gaps = [Span(gap.start, gap.stop) for gap in self.gaps]
-        object.__setattr__(self, "_absent", _Absent(tuple(sorted([*gaps, *self.removed]))))
-        object.__setattr__(self, "_removed", _Absent(self.removed))
+        return _Absent(tuple(sorted([*gaps, *self.removed]))) if gaps else self._removed
+
+    @cached_property
+    def _removed(self) -> "_Absent":
+        return _Absent(self.removed)
 
     @property
     def size(self) -> int:
@@ -204,18 +207,20 @@ def tied_names(tensors: Mapping[str, GappedTensor]) -> list[str]:
 
 def _removed(plan: SharePlan, parts: tuple[Part, ...]) -> dict[str, tuple[Place, Spans]]:
     """A place in each tensor that loses units of these parts, and the indices that it loses."""
-    places: dict[str, Place] = {}
-    found: dict[str, list[Span]] = {}
+    found: dict[str, tuple[Place, Spans]] = {}
     for removal in plan.removals:
         for part, place in removal.layout.parts.items():
             for layer, groups in removal.removed.items() if part in parts else ():
-                places[place.name(layer)] = place
-                found.setdefault(place.name(layer), []).extend(_indices(place, groups))
-    return {name: (places[name], joined(sorted(spans))) for name, spans in found.items()}
+                name, spans = place.name(layer), _indices(place, groups)
+                others = found[name][1] if name in found else ()
+                found[name] = (place, joined(sorted([*others, *spans])) if others else spans)
+    return found
 
 
 def _indices(place: Place, groups: Spans) -> Spans:
     """The indices that these groups have in this place."""
+    if (place.start, place.step, place.rows) == (0, 1, 1):
+        return groups
     if place.step == place.rows:
         return tuple(Span(place.span(start)[0], place.span(stop - 1)[1]) for start, stop in groups)
     return tuple(Span(*place.span(group)) for start, stop in groups for group in range(start, stop))
