@@ -467,7 +467,7 @@ def test_more_ties_than_units_are_refused_before_any_is_read(count: int, monkeyp
 def test_more_units_than_any_model_has_are_refused() -> None:
     plan = small()
     plan["selections"][0]["layout"] |= {"layers": 10_000, "groups": 100_000}
-    with pytest.raises(hs.PlanError, match="at most 1000000 are supported"):
+    with pytest.raises(hs.PlanError, match="at most 10000000 are supported"):
         read(plan)
 
 

@@ -3,17 +3,18 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 
 from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import PlanError
-from headshare.gaps import scale_names, scaled_weight_name
+from headshare.gaps import GappedTensor, gapped_biases, gapped_tensors, scale_names, scaled_weight_name
 from headshare.headers import DTYPES, TensorInfo
 from headshare.layout import Layout
 from headshare.planning import check_covered, checked_recipients, ratio_of
 from headshare.plans import Choice, Selection, SharePlan
 from headshare.similarity import layouts_of, match_for, tied_together
-from headshare.units import HeadUnit, Parts, Tie
+from headshare.units import HeadUnit, Kind, Parts, Tie
 
 LITTLE = 0.02
 SMALL_PARTS = 0.15
@@ -30,7 +31,8 @@ class Estimate:
     """What sharing saves. Bytes are of parameters, as the model holds them in memory and the checkpoint on disk.
 
     `units` and `recipients` are summed over the grids that share (attention, feed-forward; each part when matched
-    separately). Fractions are of the whole model: `saved_fraction` what goes, `parts_fraction` what was at stake.
+    separately); `removed_units` of attention and `removed_neurons` are gone altogether. Fractions are of the whole
+    model: `saved_fraction` what goes, `parts_fraction` what was at stake.
     """
 
     units: int
@@ -40,6 +42,8 @@ class Estimate:
     saved_bytes: int
     saved_fraction: float
     parts_fraction: float
+    removed_units: int = 0
+    removed_neurons: int = 0
 
     def to_dict(self) -> dict[str, int | float]:
         """The same under the names that `--json` prints."""
@@ -47,8 +51,11 @@ class Estimate:
 
     def in_words(self) -> str:
         """One or two sentences for the person who decides, honest where little can be saved."""
+        gone = [f"{self.removed_units} attention units"] * bool(self.removed_units)
+        gone += [f"{self.removed_neurons} neurons"] * bool(self.removed_neurons)
+        removed = f", {' and '.join(gone)} removed" if gone else ""
         text = (
-            f"{self.recipients} of {self.units} units shared: {_mib(self.dense_bytes)} becomes "
+            f"{self.recipients} of {self.units} units shared{removed}: {_mib(self.dense_bytes)} becomes "
             f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
         )
         if self.parts_fraction < SMALL_PARTS:
@@ -111,13 +118,14 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     code = dtype_code(dtype)
     parameters = parameter_infos(checkpoint)
     dense = sum(stored_bytes(info, code) for info in parameters.values())
-    saved = at_stake = 0
-    for selection in plan.selections:
-        for place in selection.layout.parts.values():
-            info = checkpoint.tensors[place.name(0)]
-            unit = place.numel * item_size(info, code)
-            saved += len(selection.ties) * unit
-            at_stake += selection.layout.units * unit
+    tensors = gapped_tensors(plan) | gapped_biases(plan)
+    present = {name: tensor for name, tensor in tensors.items() if name in checkpoint.tensors}
+    saved = sum(absent_numbers(tensor) * item_size(checkpoint.tensors[name], code) for name, tensor in present.items())
+    places = {part: (layout, place) for layout in plan.layouts for part, place in layout.parts.items()}
+    at_stake = sum(
+        layout.units * place.numel * item_size(checkpoint.tensors[place.name(0)], code)
+        for layout, place in places.values()
+    )
     for name, count in scale_names(plan).items():
         saved -= count * item_size(checkpoint.tensors[scaled_weight_name(name)], code)
     return Estimate(
@@ -128,7 +136,14 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         saved_bytes=saved,
         saved_fraction=saved / dense,
         parts_fraction=at_stake / dense,
+        removed_units=plan.removed(Kind.ATTENTION),
+        removed_neurons=plan.removed(Kind.FFN),
     )
+
+
+def absent_numbers(tensor: GappedTensor) -> int:
+    """How many numbers of a tensor a plan leaves out."""
+    return prod(tensor.shape) - prod(tensor.stored_shape)
 
 
 def dtype_code(dtype: str | None) -> str | None:

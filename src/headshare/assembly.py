@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoints import Checkpoint
-from headshare.gaps import GappedTensor, Run
+from headshare.gaps import NOTHING, GappedTensor, Run
 from headshare.headers import DTYPES, TensorInfo
 
 SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
@@ -16,7 +16,8 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Assembly:
-    """One output tensor: runs of stored indices along `axis`, each from some tensor of the source, laid end to end.
+    """One output tensor: runs of stored indices along `axis`, each from some tensor of the source (or, from NOTHING,
+    zeros), laid end to end.
 
     `dtype` is the safetensors name of the output's type; `file` is where the tensor goes. `shared` marks what a plan
     touches: a loaded model maps it from the file, if it fills whole pages there.
@@ -50,14 +51,14 @@ def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
     return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Run(info.name, 0, length),))
 
 
-def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None) -> Assembly:
-    """What a dense tensor keeps under a plan."""
+def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None, *, shared: bool = True) -> Assembly:
+    """What a dense tensor keeps under a plan. It is `shared` where others take from it, or it from them."""
     runs = tuple(Run(info.name, start, stop) for start, stop in tensor.kept())
-    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, True)
+    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, shared)
 
 
 def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:
-    """A dense tensor with every gap filled from its donor, read from a dense checkpoint."""
+    """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint."""
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(tensor.whole()))
 
 
@@ -65,7 +66,7 @@ def filled(info: TensorInfo, tensor: GappedTensor, tensors: Mapping[str, GappedT
     """The same, read from a shared checkpoint, where donors too hold only what they keep."""
     runs = []
     for source, start, stop in tensor.whole():
-        first = tensors[source].stored_index(start)
+        first = start if source == NOTHING else tensors[source].stored_index(start)
         runs.append(Run(source, first, first + stop - start))
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
@@ -85,6 +86,9 @@ def stream(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 
 def _rows(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     for name, start, stop in assembly.runs:
+        if name == NOTHING:
+            yield torch.zeros(stop - start, *assembly.shape[1:], dtype=DTYPES[assembly.dtype])
+            continue
         step = _rows_per_slice(source.tensors[name])
         for first in range(start, stop, step):
             yield source.read(name, first, min(first + step, stop))
@@ -93,12 +97,19 @@ def _rows(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     if not assembly.runs:
         return
-    names = dict.fromkeys(run.source for run in assembly.runs)
+    names = dict.fromkeys(run.source for run in assembly.runs if run.source != NOTHING)
     step = max(1, min(_rows_per_slice(source.tensors[name]) for name in names) // len(names))
     for first in range(0, assembly.shape[0], step):
         last = min(first + step, assembly.shape[0])
         rows = {name: source.read(name, first, last) for name in names}
-        yield torch.cat([rows[name][:, start:stop] for name, start, stop in assembly.runs], dim=1)
+        some = next(iter(rows.values()))
+        yield torch.cat(
+            [
+                some.new_zeros(last - first, stop - start) if name == NOTHING else rows[name][:, start:stop]
+                for name, start, stop in assembly.runs
+            ],
+            dim=1,
+        )
 
 
 def _rows_per_slice(info: TensorInfo) -> int:

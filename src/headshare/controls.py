@@ -14,7 +14,8 @@ from headshare.units import HeadUnit, Kind, Part, Tie
 
 @torch.no_grad()
 def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
-    """Write donors' rows over recipients' in a stock model: what a shared model computes, with nothing saved."""
+    """Write donors' rows over recipients' in a stock model, and take removed units out: what a shared model computes,
+    with nothing saved."""
     weights: dict[str, Tensor] = {}
     for selection in plan.selections:
         for place in selection.layout.parts.values():
@@ -24,6 +25,9 @@ def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
                 start, stop = place.span(recipient.group)
                 source, end = place.span(donor.group)
                 into.narrow(place.axis, start, stop - start).copy_(taken.narrow(place.axis, source, end - source))
+    for removal in plan.removals:
+        units = [HeadUnit(layer, group) for layer in removal.removed for group in removal.indices(layer)]
+        delete_units(model, removal.layout, units)
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> Non
 
 
 def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
-    """The same recipients, each tied to a random kept unit of an earlier layer."""
+    """The same recipients, each tied to a random kept unit of an earlier layer; and the same removals."""
     generator = random.Random(seed)  # noqa: S311 - an experiment's control, not a secret
     selections = []
     for selection in plan.selections:
@@ -53,10 +57,11 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
             earlier = [
                 HeadUnit(layer, group) for layer in range(recipient.layer) for group in range(selection.layout.groups)
             ]
-            ties.append(Tie(recipient, generator.choice([unit for unit in earlier if unit not in recipients])))
+            kept = [unit for unit in earlier if unit not in recipients and not plan.loses_some_of(unit, selection)]
+            ties.append(Tie(recipient, generator.choice(kept)))
         choice = Choice(match="random", mode=selection.chosen.mode, ratio=selection.chosen.ratio)
         selections.append(Selection(layout=selection.layout, ties=tuple(ties), scale=selection.scale, chosen=choice))
-    return SharePlan(model_type=plan.model_type, selections=tuple(selections))
+    return SharePlan(model_type=plan.model_type, selections=tuple(selections), removals=plan.removals)
 
 
 def recipients_of(plan: SharePlan) -> dict[Kind, list[HeadUnit]]:

@@ -158,6 +158,30 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What an attention module counts its heads by, all in proportion to them: attributes of its own, and settings that
+    it reads from the model's configuration. Not with `unless`: a setting under which more depends on their number.
+    """
+
+    attributes: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    unless: str | None = None
+
+
+# Model types whose attention was shown, by tests/test_removal.py, to work in layers that have fewer heads than others.
+# Most reshape by the size of a head, and so count nothing.
+ATTENTION_COUNTS: Mapping[str, Counts] = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), Counts()),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo", "granite", "gpt_neox"), Counts()),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), Counts()),
+    "phi3": Counts(attributes=("num_key_value_heads",), settings=("num_attention_heads",)),
+    "gpt2": Counts(attributes=("num_heads", "split_size")),
+    "falcon": Counts(attributes=("num_heads", "num_kv_heads"), unless="alibi"),
+    "opt": Counts(attributes=("num_heads",)),
+}
+
+
 def family_of(model_type: str) -> Family | None:
     """The row that lists this model type, or None."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)

@@ -1,16 +1,26 @@
 """What a plan means for each tensor: which indices it no longer stores, and whose it uses instead.
 
-A tensor that a plan touches has *gaps* along one axis. Dense coordinates count all of its indices; stored
-coordinates count only those it keeps. Everything that moves weights (share, expand, the storages) works from this.
+A tensor that a plan touches has *gaps* along one axis, and indices that are *removed*: nothing stands for those.
+There are three ways to count. Dense coordinates count all indices of the original tensor; reduced coordinates those
+that are not removed, which is what a loaded model multiplies with; stored coordinates those that the tensor keeps.
+Share and expand work in dense coordinates; the storages get tensors that `reduced_tensors` has turned into reduced
+ones, and know of no removal. Without removals the two are the same.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
+from headshare.indices import Span, Spans, joined
+from headshare.layout import Place
 from headshare.plans import Selection, SharePlan
 from headshare.units import Part
+
+NOTHING = ""
+READOUTS = (Part.O, Part.DOWN)
 
 
 class Gap(NamedTuple):
@@ -23,7 +33,7 @@ class Gap(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Dense indices [start, stop) of one tensor."""
+    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros."""
 
     source: str
     start: int
@@ -32,22 +42,26 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class GappedTensor:
-    """One tensor under a plan: its dense shape, the axis along which units lie, and its gaps in order."""
+    """One tensor under a plan: its dense shape, the axis along which units lie, its gaps and what is removed, in order.
+
+    A bias has one axis; all others have two.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     axis: int
     gaps: tuple[Gap, ...] = ()
     scaled: tuple[tuple[int, int], ...] = ()
-    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _removed: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    removed: Spans = ()
 
-    def __post_init__(self) -> None:
-        removed = [0]
-        for gap in self.gaps:
-            removed.append(removed[-1] + gap.stop - gap.start)
-        object.__setattr__(self, "_starts", tuple(gap.start for gap in self.gaps))
-        object.__setattr__(self, "_removed", tuple(removed))
+    @cached_property
+    def _absent(self) -> "_Absent":
+        gaps = [Span(gap.start, gap.stop) for gap in self.gaps]
+        return _Absent(tuple(sorted([*gaps, *self.removed]))) if gaps else self._removed
+
+    @cached_property
+    def _removed(self) -> "_Absent":
+        return _Absent(self.removed)
 
     @property
     def size(self) -> int:
@@ -55,27 +69,79 @@ class GappedTensor:
         return self.shape[self.axis]
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, ...]:
         """The shape of what is kept."""
-        kept = self.size - self._removed[-1]
-        return (kept, self.shape[1]) if self.axis == 0 else (self.shape[0], kept)
+        return self._shape_without(self._absent)
 
-    def kept(self) -> list[tuple[int, int]]:
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        """The shape of what is not removed."""
+        return self._shape_without(self._removed)
+
+    def _shape_without(self, absent: "_Absent") -> tuple[int, ...]:
+        return (*self.shape[: self.axis], self.size - absent.count, *self.shape[self.axis + 1 :])
+
+    def kept(self) -> list[Span]:
         """The runs of dense indices that are stored, in order."""
-        edges = [0, *(edge for gap in self.gaps for edge in (gap.start, gap.stop)), self.size]
-        return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
+        return self._absent.others(self.size)
+
+    def present(self) -> list[Span]:
+        """The runs of dense indices that are not removed, in order."""
+        return self._removed.others(self.size)
 
     def stored_index(self, index: int) -> int:
         """The stored position of a dense index that is kept."""
-        return index - self._removed[bisect_right(self._starts, index)]
+        return index - self._absent.before(index)
+
+    def reduced_index(self, index: int) -> int:
+        """The reduced position of a dense index that is not removed."""
+        return index - self._removed.before(index)
 
     def whole(self) -> list[Run]:
         """All dense indices in order, each run naming the tensor that has it; neighbouring runs are joined."""
-        runs = [Run(self.name, start, stop) for start, stop in self.kept()]
-        runs += [Run(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start) for gap in self.gaps]
-        order = [start for start, _ in self.kept()] + [gap.start for gap in self.gaps]
-        ordered = [run for _, run in sorted(zip(order, runs, strict=True))]
-        return _joined(ordered)
+        runs = [(start, Run(self.name, start, stop)) for start, stop in self.kept()]
+        runs += [
+            (gap.start, Run(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
+        ]
+        runs += [(start, Run(NOTHING, start, stop)) for start, stop in self.removed]
+        return _joined([run for _, run in sorted(runs)])
+
+    def reduced(self, tensors: Mapping[str, "GappedTensor"]) -> "GappedTensor":
+        """The same in reduced coordinates: a smaller tensor of which nothing is removed."""
+        gaps = tuple(
+            Gap(
+                self.reduced_index(gap.start),
+                self.reduced_index(gap.start) + gap.stop - gap.start,
+                gap.donor,
+                tensors[gap.donor].reduced_index(gap.donor_start),
+            )
+            for gap in self.gaps
+        )
+        scaled = tuple(
+            (self.reduced_index(start), self.reduced_index(start) + stop - start) for start, stop in self.scaled
+        )
+        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled)
+
+
+class _Absent:
+    """Spans that are left out, and so how far what follows them moves."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+        self._starts = [start for start, _ in spans]
+        self._counts = [0, *accumulate(stop - start for start, stop in spans)]
+
+    @property
+    def count(self) -> int:
+        return self._counts[-1]
+
+    def before(self, index: int) -> int:
+        return self._counts[bisect_right(self._starts, index)]
+
+    def others(self, size: int) -> list[Span]:
+        edges = [0, *(edge for span in self._spans for edge in span), size]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [Span(start, stop) for start, stop in pairs if start < stop]
 
 
 def _joined(runs: list[Run]) -> list[Run]:
@@ -89,7 +155,8 @@ def _joined(runs: list[Run]) -> list[Run]:
 
 
 def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
-    """Every tensor that gives or takes under this plan, by name. Tensors that a plan leaves alone are not listed."""
+    """Every tensor that gives, takes or loses something under this plan, by name, in dense coordinates. Tensors that a
+    plan leaves alone are not listed; nor are biases, which not every model has: see `gapped_biases`."""
     gaps: dict[str, list[Gap]] = {}
     scaled: dict[str, list[tuple[int, int]]] = {}
     shapes: dict[str, tuple[tuple[int, int], int]] = {}
@@ -102,10 +169,66 @@ def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
                 shapes[name] = shapes[donor_name] = (place.shape, place.axis)
                 if selection.scale and part is Part.O:
                     scaled.setdefault(name, []).append(span)
+    removed = _removed(plan, tuple(Part))
+    shapes |= {name: (place.shape, place.axis) for name, (place, _) in removed.items()}
     return {
-        name: GappedTensor(name, shape, axis, tuple(sorted(gaps.get(name, []))), tuple(sorted(scaled.get(name, []))))
+        name: GappedTensor(
+            name,
+            shape,
+            axis,
+            tuple(sorted(gaps.get(name, []))),
+            tuple(sorted(scaled.get(name, []))),
+            removed[name][1] if name in removed else (),
+        )
         for name, (shape, axis) in shapes.items()
     }
+
+
+def gapped_biases(plan: SharePlan) -> dict[str, GappedTensor]:
+    """The biases that lose something, where the model has them: those of the parts whose units are outputs."""
+    features = _removed(plan, tuple(part for part in Part if part not in READOUTS))
+    return {
+        bias_name(name): GappedTensor(bias_name(name), (place.shape[place.axis],), 0, removed=spans)
+        for name, (place, spans) in features.items()
+    }
+
+
+def reduced_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
+    """Every tensor that gives or takes, in the coordinates of a model from which removed units are gone."""
+    tensors = gapped_tensors(plan)
+    return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
+
+
+def tied_names(tensors: Mapping[str, GappedTensor]) -> list[str]:
+    """The names of the tensors that give or take."""
+    donors = {gap.donor for tensor in tensors.values() for gap in tensor.gaps}
+    return [name for name, tensor in tensors.items() if tensor.gaps or name in donors]
+
+
+def _removed(plan: SharePlan, parts: tuple[Part, ...]) -> dict[str, tuple[Place, Spans]]:
+    """A place in each tensor that loses units of these parts, and the indices that it loses."""
+    found: dict[str, tuple[Place, Spans]] = {}
+    for removal in plan.removals:
+        for part, place in removal.layout.parts.items():
+            for layer, groups in removal.removed.items() if part in parts else ():
+                name, spans = place.name(layer), _indices(place, groups)
+                others = found[name][1] if name in found else ()
+                found[name] = (place, joined(sorted([*others, *spans])) if others else spans)
+    return found
+
+
+def _indices(place: Place, groups: Spans) -> Spans:
+    """The indices that these groups have in this place."""
+    if (place.start, place.step, place.rows) == (0, 1, 1):
+        return groups
+    if place.step == place.rows:
+        return tuple(Span(place.span(start)[0], place.span(stop - 1)[1]) for start, stop in groups)
+    return tuple(Span(*place.span(group)) for start, stop in groups for group in range(start, stop))
+
+
+def bias_name(weight_name: str) -> str:
+    """The bias beside this weight."""
+    return weight_name.removesuffix("weight") + "bias"
 
 
 def scale_names(plan: SharePlan) -> dict[str, int]:

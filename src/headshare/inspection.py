@@ -1,23 +1,40 @@
-"""What is tied to what: a plan as a small text picture, layer by layer, and as data."""
+"""What is tied to what, and what is removed: a plan as a small text picture, layer by layer, and as data."""
 
 from typing import Any
 
 from headshare.checkpoints import Checkpoint
 from headshare.errors import PlanError
 from headshare.gaps import recipients_by_layer
+from headshare.indices import length
 from headshare.placement import held_again, split_evenly
-from headshare.plans import Selection, SharePlan
+from headshare.plans import Removal, Selection, SharePlan
+from headshare.units import Kind
 
-KEPT, LENDS, GIVEN = "■", "◆", "·"
+KEPT, LENDS, GIVEN, REMOVED = "■", "◆", "·", "x"
+BAR = 32
 
 
 def describe(plan: SharePlan) -> dict[str, Any]:
-    """The plan's ties and counts, as `inspect --json` prints them."""
+    """The plan's ties, removals and counts, as `inspect --json` prints them."""
     return {
         "model_type": plan.model_type,
         "plan_digest": plan.digest,
         "ties": plan.ties,
         "selections": [_describe_selection(selection) for selection in plan.selections],
+        "removals": [_describe_removal(removal) for removal in plan.removals],
+    }
+
+
+def _describe_removal(removal: Removal) -> dict[str, Any]:
+    data = removal.model_dump(mode="json")
+    return {
+        "kind": str(removal.layout.kind),
+        "layers": removal.layout.layers,
+        "groups": removal.layout.groups,
+        "removed": removal.count,
+        "ratio": removal.count / removal.layout.units,
+        "chosen": data["chosen"],
+        "indices": data["removed"],
     }
 
 
@@ -36,12 +53,14 @@ def _describe_selection(selection: Selection) -> dict[str, Any]:
 
 def picture(plan: SharePlan) -> str:
     """One line a layer, one sign a unit, and beside it whose weights each recipient uses."""
-    blocks = [_picture_selection(selection) for selection in plan.selections]
+    blocks = [_picture_selection(selection, plan) for selection in plan.selections]
+    blocks += [_picture_removal(removal) for removal in plan.removals]
     legend = f"{KEPT} kept   {LENDS} kept, and lends to a later layer   {GIVEN} given up, uses a donor's"
+    legend += f"   {REMOVED} removed" if plan.removals else ""
     return "\n\n".join([*blocks, legend]) + "\n"
 
 
-def _picture_selection(selection: Selection) -> str:
+def _picture_selection(selection: Selection, plan: SharePlan) -> str:
     layout, chosen = selection.layout, selection.chosen
     measured = len(selection.ties) / layout.units
     title = (
@@ -55,11 +74,45 @@ def _picture_selection(selection: Selection) -> str:
     for layer in range(layout.layers):
         ties = by_layer.get(layer, [])
         given = {group for group, _, _ in ties}
+        gone = _gone(plan, selection, layer)
         signs = "".join(
-            GIVEN if group in given else LENDS if (layer, group) in lenders else KEPT for group in range(layout.groups)
+            GIVEN if g in given else LENDS if (layer, g) in lenders else REMOVED if g in gone else KEPT
+            for g in range(layout.groups)
         )
         notes = "  ".join(f"{group}<-{donor_layer}.{donor_group}" for group, donor_layer, donor_group in ties)
         lines.append(f"  layer {layer:{width}}  {signs}  {notes}".rstrip())
+    return "\n".join(lines)
+
+
+def _gone(plan: SharePlan, selection: Selection, layer: int) -> set[int]:
+    """The groups of a selection's layer that are removed whole; of a group that loses neurons something is left."""
+    same = [one for one in plan.removals if (one.layout.kind, one.layout.groups) == _grid(selection)]
+    return {group for removal in same for group in removal.indices(layer)}
+
+
+def _grid(selection: Selection) -> tuple[Kind, int]:
+    return selection.layout.kind, selection.layout.groups
+
+
+def _picture_removal(removal: Removal) -> str:
+    """A sign for each attention unit; for neurons, of which there are thousands, a bar and a count."""
+    layout, chosen = removal.layout, removal.chosen
+    what = "units" if layout.kind is Kind.ATTENTION else "neurons"
+    title = (
+        f"{layout.kind}: {removal.count} of {layout.units} {what} removed ({removal.count / layout.units:.1%}; "
+        f"asked {chosen.ratio:.1%}), match {chosen.match}, mode {chosen.mode}"
+    )
+    width, digits = len(str(layout.layers - 1)), len(str(layout.groups))
+    lines = [title]
+    for layer in range(layout.layers):
+        count = length(removal.removed.get(layer, ()))
+        if layout.kind is Kind.ATTENTION:
+            gone = set(removal.indices(layer))
+            signs = "".join(REMOVED if group in gone else KEPT for group in range(layout.groups))
+        else:
+            kept = round(BAR * (1 - count / layout.groups))
+            signs = KEPT * kept + REMOVED * (BAR - kept)
+        lines.append(f"  layer {layer:{width}}  {signs}  {count:{digits}} of {layout.groups}")
     return "\n".join(lines)
 
 

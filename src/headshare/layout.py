@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from headshare.errors import PlanError
 from headshare.units import HeadUnit, Kind, Part
 
-MAX_UNITS = 1_000_000
+MAX_UNITS = 10_000_000  # single neurons are units too: 126 layers of 53,248 are 6.7 million
 MAX_LAYERS = 10_000
 MAX_GROUPS = 100_000
 Positive = Annotated[int, Field(ge=1, le=2**40)]
@@ -105,20 +105,29 @@ class Layout(BaseModel):
         return self.model_copy(update={"parts": {part: self.parts[part] for part in parts}})
 
 
-def check_places(layouts: Sequence[Layout]) -> None:
-    """Raise PlanError if two parts of these layouts can reach the same numbers of the same tensor."""
+def check_tensors(layouts: Sequence[Layout]) -> None:
+    """Raise PlanError if these layouts disagree about a tensor's axis or shape, or name one tensor in two ways."""
     template_of: dict[str, str] = {}
-    by_template: dict[str, list[tuple[Place, int]]] = {}
+    by_template: dict[str, Place] = {}
     for layout in layouts:
         for place in layout.parts.values():
-            by_template.setdefault(place.tensor, []).append((place, layout.groups))
+            known = by_template.setdefault(place.tensor, place)
+            if (known.axis, known.shape) != (place.axis, place.shape):
+                raise PlanError(f"the parts in {place.tensor} disagree about its axis or shape.")
             for name in map(place.name, range(layout.layers)):
                 other = template_of.setdefault(name, place.tensor)
                 if other != place.tensor:
                     raise PlanError(f"{other} and {place.tensor} both name {name}, so their parts could overlap.")
+
+
+def check_places(layouts: Sequence[Layout]) -> None:
+    """Raise PlanError if two parts of these layouts can reach the same numbers of the same tensor."""
+    check_tensors(layouts)
+    by_template: dict[str, list[tuple[Place, int]]] = {}
+    for layout in layouts:
+        for place in layout.parts.values():
+            by_template.setdefault(place.tensor, []).append((place, layout.groups))
     for template, sharing in by_template.items():
-        if len({(place.axis, place.shape) for place, _ in sharing}) > 1:
-            raise PlanError(f"the parts in {template} disagree about its axis or shape.")
         if len(sharing) > 1:
             spans = sorted(place.span(group) for place, groups in sharing for group in range(groups))
             if any(before[1] > after[0] for before, after in pairwise(spans)):

@@ -1,4 +1,4 @@
-"""The share plan: which unit takes its weights from which, and how that was chosen. Holds no weight.
+"""The share plan: which unit takes its weights from which, which are removed, and how that was chosen. Holds no weight.
 
 A plan with a chain, a cycle or an index out of range cannot be constructed; so nothing that is handed one asks.
 A plan read from a checkpoint or a file is untrusted and comes through the same door: `SharePlan.from_json`.
@@ -6,6 +6,9 @@ A plan read from a checkpoint or a file is untrusted and comes through the same 
 
 import hashlib
 import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,21 +19,24 @@ from pydantic import (
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from headshare.errors import PlanError
 from headshare.files import write_whole
-from headshare.layout import MAX_UNITS, Layout, check_places
-from headshare.units import HeadUnit, Part, Tie
+from headshare.indices import Span, Spans, length, read_indices, spans_of, write_indices
+from headshare.layout import MAX_UNITS, Layout, Place, check_places, check_tensors
+from headshare.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Kind, Part, Tie
 
 FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
 MAX_NAME = 200
+MAX_ATTENTION_UNITS = 100_000
 
 
 class Choice(BaseModel):
-    """How a selection's ties were chosen; for people and for reproduction, read by no code."""
+    """How a selection's ties, or a removal's units, were chosen; for people and for reproduction, read by no code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,11 +110,91 @@ class Selection(BaseModel):
         return tuple(self.layout.parts)
 
 
+class Removal(BaseModel):
+    """Units that a model goes without: attention units, or single neurons (a feed-forward layout of rows = 1).
+
+    The layout has all parts of its kind. `removed` says which groups go, by layer; it is made from whole numbers, and
+    in JSON each layer's are one text, such as "3,7-9,15".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Layout
+    removed: dict[int, Spans]
+    chosen: Choice = Choice()
+
+    @field_validator("removed", mode="before")
+    @classmethod
+    def _read_removed(cls, value: Any, info: Any) -> Any:
+        """Accept {layer: text, whole numbers or spans}; texts are measured before they are read."""
+        layout = info.data.get("layout")
+        if not isinstance(layout, Layout):
+            return {}  # which is an error of its own
+        if not isinstance(value, dict) or len(value) > layout.layers:
+            raise PlanError(f"removed must map some of {layout.layers} layers to indices; found {value!r:.50}.")
+        found = {_read_layer(key, layout): _read_removed(indices, layout) for key, indices in value.items()}
+        return {layer: found[layer] for layer in sorted(found) if found[layer]}
+
+    @field_serializer("removed")
+    def _write_removed(self, removed: dict[int, Spans]) -> dict[str, str]:
+        return {str(layer): write_indices(spans) for layer, spans in removed.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Removal":
+        layout = self.layout
+        wanted = {
+            Kind.ATTENTION: (ATTENTION_PARTS,),
+            Kind.FFN: (FFN_PARTS, tuple(part for part in FFN_PARTS if part is not Part.GATE)),
+        }[layout.kind]
+        if tuple(layout.parts) not in wanted:
+            raise PlanError(
+                f"{layout.kind} units are removed with all their parts, {','.join(wanted[0])}; "
+                f"this removal has {','.join(layout.parts)}."
+            )
+        self._check_size()
+        *features, readout = layout.parts.values()
+        if any(place.axis == readout.axis for place in features) or len({place.axis for place in features}) > 1:
+            raise PlanError(f"the units of a removal lie along the other axis in {readout.tensor} than elsewhere.")
+        if not all(place.tensor.endswith(".weight") for place in layout.parts.values()):
+            raise PlanError("units can only be removed from tensors whose names end with .weight.")
+        for layer, spans in self.removed.items():
+            if length(spans) >= layout.groups:
+                raise PlanError(f"all {layout.groups} {layout.kind} units of layer {layer} are removed; keep one.")
+        return self
+
+    def _check_size(self) -> None:
+        """A few characters can name all units: so there must not be more of them than models have."""
+        if self.layout.kind is Kind.ATTENTION and self.layout.units > MAX_ATTENTION_UNITS:
+            raise PlanError(f"{self.layout.units} attention units; removals are for at most {MAX_ATTENTION_UNITS}.")
+        if self.layout.kind is Kind.FFN and any((p.rows, p.step) != (1, 1) for p in self.layout.parts.values()):
+            raise PlanError("the feed-forward loses single neurons: a removal's layout has one row in each group.")
+
+    @property
+    def count(self) -> int:
+        """How many units or neurons are removed in all."""
+        return sum(map(length, self.removed.values()))
+
+    def indices(self, layer: int) -> list[int]:
+        """The groups that this layer goes without, in order."""
+        return [index for start, stop in self.removed.get(layer, ()) for index in range(start, stop)]
+
+    def takes_from(self, unit: HeadUnit, layout: Layout) -> bool:
+        """Whether some of this unit is removed. `layout` is the grid that the unit is in, perhaps a coarser one."""
+        each = self.layout.groups // layout.groups
+        return self._touches(unit.layer, unit.group * each, (unit.group + 1) * each)
+
+    def _touches(self, layer: int, start: int, stop: int) -> bool:
+        spans = self.removed.get(layer, ())
+        at = bisect_left(spans, start, key=lambda span: span.stop - 1)
+        return at < len(spans) and spans[at].start < stop
+
+
 class SharePlan(BaseModel):
     """Layout, ties, and how they were chosen. Frozen, comparable, printable; JSON is its only other form.
 
     Raises:
-        PlanError: on any cycle, chain, repeated recipient, index out of range, later donor or overlapping part.
+        PlanError: on any cycle, chain, repeated recipient, index out of range, later donor or overlapping part; and
+            where a removed unit is also tied.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +202,7 @@ class SharePlan(BaseModel):
     format: Literal[1] = FORMAT
     model_type: Annotated[str, Field(max_length=MAX_NAME)] = "unknown"
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
+    removals: Annotated[tuple[Removal, ...], Field(max_length=len(Kind))] = ()
 
     @model_validator(mode="after")
     def _check(self) -> "SharePlan":
@@ -123,12 +210,46 @@ class SharePlan(BaseModel):
         if len(parts) != len(set(parts)):
             raise PlanError(f"two selections share the same part: {', '.join(parts)}.")
         check_places([selection.layout for selection in self.selections])
+        if self.removals:
+            self._check_removals()
         return self
+
+    def _check_removals(self) -> None:
+        if len({removal.layout.kind for removal in self.removals}) < len(self.removals):
+            raise PlanError("two removals are of the same kind of unit. Make them one.")
+        removed = [removal.layout for removal in self.removals]
+        check_places(removed)
+        check_tensors([*removed, *(selection.layout for selection in self.selections)])
+        for removal in self.removals:
+            for selection in self.selections:
+                _check_apart(selection, removal)
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Without `removals` where there are none: plans of before there were any keep their digests."""
+        data: dict[str, Any] = handler(self)
+        if not self.removals:
+            data.pop("removals", None)
+        return data
 
     @property
     def ties(self) -> int:
         """How many ties there are, over all selections."""
         return sum(len(selection.ties) for selection in self.selections)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The grids of all removals and selections."""
+        return (*(removal.layout for removal in self.removals), *(selection.layout for selection in self.selections))
+
+    def removed(self, kind: Kind) -> int:
+        """How many units of this kind are removed, over all layers; in the feed-forward these are neurons."""
+        return sum(removal.count for removal in self.removals if removal.layout.kind is kind)
+
+    def loses_some_of(self, unit: HeadUnit, selection: Selection) -> bool:
+        """Whether this unit of the selection's grid, or a neuron of it, is removed."""
+        same = (removal for removal in self.removals if removal.layout.kind is selection.layout.kind)
+        return any(removal.takes_from(unit, selection.layout) for removal in same)
 
     @property
     def digest(self) -> str:
@@ -198,6 +319,55 @@ def _read_tie(item: Any) -> Tie:
         raise PlanError(f"a tie is [layer, group, donor layer, donor group], four whole numbers; found {item!r:.100}.")
     recipient_layer, recipient_group, donor_layer, donor_group = item
     return Tie(HeadUnit(recipient_layer, recipient_group), HeadUnit(donor_layer, donor_group))
+
+
+def _read_layer(key: Any, layout: Layout) -> int:
+    layer = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,5}", key, re.ASCII) else key
+    if type(layer) is not int or not 0 <= layer < layout.layers:
+        raise PlanError(f"units are removed from a layer {key!r:.50}; the model has {layout.layers}, from 0 on.")
+    return layer
+
+
+def _read_removed(value: Any, layout: Layout) -> Spans:
+    if isinstance(value, str):
+        return read_indices(value, layout.groups)
+    if not isinstance(value, Collection) or len(value) > layout.groups:
+        raise PlanError(f"removed groups are written like 3,7-9,15; found {value!r:.50}.")
+    if value and all(isinstance(item, Span) for item in value):
+        return read_indices(write_indices(tuple(value)), layout.groups)
+    if not all(type(index) is int and 0 <= index < layout.groups for index in value):
+        raise PlanError(f"removed groups are whole numbers below {layout.groups}; found {value!r:.50}.")
+    return spans_of(value)
+
+
+def _check_apart(selection: Selection, removal: Removal) -> None:
+    """Raise PlanError if a unit that is tied is removed, or if the two see the same weights in different ways."""
+    theirs, ours = selection.layout, removal.layout
+    if theirs.kind is not ours.kind:
+        shared = {place.tensor for place in theirs.parts.values()} & {place.tensor for place in ours.parts.values()}
+        if shared:
+            raise PlanError(f"{min(shared)} holds units of two kinds; from such a tensor none can be removed.")
+        return
+    each, rest = divmod(ours.groups, theirs.groups)
+    agree = all(_is_cut_finer(place, ours.parts.get(part), each) for part, place in theirs.parts.items())
+    if rest or theirs.layers != ours.layers or not agree:
+        raise PlanError(f"a selection and a removal see the {ours.kind} units of this model in different ways.")
+    for tie in selection.ties:
+        for unit in tie:
+            if removal.takes_from(unit, theirs):
+                what = f"{unit} is" if each == 1 else f"neurons of {unit} are"
+                raise PlanError(f"{tie}, but {what} removed. Remove it or tie it, not both.")
+
+
+def _is_cut_finer(coarse: Place, fine: Place | None, each: int) -> bool:
+    """Whether the units of one place are those of the other, `each` of them together."""
+    whole = None if fine is None else {"rows": fine.rows * each, "step": fine.step * each}
+    return (
+        whole is not None
+        and fine is not None
+        and coarse == fine.model_copy(update=whole)
+        and (each == 1 or fine.step == fine.rows)
+    )
 
 
 def _readable(data: dict[str, Any]) -> str:

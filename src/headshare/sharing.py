@@ -1,8 +1,8 @@
 """Share and expand: from a dense checkpoint and a plan to a smaller one, and back. This file is the format.
 
-On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name; one with gaps holds only
-the indices it keeps. config.json carries the plan as `quantization_config`, so that transformers without headshare
-stops at a shape mismatch. headshare.json holds the digests of the files as they were written.
+On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name; one with gaps, or of which
+units are removed, holds only the indices it keeps. config.json carries the plan as `quantization_config`, so that
+transformers without headshare stops at a shape mismatch. headshare.json holds the digests of the files as written.
 """
 
 import json
@@ -27,11 +27,21 @@ from headshare.checkpoints import (
     open_checkpoint,
     require_one_dtype,
 )
+from headshare.configuration import text_config
 from headshare.errors import CheckpointError, PlanError
-from headshare.gaps import GappedTensor, gapped_tensors, scale_names, scaled_weight_name
+from headshare.gaps import (
+    NOTHING,
+    GappedTensor,
+    gapped_biases,
+    gapped_tensors,
+    scale_names,
+    scaled_weight_name,
+    tied_names,
+)
 from headshare.headers import DTYPES, read_header
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
+from headshare.removing import check_removals
 from headshare.writing import (
     MANIFEST,
     canonical_order,
@@ -67,9 +77,10 @@ class SharedCheckpoint:
             OutputError: if the folder exists or cannot be written.
             CheckpointError: if the source cannot be read, or what was written is not what was meant.
         """
-        tensors, code = gapped_tensors(self.plan), dtype_code(self.dtype)
+        tensors, code = tensors_of(self.plan, self.dense), dtype_code(self.dtype)
+        tied = set(tied_names(tensors))
         assemblies = [
-            kept_only(info, tensors[name], code) if name in tensors else copied(info, code)
+            kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
         entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
@@ -92,13 +103,26 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
     return SharedCheckpoint(dense, plan, dtype)
 
 
+def tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
+    """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
+    biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
+    return {**gapped_tensors(plan), **biases}
+
+
 def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
-    """Raise PlanError unless every tensor of the plan's layout is in this dense checkpoint, in its shape."""
-    for selection in plan.selections:
-        for place in selection.layout.parts.values():
-            for layer in range(selection.layout.layers):
+    """Raise PlanError unless every tensor of the plan's layouts is in this dense checkpoint, in its shape, and the
+    units that the plan removes can be removed from such a model."""
+    for layout in plan.layouts:
+        for place in layout.parts.values():
+            for layer in range(layout.layers):
                 _check_tensor(checkpoint, place.name(layer), place.shape, "the plan is for another model")
+    for selection in plan.selections:
         require_one_dtype(selection.layout, checkpoint)
+    if plan.removals:
+        check_removals(plan, text_config(checkpoint.config), checkpoint.shapes)
+        for name, bias in gapped_biases(plan).items():
+            if name in checkpoint.tensors:
+                _check_tensor(checkpoint, name, bias.shape, "the plan is for another model")
 
 
 def check_shared(checkpoint: Checkpoint) -> SharePlan:
@@ -110,13 +134,18 @@ def check_shared(checkpoint: Checkpoint) -> SharePlan:
     plan = checkpoint.plan
     if plan is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
-    tensors = gapped_tensors(plan)
-    for selection in plan.selections:
-        for place in selection.layout.parts.values():
-            for layer in range(selection.layout.layers):
-                name = place.name(layer)
-                shape = tensors[name].stored_shape if name in tensors else place.shape
-                _check_tensor(checkpoint, name, shape, "the checkpoint does not hold what its plan says")
+    tensors = tensors_of(plan, checkpoint)
+    expected = {
+        place.name(layer): place.shape
+        for layout in plan.layouts
+        for place in layout.parts.values()
+        for layer in range(layout.layers)
+    } | {name: tensor.stored_shape for name, tensor in tensors.items()}
+    for name, shape in expected.items():
+        _check_tensor(checkpoint, name, shape, "the checkpoint does not hold what its plan says")
+    if plan.removals:
+        dense = {name: tensor.shape for name, tensor in tensors.items()}
+        check_removals(plan, text_config(checkpoint.config), {**checkpoint.shapes, **dense})
     for name, count in scale_names(plan).items():
         _check_tensor(checkpoint, name, (count,), "the checkpoint does not hold what its plan says")
     return plan
@@ -130,7 +159,8 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wha
 
 
 def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor.
+    """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor, and zeros
+    where units were removed, so that it computes the same.
 
     Scales are multiplied into the columns of W_o that they belong to.
 
@@ -139,7 +169,7 @@ def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> P
         OutputError: if the folder exists or cannot be written.
     """
     plan = check_shared(shared)
-    tensors = gapped_tensors(plan)
+    tensors = tensors_of(plan, shared)
     scales = scale_names(plan)
     assemblies = [
         filled(info, tensors[name], tensors) if name in tensors else copied(info)
@@ -151,9 +181,10 @@ def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> P
 
 
 def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
-    """Write the dense checkpoint with recipients' indices overwritten by their donors': what sharing should equal."""
+    """Write the dense checkpoint with recipients' indices overwritten by their donors', and zeros in place of removed
+    units: what sharing should equal."""
     check_fits(plan, dense)
-    tensors = gapped_tensors(plan)
+    tensors = tensors_of(plan, dense)
     assemblies = [
         overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()
     ]
@@ -243,7 +274,8 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     Raises:
         CheckpointError: if the source is not, or if its numbers do not fit the output's type.
     """
-    converted = any(source.tensors[run.source].dtype != assembly.dtype for run in assembly.runs)
+    read = {run.source for run in assembly.runs} - {NOTHING}
+    converted = any(source.tensors[name].dtype != assembly.dtype for name in read)
     for piece in stream(assembly, source):
         if piece.numel() and assembly.dtype in WEIGHT_DTYPES and not _all_finite(piece):
             cause = (

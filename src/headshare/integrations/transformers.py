@@ -6,7 +6,7 @@ the plan touches while the model is still on the meta device. Weights then load 
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headshare.checkpoints import METHOD
 from headshare.errors import PlanError, StorageError
-from headshare.gaps import gapped_tensors
+from headshare.gaps import reduced_tensors
+from headshare.integrations.shrinking import regrow, shrink, shrunk_of
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
 from headshare.storage import STORAGES, check_storage, choose_storage
@@ -76,8 +77,12 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     _mapped: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
-        """A device map that is still to be worked out is worked out on `owner`, which has the sizes of all storages."""
-        self._tensors = gapped_tensors(self.quantization_config.plan)
+        """Removed units go first, and what remains is shared. A device map that is still to be worked out is worked out
+        on `owner`, which has the sizes of all storages."""
+        plan = self.quantization_config.plan
+        if plan.removals:
+            shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
+        self._tensors = reduced_tensors(plan)
         self._modules = {name: module_path(model, name) for name in self._tensors}
         self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
         self._model = model
@@ -118,9 +123,13 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        stock = _stock_modules(model)
-        whole = {path: dense_module(shared, stock[path]) for path, shared in shared_projections(model)}
+        plan = self.quantization_config.plan
+        removed = {name: module_path(model, name) for name in shrunk_of(plan)}
+        shared = dict(shared_projections(model))
+        stock = _stock_modules(model, {*shared, *removed.values()})
+        whole = {path: dense_module(projection, stock[path]) for path, projection in shared.items()}
         _put_back(model, whole)
+        regrow(model, plan, stock, removed)
         return model.to(dtype if isinstance(dtype, torch.dtype) else None)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -212,11 +221,11 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _stock_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     """Dense modules, empty, of the kinds this model would have without sharing, by path."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         stock = type(model)(config)
-    return {path: stock.get_submodule(path) for path, _ in shared_projections(model)}
+    return {path: stock.get_submodule(path) for path in paths}
