@@ -17,6 +17,7 @@ from headshare.models import load_model, load_tokenizer, quiet
 from headshare.progress import track
 
 WINDOW = 512
+NOT_FINITE = "the model's logits are NaN or infinite; its weights are damaged or overflow this dtype."
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
 
 
@@ -134,9 +135,7 @@ def perplexity(model: Any, windows: Windows) -> Perplexity:
         tokens = window[None].to(device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
         if not torch.isfinite(logits).all():
-            raise EvaluationError(
-                "the model's logits are NaN or infinite; its weights are damaged or overflow this dtype."
-            )
+            raise EvaluationError(NOT_FINITE)
         loss += functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().sum().item()
         count += len(window) - 1
     mean = loss / count
@@ -206,9 +205,14 @@ def _check_fits(model: Any, windows: Windows) -> None:
         raise EvaluationError(
             f"windows of {windows.length} tokens are longer than the model's {longest}. Use --window {longest}."
         )
+    check_vocabulary(model, int(windows.tokens.max()))
+
+
+def check_vocabulary(model: Any, highest: int) -> None:
+    """Raise an EvaluationError if the model has no such token as the tokenizer's highest."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    if windows.tokens.max() >= vocabulary:
+    if highest >= vocabulary:
         raise EvaluationError(
-            f"the tokenizer gives token {windows.tokens.max()}, but the model's vocabulary has {vocabulary}. "
+            f"the tokenizer gives token {highest}, but the model's vocabulary has {vocabulary}. "
             "The tokenizer belongs to another model."
         )
