@@ -6,6 +6,10 @@
 The harness runs its own task files with its own prompts and splitting; only the rows come from DIR, put back into the
 columns of the published data sets. Both compute with one model, in float32. `--longest` tells both that the model
 takes no more tokens than that, so that contexts are cut. Exits 1 if likelihoods or accuracies differ.
+
+Found with SmolLM2-135M, lm_eval 0.4.13 and torch 2.13 on a CPU, first 20 questions of each task, 280 options in all:
+accuracies and standard errors equal, log-likelihoods within 4.3e-5 (their means lie at -3 to -64). With --limit 8
+--longest 100, for a checkpoint shared at 0.2: within 4.8e-5.
 """
 
 import argparse
@@ -102,7 +106,7 @@ def harness_task(name: str, data: Path) -> ConfigurableTask:
 def harness_results(model: HFLM, names: list[str], data_dir: Path, limit: int | None) -> Row:
     """What the harness measures, with each option's log-likelihood."""
     tasks = [harness_task(name, data_dir / TASKS[name].file) for name in names]
-    found = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit, bootstrap_iters=1, log_samples=True)
     return {
         name: {
             "likelihoods": [[one[0] for one in sample["filtered_resps"]] for sample in found["samples"][name]],

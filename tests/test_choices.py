@@ -332,8 +332,8 @@ def test_the_normalised_choice_is_by_likelihood_per_character() -> None:
 
 
 def test_the_first_of_equally_likely_options_is_chosen() -> None:
-    found = accuracy_of([[-1.0, -1.0], [-1.0, -1.0]], asked(0, 1), TASKS["piqa"])
-    assert (found.accuracy, found.normalised_accuracy) == (0.5, 0.5)
+    found = accuracy_of([[-1.0, -1.0], [-1.0, -1.0]], asked(0, 0), TASKS["piqa"])
+    assert (found.accuracy, found.normalised_accuracy) == (1, 1)
 
 
 def test_a_single_question_has_no_standard_error_and_json_says_so() -> None:
