@@ -60,7 +60,8 @@ class Plain:
 class Family:
     """One row: module paths below one layer. `layer` is the layer's own path, after any prefix.
 
-    `in_out` is true where weights are stored (input, output), as GPT-2's Conv1D does.
+    `in_out` is true where weights are stored (input, output), as GPT-2's Conv1D does; `post_norm` where each half of the
+    layer ends in a norm of its output plus its input, as in BERT.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Family:
     o: str
     ffn: Gated | GatedStacked | Plain
     in_out: bool = False
+    post_norm: bool = False
 
 
 _LLAMA_QKV = Separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -146,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         qkv=_BERT_QKV,
         o="attention.output.dense",
         ffn=_BERT_FFN,
+        post_norm=True,
     ),
     Family(
         name="mpnet",
@@ -154,6 +157,7 @@ FAMILIES: tuple[Family, ...] = (
         qkv=Separate("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         o="attention.attn.o",
         ffn=_BERT_FFN,
+        post_norm=True,
     ),
 )
 
