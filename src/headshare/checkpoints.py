@@ -20,7 +20,8 @@ from headshare.errors import CheckpointError
 from headshare.files import read_at
 from headshare.headers import DTYPES, TensorInfo, read_header
 from headshare.layout import Layout
-from headshare.plans import SharePlan
+from headshare.plans import FORMAT, SharePlan
+from headshare.refits import RefitRecord
 
 MAX_JSON_BYTES = 100_000_000
 METHOD = "headshare"
@@ -53,6 +54,25 @@ class Checkpoint:
         if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
             return None
         return SharePlan.from_dict(entry.get("plan"))
+
+    @cached_property
+    def refit(self) -> RefitRecord | None:
+        """What was refitted in this shared checkpoint; None where nothing was.
+
+        Raises:
+            PlanError: if the checkpoint carries a record that is not valid.
+        """
+        entry = self.config.get("quantization_config")
+        if self.plan is None or not isinstance(entry, dict) or entry.get("refit") is None:
+            return None
+        return RefitRecord.from_dict(entry["refit"])
+
+    @property
+    def base_model(self) -> str | None:
+        """The dense model that this shared checkpoint says it was made from, as it was named then."""
+        entry = self.config.get("quantization_config")
+        name = entry.get("base_model") if self.plan is not None and isinstance(entry, dict) else None
+        return name if isinstance(name, str) else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,6 +155,16 @@ class Checkpoint:
         )
 
 
+def quantization_entry(
+    plan: SharePlan, refit: RefitRecord | None = None, base_model: str | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a shared checkpoint, which tells transformers who is to load it."""
+    entry = {"quant_method": METHOD, "format": FORMAT, "plan": plan.model_dump(mode="json")}
+    if refit is not None:
+        entry["refit"] = refit.model_dump(mode="json")
+    return entry if base_model is None else {**entry, "base_model": base_model}
+
+
 def require_one_dtype(layout: Layout, checkpoint: Checkpoint) -> None:
     """Refuse a part whose tensors are of different types in different layers, or not floating-point weights.
 
@@ -176,7 +206,7 @@ def _looks_local(model: str) -> bool:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    _ = checkpoint.plan
+    _ = checkpoint.plan, checkpoint.refit
     return checkpoint
 
 

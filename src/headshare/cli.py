@@ -18,9 +18,12 @@ import typer
 from headshare.accounting import estimate as estimate_bytes
 from headshare.benching import DENSE, Subject, dense_and_shared
 from headshare.benching import bench as run_bench
-from headshare.checkpoints import open_checkpoint
+from headshare.calibrating import budget_of, device_named, plan_on, refit_checkpoint, refit_on, workspace_of
+from headshare.calibration import TOKENS as CALIBRATION_TOKENS
+from headshare.calibration import calibration_from
+from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
-from headshare.errors import CheckpointError, HeadshareError, OutputError, PlanError
+from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
@@ -34,6 +37,7 @@ from headshare.similarity import score_units
 from headshare.table import bench_table, demo_table
 from headshare.units import Parts
 from headshare.verification import verify as verify_checkpoint
+from headshare.workspace import Workspace, fingerprint
 from headshare.writing import check_output, check_vacant
 
 app = typer.Typer(
@@ -58,12 +62,30 @@ class MatchName(StrEnum):
     SEPARATE = "separate"
 
 
+class ShareMatchName(StrEnum):
+    """The same, and `output`: what each unit does to its layer's output on calibration text."""
+
+    QK = "qk"
+    Q = "q"
+    K = "k"
+    V = "v"
+    QKV = "qkv"
+    SEPARATE = "separate"
+    OUTPUT = "output"
+
+
 class ModeName(StrEnum):
     """The ways to choose ties."""
 
     STAR = "star"
     ROOT = "root"
     PUBLISHED = "published"
+
+
+class AllowName(StrEnum):
+    """What a calibrated plan may do besides sharing."""
+
+    REMOVE = "remove"
 
 
 class DtypeName(StrEnum):
@@ -83,6 +105,14 @@ PartsOption = Annotated[
     str,
     typer.Option(help="What is shared: qkv (the paper), qk, qkvo (the authors' release), ffn, gateup, or qkvo+ffn."),
 ]
+CalibratedPartsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or several joined by +. By output also auto: "
+        "whichever of qk, qkv and qkvo costs least, the default with --save and --allow."
+    ),
+]
+RefitFfnOption = Annotated[bool, typer.Option(help="Refit the feed-forward's readout too, not the attention's alone.")]
 MatchOption = Annotated[
     MatchName, typer.Option(help="Match function: cosine of these parts; separate matches each by itself.")
 ]
@@ -101,10 +131,47 @@ FfnRatioOption = Annotated[
 ProtectOption = Annotated[
     str | None, typer.Option(help="Layers that give nothing up, such as 1,2,29. (Layer 0 never does.)")
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET|self",
+        help="Text to calibrate on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
+    ),
+]
+CalibrationTokensOption = Annotated[int, typer.Option(help="Tokens of that text to use, in whole windows.")]
+CalibrationWindowOption = Annotated[int, typer.Option(help="Tokens in a calibration window.")]
+CalibrationSeedOption = Annotated[
+    int, typer.Option("--seed", help="Seed that chooses the windows, or writes the text.")
+]
+SaveOption = Annotated[
+    str | None,
+    typer.Option(help="Save this much of the whole model (10%, or bytes) in whichever forms cost least, not a ratio."),
+]
+AllowOption = Annotated[
+    AllowName | None,
+    typer.Option(help="remove: the plan may also delete units and neurons outright, where that costs less."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, or auto.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Throw away the state of a stopped run.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DtypeOption = Annotated[DtypeName | None, typer.Option(help="Store all weights as this type. Default: as they are.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
+
+
+def _check_calibrated(*, by_output: bool, refit: bool, calibration: str | None) -> None:
+    if calibration is None and (by_output or refit):
+        what = "a plan by output" if by_output else "a refit"
+        raise CalibrationError(f"{what} needs text: give --calibration FILE, a data set (hf:NAME), or self.")
+    if calibration is not None and not (by_output or refit):
+        raise CalibrationError("the calibration text would not be used: add --refit or --match output.")
+
+
+def _dense_of(shared: Checkpoint, given: str | None) -> str:
+    found = given or shared.base_model
+    if found is None:
+        raise CheckpointError(f"{shared.name} does not say which dense model it came from. Name it: --dense MODEL")
+    return found
 
 
 def _numbers(text: str | None) -> list[int]:
@@ -196,8 +263,11 @@ def share(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
     ratio: RatioOption = 0.3,
-    match: MatchOption = MatchName.QK,
-    parts: PartsOption = "qkv",
+    match: Annotated[
+        ShareMatchName,
+        typer.Option(help="Match function: cosine of these parts; or output, measured on the calibration text."),
+    ] = ShareMatchName.QK,
+    parts: CalibratedPartsOption = None,
     mode: ModeOption = ModeName.STAR,
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
@@ -205,24 +275,73 @@ def share(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Use this plan; nothing is scored or chosen.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Refit what reads the shared parts out, on the calibration text.")
+    ] = False,
+    refit_ffn: RefitFfnOption = True,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
+    calibration_window: CalibrationWindowOption = WINDOW,
+    seed: CalibrationSeedOption = 0,
+    save: SaveOption = None,
+    allow: AllowOption = None,
+    device: DeviceOption = "auto",
+    restart: RestartOption = False,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score, plan, share and verify: a checkpoint goes in, a smaller one comes out and loads like any other."""
+    """Score, plan, share and verify: a checkpoint goes in, a smaller one comes out and loads like any other.
+
+    With --calibration it can also match by output, refit, and choose under a budget. Stopped, it goes on from there.
+    """
     begun = time.monotonic()
     check_vacant(out, overwrite=overwrite)
+    by_output = match is ShareMatchName.OUTPUT or save is not None or allow is not None
+    _check_calibrated(by_output=by_output and plan_file is None, refit=refit, calibration=calibration)
     with watched_peak() as peak, open_checkpoint(model, revision=revision) as dense:
         check_output(out, dense.path, overwrite=overwrite)
+        text = work = None
+        price = None
+        if calibration is not None:
+            text = calibration_from(calibration, dense, tokens=calibration_tokens, window=calibration_window, seed=seed)
+            work = Workspace(workspace_of(out), {"model": fingerprint(dense), "text": text.digest}, restart=restart)
         if plan_file is not None:
             made = SharePlan.load(plan_file)
+        elif by_output:
+            assert text is not None
+            chosen = parts or ("auto" if save or allow else "qkv")
+            budget = budget_of(
+                dense,
+                ratio=ratio,
+                save=save,
+                parts=chosen,
+                allow=[allow] if allow else [],
+                ffn_groups=ffn_groups,
+                protect=_numbers(protect),
+            )
+            found_plan = plan_on(
+                dense,
+                text,
+                budget,
+                ffn_groups=ffn_groups,
+                protect=_numbers(protect),
+                device=device_named(device),
+                workspace=work,
+            )
+            made, price = found_plan.plan, found_plan.price
         else:
-            wanted = Parts.parse(parts)
+            wanted = Parts.parse(parts or "qkv")
             scores = score_units(dense, match, wanted, ffn_groups=ffn_groups)
             made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect))
         shared = share_checkpoint(dense, made, dtype=dtype)
+        if refit:
+            assert text is not None
+            shared = refit_on(shared, text, ffn=refit_ffn, device=device_named(device), workspace=work)
         shared.save(out, overwrite=overwrite)
+        if work is not None:
+            work.remove()
         found = shared.estimate
     seconds = time.monotonic() - begun
     data = {
@@ -230,14 +349,63 @@ def share(
         "seconds": seconds,
         "peak_anonymous_bytes": peak.bytes,
         "plan_digest": made.digest,
+        "price": price,
+        "refitted_tensors": len(shared.refit.tensors) if shared.refit else 0,
         "out": str(out),
     }
     lines = [
         found.in_words(),
+        *([shared.refit.in_words()] if shared.refit else []),
         f"Written and checked in {seconds:.1f} s: {out}",
         f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
     ]
     _print(data, "\n".join(lines), as_json)
+
+
+@app.command()
+def refit(
+    shared: SharedArgument,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DATASET|self",
+            help="Text to fit on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the dense model writes it).",
+        ),
+    ],
+    dense: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model it came from. Default: the one it names.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write here. Default: replace SHARED, once all is done.")
+    ] = None,
+    refit_ffn: RefitFfnOption = True,
+    calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
+    calibration_window: CalibrationWindowOption = WINDOW,
+    seed: CalibrationSeedOption = 0,
+    device: DeviceOption = "auto",
+    restart: RestartOption = False,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Refit a shared checkpoint's readouts on a text, so that it follows its dense model again. No training."""
+    begun = time.monotonic()
+    if out is not None:
+        check_vacant(out, overwrite=False)
+    with (
+        open_checkpoint(shared, revision=revision) as checkpoint,
+        open_checkpoint(_dense_of(checkpoint, dense)) as origin,
+    ):
+        target = checkpoint.path if out is None else out
+        text = calibration_from(calibration, origin, tokens=calibration_tokens, window=calibration_window, seed=seed)
+        what = {"model": fingerprint(origin), "shared model": fingerprint(checkpoint), "text": text.digest}
+        work = Workspace(workspace_of(target), what, restart=restart)
+        record = refit_checkpoint(
+            checkpoint, origin, text, target, ffn=refit_ffn, device=device_named(device), workspace=work
+        )
+        work.remove()
+    seconds = time.monotonic() - begun
+    data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}
+    _print(data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json)
 
 
 @app.command()

@@ -5,10 +5,13 @@ units are removed, holds only the indices it keeps. config.json carries the plan
 transformers without headshare stops at a shape mismatch. headshare.json holds the digests of the files as written.
 """
 
+import dataclasses
 import json
+import os
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,12 @@ from torch import Tensor
 from headshare.accounting import Estimate, dtype_code, estimate_plan
 from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
 from headshare.checkpoints import (
-    METHOD,
     PICKLES,
     WEIGHT_DTYPES,
     WEIGHT_FILES,
     Checkpoint,
     open_checkpoint,
+    quantization_entry,
     require_one_dtype,
 )
 from headshare.configuration import text_config
@@ -41,6 +44,7 @@ from headshare.gaps import (
 from headshare.headers import DTYPES, read_header
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
+from headshare.refits import RefitRecord
 from headshare.removing import check_removals
 from headshare.writing import (
     MANIFEST,
@@ -64,6 +68,8 @@ class SharedCheckpoint:
     dense: Checkpoint
     plan: SharePlan
     dtype: str | None = None
+    refit: RefitRecord | None = None
+    refitted: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def estimate(self) -> Estimate:
@@ -83,11 +89,19 @@ class SharedCheckpoint:
             kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
-        entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
-        config = {**self.dense.config, "quantization_config": entry}
+        config = {
+            **self.dense.config,
+            "quantization_config": quantization_entry(self.plan, self.refit, self.dense.name),
+        }
         if self.dtype is not None:
             config[_dtype_key(config)] = self.dtype
-        return _write(self.dense, assemblies, config, Path(out), overwrite, _scales(self.dense, self.plan, code))
+        scales = _scales(self.dense, self.plan, code, self.refitted)
+        replaced = Stored(self.refitted, {one.name: one for one in assemblies}, tensors)
+        return _write(self.dense, assemblies, config, Path(out), overwrite, scales, replaced)
+
+    def with_refit(self, refit: RefitRecord, tensors: Mapping[str, Tensor]) -> "SharedCheckpoint":
+        """The same with these tensors, whole, in the place of the dense model's."""
+        return dataclasses.replace(self, refit=refit, refitted=tensors)
 
 
 def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> SharedCheckpoint:
@@ -191,6 +205,25 @@ def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Pa
     return _write(dense, assemblies, dict(dense.config), Path(out), False, {})
 
 
+def write_refitted(shared: Checkpoint, refit: RefitRecord, tensors: Mapping[str, Tensor], out: Path) -> Path:
+    """Write a shared checkpoint again with these tensors, whole, in the place of its own, and a record of the refit.
+
+    `out` may be the checkpoint's own folder, which is replaced in one step when the new one is whole.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    plan = check_shared(shared)
+    gapped = tensors_of(plan, shared)
+    assemblies = [copied(info) for name, info in shared.tensors.items()]
+    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, shared.base_model)}
+    replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
+    tied = set(tied_names(gapped))
+    assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
+    in_place = os.path.realpath(out) == os.path.realpath(shared.path)
+    return _write(shared, assemblies, config, out, in_place, {}, replaced, in_place=in_place)
+
+
 def _folded(shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Mapping[str, int]) -> dict[str, Tensor]:
     """Scaled readouts, whole, with the scale multiplied into the columns it belongs to."""
     folded: dict[str, Tensor] = {}
@@ -208,13 +241,47 @@ def _folded(shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Map
     return folded
 
 
-def _scales(dense: Checkpoint, plan: SharePlan, dtype: str | None) -> dict[str, tuple[Tensor, str]]:
-    """The scales of a fresh plan: ones, in the file and the type of the readout they belong to."""
+class Stored(Mapping[str, Tensor]):
+    """Whole tensors as a shared checkpoint stores them: what the plan keeps of each, in the output's type.
+
+    Made when asked for, so that the whole ones may lie on disk.
+    """
+
+    def __init__(
+        self, whole: Mapping[str, Tensor], meant: Mapping[str, Assembly], tensors: Mapping[str, GappedTensor]
+    ) -> None:
+        self._whole, self._meant, self._tensors = whole, meant, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        assembly, tensor = self._meant[name], self._whole[name]
+        if name in self._tensors:
+            gapped = self._tensors[name]
+            kept = [tensor.narrow(gapped.axis, start, stop - start) for start, stop in gapped.kept()]
+            tensor = torch.cat([tensor.narrow(gapped.axis, 0, 0), *kept], dim=gapped.axis)
+        stored = tensor.to(DTYPES[assembly.dtype]).contiguous()
+        if not _all_finite(stored):
+            raise CheckpointError(
+                f"the refitted {name} has numbers that {stored.dtype} cannot hold. Choose a wider --dtype."
+            )
+        return stored
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._whole if name in self._meant)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _scales(
+    dense: Checkpoint, plan: SharePlan, dtype: str | None, fitted: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, str]]:
+    """The scales of a plan, ones where none were fitted, in the file and the type of the readout they belong to."""
     scales = {}
     for name, count in scale_names(plan).items():
         info = dense.tensors[scaled_weight_name(name)]
         assembly = copied(info, dtype)
-        scales[name] = (torch.ones(count, dtype=DTYPES[assembly.dtype]), info.file)
+        values = fitted[name] if name in fitted else torch.ones(count)
+        scales[name] = (values.to(DTYPES[assembly.dtype]), info.file)
     return scales
 
 
@@ -230,12 +297,15 @@ def _write(
     overwrite: bool,
     scales: Mapping[str, tuple[Tensor, str]],
     replaced: Mapping[str, Tensor] | None = None,
+    *,
+    in_place: bool = False,
 ) -> Path:
-    given = {name: tensor for name, (tensor, _) in scales.items()} | dict(replaced or {})
+    given = ChainMap({name: tensor for name, (tensor, _) in scales.items()}, replaced or {})  # type: ignore[arg-type]
     extra = [_given_assembly(name, tensor, file) for name, (tensor, file) in scales.items()]
     by_file = _by_file([*assemblies, *extra])
     expected = sum(one.nbytes for many in by_file.values() for one in many)
-    check_output(out, source.path, overwrite=overwrite)
+    if not in_place:
+        check_output(out, source.path, overwrite=overwrite)
     with whole_folder(out, overwrite=overwrite, expected_bytes=expected) as folder, source:
         _copy_other_files(source.path, folder)
         digests = _write_files(folder, source, by_file, given)

@@ -19,6 +19,7 @@ from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.evaluation import longest_window
 from headshare.gaps import scale_names
 from headshare.models import load_model
+from headshare.plans import SharePlan
 from headshare.progress import track
 from headshare.sharing import check_fits, check_shared, expand, same_numbers, tensors_of, write_overwritten
 from headshare.writing import MANIFEST, file_digest
@@ -107,13 +108,16 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
     for name in set(dense.tensors) ^ (set(shared.tensors) - set(scales)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
-    converted = set()
+    converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
+    common = [name for name in common if name not in refitted]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
             converted.add(f"{dense.tensors[name].dtype} to {shared.tensors[name].dtype}")
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
+    if shared.refit:
+        result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
@@ -123,9 +127,9 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
         result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
         return
     assert shared.plan is not None
-    removes = any(removal.count for removal in shared.plan.removals)
+    reason = _why_rounding_differs(shared.plan)
     stored = next(iter(shared.tensors.values())).torch_dtype
-    dtype = torch.promote_types(stored, torch.float32) if removes and stored.is_floating_point else stored
+    dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
     widened = dtype.itemsize / stored.itemsize
     needed = int(MODEL_OVERHEAD * widened * sum(info.nbytes for info in shared.tensors.values()))
     free = psutil.virtual_memory().available
@@ -141,14 +145,23 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
         return
     difference = (ours - theirs).abs().max().item()
     result.max_logit_diff = difference
-    allowed = ROUNDING * theirs.abs().max().item() if removes else 0.0
+    allowed = ROUNDING * theirs.abs().max().item() if reason else 0.0
     if difference > allowed:
         result.fail(
             f"logits differ by up to {difference} from the stock model with overwritten rows; they should be equal"
-            + (f" to {allowed:.1e}" if removes else "")
+            + (f" to {allowed:.1e}" if reason else "")
         )
-    elif removes:
-        result.notes.append(f"logits compared to {allowed:.1e}: without removed units, sums are rounded in another way")
+    elif reason:
+        result.notes.append(f"logits compared to {allowed:.1e}: {reason}")
+
+
+def _why_rounding_differs(plan: SharePlan) -> str | None:
+    """What makes a shared model round in another way than the stock one; None where it does not."""
+    if any(removal.count for removal in plan.removals):
+        return "without removed units, sums are rounded in another way"
+    if scale_names(plan):
+        return "scales of ties multiply inputs here, and weights there"
+    return None
 
 
 @contextmanager
@@ -160,7 +173,7 @@ def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Ch
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not scale_names(shared.plan):
+        if against is not None and same_dtype and not scale_names(shared.plan) and not shared.refit:
             folder = write_overwritten(against, shared.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock")

@@ -15,12 +15,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from headshare.checkpoints import METHOD
+from headshare.checkpoints import METHOD, quantization_entry
 from headshare.errors import PlanError, StorageError
 from headshare.gaps import reduced_tensors
 from headshare.integrations.shrinking import regrow, shrink, shrunk_of
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
+from headshare.refits import RefitRecord
 from headshare.storage import STORAGES, check_storage, choose_storage
 from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
 from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
@@ -43,6 +44,8 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         format: int = FORMAT,  # noqa: A002 - the key in config.json
         storage: str = "auto",
         quant_method: str = METHOD,
+        refit: Any = None,
+        base_model: str | None = None,
         **_: Any,
     ) -> None:
         if format != FORMAT:
@@ -54,17 +57,19 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         check_storage(storage)
         self.storage = storage
         self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
+        self.refit = refit if refit is None or isinstance(refit, RefitRecord) else RefitRecord.from_dict(refit)
+        self.base_model = base_model
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; how a model was held in memory is not part of it."""
-        return {"quant_method": METHOD, "format": self.format, "plan": self.plan.model_dump(mode="json")}
+        return quantization_entry(self.plan, self.refit, self.base_model)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: a plan has no defaults to leave out."""
         return self.to_dict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HeadshareConfig":
-        return HeadshareConfig(self.plan, self.format, self.storage)
+        return HeadshareConfig(self.plan, self.format, self.storage, refit=self.refit, base_model=self.base_model)
 
 
 @register_quantizer(METHOD)
