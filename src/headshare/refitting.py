@@ -5,43 +5,47 @@ each readout, with Z its inputs in the shared model, the target is Y = (h_t + ou
 the shared stream back to the dense one. Then both streams advance. Layers before the first tie stay as they are.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headshare.assembly import overwritten, stream
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
-from headshare.gaps import gapped_tensors, scale_name
-from headshare.layout import Layout
+from headshare.errors import CheckpointError, PlanError
+from headshare.gaps import bias_name, gapped_tensors, scale_name
 from headshare.plans import Selection, SharePlan
 from headshare.progress import track
-from headshare.readouts import Fitted, Lent, NormalEquations, fit_readout
-from headshare.streams import Batch, Layers, Seen, Stream
+from headshare.readouts import Fitted, Lent, NormalEquations, assembled, fit_readout
+from headshare.residuals import Residual, residual_of, watched
+from headshare.streams import Batch, Layers, Stream
 from headshare.units import Part
+from headshare.whole import WholeTensors
 
 HELD_OUT = 0.125
-ADDED = 1e-4
 
 
 @dataclass(frozen=True)
 class Step:
-    """One readout refitted: errors are squared, relative to the target, on held-out tokens; `ridge` None: it was kept."""
+    """One readout refitted. Errors are squared, on held-out tokens, as parts of the target's own size.
+
+    `ridge` is None where the readout was kept as it was; `note` says why, or what else is to be known.
+    """
 
     tensor: str
     ridge: float | None
     error_before: float
     error_after: float
+    note: str = ""
 
 
 @dataclass
 class Refit:
-    """New tensors by name, whole and in the checkpoint's own orientation, scales included; and how each came about."""
+    """New tensors by name, whole and in the checkpoint's own orientation and type, scales included; and how each came
+    about. What is not listed stays as it was."""
 
     tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -51,21 +55,12 @@ class Refit:
         return {"steps": [asdict(step) for step in self.steps]}
 
 
-class Residual(StrEnum):
-    """How a layer adds its two outputs to what entered it; found by looking at the dense layer."""
-
-    ADDED = "added"  # out = h + attention + feed-forward, one after the other or in parallel
-    NORMED_SUM = "normed sum"  # out = norm(x + feed-forward), x = norm(h + attention), as in BERT
-    NORMED_OUTPUT = "normed output"  # each output passes a norm before it is added, as in Gemma 2
-
-
 @dataclass
 class _Streams:
-    """What enters the layer in each model, and what the shared model's second readout should bring its stream to."""
+    """What enters the next layer in each model. They are one tensor as long as the two models are the same."""
 
     dense: Stream
     shared: Stream
-    target: Stream
 
 
 def refit(
@@ -75,6 +70,7 @@ def refit(
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+        PlanError: if the plan is for another model.
         CalibrationError: if the calibration has fewer than two windows.
     """
     refitter = Refitter(dense, plan, calibration, ffn=ffn, device=device)
@@ -84,42 +80,116 @@ def refit(
 
 
 class Refitter:
-    """One refit on its way; each turn of `advance` is one layer."""
+    """One refit on its way. Each turn of `advance` is one layer; `result` holds what is done.
+
+    With `shared`, a checkpoint of this plan, the shared model is that one, trained or refitted as it may be, and its
+    readouts are pulled to what they are there. Without, it is the dense model shared by the plan.
+
+    Raises:
+        CheckpointError, ArchitectureError: if a model cannot be walked layer by layer.
+        PlanError: if the plan is for another model, or not that of the shared checkpoint.
+        CalibrationError: if the calibration has fewer than two windows.
+    """
 
     def __init__(
-        self, dense: Checkpoint, plan: SharePlan, calibration: Calibration, *, ffn: bool = True, device: str = "cpu"
+        self,
+        dense: Checkpoint,
+        plan: SharePlan,
+        calibration: Calibration,
+        *,
+        ffn: bool = True,
+        device: str = "cpu",
+        shared: Checkpoint | None = None,
     ) -> None:
+        dense.require_dense("refit it")
+        if shared is not None and shared.plan != plan:
+            raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
+        planned = WholeTensors.planned(dense, plan)
+        self.weights = planned if shared is None else WholeTensors.of(shared)
         self.layers = Layers(dense, device=device)
-        self.dense, self.plan, self.gapped = dense, plan, gapped_tensors(plan)
+        self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
+        self.plan, self.gapped = plan, gapped_tensors(plan)
         fit, held = calibration.split(HELD_OUT)
         self.tokens, self.fitted_windows = torch.cat([fit.tokens, held.tokens]), len(fit.tokens)
         self.ffn = ffn and self.layers.ffn is not None
-        changed = [tie.recipient.layer for selection in plan.selections for tie in selection.ties]
-        changed += [layer for removal in plan.removals for layer in removal.removed]
-        self.first = min(changed, default=self.layers.count)
-        self.residual: Residual | None = None
+        self.first, self.next = _first_changed(plan, self.layers.count), 0
         self.result = Refit()
+        self._streams: _Streams | None = None
 
+    @torch.no_grad()
     def advance(self) -> Iterator[int]:
-        """Walk the layers, and yield each as it is done."""
-        entering = self.layers.start(self.tokens)
-        streams = _Streams(entering, entering.clone(), torch.empty_like(entering))
-        for layer in range(self.layers.count):
-            dense = self.layers.build(layer)
-            if layer < self.first:
-                self._pass(layer, dense, streams.dense)
-                streams.shared.copy_(streams.dense)
-            else:
-                shared = self.layers.build(layer, self._overwritten(layer))
-                self._fit_attention(layer, dense, shared, streams)
-                if self.ffn:
-                    self._fit_feed_forward(layer, shared, streams)
-                self._pass(layer, shared, streams.shared)
+        """Walk the layers from the next on, and yield each as it is done."""
+        for layer in range(self.next, self.layers.count):
+            if self.first < self.layers.count:  # else there is nothing to make up for
+                self._advance_over(layer, self._entering())
+            self.next = layer + 1
             yield layer
 
-    def _pass(self, layer: int, module: nn.Module, entering: Stream) -> None:
+    def state(self) -> dict[str, Stream]:
+        """Copies of the streams that enter the next layer: `dense` and `shared`. With `next` and `result`, all that
+        `resume` needs."""
+        streams = self._entering()
+        return {"dense": streams.dense.clone(), "shared": streams.shared.clone()}
+
+    def resume(
+        self, layer: int, streams: Mapping[str, Tensor], tensors: MutableMapping[str, Tensor], steps: list[Step]
+    ) -> None:
+        """Go on at this layer, which another refitter of the same arguments would have done next, with its `state` and
+        what its result held; what follows is the same bit for bit. `tensors` is taken over, and added to.
+
+        Raises:
+            CheckpointError: if the streams are not of this calibration.
+        """
+        for name in ("dense", "shared"):
+            if name not in streams or streams[name].shape[:2] != self.tokens.shape:
+                raise CheckpointError(
+                    f"the refit to go on with has no stream '{name}' of these tokens. Start it again."
+                )
+        one = self.shared_layers is self.layers and layer <= self.first
+        dense = streams["dense"].clone()
+        self._streams = _Streams(dense, dense if one else streams["shared"].clone())
+        self.next, self.result = layer, Refit(tensors, list(steps))
+
+    # ---- the streams
+
+    def _entering(self) -> _Streams:
+        """The streams that enter the next layer."""
+        if self._streams is None:
+            dense = self.layers.start(self.tokens)
+            one = self.shared_layers is self.layers
+            self._streams = _Streams(dense, dense if one else self.shared_layers.start(self.tokens))
+        return self._streams
+
+    def _advance_over(self, layer: int, streams: _Streams) -> None:
+        dense = self.layers.build(layer)
+        if layer < self.first:
+            self._pass(self.layers, layer, dense, streams.dense)
+            if streams.shared is not streams.dense:
+                self._pass(self.shared_layers, layer, self._built(layer), streams.shared)
+            return
+        if streams.shared is streams.dense:
+            streams.shared = streams.dense.clone()
+        shared = self._built(layer)
+        residual, target = self._fit_attention(layer, dense, shared, streams)
+        if target is not None:
+            self._fit_feed_forward(layer, shared, streams, residual, target)
+        self._pass(self.shared_layers, layer, shared, streams.shared)
+
+    def _built(self, layer: int) -> nn.Module:
+        """The shared model's layer, as it is before it is refitted."""
+        if self.shared_layers is not self.layers:
+            return self.shared_layers.build(layer)
+        names = {place.name(layer) for layout in self.plan.layouts for place in layout.parts.values()}
+        changed = [name for name in sorted(names & set(self.gapped)) if self._loses_some(name)]
+        return self.layers.build(layer, {name: self.weights.read(name) for name in changed})
+
+    def _loses_some(self, name: str) -> bool:
+        return bool(self.gapped[name].gaps or self.gapped[name].removed)
+
+    def _pass(self, layers: Layers, layer: int, module: nn.Module, entering: Stream) -> None:
+        """Turn what enters the layer into what leaves it, in place."""
         for at in self._batches():
-            entering[at] = self.layers.run(module, layer, entering[at])[0].cpu()
+            entering[at] = layers.run(module, layer, entering[at])[0].cpu()
 
     def _batches(self) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
@@ -128,140 +198,139 @@ class Refitter:
             for first in range(start, stop, size):
                 yield slice(first, min(first + size, stop))
 
-    def _fit_attention(self, layer: int, dense: nn.Module, shared: nn.Module, streams: _Streams) -> None:
-        """Fit W_o; advance the dense stream; note where the second readout should bring the shared one."""
-        path = self.layers.path(Part.O)
-        sums = self._sums(shared, path)
+    # ---- the two fits of a layer
+
+    def _fit_attention(
+        self, layer: int, dense: nn.Module, shared: nn.Module, streams: _Streams
+    ) -> tuple[Residual, Stream | None]:
+        """Fit W_o and advance the dense stream. Returns how the layer adds, and where W_down should bring the shared
+        stream to, if it is fitted too."""
+        path, sums = self.layers.path(Part.O), self._sums(shared, Part.O)
+        target = torch.empty_like(streams.dense) if self.ffn else None
+        residual: Residual | None = None
         for at in self._batches():
             entered, own = (stream[at].to(self.layers.device) for stream in (streams.dense, streams.shared))
-            left, seen = self.layers.run(dense, layer, entered, self._watched())
-            kind = self._residual(entered, left, seen)
-            carried = self._carried(kind, entered, seen)
-            wanted = seen.outputs[path] + (0 if kind is Residual.NORMED_OUTPUT else entered - own)
-            inputs = self.layers.run_to(shared, layer, own, path).inputs[path]
-            sums[at.start >= self.fitted_windows].add(inputs, wanted, _weights(entered if carried is None else carried))
-            streams.dense[at] = left.cpu()
-            if self.ffn:
-                after = seen.outputs[self.layers.path(Part.DOWN)]
-                streams.target[at] = (after if carried is None else after + carried).cpu()
+            left, seen = self.layers.run(dense, layer, entered, watched(self.layers))
+            residual = residual or residual_of(self.layers, entered, left, seen)
+            inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
+            carried = residual.carried(entered, seen)
+            weights = _weights(entered if carried is None else carried)
+            sums[at.start >= self.fitted_windows].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
+            if target is not None:
+                target[at] = residual.target(entered, seen).cpu()
+            streams.dense[at] = left.cpu()  # what entered may be a view of it
         self._solve(layer, Part.O, shared, sums)
+        assert residual is not None
+        return residual, target
 
-    def _fit_feed_forward(self, layer: int, shared: nn.Module, streams: _Streams) -> None:
-        path, kind = self.layers.path(Part.DOWN), self.residual
-        assert kind is not None
-        sums = self._sums(shared, path)
+    def _fit_feed_forward(
+        self, layer: int, shared: nn.Module, streams: _Streams, residual: Residual, target: Stream
+    ) -> None:
+        """Fit W_down. The dense stream has advanced over the layer, the shared one has not."""
+        path, sums = self.layers.path(Part.DOWN), self._sums(shared, Part.DOWN)
+        before = tuple(one for one in watched(self.layers) if one != path)
         for at in self._batches():
             own = streams.shared[at].to(self.layers.device)
-            seen = self.layers.run_to(shared, layer, own, path, self._watched()[:-1])
-            carried = self._carried(kind, own, seen)
-            wanted = streams.target[at].to(self.layers.device) - (0 if carried is None else carried)
+            seen = self.shared_layers.run_to(shared, layer, own, path, before)
+            wanted = residual.wanted_of_down(target[at].to(self.layers.device), own, seen)
             weights = _weights(streams.dense[at].to(self.layers.device))
             sums[at.start >= self.fitted_windows].add(seen.inputs[path], wanted, weights)
         self._solve(layer, Part.DOWN, shared, sums)
 
-    def _watched(self) -> tuple[str, ...]:
-        """W_o, what enters the feed-forward, and W_down last: what tells how the layer adds its outputs."""
-        if self.layers.ffn is None:
-            return (self.layers.path(Part.O),)
-        return self.layers.path(Part.O), self.layers.path(Part.UP), self.layers.path(Part.DOWN)
+    def _sums(self, module: nn.Module, part: Part) -> tuple[NormalEquations, NormalEquations]:
+        """Empty sums for this readout: of fitted and of held-out tokens."""
+        weight, bias = self._readout(module, part)
+        outputs, inputs = weight.shape
+        fit, held = (NormalEquations(inputs, outputs, bias is not None, self.layers.device) for _ in range(2))
+        return fit, held
 
-    def _residual(self, entered: Batch, left: Batch, seen: Seen) -> Residual:
-        if self.residual is None:
-            outputs = [seen.outputs[path] for path in self._watched()[::2]]
-            missed = (left - entered - sum(outputs)).abs().max() if len(outputs) == 2 else torch.zeros(())
-            if self.layers.post_norm:
-                self.residual = Residual.NORMED_SUM
-            else:
-                self.residual = Residual.ADDED if missed <= ADDED * left.abs().max() else Residual.NORMED_OUTPUT
-        return self.residual
-
-    def _carried(self, kind: Residual, entered: Batch, seen: Seen) -> Batch | None:
-        """What the second readout is added to; None where a norm stands between."""
-        match kind:
-            case Residual.ADDED:
-                return entered + seen.outputs[self.layers.path(Part.O)]
-            case Residual.NORMED_SUM:
-                return seen.inputs[self.layers.path(Part.UP)]
-            case Residual.NORMED_OUTPUT:
-                return None
-
-    def _sums(self, module: nn.Module, path: str) -> tuple[NormalEquations, NormalEquations]:
-        """Empty sums for the readout at this path: of fitted and of held-out tokens."""
-        outputs, inputs = self._weight(module, path).shape
-        bias = module.get_submodule(path).bias is not None if hasattr(module.get_submodule(path), "bias") else False
-        device = self.layers.device
-        return NormalEquations(inputs, outputs, bias, device), NormalEquations(inputs, outputs, bias, device)
-
-    def _weight(self, module: nn.Module, path: str) -> Float[Tensor, "outputs inputs"]:
-        weight = module.get_submodule(path).weight
+    def _readout(
+        self, module: nn.Module, part: Part
+    ) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, " outputs"] | None]:
+        """The weight and the bias of a built layer's readout, to be looked at or copied to."""
+        found = module.get_submodule(self.layers.path(part))
+        weight, bias = found.weight, getattr(found, "bias", None)
         assert isinstance(weight, Tensor)
-        return weight.T if self.layers.in_out else weight
+        return (weight.T if self.layers.in_out else weight), bias
 
     def _solve(self, layer: int, part: Part, shared: nn.Module, sums: tuple[NormalEquations, NormalEquations]) -> None:
         """Fit the readout, put it into the shared layer as it will be stored, and keep it."""
-        name, path = self.layers.tensor(part, layer), self.layers.path(part)
-        fit, held = sums
-        raw = self._weight(shared, path).double()
-        bias = shared.get_submodule(path).bias
-        if fit.bias:
-            raw = torch.cat([raw, bias[:, None].double()], dim=1)
-        free, lent = self._free(name, raw.shape[1]), self._lent(name)
-        centre = raw.clone()
-        centre[:, self._borrowed_features(layer, part)] = 0
-        found = fit_readout(fit, held, centre, free, lent)
-        self._keep(name, path, shared, found, fit.bias)
-        ridge = None if found.ridge == float("inf") else found.ridge
-        self.result.steps.append(Step(name, ridge, held.error(raw), found.error_after))
+        name, (weight, bias) = self.layers.tensor(part, layer), self._readout(shared, part)
+        start = weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
+        free, lent = self._free(name, start.shape[1]), self._lent(name)
+        prior = start.clone()
+        if self.shared_layers is self.layers:
+            prior[:, self._borrowed_features(layer, part)] = 0
+        largest = torch.finfo(self._dtype(name)).max
+        found = fit_readout(*sums, start, free, lent, prior=prior, largest=largest)
+        if lent or not found.why_kept:
+            rounded = found.scales.to(self._dtype(name))
+            exact = assembled(found.weight.to(self._dtype(name)).double(), free, lent, rounded.double())
+            self._keep(name, exact, rounded, weight, bias)
+        self.result.steps.append(_step(name, found, sum(one.left_out for one in sums)))
 
-    def _keep(self, name: str, path: str, shared: nn.Module, found: Fitted, bias: bool) -> None:
-        dtype = self.dense.tensors[name].torch_dtype
-        module = shared.get_submodule(path)
-        whole = found.weight[:, :-1] if bias else found.weight
-        stored = {name: (whole.T if self.layers.in_out else whole).to(dtype).contiguous()}
-        module.weight.copy_(stored[name])
-        if bias:
-            stored[bias_name(name)] = found.weight[:, -1].to(dtype)
-            module.bias.copy_(stored[bias_name(name)])
-        if found.scales.numel():
-            stored[scale_name(name)] = found.scales.to(dtype)
+    def _dtype(self, name: str) -> torch.dtype:
+        """What this tensor of the shared model is stored as."""
+        return self.weights.checkpoint.tensors[name].torch_dtype
+
+    def _keep(
+        self,
+        name: str,
+        exact: Float[Tensor, "outputs inputs"],
+        scales: Float[Tensor, " scaled"],
+        weight: Float[Tensor, "outputs inner"],
+        bias: Float[Tensor, " outputs"] | None,
+    ) -> None:
+        """Add a readout to the result, and copy it to the built layer's weight and bias. `exact` holds the numbers that
+        are stored, times the scales, and the bias last; a layer computes with these products, a file rounds them."""
+        whole = exact if bias is None else exact[:, :-1]
+        weight.copy_(whole)
+        stored = {name: (whole.T if self.layers.in_out else whole).to(self._dtype(name)).contiguous()}
+        if bias is not None:
+            stored[bias_name(name)] = exact[:, -1].to(self._dtype(bias_name(name)))
+            bias.copy_(stored[bias_name(name)])
+        if scales.numel():
+            stored[scale_name(name)] = scales
         self.result.tensors.update({key: value.cpu() for key, value in stored.items()})
 
-    def _overwritten(self, layer: int) -> dict[str, Tensor]:
-        """The layer's tensors that the plan touches, with donors' numbers in place."""
-        names = {place.name(layer) for layout in self.plan.layouts for place in layout.parts.values()}
-        return {
-            name: torch.cat(list(stream(overwritten(self.dense.tensors[name], self.gapped[name]), self.dense)))
-            for name in names & set(self.gapped)
-            if self.gapped[name].gaps or self.gapped[name].removed
-        }
+    # ---- what the plan says of a readout
 
     def _free(self, name: str, size: int) -> Int[Tensor, " free"]:
-        """Inputs whose columns this readout stores; the bias is one."""
+        """Inputs whose columns this readout stores; the bias, where there is one, is the last."""
         taken = torch.zeros(size, dtype=torch.bool)
-        for gap in self.gapped[name].gaps if name in self.gapped else ():
-            taken[gap.start : gap.stop] = True
-        for first, last in self.gapped[name].removed if name in self.gapped else ():
-            taken[first:last] = True
+        if name in self.gapped:
+            for start, stop, *_ in (*self.gapped[name].gaps, *self.gapped[name].removed):
+                taken[start:stop] = True
         return (~taken).nonzero()[:, 0].to(self.layers.device)
 
     def _lent(self, name: str) -> tuple[Lent, ...]:
+        """Inputs whose columns are a donor's, which may have been refitted by now."""
         if name not in self.gapped:
             return ()
-        gapped, lent = self.gapped[name], []
+        gapped, scale = self.gapped[name], self.weights.scale(name)
+        donors = {donor: self._donor(donor) for donor in {gap.donor for gap in gapped.gaps}}
+        lent, used = [], 0
         for gap in gapped.gaps:
-            donor = self.result.tensors[gap.donor] if gap.donor in self.result.tensors else self.dense.read(gap.donor)
-            whole = donor.T if self.layers.in_out else donor
-            columns = whole[:, gap.donor_start : gap.donor_start + gap.stop - gap.start]
             inputs = torch.arange(gap.start, gap.stop, device=self.layers.device)
-            scaled = (gap.start, gap.stop) in gapped.scaled
-            lent.append(Lent(inputs, columns.to(self.layers.device, torch.float64), scaled))
+            columns = donors[gap.donor][:, gap.donor_start : gap.donor_start + len(inputs)]
+            scaled, own = (gap.start, gap.stop) in gapped.scaled, None
+            if scaled and scale is not None:
+                own = scale[used : used + len(inputs)].to(columns)
+                used += len(inputs)
+            lent.append(Lent(inputs, columns, scaled, own))
         return tuple(lent)
+
+    def _donor(self, name: str) -> Float[Tensor, "outputs inputs"]:
+        """A readout as the shared model has it now."""
+        whole = self.result.tensors[name] if name in self.result.tensors else self.weights.read(name)
+        return (whole.T if self.layers.in_out else whole).to(self.layers.device, torch.float64)
 
     def _borrowed_features(self, layer: int, part: Part) -> Int[Tensor, " borrowed"]:
         """Inputs that another layer's v (or up) makes: the readout's own columns say nothing about them."""
-        made, layout = (Part.V, self.layers.attention) if part is Part.O else (Part.UP, self.layers.ffn)
+        made = Part.V if part is Part.O else Part.UP
+        inputs = self._whole_readout(part)
         borrowed = [
-            torch.arange(*_span(selection, part, layout, tie.recipient.group))
+            torch.arange(*_span(selection, inputs, tie.recipient.group))
             for selection in self.plan.selections
             if made in selection.layout.parts
             for tie in selection.ties
@@ -269,20 +338,36 @@ class Refitter:
         ]
         return torch.cat([torch.zeros(0, dtype=torch.long), *borrowed]).to(self.layers.device)
 
+    def _whole_readout(self, part: Part) -> int:
+        """How many inputs this readout has."""
+        layout = self.layers.attention if part is Part.O else self.layers.ffn
+        assert layout is not None
+        return layout.parts[part].shape[layout.parts[part].axis]
 
-def _span(selection: Selection, part: Part, layout: Layout | None, group: int) -> tuple[int, int]:
+
+def _span(selection: Selection, inputs: int, group: int) -> tuple[int, int]:
     """The readout's inputs that belong to this group of the selection's grid."""
-    assert layout is not None
-    inputs = layout.parts[part].shape[layout.parts[part].axis]
     size = inputs // selection.layout.groups
     return group * size, (group + 1) * size
 
 
-def bias_name(weight_name: str) -> str:
-    """The bias that belongs to this weight."""
-    return weight_name.removesuffix("weight") + "bias"
+def _first_changed(plan: SharePlan, layers: int) -> int:
+    """The first layer that a plan changes; the number of layers if it changes none."""
+    changed = [tie.recipient.layer for selection in plan.selections for tie in selection.ties]
+    changed += [layer for removal in plan.removals for layer in removal.removed]
+    return min(changed, default=layers)
+
+
+def _step(name: str, found: Fitted, left_out: int) -> Step:
+    notes = [found.why_kept] if found.why_kept else []
+    if left_out:
+        notes.append(f"{left_out} tokens whose numbers are not finite were left out")
+    ridge = None if found.why_kept else found.ridge
+    return Step(name, ridge, found.error_before, found.error_after, "; ".join(notes))
 
 
 def _weights(hidden: Batch) -> Float[Tensor, "batch window"]:
-    """One over each token's squared size, so that the few tokens with enormous activations do not rule the fit."""
-    return 1 / hidden.square().sum(dim=-1).clamp(min=torch.finfo(hidden.dtype).tiny)
+    """One over each token's squared size, so that the few tokens with enormous activations do not rule the fit; none
+    for a token of size zero."""
+    square = hidden.square().sum(dim=-1)
+    return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)

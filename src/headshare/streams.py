@@ -1,6 +1,6 @@
 """A model's layers, one in memory at a time, over hidden states: how calibration walks models larger than memory.
 
-A *stream* is the hidden states of all calibration windows as they enter one layer. Knows no plan and solves nothing.
+A *stream* is the hidden states of all calibration windows as they enter one layer. Chooses nothing and solves nothing.
 """
 
 import copy
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import ArchitectureError, CheckpointError
-from headshare.families import family_of
+from headshare.families import FAMILIES
 from headshare.integrations.transformers import module_path
 from headshare.layout import Layout
 from headshare.models import load_model, quiet
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.units import Part
+from headshare.whole import WholeTensors
 
 LOGGER = logging.getLogger("headshare")
 BATCH_TOKENS = 4096
@@ -36,22 +37,24 @@ Batch = Float[Tensor, "batch window hidden"]
 
 
 class _ReachedError(Exception):
-    """Thrown to leave a layer once what was wanted from it is known."""
+    """Thrown to leave a model or a layer once what was wanted from it is known."""
 
 
 @dataclass
 class Seen:
     """What went into and came out of some modules of a layer, by path, in one pass. Inputs and outputs are copies."""
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Batch] = field(default_factory=dict)
+    outputs: dict[str, Batch] = field(default_factory=dict)
 
     def in_windows(self, hidden: Batch) -> "Seen":
         """The same in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
-        for found in (self.inputs, self.outputs):
-            for path, value in found.items():
-                found[path] = value.reshape(*hidden.shape[:2], -1)
-        return self
+        batch, window, _ = hidden.shape
+        inputs, outputs = (
+            {path: value.reshape(batch, window, value.shape[-1]) for path, value in found.items()}
+            for found in (self.inputs, self.outputs)
+        )
+        return Seen(inputs, outputs)
 
 
 @dataclass(frozen=True)
@@ -63,50 +66,47 @@ class _Call:
 
 
 class Layers:
-    """The layers of a checkpoint's model. `build` makes one, `run` runs it on a batch of hidden states.
+    """The layers of a checkpoint's model, dense or shared; a shared one's are built whole, as the stock model's.
 
-    Arithmetic is float32, whatever the weights are stored as.
+    `start` makes the stream that enters layer 0, `build` makes a layer, `run` runs it on some of the stream's windows.
+    Arithmetic is float32, whatever the weights are stored as; the layers are called as the model calls them for
+    windows that are all tokens, with no padding. A model that is not stored as it is built (a mixture of experts) is
+    held whole in memory.
+
+    Attributes: `count` of layers; `attention` and `ffn`, their layouts (`ffn` None for experts); `post_norm`, whether
+    each half of a layer ends in a norm of its output plus its input; `device`.
 
     Raises:
         ArchitectureError: if the model's layout is not known.
-        CheckpointError: if the model's code is remote, or its layers' tensors are not all there under their names.
+        CheckpointError: if the model's code is remote, or its weights are not all there.
+        PlanError: if the checkpoint is shared and does not hold what its plan says.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu") -> None:
-        config, shapes = text_config(checkpoint.config), checkpoint.shapes
-        self.checkpoint = checkpoint
-        self.device = torch.device(device)
-        self.attention = attention_layout(config, shapes)
-        self.ffn = _ffn_or_none(config, shapes)
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self._weights = WholeTensors.of(checkpoint)
+        config, shapes = text_config(checkpoint.config), self._weights.shapes
+        self.attention, self.ffn = attention_layout(config, shapes), _ffn_or_none(config, shapes)
         self.count = self.attention.layers
-        family = family_of(str(config.get("model_type")))
-        self.post_norm = family is not None and family.post_norm
+        o_path = self.path(Part.O)
+        self.post_norm = any(family.post_norm and family.o == o_path for family in FAMILIES)
         self._model = _empty_model(checkpoint)
-        self._template = self._base_of(self.attention)
-        path = module_path(self._model, self.attention.parts[Part.O].name(0))
-        tail = self.attention.parts[Part.O].name(0)[len(self._template.replace("{layer}", "0")) :]
-        first = path.removesuffix(tail.removesuffix(".weight")).removesuffix(".")
-        self._modules = self._model.get_submodule(first.rpartition(".")[0])
-        self._whole = False
-        if self._stored_as_built():
-            self._fill_rest(first)
-        else:
+        self._first = module_path(self._model, self.attention.parts[Part.O].name(0)).removesuffix(f".{o_path}")
+        self._held = not self._stored_as_built()
+        if self._held:
             LOGGER.info("%s is not stored as it is built: the whole model is held in memory", checkpoint.name)
             self._model = _whole_model(checkpoint, self.device)
-            self._modules = self._model.get_submodule(first.rpartition(".")[0])
-            self._whole = True
-        self._calls: dict[int, list[_Call]] = {}
-        self._tuples = False
+        else:
+            self._fill_rest()
+        self._calls: dict[tuple[int, int], list[_Call]] = {}
+        self._tuples: bool | None = None
 
-    @staticmethod
-    def _base_of(layout: Layout) -> str:
-        """What stands before the names of one layer's tensors, such as `model.layers.{layer}.`"""
-        template = layout.parts[Part.O].tensor
-        return template[: template.index("{layer}") + len("{layer}.")]
+    # ---- names
 
-    def relative(self, tensor: str, layer: int) -> str:
-        """A tensor's name within its layer."""
-        return tensor.removeprefix(self._template.replace("{layer}", str(layer)))
+    @property
+    def in_out(self) -> bool:
+        """Whether weights are stored (input, output), as GPT-2's Conv1D does."""
+        return self.attention.parts[Part.O].axis == 0
 
     def path(self, part: Part) -> str:
         """The path, within a layer, of the module that holds this part.
@@ -115,140 +115,189 @@ class Layers:
             ArchitectureError: if the layer has no such module.
         """
         layout = self.attention if part in self.attention.parts else self.ffn
-        if layout is None:
+        if layout is None or part not in layout.parts:
             raise ArchitectureError(f"this model's layers have no part {part}.")
-        return self.relative(layout.parts[part].name(0), 0).removesuffix(".weight")
+        return layout.parts[part].name(0).removeprefix(self._base(0)).removesuffix(".weight")
 
     def tensor(self, part: Part, layer: int) -> str:
-        """The name in the checkpoint of the weight that reads this part out."""
-        layout = self.attention if part is Part.O else self.ffn
+        """The name in the checkpoint of the weight that holds this part in this layer.
+
+        Raises:
+            ArchitectureError: if the layer has no such part.
+        """
+        self.path(part)
+        layout = self.attention if part in self.attention.parts else self.ffn
         assert layout is not None
         return layout.parts[part].name(layer)
 
-    @property
-    def in_out(self) -> bool:
-        """Whether weights are stored (input, output), as GPT-2's Conv1D does."""
-        return self.attention.parts[Part.O].axis == 0
-
-    def build(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """This layer with its weights, in float32; `replaced` names tensors of the checkpoint that differ in it.
-
-        Raises:
-            CheckpointError: if a tensor of the layer is missing or has another shape.
-        """
-        module = copy.deepcopy(self._modules[layer])  # type: ignore[index]  # a ModuleList
-        base, changed = self._template.replace("{layer}", str(layer)), replaced or {}
-        state = {}
-        for name, parameter in module.state_dict(keep_vars=True).items():
-            stored = base + name if self._whole else self._stored_name(base + name)
-            value = changed[stored] if stored in changed else self._value(stored, parameter)
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{stored} has shape {tuple(value.shape)}; the model needs {tuple(parameter.shape)}."
-                )
-            state[name] = value.to(self.device, torch.float32)
-        module.load_state_dict(state, assign=True)
-        return module.to(self.device).eval().requires_grad_(False)
-
-    def _value(self, stored: str, parameter: Tensor) -> Tensor:
-        return parameter.detach() if self._whole else self.checkpoint.read(stored)
-
-    def _stored_as_built(self) -> bool:
-        """Whether every tensor of every layer is in the checkpoint under its own name. (Experts are often not.)"""
-        names = self._modules[0].state_dict()  # type: ignore[index]  # a ModuleList
-        bases = [self._template.replace("{layer}", str(layer)) for layer in range(self.count)]
-        return all(self._stored_name(base + name) in self.checkpoint.tensors for base in bases for name in names)
+    def _base(self, layer: int) -> str:
+        """What stands before the names of one layer's tensors in the checkpoint, such as `model.layers.7.`"""
+        template = self.attention.parts[Part.O].tensor
+        return template[: template.index("{layer}")] + f"{layer}."
 
     def _stored_name(self, name: str) -> str:
         """The tensor's name in the checkpoint, which for old BERTs is not its name in the model."""
         for new, old in _OLD_NAMES.items():
-            if name.endswith(new) and name not in self.checkpoint.tensors:
+            if name.endswith(new) and name not in self._weights:
                 return name.removesuffix(new) + old
         return name
 
-    def _fill_rest(self, first_layer: str) -> None:
-        """Give everything that stands before the layers its weights: embeddings, norms, tables of positions."""
-        stored_first = self._template.replace("{layer}", "0")
-        outer = stored_first.removesuffix(f"{first_layer}.") if stored_first.endswith(f"{first_layer}.") else ""
-        layers = f"{first_layer.rpartition('.')[0]}."
+    # ---- weights
+
+    @property
+    def _modules(self) -> nn.ModuleList:
+        found = self._model.get_submodule(self._first.rpartition(".")[0])
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def build(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """This layer with its weights, in float32 and memory of its own; `replaced` holds tensors, by their names in
+        the checkpoint, that stand in for the checkpoint's.
+
+        Raises:
+            CheckpointError: if a tensor of the layer has another shape than the model needs, or cannot be read.
+        """
+        module, changed = copy.deepcopy(self._modules[layer]), replaced or {}
+        state = {}
+        for name, parameter in module.state_dict(keep_vars=True).items():
+            stored = self._stored_name(self._base(layer) + name)
+            if stored in changed:
+                value = changed[stored].clone()
+            else:
+                value = parameter.detach() if self._held else self._weights.read(stored)
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{stored} has shape {tuple(value.shape)}; the model needs {tuple(parameter.shape)}."
+                )
+            state[name] = _on(self.device, value)
+        module.load_state_dict(state, assign=True)
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _stored_as_built(self) -> bool:
+        """Whether every tensor of every layer is in the checkpoint under its own name. (Experts are often not.)"""
+        return all(
+            self._stored_name(self._base(layer) + name) in self._weights
+            for layer, module in enumerate(self._modules)
+            for name in module.state_dict()
+        )
+
+    def _fill_rest(self) -> None:
+        """Give what stands around the layers its weights: embeddings, norms, tables of positions."""
+        inner, outer = _different_prefixes(f"{self._first}.", self._base(0))
+        layers = f"{self._first.rpartition('.')[0]}."
         state = {}
         for name in self._model.state_dict():
-            found = next((one for one in (outer + name, name) if one in self.checkpoint.tensors), None)
+            names = [outer + name.removeprefix(inner)] if name.startswith(inner) else []
+            found = next((one for one in map(self._stored_name, [*names, name]) if one in self._weights), None)
             if found is not None and not name.startswith(layers):
-                state[name] = self.checkpoint.read(found).to(self.device, torch.float32)
+                state[name] = _on(self.device, self._weights.read(found))
         self._model.load_state_dict(state, assign=True, strict=False)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
+
+    # ---- walking
+
+    def batch(self, window: int) -> int:
+        """How many windows of this many tokens are run at once."""
+        return max(1, BATCH_TOKENS // window)
 
     @torch.no_grad()
     def start(self, tokens: Int[Tensor, "windows window"]) -> Stream:
-        """The stream that enters layer 0."""
-        with self._recorded() as (entered, calls):
-            hidden = []
-            for batch in tokens.split(self.batch(tokens.shape[1])):
-                with suppress(_ReachedError):
-                    self._model(input_ids=batch.to(self.device))
-                hidden.append(entered.pop().cpu())
-                self._calls.setdefault(len(batch), list(calls))
-                calls.clear()
-        return torch.cat(hidden)
+        """The stream that enters layer 0, in float32 on the CPU.
 
-    def batch(self, window: int) -> int:
-        """How many windows are run at once."""
-        return max(1, BATCH_TOKENS // window)
+        Raises:
+            CheckpointError: if a weight is missing that the model needs before its layers.
+        """
+        size = self.batch(tokens.shape[1])
+        return torch.cat([self._enter(tokens[at : at + size]).cpu() for at in range(0, len(tokens), size)])
+
+    def _enter(self, tokens: Int[Tensor, "batch window"]) -> Batch:
+        """What enters layer 0 for these tokens. How each layer was called is kept for batches of this shape."""
+        with self._recorded() as (entered, calls):
+            try:
+                with suppress(_ReachedError), quiet():
+                    self._model(input_ids=tokens.to(self.device))
+            except (NotImplementedError, RuntimeError) as error:
+                if not self._lacking():
+                    raise
+                raise self._lacks() from error
+        if entered[0].is_meta:
+            raise self._lacks()
+        self._calls[len(tokens), tokens.shape[1]] = calls
+        return entered[0]
+
+    def _lacking(self) -> list[str]:
+        """The weights around the layers that the checkpoint has not."""
+        layers = f"{self._first.rpartition('.')[0]}."
+        return [
+            name for name, value in self._model.state_dict().items() if value.is_meta and not name.startswith(layers)
+        ]
+
+    def _lacks(self) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint.name} lacks weights that its model needs: {self._lacking()[:3]}.")
 
     @contextmanager
-    def _recorded(self) -> Iterator[tuple[list[Tensor], list[_Call]]]:
+    def _recorded(self) -> Iterator[tuple[list[Batch], list[_Call]]]:
         """Within this block the model's layers do nothing but note how they are called."""
         entered: list[Tensor] = []
         calls: list[_Call] = []
-        first = self.build(0)
+        modules = self._modules
+        hidden_name = list(inspect.signature(type(modules[0]).forward).parameters)[1]
 
-        def recorder(layer: int) -> Callable[..., Any]:
-            names = list(inspect.signature(type(first).forward).parameters)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop(hidden_name)
+            calls.append(_Call(args[1:], kwargs))
+            if len(calls) == 1:
+                entered.append(hidden.clone())
+            if len(calls) == self.count:
+                raise _ReachedError
+            return (hidden,) if self._gives_tuples(hidden, calls[0]) else hidden
 
-            def record(*args: Any, **kwargs: Any) -> Any:
-                given = dict(kwargs)
-                hidden = args[0] if args else given.pop(names[1])
-                calls.append(_Call(args[1:], given))
-                if layer == 0:
-                    entered.append(hidden.clone())
-                    self._tuples = isinstance(first(hidden, *args[1:], **given), tuple)
-                if layer == self.count - 1:
-                    raise _ReachedError
-                return (hidden,) if self._tuples else hidden
-
-            return record
-
-        for layer, module in enumerate(self._modules):  # type: ignore[arg-type]
-            module.forward = recorder(layer)
+        for module in modules:
+            module.forward = record
         try:
             yield entered, calls
         finally:
-            for module in self._modules:  # type: ignore[union-attr]
+            for module in modules:
                 del module.forward
 
-    def _call(self, module: nn.Module, layer: int, hidden: Batch) -> Tensor:
-        call = self._calls[len(hidden)][layer]
-        out = module(hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+    def _gives_tuples(self, hidden: Batch, call: _Call) -> bool:
+        """Whether the model's layers give back tuples; found by running the first once."""
+        if self._tuples is None:
+            first = self.build(0)
+            vars(first).pop("forward", None)  # a recorder, copied with the module
+            self._tuples = isinstance(first(hidden, *call.args, **call.kwargs), tuple)
+        return self._tuples
+
+    def _call(self, module: nn.Module, layer: int, hidden: Batch) -> Batch:
+        shape = hidden.shape[0], hidden.shape[1]
+        if shape not in self._calls:
+            self._enter(torch.ones(shape, dtype=torch.long))  # calls do not depend on what the tokens are
+        call = self._calls[shape][layer]
+        out = module(hidden.to(self.device), *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]  # a module gives what it likes
 
     @torch.no_grad()
     def run(self, module: nn.Module, layer: int, hidden: Batch, watch: tuple[str, ...] = ()) -> tuple[Batch, Seen]:
-        """What this built layer makes of a batch, and what passed through the modules at the watched paths."""
+        """What this built layer makes of a batch, and what passed through the modules at the watched paths; both on
+        `device`."""
         seen = Seen()
         with _watching(module, watch, seen):
-            return self._call(module, layer, hidden.to(self.device)), seen.in_windows(hidden)
+            return self._call(module, layer, hidden), seen.in_windows(hidden)
 
     @torch.no_grad()
     def run_to(self, module: nn.Module, layer: int, hidden: Batch, path: str, watch: tuple[str, ...] = ()) -> Seen:
-        """The same, ended as soon as the module at `path` is reached; its input is in what was seen."""
+        """The same, ended as soon as the module at `path` is reached; its input is in what was seen.
+
+        Raises:
+            ArchitectureError: if it is never reached.
+        """
         seen = Seen()
         with _watching(module, watch, seen), _stopping(module, path, seen):
             try:
-                self._call(module, layer, hidden.to(self.device))
+                self._call(module, layer, hidden)
             except _ReachedError:
                 return seen.in_windows(hidden)
         raise ArchitectureError(f"the layer never calls its {path}; headshare cannot calibrate this model.")
@@ -256,6 +305,8 @@ class Layers:
 
 @contextmanager
 def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
+    """Within this block, what passes through the modules at these paths is noted."""
+
     def watch(path: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             seen.inputs[path] = args[0].clone()
@@ -273,6 +324,8 @@ def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator
 
 @contextmanager
 def _stopping(module: nn.Module, path: str, seen: Seen) -> Iterator[None]:
+    """Within this block, the module at this path notes its input and throws _ReachedError."""
+
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.inputs[path] = args[0]
         raise _ReachedError
@@ -284,10 +337,18 @@ def _stopping(module: nn.Module, path: str, seen: Seen) -> Iterator[None]:
         handle.remove()
 
 
-def _whole_model(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The bare model with all its weights, for checkpoints that transformers converts as it loads them."""
-    model = load_model(checkpoint, dtype=torch.float32)
-    return model.base_model.to(device)
+def _on(device: torch.device, value: Tensor) -> Tensor:
+    """The tensor on this device, in float32 if it is a floating-point one."""
+    return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+
+
+def _different_prefixes(first: str, second: str) -> tuple[str, str]:
+    """What stands before the steps that both paths end in: ("", "model.") for `layers.0.` and `model.layers.0.`"""
+    ours, theirs = first.split("."), second.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return "".join(f"{step}." for step in ours), "".join(f"{step}." for step in theirs)
 
 
 def _ffn_or_none(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
@@ -297,8 +358,22 @@ def _ffn_or_none(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         return None
 
 
+def _whole_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The bare stock model with all its weights, for checkpoints that transformers converts as it loads them."""
+    if checkpoint.plan is None:
+        model = load_model(checkpoint, dtype=torch.float32)
+    else:
+        model = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize()
+    _without_cache(model.config)
+    return model.base_model.to(device)
+
+
 def _empty_model(checkpoint: Checkpoint) -> Any:
-    """The bare model with buffers and no weights."""
+    """The bare stock model with buffers and no weights.
+
+    Raises:
+        CheckpointError: if the model needs code of its own.
+    """
     if "auto_map" in checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.name} needs model code of its own, which headshare does not run; it cannot be calibrated."
@@ -306,5 +381,11 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     with quiet(), init_empty_weights(include_buffers=False):
         built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        built.use_cache = False
+        _without_cache(built)
         return transformers.AutoModel.from_config(built).eval()
+
+
+def _without_cache(config: Any) -> None:
+    """Let layers be called without a cache of keys: one that is there grows with every run."""
+    config.use_cache = False
+    config.get_text_config().use_cache = False

@@ -1,0 +1,89 @@
+"""A shared model's tensors in the dense model's shapes: from a shared checkpoint, or from a dense one and a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headshare.assembly import filled, overwritten, stream
+from headshare.checkpoints import Checkpoint
+from headshare.gaps import GappedTensor, scale_name
+from headshare.plans import SharePlan
+from headshare.sharing import check_fits, check_shared, tensors_of
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """Tensors by name, whole: gaps filled from donors and scales multiplied in, zeros where units are removed.
+
+    `tensors` is what a plan makes of them; `stored` says that the checkpoint holds only what it keeps.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, GappedTensor]
+    stored: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "WholeTensors":
+        """Those of a checkpoint as it is, shared or dense.
+
+        Raises:
+            CheckpointError, PlanError: if it is shared and does not hold what its plan says.
+        """
+        if checkpoint.plan is None:
+            return cls(checkpoint, {}, stored=False)
+        return cls(checkpoint, tensors_of(check_shared(checkpoint), checkpoint), stored=True)
+
+    @classmethod
+    def planned(cls, dense: Checkpoint, plan: SharePlan) -> "WholeTensors":
+        """Those that sharing a dense checkpoint by this plan gives; scales are one.
+
+        Raises:
+            PlanError: if the plan is for another model.
+        """
+        check_fits(plan, dense)
+        return cls(dense, tensors_of(plan, dense), stored=False)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Dense shapes by name; the tensors that hold scales, which a dense model has not, are left out."""
+        scales = {scale_name(name) for name, tensor in self.tensors.items() if tensor.scaled}
+        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in scales}
+        return own | {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint.tensors
+
+    def read(self, name: str) -> Tensor:
+        """This tensor, whole, in the type it is stored as and memory of its own. Its shape is the dense one.
+
+        Raises:
+            CheckpointError: if the file ends early or cannot be read.
+        """
+        tensor, info = self.tensors.get(name), self.checkpoint.tensors[name]
+        if tensor is None or not (tensor.gaps or tensor.removed):
+            return self.checkpoint.read(name)
+        assembly = filled(info, tensor, self.tensors) if self.stored else overwritten(info, tensor)
+        whole = torch.cat(list(stream(assembly, self.checkpoint)))
+        scale = self.scale(name)
+        if scale is not None:
+            _multiply(whole, tensor, scale)
+        return whole
+
+    def scale(self, name: str) -> Float[Tensor, " scaled"] | None:
+        """The scales of this readout's shared channels, in order; None where it has none, or all are one."""
+        tensor = self.tensors.get(name)
+        if not self.stored or tensor is None or not tensor.scaled:
+            return None
+        return self.checkpoint.read(scale_name(name))
+
+
+def _multiply(whole: Tensor, tensor: GappedTensor, scale: Tensor) -> None:
+    """Multiply the scaled channels of a whole readout by their scales, in place."""
+    used = 0
+    for start, stop in tensor.scaled:
+        values = scale[used : used + stop - start]
+        whole.narrow(tensor.axis, start, stop - start).mul_(values[:, None] if tensor.axis == 0 else values)
+        used += stop - start
