@@ -17,12 +17,13 @@ from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import PlanError
 from headshare.layout import MAX_LAYERS
-from headshare.paths import Form, LayerPath, paths_from_json, paths_to_json
+from headshare import paths
+from headshare.paths import Form, paths_from_json, paths_to_json
 from headshare.planning import checked_recipients
 from headshare.pricing import price_units
 from headshare.progress import track
 from headshare.refits import MAX_TEXT, RefitRecord
-from headshare.refitting import Refitter, RefitStep
+from headshare.refitting import Refitter, Step
 from headshare.sharing import SharedCheckpoint, check_fits, check_shared, write_refitted
 from headshare.similarity import layouts_of
 from headshare.units import Parts
@@ -203,7 +204,7 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     done = json.loads(saved)
     streams = workspace.read_tensors(_streams_after(key, done["layer"]))
     assert streams is not None
-    refitter.resume(done["layer"] + 1, streams, tensors, [RefitStep(**step) for step in done["steps"]])
+    refitter.resume(done["layer"] + 1, streams, tensors, [Step(**step) for step in done["steps"]])
     return int(done["layer"]) + 1
 
 
@@ -223,7 +224,7 @@ def record_of(calibration: Calibration, tensors: Collection[str]) -> RefitRecord
     )
 
 
-class _SavedPaths(MutableMapping[int, list[LayerPath]]):
+class _SavedPaths(MutableMapping[int, list[paths.Path]]):
     """The paths of the layers priced so far, a file each."""
 
     def __init__(self, workspace: Workspace, key: str) -> None:
@@ -232,14 +233,14 @@ class _SavedPaths(MutableMapping[int, list[LayerPath]]):
     def _file(self, layer: int) -> str:
         return f"prices-{self._key}-{layer}.json"
 
-    def __getitem__(self, layer: int) -> list[LayerPath]:
+    def __getitem__(self, layer: int) -> list[paths.Path]:
         saved = self._workspace.read(self._file(layer))
         if saved is None:
             raise KeyError(layer)
         return paths_from_json(saved)
 
-    def __setitem__(self, layer: int, paths: list[LayerPath]) -> None:
-        self._workspace.write(self._file(layer), paths_to_json(paths).encode())
+    def __setitem__(self, layer: int, given: list[paths.Path]) -> None:
+        self._workspace.write(self._file(layer), paths_to_json(given).encode())
 
     def __delitem__(self, layer: int) -> None:
         self._workspace.delete(self._file(layer))

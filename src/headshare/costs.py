@@ -1,13 +1,13 @@
-"""What giving a unit up does to its layer's output on calibration text, after the best refit: the cost of a step.
+"""What giving channels up does to a readout's output after the best refit: least squares in float64, block by block.
 
-Costs are exact for the layer at hand: the least-squares error of its output, each token weighted by 1 / |hidden|^2,
-given everything else the layer still has. Layers are walked one at a time; a *path* is the order in which one layer
-would give units up, each step priced with the earlier ones taken. Chooses nothing across layers.
+The readout starts as the dense layer's and is refitted, against the dense layer's output, whenever something is given
+up: ridge regression towards where it started, the ridge `RIDGE` times the mean of the Gram matrix's diagonal. What
+comes in place of lost channels has a ridge of its own, relative to what is new in it. Errors are squared and summed
+over rows. Knows no model and no plan.
 """
 
 from dataclasses import dataclass
-
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -16,129 +16,214 @@ from torch import Tensor
 RIDGE = 1e-3
 
 Inputs = Float[Tensor, "tokens channels"]
+Readout = Float[Tensor, "hidden channels"]
 Columns = Int[Tensor, " columns"]
 
 
+@dataclass(frozen=True)
 class Fit:
-    """A layer's readout, fitted to give the dense layer's output from the inputs that are left. Exact at every step.
+    """A readout fitted to give the dense layer's output from the inputs that are left. Exact at every step.
 
-    `weight` is the refitted readout over all channels, zero where one is gone. Taking channels away uses the formula of
-    optimal brain surgery (Hassibi and Stork, 1993) in blocks: with Q the inverse Gram matrix, removing block r costs
-    tr(W_r Q_rr^-1 W_r^T), and W_k becomes W_k - W_r Q_rr^-1 Q_rk.
+    `weight` is the refitted readout over all channels, zero where one is gone; `inverse` is the inverse of the inputs'
+    Gram matrix with its ridge, likewise; `error` is what fitted outputs miss of `target`, squared, ridge included.
+    Channels go by the formula of optimal brain surgery (Hassibi and Stork, 1993) in blocks: with Q the inverse Gram
+    matrix, removing block r costs tr(W_r Q_rr^-1 W_r^T), and W_k becomes W_k - W_r Q_rr^-1 Q_rk.
     """
 
-    def __init__(self, inputs: Inputs, weight: Float[Tensor, "hidden channels"]) -> None:
-        self.dense = weight.double()
-        self.inputs = inputs.double()
-        gram = self.inputs.T @ self.inputs
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.weight = self.dense.clone()
-        self.target = self.inputs @ self.dense.T
-        self.error = 0.0
+    inputs: Inputs
+    target: Float[Tensor, "tokens hidden"]
+    inverse: Float[Tensor, "channels channels"]
+    weight: Readout
+    error: float
+
+    @classmethod
+    def of(cls, inputs: Inputs, weight: Readout) -> "Fit":
+        """The fit of a dense readout to its own outputs, which misses nothing."""
+        inputs, weight = inputs.double(), weight.double()
+        gram = _ridged(inputs.T @ inputs)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        return cls(inputs, inputs @ weight.T, inverse, weight, 0.0)
 
     def without(self, columns: Columns) -> "Fit":
         """The fit that is left when these channels are gone."""
-        left = object.__new__(Fit)
-        left.dense, left.target, left.inputs = self.dense, self.target, self.inputs
         across = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
-        left.inverse = self.inverse - self.inverse[:, columns] @ across
-        left.weight = self.weight - self.weight[:, columns] @ across
-        left.error = self.error + self.lost(columns).cost
-        left.inverse[columns] = 0
-        left.inverse[:, columns] = 0
-        left.weight[:, columns] = 0
-        return left
+        inverse = self.inverse - self.inverse[:, columns] @ across
+        weight = self.weight - self.weight[:, columns] @ across
+        inverse[columns] = 0
+        inverse[:, columns] = 0
+        weight[:, columns] = 0
+        return Fit(self.inputs, self.target, inverse, weight, self.error + self.cost_of(columns))
 
-    def residual(self) -> Float[Tensor, "tokens hidden"]:
-        """What the fit misses of the dense layer's output."""
-        return self.target - self.inputs @ self.weight.T
+    def with_features(self, columns: Columns, features: Inputs) -> "Fit":
+        """The fit with these features in the place of channels that are gone."""
+        added = self.beside(features)
+        inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram)))
+        new = inner @ added.missed
+        inputs, weight = self.inputs.clone(), self.weight - new.T @ added.known
+        inverse = self.inverse + added.known.T @ inner @ added.known
+        inputs[:, columns] = added.features
+        weight[:, columns] = new.T
+        inverse[columns] = -inner @ added.known
+        inverse[:, columns] = (-inner @ added.known).T
+        inverse[columns[:, None], columns] = inner
+        return Fit(inputs, self.target, inverse, weight, self.error - float((new * added.missed).sum()))
 
     def beside(self, features: Inputs) -> "Beside":
-        """What these features would add to what is left."""
+        """These features, and how they stand to what is left."""
         features = features.double()
         cross = features.T @ self.inputs
         known = cross @ self.inverse
-        gram = features.T @ features - known @ cross.T
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny))
-        return Beside(features, gram, features.T @ self.target - cross @ self.weight.T, known)
+        missed = cross.new_zeros(len(cross), len(self.weight))
+        if self.error:  # else nothing is missed, and the largest product is saved
+            missed = features.T @ self.target - cross @ self.weight.T
+        return Beside(features, cross, known, features.T @ features - known @ cross.T, missed)
 
-    def with_features(self, columns: Columns, added: "Beside") -> "Fit":
-        """The fit with these features in the place of channels that are gone."""
-        inner = torch.cholesky_inverse(torch.linalg.cholesky(added.gram))
-        columns_of = inner @ added.missed
-        more = object.__new__(Fit)
-        more.dense, more.target = self.dense, self.target
-        more.inputs = self.inputs.clone()
-        more.inputs[:, columns] = added.features
-        more.inverse = self.inverse + added.known.T @ inner @ added.known
-        more.inverse[columns] = -inner @ added.known
-        more.inverse[:, columns] = (-inner @ added.known).T
-        more.inverse[columns[:, None], columns] = inner
-        more.weight = self.weight - columns_of.T @ added.known
-        more.weight[:, columns] = columns_of.T
-        more.error = self.error - float((columns_of * added.missed).sum())
-        return more
+    def cost_of(self, columns: Columns) -> float:
+        """What removing these channels adds to the error."""
+        return float(self.lost(columns[None]).costs)
 
-    def lost(self, columns: Columns) -> "Lost":
-        """These channels beside all others of a fit that has them, ready to be compared with many features."""
-        gram = torch.linalg.inv(self.inverse[columns][:, columns])
-        weight = self.weight[:, columns]
-        return Lost(columns, gram, weight, weight.T @ weight)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Features beside a fit: their Gram matrix less what the fit's inputs explain of them, their products with what the
-    fit misses, and the coefficients that explain them."""
-
-    features: Inputs
-    gram: Float[Tensor, "features features"]
-    missed: Float[Tensor, "features hidden"]
-    known: Float[Tensor, "features channels"]
-
-    def gain(self) -> float:
-        """How much less the error would be with these features read out by columns of their own."""
-        return float((torch.linalg.solve(self.gram, self.missed) * self.missed).sum())
-
-    def scaled_gain(self, donor: Float[Tensor, "hidden features"]) -> float:
-        """The same where they are read out by a donor's columns, each behind one scale."""
-        return _scaled_gain(self.gram, (self.missed * donor.double().T).sum(dim=1), donor.double())
-
-    def gain_for(self, lost: "Lost") -> float:
-        """`gain` in the fit without those channels, when this was made beside the fit that has them."""
-        gram, across = self._without(lost)
-        return float(((across.T @ torch.linalg.solve(gram, across)) * lost.weight_gram).sum())
-
-    def scaled_gain_for(self, lost: "Lost", donor: Float[Tensor, "hidden features"]) -> float:
-        """`scaled_gain` likewise."""
-        gram, across = self._without(lost)
-        missed = (across * (donor.double().T @ lost.weight)).sum(dim=1)
-        return _scaled_gain(gram, missed, donor.double())
-
-    def _without(self, lost: "Lost") -> tuple[Tensor, Tensor]:
-        """The features' Gram matrix beside what is left without the lost channels, and their products with those."""
-        coefficients = self.known[:, lost.columns]
-        across = coefficients @ lost.gram
-        return self.gram + across @ coefficients.T, across
+    def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
+        """Some units' channels, each unit's on its own beside all others, ready to be compared with many features."""
+        gram = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
+        return Lost(columns, gram, self.weight[:, columns].movedim(1, 0))
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Channels on their way out: what others do not explain of them, as a Gram matrix, and the columns they have."""
+    """Channels of several units, each unit on its way out alone: what other channels do not explain of them, as a Gram
+    matrix, and the columns they have in the readout."""
 
-    columns: Columns
-    gram: Float[Tensor, "lost lost"]
-    weight: Float[Tensor, "hidden lost"]
-    weight_gram: Float[Tensor, "lost lost"]
+    columns: Int[Tensor, "units columns"]
+    gram: Float[Tensor, "units columns columns"]
+    weight: Float[Tensor, "units hidden columns"]
+
+    @cached_property
+    def weight_gram(self) -> Float[Tensor, "units columns columns"]:
+        """Products of the columns with each other."""
+        return self.weight.mT @ self.weight
 
     @property
-    def cost(self) -> float:
-        """What removing them adds to the error."""
-        return float((self.gram * self.weight_gram).sum())
+    def costs(self) -> Float[Tensor, " units"]:
+        """What removing each unit adds to the error."""
+        return (self.gram * self.weight_gram).sum(dim=(1, 2))
+
+    def only(self, units: range) -> "Lost":
+        """Some of the units."""
+        some = slice(units.start, units.stop)
+        return Lost(self.columns[some], self.gram[some], self.weight[some])
 
 
-def _scaled_gain(gram: Tensor, missed: Tensor, donor: Tensor) -> float:
-    inner = gram * (donor.T @ donor)
-    inner.diagonal().add_(RIDGE * inner.diagonal().mean() + torch.finfo(torch.float64).tiny)
-    return float(missed @ torch.linalg.solve(inner, missed))
+@dataclass(frozen=True)
+class Beside:
+    """Features beside a fit: their products with its inputs, the coefficients by which those explain them, the Gram
+    matrix of what they do not explain, and products with what the fit misses of the target."""
+
+    features: Float[Tensor, "tokens features"]
+    cross: Float[Tensor, "features channels"]
+    known: Float[Tensor, "features channels"]
+    gram: Float[Tensor, "features features"]
+    missed: Float[Tensor, "features hidden"]
+
+    def joined(self, other: "Beside") -> "Beside":
+        """These features and others, beside the same fit."""
+        across = self.features.T @ other.features - self.known @ other.cross.T
+        return Beside(
+            torch.cat([self.features, other.features], dim=1),
+            torch.cat([self.cross, other.cross]),
+            torch.cat([self.known, other.known]),
+            torch.cat([torch.cat([self.gram, across], dim=1), torch.cat([across.T, other.gram], dim=1)]),
+            torch.cat([self.missed, other.missed]),
+        )
+
+    def gains_for(self, lost: Lost) -> Float[Tensor, " units"]:
+        """How much less the error is with these features read out by columns of their own than with each unit removed.
+
+        Only beside a fit that misses nothing.
+        """
+        gram, across = self._without(lost)
+        explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram), across)
+        return (explained * lost.weight_gram).sum(dim=(1, 2))
+
+    def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
+        """The same where they are read out by a donor's columns, each behind one scale."""
+        gram, across = self._without(lost)
+        missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
+        return _scaled_gain(gram, missed, donor.double())
+
+    def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
+        """How much less the error is with these features, in any fit; in the fit without a lost unit if there is one.
+
+        The first features are read out by the donor's columns, as many as those are, each behind one scale; those after
+        them by columns of their own. All are solved for together with the fit's columns.
+        """
+        gram, missed, count = self.gram, self.missed, donor.shape[1]
+        if lost is not None:
+            grams, across = self._without(lost)
+            gram, missed = grams[0], missed + across[0] @ lost.weight[0].T
+        between, wanted = gram[:count, count:], missed[count:]
+        solved = torch.linalg.solve(_ridged(gram[count:, count:]), torch.cat([between.T, wanted], dim=1))
+        own = float((solved[:, count:] * wanted).sum())
+        gram, missed = gram[:count, :count] - between @ solved[:, :count], missed[:count] - between @ solved[:, count:]
+        donor = donor.double()
+        return own + float(_scaled_gain(gram, (missed * donor.T).sum(dim=1), donor))
+
+    def _without(
+        self, lost: Lost
+    ) -> tuple[Float[Tensor, "units features features"], Float[Tensor, "units features lost"]]:
+        """The features' Gram matrix beside what is left without each unit, and their products with that unit."""
+        coefficients = self.known[:, lost.columns].movedim(1, 0)
+        across = coefficients @ lost.gram
+        return self.gram + across @ coefficients.mT, across
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a readout has left: a fit of the columns it stores, and features that it reads out by a donor's columns,
+    each behind one scale. Columns and scales are fitted jointly."""
+
+    fit: Fit
+    scaled: Beside
+    donor: Float[Tensor, "hidden scaled"]
+
+    @classmethod
+    def of(cls, fit: Fit) -> "Remainder":
+        """All of it stored."""
+        return cls(fit, fit.beside(fit.inputs[:, :0]), fit.weight[:, :0])
+
+    @cached_property
+    def error(self) -> float:
+        """What the best columns and scales miss."""
+        return self.fit.error - self.scaled.gain(self.donor)
+
+    def price(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> float:
+        """What it adds to the error to give these channels up: for nothing; for features that columns of their own read
+        out; or for features that a donor's columns read out, behind scales."""
+        lost = self.fit.lost(columns[None])
+        new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
+        donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
+        return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error
+
+    def without(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> "Remainder":
+        """What is left then."""
+        fit, scaled, donors = self.fit.without(columns), self.scaled.features, self.donor
+        if features is not None and donor is not None:
+            scaled = torch.cat([scaled, features.double()], dim=1)
+            donors = torch.cat([donors, donor.double()], dim=1)
+        elif features is not None:
+            fit = fit.with_features(columns, features)
+        return Remainder(fit, fit.beside(scaled), donors)
+
+
+def _ridged(gram: Float[Tensor, "*units size size"]) -> Float[Tensor, "*units size size"]:
+    ridged = gram.clone()
+    diagonal = ridged.diagonal(dim1=-2, dim2=-1)
+    diagonal += RIDGE * diagonal.mean(dim=-1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    return ridged
+
+
+def _scaled_gain(
+    gram: Float[Tensor, "*units size size"], missed: Float[Tensor, "*units size"], donor: Float[Tensor, "hidden size"]
+) -> Float[Tensor, "*units"]:
+    """The scales' own Gram matrix is the features' times, number by number, that of the donor's columns."""
+    scales: Tensor = torch.linalg.solve(_ridged(gram * (donor.T @ donor)), missed[..., None])[..., 0]
+    return (missed * scales).sum(dim=-1)
