@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from headshare import paths
 from headshare.accounting import estimate, parameter_infos
 from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import PlanError
 from headshare.layout import MAX_LAYERS
-from headshare import paths
 from headshare.paths import Form, paths_from_json, paths_to_json
 from headshare.planning import checked_recipients
 from headshare.pricing import price_units
@@ -31,8 +31,13 @@ from headshare.workspace import Workspace
 
 AUTO = "auto"
 REMOVE = "remove"
-_FORMS = {"qk": (Form.QK,), "qkv": (Form.QKV,), "qkvo": (Form.QKVO,), "gateup": (Form.GATEUP,)}
-_FORMS[AUTO] = (Form.QK, Form.QKV, Form.QKVO)
+_FORMS: dict[str, tuple[Form, ...]] = {
+    "qk": (Form.QK,),
+    "qkv": (Form.QKV,),
+    "qkvo": (Form.QKVO,),
+    "gateup": (Form.GATEUP,),
+    AUTO: (Form.QK, Form.QKV, Form.QKVO),
+}
 
 
 @dataclass(frozen=True)

@@ -369,7 +369,7 @@ def refit(
         str,
         typer.Option(
             metavar="FILE|DATASET|self",
-            help="Text to fit on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the dense model writes it).",
+            help="Text to fit on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
         ),
     ],
     dense: Annotated[

@@ -60,8 +60,8 @@ class Plain:
 class Family:
     """One row: module paths below one layer. `layer` is the layer's own path, after any prefix.
 
-    `in_out` is true where weights are stored (input, output), as GPT-2's Conv1D does; `post_norm` where each half of the
-    layer ends in a norm of its output plus its input, as in BERT.
+    `in_out` is true where weights are stored (input, output), as GPT-2's Conv1D does; `post_norm` where each half of
+    the layer ends in a norm of its output plus its input, as in BERT.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Fit a readout (W_o or W_down) in closed form: weighted ridge regression towards a prior, solved in float64.
 
 A readout's inputs are *free* (columns it stores: all are solved for), *lent* (columns it takes from a donor's readout,
-perhaps behind one scale a channel) or removed (neither: their columns are zero). Knows no model and no file.
+perhaps behind one scale a channel), *factored* (columns it stores as a product of small rank) or removed (none of
+these: their columns are zero). Knows no model and no file.
 """
 
 from collections.abc import Iterator
@@ -143,8 +144,16 @@ class Lent:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """Inputs of one unit whose columns are stored as a product of this rank."""
+
+    columns: Int[Tensor, " factored"]
+    rank: int
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A whole readout: bias column last if there is one, lent columns in place, removed ones zero.
+    """A whole readout: bias column last if there is one, lent columns and products in place, removed ones zero.
 
     `scales` are those of all scaled inputs in order. Errors are on held-out tokens, before and after, as parts of the
     targets' size. `ridge` is infinite where the start was kept; `why_kept` says why.
@@ -164,6 +173,7 @@ def fit_readout(
     start: Float[Tensor, "outputs inputs"],
     free: Int[Tensor, " free"],
     lent: tuple[Lent, ...] = (),
+    narrow: tuple[Narrow, ...] = (),
     *,
     prior: Float[Tensor, "outputs inputs"] | None = None,
     largest: float = float("inf"),
@@ -174,20 +184,23 @@ def fit_readout(
     ridge is the one with the least error on held-out tokens; the result is then fitted on all tokens. Scales of lent
     columns are pulled to zero, or to what they were, and solved in turn with the free columns; the scales' own Gram
     matrix is the inputs' times, number by number, that of the donors' columns, whose mean diagonal scales their ridge.
+    Columns of `narrow` inputs are the best of their rank, in closed form: what is left of inputs and targets once the
+    free columns have done what they can is whitened, and cut to its largest singular values (Izenman, "Reduced-rank
+    regression for the multivariate linear model", 1975); with several such units, one after the other in turns.
     The start is kept where no ridge does better on held-out tokens, or none gives finite numbers below `largest`. All
     in float64.
     """
     lent = _merged(lent)
     scales = _scales_of(lent, start)
-    kept = assembled(start, free, lent, scales)
+    kept = assembled(start, torch.cat([free, *(one.columns for one in narrow)]), lent, scales)
     before = held.error(kept)
     prior = start if prior is None else prior
-    found, ridge = _best_ridge(_Solver(fit, prior, free, lent, largest), held)
+    found, ridge = _best_ridge(_Solver(fit, prior, free, lent, narrow, largest), held)
     if not found < held.lost(kept):
         why = "no ridge did better on held-out tokens" if found < float("inf") else "the equations cannot be solved"
         return Fitted(kept, scales, float("inf"), before, before, why)
     after = found / (held.target or 1.0)
-    solver = _Solver(fit + held, prior, free, lent, largest)
+    solver = _Solver(fit + held, prior, free, lent, narrow, largest)
     for larger in RIDGES[RIDGES.index(ridge) :]:
         solved = solver.solve(larger)
         if solved is not None:
@@ -246,8 +259,15 @@ class _Solver:
     """The equations of one readout, to be solved with one ridge after another."""
 
     def __init__(
-        self, equations: NormalEquations, prior: Tensor, free: Tensor, lent: tuple[Lent, ...], largest: float
+        self,
+        equations: NormalEquations,
+        prior: Tensor,
+        free: Tensor,
+        lent: tuple[Lent, ...],
+        narrow: tuple[Narrow, ...],
+        largest: float,
     ) -> None:
+        self.narrow = narrow
         self.equations, self.prior, self.free, self.largest = equations, prior[:, free], free, largest
         self.mean = float(equations.gram.diagonal().mean())
         self.inner = equations.gram[free[:, None], free]
@@ -260,6 +280,8 @@ class _Solver:
         if factor is None:
             return None
         whole, scales = self.fixed.clone(), self._towards()
+        if self.narrow and not self._solve_narrow(whole, factor, ridge):
+            return None
         for turn in range(ALTERNATIONS if self.scaled is not None else 1):
             if self.scaled is not None:
                 if turn:
@@ -287,6 +309,30 @@ class _Solver:
         right += ridge * self.mean * self.prior.T
         whole[:, self.free] = torch.cholesky_solve(right, factor).T
 
+    def _solve_narrow(self, whole: Tensor, factor: Tensor, ridge: float) -> bool:
+        """Set the factored columns of `whole` to the best of their ranks, given all others but the free ones, which
+        will be solved for; False where rounding leaves nothing to be solved."""
+        columns = torch.cat([one.columns for one in self.narrow])
+        gram, cross = self.equations.gram, self.equations.cross - self.equations.gram @ whole.T
+        known = torch.cholesky_solve(gram[self.free[:, None], columns], factor).T
+        right = cross[self.free] + ridge * self.mean * self.prior.T
+        left, missed = (
+            gram[columns[:, None], columns] - known @ gram[self.free[:, None], columns],
+            cross[columns] - known @ right,
+        )
+        left.diagonal().add_(ridge * float(left.diagonal().mean()) + TINY)
+        found = torch.zeros_like(missed)
+        edges = torch.tensor([0, *(len(one.columns) for one in self.narrow)]).cumsum(0).tolist()
+        for _ in range(ALTERNATIONS if len(self.narrow) > 1 else 1):
+            for one, start, stop in zip(self.narrow, edges[:-1], edges[1:], strict=True):
+                found[start:stop] = 0
+                own = _factor(left[start:stop, start:stop], 0.0)
+                if own is None:
+                    return False
+                found[start:stop] = _best_of_rank(own, missed[start:stop] - left[start:stop] @ found, one.rank)
+        whole[:, columns] = found.T
+        return bool(torch.isfinite(found).all())
+
     def _solve_scales(self, whole: Tensor, ridge: float) -> Float[Tensor, " scaled"] | None:
         """The scales that go best with the other columns of `whole`; sets the scaled columns to zero."""
         assert self.scaled is not None
@@ -300,6 +346,16 @@ class _Solver:
             return None
         right = (left * donor.T).sum(dim=1) + added * self._towards()
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+
+def _best_of_rank(
+    factor: Float[Tensor, "inputs inputs"], wanted: Float[Tensor, "inputs outputs"], rank: int
+) -> Float[Tensor, "inputs outputs"]:
+    """argmin of |L' X - L^-1 wanted| over X of this rank, L the Cholesky factor of the inputs' Gram matrix."""
+    white = torch.linalg.solve_triangular(factor, wanted, upper=False)
+    left, values, right = torch.linalg.svd(white, full_matrices=False)
+    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return torch.linalg.solve_triangular(factor.T, cut, upper=True)
 
 
 def _factor(matrix: Float[Tensor, "n n"], added: float) -> Float[Tensor, "n n"] | None:
