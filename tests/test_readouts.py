@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -51,9 +52,7 @@ def pair(seed: int = 0, **options: Any) -> tuple[Tokens, Tokens]:
 
 def both(fit: Tokens, held: Tokens) -> Tokens:
     joint = Tokens(0)
-    joint.z, joint.y, joint.w = (
-        torch.cat([getattr(fit, name), getattr(held, name)]) for name in ("z", "y", "w")
-    )
+    joint.z, joint.y, joint.w = (torch.cat([getattr(fit, name), getattr(held, name)]) for name in ("z", "y", "w"))
     return joint
 
 
@@ -175,7 +174,7 @@ def test_turns_of_columns_and_scales_never_make_the_objective_larger(
         found = fit_readout(fit.sums(), held.sums(), prior, ALL[:8], lent)
         reached.append(objective(both(fit, held), found.weight, found.scales, donor, prior, 1e-2))
         assert torch.equal(found.weight[:, 8:], donor * found.scales)
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(reached, reached[1:], strict=False))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(reached))
     assert reached[2] < reached[0]
 
 

@@ -216,7 +216,11 @@ def test_replaced_tensors_stand_in_and_are_not_written_to(name: str, tmp_path: P
 
 def test_parts_have_paths_and_tensors(tmp_path: Path) -> None:
     layers = Layers(hs.open_checkpoint(tiny.make("gpt2", tmp_path / "dense")))
-    assert (layers.path(Part.Q), layers.path(Part.O), layers.path(Part.DOWN)) == ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
+    assert (layers.path(Part.Q), layers.path(Part.O), layers.path(Part.DOWN)) == (
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_proj",
+    )
     assert layers.tensor(Part.DOWN, 3) == "transformer.h.3.mlp.c_proj.weight"
     assert layers.in_out
     with pytest.raises(hs.ArchitectureError, match="no part gate"):
