@@ -242,7 +242,7 @@ def test_a_model_that_lacks_what_its_layers_need_is_refused(tmp_path: Path) -> N
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hs.CheckpointError, match="lacks weights.*embed_tokens"):
+    with pytest.raises(hs.CheckpointError, match=r"lacks weights.*embed_tokens"):
         Layers(hs.open_checkpoint(folder)).start(tiny.tokens())
 
 
