@@ -26,6 +26,8 @@ from headshare.models import load_model
 from headshare.plans import Removal, Selection, SharePlan
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.refitting import Refit, Refitter, Step, _weights, refit
+from headshare.residuals import residual_of, watched
+from headshare.streams import Layers
 from headshare.units import HeadUnit, Kind, Part, Tie
 from test_streams import MORE, hidden_states
 
@@ -33,13 +35,15 @@ WINDOWS, WINDOW = 32, 20
 ALL = {**tiny.FAMILIES, **MORE}
 PLANS = ("qkv", "qk", "qkvo", "scaled qkvo", "removed attention", "removed neurons", "ffn", "gateup", "down", "o")
 UNREMOVABLE = ("llama-mqa", "falcon-mqa", "falcon-mha", "mpnet", "olmo2", "electra", "stablelm-parallel")
+ALIKE = ("llama-mha", "llama-mqa", "mistral", "qwen2", "qwen3", "falcon-mqa", "roberta", "gemma3")  # in these plans
 CASES = [
     (name, kind)
     for name, (_, _, ffn) in ALL.items()
     for kind in PLANS
     if (ffn or kind not in ("removed neurons", "ffn", "gateup", "down"))
     and not (kind == "removed attention" and name in UNREMOVABLE)
-    and not (name in MORE and kind not in ("qkv", "scaled qkvo"))
+    and not (name in MORE and kind != "qkv")
+    and not (name in ALIKE and kind in ("removed attention", "removed neurons", "ffn"))
     and not (kind in ("gateup", "down", "o") and name not in ("llama-biased", "gpt2", "phi3", "bert", "gemma2"))
 ]
 
@@ -210,6 +214,36 @@ def test_layers_before_the_first_tie_are_walked_once(tmp_path: Path, monkeypatch
     built.clear()
     assert list(refitter.advance()) == [0, 1, 2, 3]
     assert built == [0, 1, 2, 3, 3]
+
+
+# ---- how layers add
+
+
+@pytest.mark.parametrize(
+    ("name", "adding", "factor"),
+    [("llama-biased", "plain", 1.0), ("gpt_neox", "plain", 1.0), ("granite", "plain", 0.3),
+     ("gemma2", "normed output", 1.0), ("olmo2", "normed output", 1.0), ("bert", "normed sum", 1.0),
+     ("mixtral", "plain", 1.0)],
+)  # fmt: skip
+def test_how_a_layer_adds_is_found_by_looking_and_gives_what_a_readout_should(
+    name: str, adding: str, factor: float, tmp_path: Path
+) -> None:
+    layers = Layers(dense_of(name, tmp_path))
+    entered, built = layers.start(tiny.tokens(10, 3)), layers.build(0)
+    entered[0, 3] *= 1e4  # one token's size does not hide what the others say
+    left, seen = layers.run(built, 0, entered, watched(layers))
+    found = residual_of(layers, entered, left, seen)
+    assert (found.adding, found.factor) == (adding, pytest.approx(factor, rel=1e-5))
+    output, own = seen.outputs[found.o], torch.randn_like(entered)
+    torch.testing.assert_close(found.wanted_of_o(entered, entered, seen), output)
+    if adding == "normed output":
+        torch.testing.assert_close(found.wanted_of_o(entered, own, seen), output)
+    else:  # what the shared layer then comes to after attention is what the dense one came to
+        reached = own + found.factor * found.wanted_of_o(entered, own, seen)
+        torch.testing.assert_close(reached, entered + factor * output, rtol=1e-4, atol=1e-4)
+    if found.down is not None:
+        wanted = found.wanted_of_down(found.target(entered, seen), entered, seen)
+        torch.testing.assert_close(wanted[1:], seen.outputs[found.down][1:], rtol=1e-4, atol=1e-4)
 
 
 # ---- what the streams hold
@@ -427,7 +461,7 @@ def test_results_do_not_depend_on_how_many_tokens_are_run_at_once(
 ) -> None:
     dense, ids, found = dense_of(name, tmp_path), calibration().tokens, []
     plan = plan_of(dense, kind)
-    for tokens in (3 * WINDOW, 4096):
+    for tokens in (12 * WINDOW, 4096):
         monkeypatch.setattr(streams, "BATCH_TOKENS", tokens)
         found.append(refit(dense, plan, calibration()))
     first, second = found
