@@ -17,6 +17,7 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ALTERNATIONS = 3
 CHUNK_TOKENS = 1024
+NOISE = 1e-7
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -178,7 +179,8 @@ def fit_readout(
     prior: Float[Tensor, "outputs inputs"] | None = None,
     largest: float = float("inf"),
 ) -> Fitted:
-    """argmin_W sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over the free columns of W.
+    """argmin_W sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over the free columns of W, the mean
+    being over inputs that are not removed.
 
     `start` is the readout as it is, of which only free columns are looked at; the prior is the start unless given. The
     ridge is the one with the least error on held-out tokens; the result is then fitted on all tokens. Scales of lent
@@ -187,8 +189,8 @@ def fit_readout(
     Columns of `narrow` inputs are the best of their rank, in closed form: what is left of inputs and targets once the
     free columns have done what they can is whitened, and cut to its largest singular values (Izenman, "Reduced-rank
     regression for the multivariate linear model", 1975); with several such units, one after the other in turns.
-    The start is kept where no ridge does better on held-out tokens, or none gives finite numbers below `largest`. All
-    in float64.
+    The start is kept where no ridge does better on held-out tokens by more than rounding may (`NOISE` of the targets'
+    size), or none gives finite numbers below `largest`. All in float64.
     """
     lent = _merged(lent)
     scales = _scales_of(lent, start)
@@ -196,7 +198,7 @@ def fit_readout(
     before = held.error(kept)
     prior = start if prior is None else prior
     found, ridge = _best_ridge(_Solver(fit, prior, free, lent, narrow, largest), held)
-    if not found < held.lost(kept):
+    if not found < held.lost(kept) - NOISE * held.target:
         why = "no ridge did better on held-out tokens" if found < float("inf") else "the equations cannot be solved"
         return Fitted(kept, scales, float("inf"), before, before, why)
     after = found / (held.target or 1.0)
@@ -230,7 +232,7 @@ def _best_ridge(solver: "_Solver", held: NormalEquations) -> tuple[float, float]
         solved = solver.solve(ridge)
         if solved is not None:
             found.append((held.lost(solved[0]), ridge))
-    return min(found, default=(float("inf"), RIDGES[-1]))
+    return min(found, default=(float("inf"), float("inf")))
 
 
 def _merged(lent: tuple[Lent, ...]) -> tuple[Lent, ...]:
@@ -269,7 +271,8 @@ class _Solver:
     ) -> None:
         self.narrow = narrow
         self.equations, self.prior, self.free, self.largest = equations, prior[:, free], free, largest
-        self.mean = float(equations.gram.diagonal().mean())
+        used = torch.cat([free, *(one.columns for one in (*lent, *narrow))])
+        self.mean = float(equations.gram.diagonal()[used].mean())
         self.inner = equations.gram[free[:, None], free]
         self.scaled = next((one for one in lent if one.scaled), None)
         self.fixed = assembled(torch.zeros_like(prior), free, lent, torch.zeros_like(_scales_of(lent, prior)))
@@ -355,7 +358,8 @@ def _best_of_rank(
     white = torch.linalg.solve_triangular(factor, wanted, upper=False)
     left, values, right = torch.linalg.svd(white, full_matrices=False)
     cut = (left[:, :rank] * values[:rank]) @ right[:rank]
-    return torch.linalg.solve_triangular(factor.T, cut, upper=True)
+    found: Tensor = torch.linalg.solve_triangular(factor.T, cut, upper=True)
+    return found
 
 
 def _factor(matrix: Float[Tensor, "n n"], added: float) -> Float[Tensor, "n n"] | None:

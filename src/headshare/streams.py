@@ -42,10 +42,10 @@ class _ReachedError(Exception):
 
 @dataclass
 class Seen:
-    """What went into and came out of some modules of a layer, by path, in one pass. Inputs and outputs are copies."""
+    """What went into and came out of some modules of a layer, by path, in one pass: copies, a row for each token."""
 
-    inputs: dict[str, Batch] = field(default_factory=dict)
-    outputs: dict[str, Batch] = field(default_factory=dict)
+    inputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
+    outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def in_windows(self, hidden: Batch) -> "Seen":
         """The same in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
