@@ -173,7 +173,7 @@ def _budgeted(prices: Prices, paths: Sequence[Path], taken: Taken, choice: Choic
     plan = SharePlan(
         model_type=prices.model_type, selections=tuple(selections), removals=tuple(_removals(prices, given, chosen))
     )
-    price = sum(step.price for _, step in given) + sum(one.dearer for one in tied)
+    price = sum((step.price for _, step in given), sum((one.dearer for one in tied), 0.0))
     return Budgeted(plan, sum(step.saved_bytes for _, step in given), price)
 
 

@@ -1,9 +1,9 @@
 """What giving channels up does to a readout's output after the best refit: least squares in float64, block by block.
 
 The readout starts as the dense layer's and is refitted, against the dense layer's output, whenever something is given
-up: ridge regression towards where it started, the ridge `RIDGE` times the mean of the Gram matrix's diagonal. What
-comes in place of lost channels has a ridge of its own, relative to what is new in it. Errors are squared and summed
-over rows. Knows no model and no plan.
+up: ridge regression towards where it started, the ridge `RIDGE` times the inputs' mean square. What comes in place of
+lost channels has a ridge of its own, as large a part of its own mean square: however often the same comes again, sums
+stay well conditioned. Errors are squared and summed over rows. Knows no model and no plan.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ class Fit:
     def of(cls, inputs: Inputs, weight: Readout) -> "Fit":
         """The fit of a dense readout to its own outputs, which misses nothing."""
         inputs, weight = inputs.double(), weight.double()
-        gram = _ridged(inputs.T @ inputs)
+        gram = inputs.T @ inputs
+        gram = _ridged(gram, gram.diagonal())
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         return cls(inputs, inputs @ weight.T, inverse, weight, 0.0)
 
@@ -57,7 +58,7 @@ class Fit:
     def with_features(self, columns: Columns, features: Inputs) -> "Fit":
         """The fit with these features in the place of channels that are gone."""
         added = self.beside(features)
-        inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram)))
+        inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram, added.squares)))
         new = inner @ added.missed
         inputs, weight = self.inputs.clone(), self.weight - new.T @ added.known
         inverse = self.inverse + added.known.T @ inner @ added.known
@@ -76,7 +77,8 @@ class Fit:
         missed = cross.new_zeros(len(cross), len(self.weight))
         if self.error:  # else nothing is missed, and the largest product is saved
             missed = features.T @ self.target - cross @ self.weight.T
-        return Beside(features, cross, known, features.T @ features - known @ cross.T, missed)
+        gram = features.T @ features
+        return Beside(features, cross, known, gram.diagonal(), gram - known @ cross.T, missed)
 
     def cost_of(self, columns: Columns) -> float:
         """What removing these channels adds to the error."""
@@ -115,12 +117,13 @@ class Lost:
 
 @dataclass(frozen=True)
 class Beside:
-    """Features beside a fit: their products with its inputs, the coefficients by which those explain them, the Gram
-    matrix of what they do not explain, and products with what the fit misses of the target."""
+    """Features beside a fit: their products with its inputs, the coefficients by which those explain them, sums of
+    their squares, the Gram matrix of what is not explained, and products with what the fit misses of the target."""
 
     features: Float[Tensor, "tokens features"]
     cross: Float[Tensor, "features channels"]
     known: Float[Tensor, "features channels"]
+    squares: Float[Tensor, " features"]
     gram: Float[Tensor, "features features"]
     missed: Float[Tensor, "features hidden"]
 
@@ -131,6 +134,7 @@ class Beside:
             torch.cat([self.features, other.features], dim=1),
             torch.cat([self.cross, other.cross]),
             torch.cat([self.known, other.known]),
+            torch.cat([self.squares, other.squares]),
             torch.cat([torch.cat([self.gram, across], dim=1), torch.cat([across.T, other.gram], dim=1)]),
             torch.cat([self.missed, other.missed]),
         )
@@ -141,14 +145,14 @@ class Beside:
         Only beside a fit that misses nothing.
         """
         gram, across = self._without(lost)
-        explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram), across)
+        explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram, self.squares), across)
         return (explained * lost.weight_gram).sum(dim=(1, 2))
 
     def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
         """The same where they are read out by a donor's columns, each behind one scale."""
         gram, across = self._without(lost)
         missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
-        return _scaled_gain(gram, missed, donor.double())
+        return _scaled_gain(gram, self.squares, missed, donor.double())
 
     def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
         """How much less the error is with these features, in any fit; in the fit without a lost unit if there is one.
@@ -161,11 +165,12 @@ class Beside:
             grams, across = self._without(lost)
             gram, missed = grams[0], missed + across[0] @ lost.weight[0].T
         between, wanted = gram[:count, count:], missed[count:]
-        solved = torch.linalg.solve(_ridged(gram[count:, count:]), torch.cat([between.T, wanted], dim=1))
-        own = float((solved[:, count:] * wanted).sum())
+        own = _ridged(gram[count:, count:], self.squares[count:])
+        solved = torch.linalg.solve(own, torch.cat([between.T, wanted], dim=1))
+        gain = float((solved[:, count:] * wanted).sum())
         gram, missed = gram[:count, :count] - between @ solved[:, :count], missed[:count] - between @ solved[:, count:]
         donor = donor.double()
-        return own + float(_scaled_gain(gram, (missed * donor.T).sum(dim=1), donor))
+        return gain + float(_scaled_gain(gram, self.squares[:count], (missed * donor.T).sum(dim=1), donor))
 
     def _without(
         self, lost: Lost
@@ -214,16 +219,22 @@ class Remainder:
         return Remainder(fit, fit.beside(scaled), donors)
 
 
-def _ridged(gram: Float[Tensor, "*units size size"]) -> Float[Tensor, "*units size size"]:
+def _ridged(
+    gram: Float[Tensor, "*units size size"], squares: Float[Tensor, " size"]
+) -> Float[Tensor, "*units size size"]:
     ridged = gram.clone()
-    diagonal = ridged.diagonal(dim1=-2, dim2=-1)
-    diagonal += RIDGE * diagonal.mean(dim=-1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    ridged.diagonal(dim1=-2, dim2=-1).add_(RIDGE * squares.mean() + torch.finfo(gram.dtype).tiny)
     return ridged
 
 
 def _scaled_gain(
-    gram: Float[Tensor, "*units size size"], missed: Float[Tensor, "*units size"], donor: Float[Tensor, "hidden size"]
+    gram: Float[Tensor, "*units size size"],
+    squares: Float[Tensor, " size"],
+    missed: Float[Tensor, "*units size"],
+    donor: Float[Tensor, "hidden size"],
 ) -> Float[Tensor, "*units"]:
     """The scales' own Gram matrix is the features' times, number by number, that of the donor's columns."""
-    scales: Tensor = torch.linalg.solve(_ridged(gram * (donor.T @ donor)), missed[..., None])[..., 0]
+    columns = donor.T @ donor
+    inner = _ridged(gram * columns, squares * columns.diagonal())
+    scales: Tensor = torch.linalg.solve(inner, missed[..., None])[..., 0]
     return (missed * scales).sum(dim=-1)

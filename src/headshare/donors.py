@@ -8,6 +8,9 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxtyping import Float
+from torch import Tensor
+
 from headshare.costs import Fit, Inputs, Lost, Readout
 from headshare.halves import Half
 from headshare.paths import Form
@@ -74,7 +77,9 @@ class _Search:
                 recipients = range(self.groups) if len(self.half.shifts) == 1 else range(slot, slot + 1)
                 self._offer(donor, features[:, self.half.columns[slot]], recipients, readout)
 
-    def _offer(self, donor: HeadUnit, features: Inputs, recipients: range, readout: Readout | None) -> None:
+    def _offer(
+        self, donor: HeadUnit, features: Inputs, recipients: range, readout: Float[Tensor, "hidden all"] | None
+    ) -> None:
         beside, lost = self.fit.beside(features), self.lost.only(recipients)
         own = None if readout is None else readout[:, self.half.columns[donor.group]]
         for form in self.forms:

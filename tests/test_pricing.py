@@ -1,0 +1,533 @@
+"""Prices are what a stock model whose rows were really overwritten, and a plain least-squares solve, say they are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as Folder
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import headshare as hs
+import tiny
+from headshare import pricing
+from headshare.calibration import Calibration
+from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.configuration import text_config
+from headshare.costs import RIDGE, Fit, Remainder
+from headshare.errors import CheckpointError, PlanError
+from headshare.layout import Layout
+from headshare.models import load_model
+from headshare.paths import Form, Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.pricing import price_units
+from headshare.recognition import attention_layout, ffn_layout
+from headshare.units import HeadUnit, Kind, Part
+
+TIES = (Form.QK, Form.QKV, Form.QKVO)
+READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
+LAST = 3
+CLOSE = 2e-3  # of what was removed: the walk is float32, and so is the stock model
+
+
+def calibration(windows: int = 8, window: int = 16) -> Calibration:
+    return Calibration(tiny.tokens(window, windows), False, "a text", 0)
+
+
+def opened(name: str, tmp_path: Folder) -> Checkpoint:
+    return open_checkpoint(tiny.make(name, tmp_path / name))
+
+
+# ---- the reference: a stock model, and plain least squares
+
+
+class Reference:
+    """A stock model, whose layer's readout inputs are seen with donors' rows in place."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, layer: int, text: Calibration | None = None) -> None:
+        self.model, self.tokens = load_model(checkpoint), (text or calibration()).tokens
+        self.layout, self.layer = layout, layer
+        self.readout = layout.parts[READOUT[layout.kind]]
+        self.own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        module = self.module(self.readout.name(layer))
+        weight = module.weight.detach().double()
+        self.weight = weight.T if self.readout.axis == 0 else weight
+        seen = self.seen()
+        out, hidden = seen["out"], seen["hidden"]
+        squares = (hidden + out if layout.kind is Kind.ATTENTION else hidden).square().sum(-1, keepdim=True)
+        self.root = (squares * len(squares)).rsqrt()
+        self.inputs = seen["in"] * self.root
+
+    def module(self, weight: str) -> Any:
+        return self.model.get_submodule(weight.removesuffix(".weight"))
+
+    @torch.no_grad()
+    def seen(self) -> dict[str, Tensor]:
+        """What enters and leaves the readout, and the hidden state that enters the layer (leaves it, for neurons)."""
+        seen: dict[str, Tensor] = {}
+        layer = self.model.get_submodule(self.readout.tensor.split("{layer}")[0] + str(self.layer))
+
+        def note_readout(_: Any, args: Any, out: Tensor) -> None:
+            seen["in"], seen["out"] = flat(args[0]), flat(out)
+
+        def note_layer(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+            entered = args[0] if args else kwargs["hidden_states"]
+            left = out[0] if isinstance(out, tuple) else out
+            seen["hidden"] = flat(entered if self.layout.kind is Kind.ATTENTION else left)
+
+        handles = [
+            self.module(self.readout.name(self.layer)).register_forward_hook(note_readout),
+            layer.register_forward_hook(note_layer, with_kwargs=True),
+        ]
+        self.model(input_ids=self.tokens)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def features(self, group: int, donor: HeadUnit, form: Form) -> Tensor:
+        """The group's own inputs of the readout, once its rows are the donor's."""
+        state = self.model.state_dict()
+        for part in form.parts:
+            if part is not Part.O and part in self.layout.parts:
+                place = self.layout.parts[part]
+                (first, last), (start, stop) = place.span(group), place.span(donor.group)
+                from_donor = self.own[place.name(donor.layer)].transpose(0, place.axis)[start:stop]
+                state[place.name(self.layer)].transpose(0, place.axis)[first:last] = from_donor
+        found = self.seen()["in"] * self.root
+        self.model.load_state_dict(self.own)
+        return found[:, self.columns(group)]
+
+    def columns(self, *groups: int) -> Tensor:
+        return torch.cat([torch.arange(*self.readout.span(group)) for group in groups])
+
+    def donor_columns(self, donor: HeadUnit) -> Tensor:
+        weight = self.module(self.readout.name(donor.layer)).weight.detach().double()
+        return (weight.T if self.readout.axis == 0 else weight)[:, self.columns(donor.group)]
+
+    def errors(self, steps: Sequence[Step]) -> list[float]:
+        """The error after each of these steps."""
+        direct = Direct(self.inputs, self.weight)
+        found = []
+        for step in steps:
+            features = [self.features(step.groups[0], step.donors[0][0], step.form)] if step.donors else []
+            donor = [self.donor_columns(step.donors[0][0])] if step.form is Form.QKVO else []
+            direct.give_up(self.columns(*step.groups), *features, *donor)
+            found.append(direct.error())
+        return found
+
+
+def flat(value: Tensor) -> Tensor:
+    return value.detach().double().flatten(0, -2).clone()
+
+
+class Direct:
+    """A readout's best columns and scales, all solved for at once by torch.linalg.lstsq: nothing is updated."""
+
+    def __init__(self, inputs: Tensor, weight: Tensor) -> None:
+        self.inputs, self.weight, self.target = inputs, weight, inputs @ weight.T
+        self.ridge = RIDGE * float(inputs.square().sum(0).mean())
+        self.kept = torch.ones(inputs.shape[1], dtype=torch.bool)
+        self.added: list[tuple[Tensor, float]] = []
+        self.scaled: list[tuple[Tensor, Tensor]] = []
+
+    def give_up(self, columns: Tensor, features: Tensor | None = None, donor: Tensor | None = None) -> None:
+        self.kept[columns] = False
+        if features is not None and donor is not None:
+            self.scaled.append((features, donor))
+        elif features is not None:
+            self.added.append((features, RIDGE * float(features.square().sum(0).mean())))
+
+    def design(self) -> Tensor:
+        """What is left, above the roots of its ridges."""
+        left = torch.cat([self.inputs[:, self.kept], *(features for features, _ in self.added)], dim=1)
+        ridges = [self.ridge] * int(self.kept.sum()) + [ridge for f, ridge in self.added for _ in range(f.shape[1])]
+        return torch.cat([left, torch.tensor(ridges, dtype=torch.float64).sqrt().diag()])
+
+    def start(self) -> Tensor:
+        """The target, above what columns are pulled to."""
+        width = sum(features.shape[1] for features, _ in self.added)
+        pulled = torch.cat([self.weight[:, self.kept].T, torch.zeros(width, len(self.weight), dtype=torch.float64)])
+        return torch.cat([self.target, self.roots()[:, None] * pulled])
+
+    def roots(self) -> Tensor:
+        return self.design()[len(self.inputs) :].diagonal()
+
+    def error(self) -> float:
+        lost = self.ridge * float(self.weight[:, ~self.kept].square().sum())
+        design, wanted = self.design(), self.start()
+        if not self.scaled:
+            missed = wanted - design @ torch.linalg.lstsq(design, wanted, driver="gelsd").solution
+            return lost + float(missed.square().sum())
+        features = torch.cat([features for features, _ in self.scaled], dim=1)
+        donors = torch.cat([donor for _, donor in self.scaled], dim=1)
+        ridge = RIDGE * float((features.square().sum(0) * donors.square().sum(0)).mean())
+        return lost + self._with_scales(design, wanted, features, donors, ridge)
+
+    def _with_scales(self, design: Tensor, wanted: Tensor, features: Tensor, donors: Tensor, ridge: float) -> float:
+        """Columns and scales are unknowns of one system, with a row for each token and output."""
+        hidden, count = len(self.weight), features.shape[1]
+        padded = torch.cat([features, torch.zeros(len(design) - len(features), count, dtype=torch.float64)])
+        made = torch.einsum("tc,hc->htc", padded, donors).reshape(-1, count)
+        whole = torch.cat([torch.block_diag(*[design] * hidden), made], dim=1)
+        last = torch.zeros(count, whole.shape[1], dtype=torch.float64)
+        last[:, -count:] = ridge**0.5 * torch.eye(count, dtype=torch.float64)
+        whole = torch.cat([whole, last])
+        right = torch.cat([wanted.T.reshape(-1), torch.zeros(count, dtype=torch.float64)])[:, None]
+        return float((right - whole @ torch.linalg.lstsq(whole, right, driver="gelsd").solution).square().sum())
+
+
+# ---- costs
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def group(number: int, size: int = 3) -> Tensor:
+    return torch.arange(number * size, (number + 1) * size)
+
+
+ORDERS = {
+    "removals": ["remove"] * 3,
+    "own columns": ["own"] * 3,
+    "scales": ["scaled"] * 3,
+    "removals, then others": ["remove", "own", "scaled"],
+    "own columns, then others": ["own", "scaled", "remove", "own"],
+    "scales, then others": ["scaled", "own", "remove", "scaled"],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_a_step_costs_what_plain_least_squares_says_whatever_came_before(order: list[str]) -> None:
+    inputs, weight = random(40, 15) @ random(15, 15), random(6, 15)
+    left, direct, before = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight), 0.0
+    for number, what in enumerate(order):
+        arguments = {"remove": (), "own": (random(40, 3),), "scaled": (random(40, 3), random(6, 3))}[what]
+        price = left.price(group(number), *arguments)
+        left = left.without(group(number), *arguments)
+        direct.give_up(group(number), *arguments)
+        assert direct.error() - before == pytest.approx(price, rel=1e-9)
+        assert direct.error() == pytest.approx(left.error, rel=1e-9)
+        before = direct.error()
+
+
+def test_gains_of_many_units_at_once_are_those_of_each_alone() -> None:
+    inputs, weight, features, donor = random(40, 12), random(6, 12), random(40, 3), random(6, 3)
+    fit = Fit.of(inputs, weight)
+    lost = fit.lost(torch.stack([group(number) for number in range(4)]))
+    left = Remainder.of(fit)
+    own = lost.costs - fit.beside(features).gains_for(lost)
+    scaled = lost.costs - fit.beside(features).scaled_gains_for(lost, donor)
+    for number in range(4):
+        assert left.price(group(number)) == pytest.approx(float(lost.costs[number]))
+        assert left.price(group(number), features) == pytest.approx(float(own[number]))
+        assert left.price(group(number), features, donor) == pytest.approx(float(scaled[number]))
+
+
+def test_features_that_are_the_lost_channels_make_up_for_all_but_the_ridge() -> None:
+    fit = Fit.of(random(40, 12), random(6, 12))
+    left = Remainder.of(fit)
+    assert left.price(group(1), fit.inputs[:, group(1)]) < 0.01 * left.price(group(1))
+
+
+# ---- prices of models
+
+
+def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8) -> None:
+    reference = Reference(checkpoint, layout, path.layer, calibration(windows))
+    errors = reference.errors(path.steps)
+    scale = max(errors)
+    found = torch.tensor([step.price for step in path.steps]).cumsum(0).tolist()
+    assert found == pytest.approx(errors, abs=CLOSE * scale)
+
+
+def path_of(prices: Prices, kind: Kind, layer: int) -> Path:
+    (path,) = [path for path in prices.paths if (path.kind, path.layer) == (kind, layer)]
+    return path
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.QK, Form.QKV, Form.REMOVE])
+    check_path(checkpoint, prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, LAST))
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-biased", "gpt2", "mpnet"])
+def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_together(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
+    path = path_of(prices, Kind.ATTENTION, 2)
+    mixed = price_units(checkpoint, calibration(4), [Form.QKVO])
+    assert {step.form for step in path.steps} | {step.form for one in mixed.paths for step in one.steps} <= set(TIES)
+    for one in (path, path_of(mixed, Kind.ATTENTION, 2)):
+        shorter = replace(one, steps=one.steps[:2])  # the reference's one system of equations grows fast
+        check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biased", "phi3", "gpt2", "falcon-gqa", "gemma2", "opt"])
+def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
+    path = path_of(prices, Kind.FFN, LAST)
+    assert [step.form for step in path.steps] == [Form.GATEUP] * 4
+    check_path(checkpoint, prices.layouts[Kind.FFN], path)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa"])
+def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    path = path_of(prices, Kind.FFN, 0)
+    assert prices.neurons is not None
+    assert path.is_of_neurons
+    assert sum(len(step.groups) for step in path.steps) == prices.neurons.groups * 3 // 4
+    check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "falcon-mha", "mpnet", "gpt2"])
+def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: Folder) -> None:
+    """Biases, alibi and relative positions belong to the place, so a donor does something else in each."""
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.QKV])
+    layout, (first, *_) = prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, 2).steps
+    reference = Reference(checkpoint, layout, 2)
+    assert len(first.donors) == 2 * layout.groups
+    assert [price for _, price in first.donors] == sorted(price for _, price in first.donors)
+    scale = first.donors[-1][1]
+    for donor, price in first.donors:
+        assert price == pytest.approx(isolated(reference, first.groups[0], donor, Form.QKV), abs=CLOSE * scale)
+
+
+def test_donors_of_q_and_k_are_priced_with_the_recipients_own_v(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-mha", tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.QK], donors=3)
+    first = path_of(prices, Kind.ATTENTION, LAST).steps[0]
+    reference = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST)
+    for donor, price in first.donors[:3]:
+        assert price == pytest.approx(isolated(reference, first.groups[0], donor, Form.QK), rel=5e-3)
+    assert len(first.donors) == LAST * 4
+    assert len({donor for donor, _ in first.donors}) == LAST * 4
+    assert first.donors[3][1] >= first.donors[2][1]
+
+
+def isolated(reference: Reference, group: int, donor: HeadUnit, form: Form) -> float:
+    (error,) = reference.errors([Step(form, (group,), 0.0, 1, ((donor, 0.0),))])
+    return error
+
+
+# ---- the order of a path
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gpt2", "bert"])
+def test_only_the_top_of_the_queue_is_priced_again_and_the_order_is_that_of_pricing_all(
+    name: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, priced = opened(name, tmp_path), []
+    real = Remainder.price
+    monkeypatch.setattr(Remainder, "price", lambda *args: priced.append(args) or real(*args))
+    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    layout = prices.layouts[Kind.ATTENTION]
+    for path in (path for path in prices.paths if path.kind is Kind.ATTENTION):
+        reference = Reference(checkpoint, layout, path.layer)
+        assert [step.groups[0] for step in path.steps] == cheapest_first(reference, layout.groups)
+    everything = layout.layers * (4 + 3 + 2)
+    assert layout.layers * 4 < len(priced) <= everything
+
+
+def cheapest_first(reference: Reference, groups: int) -> list[int]:
+    gone: list[int] = []
+    while len(gone) < groups - 1:
+        errors = {}
+        for group in set(range(groups)) - set(gone):
+            direct = Direct(reference.inputs, reference.weight)
+            direct.give_up(reference.columns(*gone, group))
+            errors[group] = direct.error()
+        gone.append(min(errors, key=errors.__getitem__))
+    return gone
+
+
+def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_removed(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-mha", tmp_path)
+    prices = price_units(checkpoint, calibration(), list(Form))
+    attention = [path for path in prices.paths if path.kind is Kind.ATTENTION]
+    assert [path.layer for path in attention] == [1, 2, 3]
+    assert all(len(path.steps) == 4 for path in attention)
+    removed = price_units(checkpoint, calibration(), [Form.REMOVE]).paths
+    assert [(path.layer, len(path.steps)) for path in removed if path.kind is Kind.ATTENTION] == [
+        (layer, 3) for layer in range(4)
+    ]
+
+
+# ---- forms, layers and what is asked for
+
+
+def kinds_and_forms(prices: Prices) -> set[tuple[Kind, Form]]:
+    return {(path.kind, step.form) for path in prices.paths for step in path.steps}
+
+
+def test_neurons_are_removed_where_groups_of_them_could_also_be_tied(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    both = kinds_and_forms(price_units(checkpoint, calibration(), [Form.GATEUP, Form.REMOVE], ffn_groups=2))
+    assert both == {(Kind.FFN, Form.REMOVE), (Kind.ATTENTION, Form.REMOVE)}
+
+
+def test_layer_0_keeps_every_unit_that_ties_may_need(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    tied = price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE])
+    assert (Kind.ATTENTION, 0) not in {(path.kind, path.layer) for path in tied.paths}
+    assert (Kind.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
+    groups = price_units(checkpoint, calibration(), [Form.GATEUP])
+    assert {path.layer for path in groups.paths} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mpnet", {(Kind.FFN, Form.REMOVE)}),
+        ("falcon-mha", {(Kind.FFN, Form.REMOVE)}),
+        ("falcon-mqa", {(Kind.FFN, Form.REMOVE)}),
+        ("mixtral", {(Kind.ATTENTION, Form.REMOVE)}),
+    ],
+)
+def test_forms_that_a_family_cannot_have_are_left_out(
+    name: str, expected: set[tuple[Kind, Form]], tmp_path: Folder
+) -> None:
+    checkpoint = opened(name, tmp_path)
+    assert kinds_and_forms(price_units(checkpoint, calibration(), [Form.REMOVE])) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "forms", "words"),
+    [("mixtral", [Form.GATEUP], "gateup"), ("llama-gqa", [], "none"), ("qwen3-moe", [], "none")],
+)
+def test_a_model_that_can_have_none_of_the_forms_is_refused(
+    name: str, forms: list[Form], words: str, tmp_path: Folder
+) -> None:
+    checkpoint = opened(name, tmp_path)
+    with pytest.raises(PlanError, match=f"none of the forms asked for: {words}"):
+        price_units(checkpoint, calibration(), forms)
+
+
+def test_a_refusal_says_why_units_cannot_be_removed(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config, ffn = tiny.FAMILIES["mixtral"]
+    one = type(config)(**{**tiny.MOE, "num_key_value_heads": 1})
+    monkeypatch.setitem(tiny.FAMILIES, "mixtral", (model, one, ffn))
+    with pytest.raises(PlanError, match="one attention unit each"):
+        price_units(opened("mixtral", tmp_path), calibration(), [Form.REMOVE])
+
+
+def test_a_shared_checkpoint_is_not_priced(tmp_path: Folder) -> None:
+    hs.share(opened("llama-gqa", tmp_path), hs.SharePlan()).save(tmp_path / "shared")
+    with pytest.raises(CheckpointError, match="already shared"):
+        price_units(open_checkpoint(tmp_path / "shared"), calibration(), [Form.QKV])
+
+
+def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:
+    prices = price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], protect=[1, 2])
+    (path,) = prices.paths
+    assert path.layer == LAST
+    assert {donor.layer for step in path.steps for donor, _ in step.donors} == {0, 1, 2}
+
+
+def test_only_as_many_tokens_are_looked_at_as_are_asked_for(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    some = price_units(checkpoint, calibration(8), [Form.QKV], tokens=4 * 16 + 15)
+    assert some == price_units(checkpoint, replace(calibration(8), tokens=calibration(8).tokens[:4]), [Form.QKV])
+
+
+# ---- resuming, and JSON
+
+
+def test_layers_that_are_done_are_walked_through_and_give_the_same_prices(
+    tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, done = opened("llama-gqa", tmp_path), {}
+    whole = price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE], done=done)
+    assert sorted(done) == [0, 1, 2, 3]
+    kept = {layer: paths_from_json(paths_to_json(paths)) for layer, paths in done.items() if layer != 2}
+    priced, real = [], pricing.unit_path
+    monkeypatch.setattr(pricing, "unit_path", lambda half, *args, **kw: priced.append(half) or real(half, *args, **kw))
+    assert price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE], done=kept) == whole
+    assert [half.dense.number for half in priced] == [2]
+    assert kept == done
+
+
+def test_nothing_is_walked_where_all_is_done(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, done = opened("llama-gqa", tmp_path), {}
+    whole = price_units(checkpoint, calibration(), [Form.QKV], done=done)
+    monkeypatch.setattr(pricing, "Layers", lambda *_, **__: pytest.fail("walked"))
+    assert price_units(checkpoint, calibration(), [Form.QKV], done=done) == whole
+
+
+def test_what_was_done_for_another_model_is_refused(tmp_path: Folder) -> None:
+    path = Path(Kind.ATTENTION, 1, (Step(Form.QKV, (7,), 0.1, 100, ((HeadUnit(0, 1), 0.1),)),))
+    with pytest.raises(PlanError, match="not of this model"):
+        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], done={1: [path]})
+
+
+TIE = Step(Form.QKV, (1,), 0.1, 100, ((HeadUnit(0, 1), 0.1), (HeadUnit(0, 0), 1 / 3)))
+GONE = Step(Form.REMOVE, (0,), -1e-300, 100)
+
+
+def test_paths_come_back_from_json_to_the_last_bit() -> None:
+    paths = [Path(Kind.ATTENTION, 1, (TIE, GONE)), Path(Kind.FFN, 1, (replace(GONE, groups=(4, 7)),))]
+    assert paths_from_json(paths_to_json(paths)) == paths
+    assert paths_from_json(paths_to_json([])) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("{", "", "Invalid JSON"),
+        ('"qkv"', '"qqq"', "0.steps.0.form"),
+        ('"steps"', '"stops"', "0.steps: Field required"),
+        ('"layer":1', '"layer":"1"', "0.layer"),
+        ("0.1", "null", "0.steps.0.price"),
+        ("[0,1]", "[0,1,2]", "donors.0.0"),
+        ("[0,1]", "[1,1]", "no earlier layer"),
+        ("[1]", "[1,1]", "several different ones"),
+        ("[1]", "[0]", "gives a unit up twice"),
+        ("[1]", "[-1]", "several different ones"),
+        ('"saved_bytes":100', '"saved_bytes":0', "saves bytes"),
+        ('"price":0.1', '"price":1e999', "finite"),
+        ('"kind":"attention"', '"kind":"ffn"', "other half"),
+        ('"layer":1', '"layer":-1', "no layer -1"),
+        ('"form":"qkv"', '"form":"remove"', "no donors"),
+        ('"form":"remove"', '"form":"qk"', "at least one donor"),
+    ],
+)
+def test_json_that_is_not_of_paths_is_refused(old: str, new: str, words: str) -> None:
+    text = paths_to_json([Path(Kind.ATTENTION, 1, (TIE, GONE))])
+    assert old in text
+    with pytest.raises(PlanError, match=words):
+        paths_from_json(text.replace(old, new, 1))
+
+
+def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    config = text_config(checkpoint.config)
+    attention, groups = attention_layout(config, checkpoint.shapes), ffn_layout(config, checkpoint.shapes, 2)
+    layouts = {Kind.ATTENTION: attention, Kind.FFN: groups}
+    neurons = ffn_layout(config, checkpoint.shapes, 48)
+    donors = ((HeadUnit(0, 0), 0.1),)
+
+    def make(*paths: Path, neurons: Layout | None = neurons) -> Prices:
+        return Prices("llama", layouts, paths, neurons)
+
+    tied = Path(Kind.FFN, 1, (Step(Form.GATEUP, (1,), 0.1, 9, donors),))
+    removed = Path(Kind.FFN, 2, (replace(GONE, groups=(40,)),))
+    assert make(tied).layout_of(tied) == groups
+    assert make(removed).layout_of(removed) == neurons
+    for wrong, words in [
+        ((tied, tied), "two paths"),
+        ((tied, removed), "one or the other"),
+        ((Path(Kind.ATTENTION, 4, (TIE,)),), "not of this model"),
+        ((Path(Kind.ATTENTION, 1, (replace(GONE, groups=(0, 1)),)),), "keep one"),
+    ]:
+        with pytest.raises(PlanError, match=words):
+            make(*wrong)
+    with pytest.raises(PlanError, match="have no layout"):
+        make(removed, neurons=None)
+    with pytest.raises(PlanError, match="both removes neurons and ties"):
+        Path(Kind.FFN, 1, (*tied.steps, *removed.steps))
