@@ -80,6 +80,18 @@ class Fit:
         gram = features.T @ features
         return Beside(features, cross, known, gram.diagonal(), gram - known @ cross.T, missed)
 
+    def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Fit":
+        """The fit without channels, and with features that are read out by this product, which stays as it is."""
+        left = self.without(columns)
+        added = left.beside(features)
+        weight = left.weight - product @ added.known
+        error = left.error - float((product.T * (2 * added.missed - added.gram @ product.T)).sum())
+        return Fit(left.inputs, left.target - added.features @ product.T, left.inverse, weight, error)
+
+    def products(self, columns: Columns, features: Inputs) -> "Products":
+        """What features would do in the place of these channels if their columns were a product of small rank."""
+        return Products.of(self.without(columns).beside(features))
+
     def cost_of(self, columns: Columns) -> float:
         """What removing these channels adds to the error."""
         return float(self.lost(columns[None]).costs)
@@ -182,6 +194,30 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Products:
+    """The best columns of every rank for some features: reduced-rank regression (Izenman, 1975) from one factorisation.
+
+    `gains` are how much less the error is with rank 1, 2 and so on.
+    """
+
+    gains: Float[Tensor, " ranks"]
+    left: Float[Tensor, "features ranks"]
+    right: Float[Tensor, "ranks hidden"]
+
+    @classmethod
+    def of(cls, beside: Beside) -> "Products":
+        """From features beside the fit that they would join."""
+        factor = torch.linalg.cholesky(_ridged(beside.gram, beside.squares))
+        white = torch.linalg.solve_triangular(factor, beside.missed, upper=False)
+        left, values, right = torch.linalg.svd(white, full_matrices=False)
+        return cls(values.square().cumsum(0), torch.linalg.solve_triangular(factor.T, left * values, upper=True), right)
+
+    def product(self, rank: int) -> Float[Tensor, "hidden features"]:
+        """The columns of this rank."""
+        return (self.left[:, :rank] @ self.right[:rank]).T
+
+
+@dataclass(frozen=True)
 class Remainder:
     """What a readout has left: a fit of the columns it stores, and features that it reads out by a donor's columns,
     each behind one scale. Columns and scales are fitted jointly."""
@@ -207,6 +243,24 @@ class Remainder:
         new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
         donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
         return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error
+
+    @property
+    def scales(self) -> Float[Tensor, " scaled"]:
+        """The best scales."""
+        missed, columns = (self.scaled.missed * self.donor.T).sum(dim=1), self.donor.T @ self.donor
+        inner = _ridged(self.scaled.gram * columns, self.scaled.squares * columns.diagonal())
+        found: Tensor = torch.linalg.solve(inner, missed)
+        return found
+
+    def predicted(self, inputs: Inputs, scaled: Inputs) -> Float[Tensor, "tokens hidden"]:
+        """What is read out of other tokens' inputs and scaled features, less what fixed products make of theirs."""
+        product = self.donor * self.scales
+        return inputs.double() @ (self.fit.weight - product @ self.scaled.known).T + scaled.double() @ product.T
+
+    def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Remainder":
+        """What is left with features, in the place of these channels, that are read out by this product as it is."""
+        fit = self.fit.with_fixed(columns, features, product)
+        return Remainder(fit, fit.beside(self.scaled.features), self.donor)
 
     def without(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> "Remainder":
         """What is left then."""

@@ -80,7 +80,7 @@ class _Search:
     def _offer(
         self, donor: HeadUnit, features: Inputs, recipients: range, readout: Float[Tensor, "hidden all"] | None
     ) -> None:
-        beside, lost = self.fit.beside(features), self.lost.only(recipients)
+        beside, lost = self.fit.beside(features[: self.half.fitted]), self.lost.only(recipients)
         own = None if readout is None else readout[:, self.half.columns[donor.group]]
         for form in self.forms:
             scaled = own if form is Form.QKVO else None
@@ -100,5 +100,7 @@ class _Search:
             features = self.half.features(layer, (Part.Q, Part.K), shift)
             for group, unit in pairs:
                 own = features[:, self.half.columns[group]]
-                gain = float(self.fit.beside(own).gains_for(self.lost.only(range(group, group + 1))))
+                gain = float(
+                    self.fit.beside(own[: self.half.fitted]).gains_for(self.lost.only(range(group, group + 1)))
+                )
                 insort(self.found[group][Form.QK].best, Candidate(unit, gain, own), key=_rank)

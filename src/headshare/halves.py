@@ -80,11 +80,13 @@ class DenseLayer:
 class Half:
     """One half of a layer, its units those of the layout: what goes into its readout, and what donors would put there.
 
-    `columns` are the readout's inputs that belong to each group, `parts` those that make them.
+    `columns` are the readout's inputs that belong to each group, `parts` those that make them. Fits look at the first
+    `fitted` tokens; the others are held out.
     """
 
-    def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted) -> None:
+    def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, held_out: float = 0.0) -> None:
         self.dense, self.layout, self.inputs, self.root = dense, layout, seen.inputs, seen.root
+        self.fitted = len(seen.inputs) - int(held_out * len(seen.inputs))
         self.device = dense.layers.device
         self.readout = READOUT[layout.kind]
         self.parts = tuple(part for part in layout.parts if part is not self.readout)

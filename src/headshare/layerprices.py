@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.checkpoints import Checkpoint
-from headshare.costs import Columns, Fit, Inputs, Readout, Remainder
+from headshare.costs import Columns, Fit, Inputs, Remainder
 from headshare.donors import Candidate, Donors, find_donors
 from headshare.gaps import READOUTS, bias_name
 from headshare.halves import Half
@@ -18,16 +18,20 @@ from headshare.paths import Form, Path, Step
 from headshare.units import HeadUnit, Kind, Part
 
 CHUNKS = 64
+RANKS = (1, 2, 4, 8, 16, 32)
 MOST_NEURONS = 0.75
+OWN_COLUMNS = (Form.QK, Form.QKV, Form.GATEUP)
 
 
 def saved_bytes(checkpoint: Checkpoint, layout: Layout, layer: int, form: Form) -> int:
     """What one unit of this layer saves in this form, as `accounting.estimate_plan` counts it.
 
-    A removed unit takes the entries of its biases along; a scaled tie brings one number for each channel of o.
+    A removed unit takes the entries of its biases along; a scaled tie brings one number for each channel of o. Of a
+    factored unit this is what it would save with a product of rank 0.
     """
     removes = form is Form.REMOVE
-    places = [place for part, place in layout.parts.items() if removes or part in form.parts]
+    whole = removes or form is Form.FACTORED
+    places = [place for part, place in layout.parts.items() if whole or part in form.parts]
     saved = sum(place.numel * _item(checkpoint, place.name(layer)) for place in places)
     if removes:
         makers = (place for part, place in layout.parts.items() if part not in READOUTS)
@@ -64,14 +68,35 @@ class _Offer:
     price: float
     donors: tuple[tuple[HeadUnit, float], ...] = ()
     best: Candidate | None = None
-
-    def taken(self, left: Remainder, columns: Columns) -> Remainder:
-        """What is left once this is taken."""
-        return left.without(columns) if self.best is None else left.without(columns, *_arguments(self.best))
+    product: Float[Tensor, "hidden features"] | None = None
+    rank: int = 0
 
 
-def _arguments(candidate: Candidate) -> tuple[Inputs, Readout | None]:
-    return candidate.features, candidate.readout
+class _HeldOut:
+    """A half's held-out tokens, as they are after each step: what fits on the others are judged by."""
+
+    def __init__(self, half: Half) -> None:
+        self.inputs, self.scaled = half.inputs[half.fitted :].double(), half.inputs[half.fitted :, :0].double()
+        self.target = self.inputs @ half.weight.double().T
+        self.tokens, self.share = half.fitted, len(self.inputs) / len(half.inputs)
+
+    def taken(self, columns: Columns, offer: _Offer) -> None:
+        """Do to these tokens what a step does."""
+        if offer.best is None:
+            return
+        features = offer.best.features[self.tokens :].double()
+        if offer.product is not None:
+            self.target = self.target - features @ offer.product.T
+        elif offer.best.readout is not None:
+            self.scaled = torch.cat([self.scaled, features], dim=1)
+        else:
+            self.inputs = self.inputs.index_copy(1, columns, features)
+
+    def error(self, left: Remainder) -> float:
+        """The squared error on these tokens, as if all tokens were such."""
+        if not self.share:
+            return left.error
+        return float((self.target - left.predicted(self.inputs, self.scaled)).square().sum()) / self.share
 
 
 class _Descent:
@@ -79,11 +104,14 @@ class _Descent:
 
     def __init__(self, half: Half, forms: Sequence[Form], donors: int) -> None:
         self.half = half
-        fit = Fit.of(half.inputs, half.weight)
-        self.left = Remainder.of(fit)
+        fit = Fit.of(half.inputs[: half.fitted], half.weight)
+        self.left, self.held = Remainder.of(fit), _HeldOut(half)
         self.whole = fit.lost(half.columns).costs.tolist()  # what each unit's removal costs while all others are there
         ties = [form for form in forms if form is not Form.REMOVE]
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
+        readout = half.layout.parts[half.readout]
+        self.most_rank = min(len(half.columns[0]), len(half.weight)) - 1
+        self.bytes_of_rank = (len(half.columns[0]) + len(half.weight)) * _item(half.dense.checkpoint, readout.name(0))
         self.saved = {form: saved_bytes(half.dense.checkpoint, half.layout, half.dense.number, form) for form in forms}
         self.given: set[int] = set()
         self.may_remove = half.layout.groups - 1 if Form.REMOVE in forms else 0
@@ -104,16 +132,38 @@ class _Descent:
                 heappush(queue, (self.rate(offer, form), len(self.given), group, form))
 
     def rate(self, offer: _Offer, form: Form) -> float:
-        """Price per byte."""
-        return offer.price / self.saved[form]
+        """Price per byte. What columns of their own gain on the tokens they are fitted to is less on others: by 2 p / T
+        of the error, p the inputs that are added and T the tokens (Mallows, "Some comments on Cp", 1973)."""
+        added = len(self.half.columns[0]) if form in OWN_COLUMNS else offer.rank
+        optimism = 2 * added / self.half.fitted * (self.left.error + offer.price)
+        return (offer.price + optimism) / self.saved_in(offer, form)
 
     def take(self, group: int, form: Form, offer: _Offer) -> Step:
         """Give the unit up."""
-        before = self.left.error
-        self.left = offer.taken(self.left, self.half.columns[group])
+        columns, before = self.half.columns[group], self.held.error(self.left)
+        self.left = self.after(offer, columns)
+        self.held.taken(columns, offer)
         self.given.add(group)
         self.may_remove -= form is Form.REMOVE
-        return Step(form, (group,), self.left.error - before, self.saved[form], offer.donors)
+        price = self.held.error(self.left) - before
+        return Step(form, (group,), price, self.saved_in(offer, form), offer.donors, offer.rank)
+
+    def after(self, offer: _Offer, columns: Columns) -> Remainder:
+        """What is left once this is taken."""
+        if offer.best is None:
+            return self.left.without(columns)
+        features = self.features(offer.best)
+        if offer.product is not None:
+            return self.left.with_fixed(columns, features, offer.product)
+        return self.left.without(columns, features, offer.best.readout)
+
+    def features(self, candidate: Candidate) -> Inputs:
+        """The donor's features of the tokens that are fitted."""
+        return candidate.features[: self.half.fitted]
+
+    def saved_in(self, offer: _Offer, form: Form) -> int:
+        """The bytes that this offer saves: a product of higher rank saves less."""
+        return self.saved[form] - offer.rank * self.bytes_of_rank
 
     def offer(self, group: int, form: Form) -> _Offer:
         """Price this unit in this form as things stand."""
@@ -122,13 +172,31 @@ class _Descent:
         if form is Form.REMOVE:
             return _Offer(removal)
         donors = self.donors[group][form]
+        if form is Form.FACTORED:
+            return self.factored(group, columns, donors, removal)
         prices = [
-            self.whole[group] - one.gain if not self.given else self.left.price(columns, *_arguments(one))
+            self.whole[group] - one.gain
+            if not self.given
+            else self.left.price(columns, self.features(one), one.readout)
             for one in donors.best
         ]
         ranked = sorted(zip(prices, donors.best, strict=True), key=lambda pair: pair[0])
         listed = [(one.unit, price) for price, one in ranked]
         return _Offer(ranked[0][0], (*listed, *self.estimates(group, donors, removal, ranked[-1][0])), ranked[0][1])
+
+    def factored(self, group: int, columns: Columns, donors: Donors, removal: float) -> _Offer:
+        """The donor and the rank that cost least for their bytes."""
+        found = []
+        for one in donors.best:
+            products = self.left.fit.products(columns, self.features(one))
+            for rank in (rank for rank in RANKS if rank <= self.most_rank):
+                gain = float(products.gains[rank - 1])
+                rate = (removal - gain) / (self.saved[Form.FACTORED] - rank * self.bytes_of_rank)
+                found.append((rate, removal - gain, one, rank, products))
+        _, price, best, rank, products = min(found, key=lambda offer: offer[0])
+        listed = sorted(((one.unit, p) for _, p, one, r, _ in found if r == rank), key=lambda pair: pair[1])
+        others = self.estimates(group, donors, removal, listed[-1][1])
+        return _Offer(price, (*listed, *others), best, products.product(rank), rank)
 
     def estimates(self, group: int, donors: Donors, removal: float, least: float) -> Iterator[tuple[HeadUnit, float]]:
         """The donors that are not priced again: each makes up for the same part of the removal's price as at first."""
@@ -142,15 +210,19 @@ def neuron_path(half: Half, neurons: Layout) -> Path:
 
     Each step takes the neurons whose own removal costs least as things stand, and is priced as one.
     """
-    fit = Fit.of(half.inputs, half.weight)
+    fit, before = Fit.of(half.inputs[: half.fitted], half.weight), 0.0
+    held = half.inputs[half.fitted :].double()
+    gram = held.T @ held * (len(half.inputs) / max(1, len(held)))
     chunk = max(1, neurons.groups // CHUNKS)
     each = saved_bytes(half.dense.checkpoint, neurons, half.dense.number, Form.REMOVE)
     steps = []
     for _ in range(int(neurons.groups * MOST_NEURONS) // chunk):
         gone = _cheapest(fit, chunk)
-        left = fit.without(gone)
-        steps.append(Step(Form.REMOVE, tuple(gone.tolist()), left.error - fit.error, each * chunk))
-        fit = left
+        fit = fit.without(gone)
+        changed = fit.weight - half.weight.double()
+        error = float(((changed @ gram) * changed).sum()) if len(held) else fit.error
+        steps.append(Step(Form.REMOVE, tuple(gone.tolist()), error - before, each * chunk))
+        before = error
     return Path(Kind.FFN, half.dense.number, tuple(steps))
 
 

@@ -15,12 +15,14 @@ from headshare.units import HeadUnit, Kind, Part
 class Form(StrEnum):
     """What can be done to a unit: its parts are shared, which are its name, or `remove` deletes all of it.
 
-    Ties of `qkvo` carry one scale for each channel of o.
+    Ties of `qkvo` carry one scale for each channel of o. `factored` shares q, k and v, and stores the unit's own
+    columns of o as a product of small rank.
     """
 
     QK = "qk"
     QKV = "qkv"
     QKVO = "qkvo"
+    FACTORED = "factored"
     GATEUP = "gateup"
     REMOVE = "remove"
 
@@ -41,6 +43,7 @@ _PARTS: dict[Form, tuple[Part, ...]] = {
     Form.QK: (Part.Q, Part.K),
     Form.QKV: (Part.Q, Part.K, Part.V),
     Form.QKVO: (Part.Q, Part.K, Part.V, Part.O),
+    Form.FACTORED: (Part.Q, Part.K, Part.V),
     Form.GATEUP: (Part.GATE, Part.UP),
     Form.REMOVE: (),
 }
@@ -53,6 +56,7 @@ class Step:
     `groups` are the units. `price` is with the steps before it taken, and with the best donor; it can be below zero,
     where donors make up for what earlier steps lost. `donors` are those the unit could have, best first, with the
     price of each: exact for the first few, estimated and no less than theirs for the others. A removal has none.
+    `rank` is that of a factored unit's columns of o.
 
     Raises:
         PlanError: if there is no such step.
@@ -65,8 +69,11 @@ class Step:
     price: float
     saved_bytes: int
     donors: tuple[tuple[HeadUnit, float], ...] = ()
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        if (self.rank > 0) != (self.form is Form.FACTORED):
+            raise PlanError(f"a step has a rank if it is factored, and only then; found {self.rank} for {self.form}.")
         if not self.groups or min(self.groups) < 0 or len(set(self.groups)) < len(self.groups):
             raise PlanError(f"a step gives up one group or several different ones; found {self.groups!r:.100}.")
         if self.saved_bytes < 1 or not all(map(math.isfinite, (self.price, *(price for _, price in self.donors)))):

@@ -26,7 +26,8 @@ from headshare.removing import removal_refusal
 from headshare.streams import Layers
 from headshare.units import Kind, Part
 
-PRICED_TOKENS = 8192
+PRICED_TOKENS = 16_384
+HELD_OUT = 0.25
 DONORS = 4
 
 
@@ -36,6 +37,7 @@ def price_units(
     forms: Sequence[Form],
     *,
     tokens: int = PRICED_TOKENS,
+    held_out: float = HELD_OUT,
     donors: int = DONORS,
     ffn_groups: int = 1,
     protect: Sequence[int] = (),
@@ -44,7 +46,8 @@ def price_units(
 ) -> Prices:
     """The paths of all layers, in whichever of these forms this model can have.
 
-    `tokens` are as many of the calibration's tokens, in whole windows, as are looked at; `donors` how many of a unit's
+    `tokens` are as many of the calibration's tokens, in whole windows, as are looked at, of which the share `held_out`
+    is not fitted to: prices are errors on those. `donors` how many of a unit's
     donors are priced again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons. Layers
     in `protect` give nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is
     put into it. Attention keeps all of layer 0 if there are ties among the forms, as donors of last resort.
@@ -64,7 +67,7 @@ def price_units(
         walk = _walk(Layers(dense, device=device), dense, calibration, tokens, tuple(wanted.forms))
         for layer, look in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                found[layer.number] = _paths(layer, look, wanted, donors)
+                found[layer.number] = _paths(layer, look, wanted, donors, held_out)
     return wanted.prices(dense, found, protect)
 
 
@@ -127,11 +130,13 @@ def _walk(
         yield layer, seen
 
 
-def _paths(layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, donors: int) -> list[Path]:
+def _paths(
+    layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, donors: int, held_out: float
+) -> list[Path]:
     """What each half of the layer would give up."""
     paths = []
     for kind, forms in wanted.forms.items():
-        half = Half(layer, wanted.layouts[kind], seen[kind])
+        half = Half(layer, wanted.layouts[kind], seen[kind], held_out)
         if kind is Kind.FFN and forms == (Form.REMOVE,):
             assert wanted.neurons is not None
             paths.append(neuron_path(half, wanted.neurons))

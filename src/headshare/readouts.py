@@ -271,7 +271,7 @@ class _Solver:
     ) -> None:
         self.narrow = narrow
         self.equations, self.prior, self.free, self.largest = equations, prior[:, free], free, largest
-        used = torch.cat([free, *(one.columns for one in (*lent, *narrow))])
+        used = torch.cat([free, *(one.columns for one in lent), *(one.columns for one in narrow)])
         self.mean = float(equations.gram.diagonal()[used].mean())
         self.inner = equations.gram[free[:, None], free]
         self.scaled = next((one for one in lent if one.scaled), None)
