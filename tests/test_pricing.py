@@ -187,6 +187,10 @@ def group(number: int, size: int = 3) -> Tensor:
     return torch.arange(number * size, (number + 1) * size)
 
 
+def price_of(left: Remainder, number: int, *arguments: Tensor) -> float:
+    return left.price(left.fit.lost(group(number)[None]), *arguments)
+
+
 ORDERS = {
     "removals": ["remove"] * 3,
     "own columns": ["own"] * 3,
@@ -203,7 +207,7 @@ def test_a_step_costs_what_plain_least_squares_says_whatever_came_before(order: 
     left, direct, before = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight), 0.0
     for number, what in enumerate(order):
         arguments = {"remove": (), "own": (random(40, 3),), "scaled": (random(40, 3), random(6, 3))}[what]
-        price = left.price(group(number), *arguments)
+        price = price_of(left, number, *arguments)
         left = left.without(group(number), *arguments)
         direct.give_up(group(number), *arguments)
         assert direct.error() - before == pytest.approx(price, rel=1e-9)
@@ -219,15 +223,25 @@ def test_gains_of_many_units_at_once_are_those_of_each_alone() -> None:
     own = lost.costs - fit.beside(features).gains_for(lost)
     scaled = lost.costs - fit.beside(features).scaled_gains_for(lost, donor)
     for number in range(4):
-        assert left.price(group(number)) == pytest.approx(float(lost.costs[number]))
-        assert left.price(group(number), features) == pytest.approx(float(own[number]))
-        assert left.price(group(number), features, donor) == pytest.approx(float(scaled[number]))
+        assert price_of(left, number) == pytest.approx(float(lost.costs[number]))
+        assert price_of(left, number, features) == pytest.approx(float(own[number]))
+        assert price_of(left, number, features, donor) == pytest.approx(float(scaled[number]))
 
 
 def test_features_that_are_the_lost_channels_make_up_for_all_but_the_ridge() -> None:
     fit = Fit.of(random(40, 12), random(6, 12))
     left = Remainder.of(fit)
-    assert left.price(group(1), fit.inputs[:, group(1)]) < 0.01 * left.price(group(1))
+    assert price_of(left, 1, fit.inputs[:, group(1)]) < 0.01 * price_of(left, 1)
+
+
+def test_the_same_features_may_come_again_and_again() -> None:
+    """Two units of a layer can have the same donor; its features then tell the second nothing new."""
+    inputs, weight, features = random(10, 15), random(6, 15), random(10, 3)
+    left, direct = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight)
+    for number in range(5):
+        left = left.without(group(number), features)
+        direct.give_up(group(number), features)
+        assert left.error == pytest.approx(direct.error(), rel=1e-6)
 
 
 # ---- prices of models
@@ -421,6 +435,11 @@ def test_a_shared_checkpoint_is_not_priced(tmp_path: Folder) -> None:
     hs.share(opened("llama-gqa", tmp_path), hs.SharePlan()).save(tmp_path / "shared")
     with pytest.raises(CheckpointError, match="already shared"):
         price_units(open_checkpoint(tmp_path / "shared"), calibration(), [Form.QKV])
+
+
+def test_at_least_one_donor_is_priced(tmp_path: Folder) -> None:
+    with pytest.raises(PlanError, match="at least 1"):
+        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], donors=0)
 
 
 def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:

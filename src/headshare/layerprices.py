@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headshare.checkpoints import Checkpoint
-from headshare.costs import Columns, Fit, Inputs, Readout, Remainder
+from headshare.costs import Columns, Fit, Inputs, Lost, Readout, Remainder
 from headshare.donors import Candidate, Donors, find_donors
 from headshare.gaps import READOUTS, bias_name
 from headshare.halves import Half
@@ -86,6 +86,7 @@ class _Descent:
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
         self.saved = {form: saved_bytes(half.dense.checkpoint, half.layout, half.dense.number, form) for form in forms}
         self.given: set[int] = set()
+        self.lost: dict[int, Lost] = {}
         self.may_remove = half.layout.groups - 1 if Form.REMOVE in forms else 0
 
     def steps(self) -> Iterator[Step]:
@@ -112,18 +113,21 @@ class _Descent:
         before = self.left.error
         self.left = offer.taken(self.left, self.half.columns[group])
         self.given.add(group)
+        self.lost.clear()
         self.may_remove -= form is Form.REMOVE
         return Step(form, (group,), self.left.error - before, self.saved[form], offer.donors)
 
     def offer(self, group: int, form: Form) -> _Offer:
         """Price this unit in this form as things stand."""
-        columns = self.half.columns[group]
-        removal = self.left.price(columns)
+        if group not in self.lost:
+            self.lost[group] = self.left.fit.lost(self.half.columns[group, None])
+        lost = self.lost[group]
+        removal = self.left.price(lost)
         if form is Form.REMOVE:
             return _Offer(removal)
         donors = self.donors[group][form]
         prices = [
-            self.whole[group] - one.gain if not self.given else self.left.price(columns, *_arguments(one))
+            self.whole[group] - one.gain if not self.given else self.left.price(lost, *_arguments(one))
             for one in donors.best
         ]
         ranked = sorted(zip(prices, donors.best, strict=True), key=lambda pair: pair[0])
