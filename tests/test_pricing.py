@@ -47,6 +47,7 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, layout: Layout, layer: int, text: Calibration | None = None) -> None:
         self.model, self.tokens = load_model(checkpoint), (text or calibration()).tokens
         self.layout, self.layer = layout, layer
+        self.post_norm = layout.kind is Kind.FFN and checkpoint.config["model_type"] in ("bert", "mpnet")
         self.readout = layout.parts[READOUT[layout.kind]]
         self.own = {name: value.clone() for name, value in self.model.state_dict().items()}
         module = self.module(self.readout.name(layer))
@@ -70,6 +71,9 @@ class Reference:
         def note_readout(_: Any, args: Any, out: Tensor) -> None:
             seen["in"], seen["out"] = flat(args[0]), flat(out)
 
+        def note_up(_: Any, args: Any, out: Tensor) -> None:
+            seen["up"] = flat(args[0])
+
         def note_layer(_: Any, args: Any, kwargs: Any, out: Any) -> None:
             entered = args[0] if args else kwargs["hidden_states"]
             left = out[0] if isinstance(out, tuple) else out
@@ -79,7 +83,11 @@ class Reference:
             self.module(self.readout.name(self.layer)).register_forward_hook(note_readout),
             layer.register_forward_hook(note_layer, with_kwargs=True),
         ]
+        if self.post_norm:
+            handles.append(self.module(self.layout.parts[Part.UP].name(self.layer)).register_forward_hook(note_up))
         self.model(input_ids=self.tokens)
+        if self.post_norm:
+            seen["hidden"] = seen["up"] + seen["out"]  # what is added, before its norm
         for handle in handles:
             handle.remove()
         return seen
@@ -288,7 +296,7 @@ def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name:
     check_path(checkpoint, prices.layouts[Kind.FFN], path)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa", "bert", "mpnet"])
 def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), [Form.REMOVE])
@@ -297,6 +305,25 @@ def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str
     assert path.is_of_neurons
     assert sum(len(step.groups) for step in path.steps) == prices.neurons.groups * 3 // 4
     check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]))
+
+
+def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    assert prices.neurons is not None
+    reference, gone = Reference(checkpoint, prices.neurons, 2), []
+    for step in path_of(prices, Kind.FFN, 2).steps[:3]:
+        left = sorted(set(range(prices.neurons.groups)) - set(gone))
+        errors = [reference.errors([replace(step, groups=(*gone, neuron))])[0] for neuron in left]
+        gone.append(left[errors.index(min(errors))])
+        assert step.groups == (gone[-1],)
+
+
+def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    both = price_units(checkpoint, calibration(), [Form.QK, Form.GATEUP], ffn_groups=2)
+    alone = [price_units(checkpoint, calibration(), [form], ffn_groups=2) for form in (Form.QK, Form.GATEUP)]
+    assert set(both.paths) == {path for prices in alone for path in prices.paths}
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "falcon-mha", "mpnet", "gpt2"])
