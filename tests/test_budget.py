@@ -188,11 +188,20 @@ def test_the_last_fill_is_the_cheapest_that_completes() -> None:
     assert (found.price, found.saved_bytes) == (3, 150)
 
 
+def test_steps_that_turn_out_not_to_be_needed_are_not_taken() -> None:
+    steps = [gone(0, 0.1, 10), gone(0, 1.5, 100), gone(0, 1.6, 100)]
+    paths = tuple(Path(Kind.ATTENTION, layer, (step,)) for layer, step in enumerate(steps, 1))
+    assert plain_greed(Prices("llama", LAYOUTS, paths), 200) == pytest.approx(3.2)
+    assert plan_for_bytes(Prices("llama", LAYOUTS, paths), 200).price == pytest.approx(3.1)
+
+
 def test_a_dear_step_does_not_hide_cheap_ones_behind_it() -> None:
     hidden = Path(Kind.ATTENTION, 1, (gone(0, 5.0, 100), gone(1, 0.0, 900)))
     other = Path(Kind.ATTENTION, 2, (gone(0, 1.0, 100), gone(1, 20.0, 900)))
     assert plan_for_bytes(Prices("llama", LAYOUTS, (hidden, other)), 1000).price == 5
     assert plan_for_units(Prices("llama", LAYOUTS, (hidden, other)), 2).price == 5
+    again = Path(Kind.ATTENTION, 3, hidden.steps)
+    assert plan_for_bytes(Prices("llama", LAYOUTS, (hidden, other, again)), 2000).price == 10
 
 
 def gone(group: int, price: float, saved: int) -> Step:

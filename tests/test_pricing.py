@@ -47,6 +47,7 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, layout: Layout, layer: int, text: Calibration | None = None) -> None:
         self.model, self.tokens = load_model(checkpoint), (text or calibration()).tokens
         self.layout, self.layer = layout, layer
+        self.post_norm = layout.kind is Kind.FFN and checkpoint.config["model_type"] in ("bert", "mpnet")
         self.readout = layout.parts[READOUT[layout.kind]]
         self.own = {name: value.clone() for name, value in self.model.state_dict().items()}
         module = self.module(self.readout.name(layer))
@@ -70,6 +71,9 @@ class Reference:
         def note_readout(_: Any, args: Any, out: Tensor) -> None:
             seen["in"], seen["out"] = flat(args[0]), flat(out)
 
+        def note_up(_: Any, args: Any, out: Tensor) -> None:
+            seen["up"] = flat(args[0])
+
         def note_layer(_: Any, args: Any, kwargs: Any, out: Any) -> None:
             entered = args[0] if args else kwargs["hidden_states"]
             left = out[0] if isinstance(out, tuple) else out
@@ -79,7 +83,11 @@ class Reference:
             self.module(self.readout.name(self.layer)).register_forward_hook(note_readout),
             layer.register_forward_hook(note_layer, with_kwargs=True),
         ]
+        if self.post_norm:
+            handles.append(self.module(self.layout.parts[Part.UP].name(self.layer)).register_forward_hook(note_up))
         self.model(input_ids=self.tokens)
+        if self.post_norm:
+            seen["hidden"] = seen["up"] + seen["out"]  # what is added, before its norm
         for handle in handles:
             handle.remove()
         return seen
@@ -187,6 +195,10 @@ def group(number: int, size: int = 3) -> Tensor:
     return torch.arange(number * size, (number + 1) * size)
 
 
+def price_of(left: Remainder, number: int, *arguments: Tensor) -> float:
+    return left.price(left.fit.lost(group(number)[None]), *arguments)
+
+
 ORDERS = {
     "removals": ["remove"] * 3,
     "own columns": ["own"] * 3,
@@ -203,7 +215,7 @@ def test_a_step_costs_what_plain_least_squares_says_whatever_came_before(order: 
     left, direct, before = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight), 0.0
     for number, what in enumerate(order):
         arguments = {"remove": (), "own": (random(40, 3),), "scaled": (random(40, 3), random(6, 3))}[what]
-        price = left.price(group(number), *arguments)
+        price = price_of(left, number, *arguments)
         left = left.without(group(number), *arguments)
         direct.give_up(group(number), *arguments)
         assert direct.error() - before == pytest.approx(price, rel=1e-9)
@@ -219,15 +231,25 @@ def test_gains_of_many_units_at_once_are_those_of_each_alone() -> None:
     own = lost.costs - fit.beside(features).gains_for(lost)
     scaled = lost.costs - fit.beside(features).scaled_gains_for(lost, donor)
     for number in range(4):
-        assert left.price(group(number)) == pytest.approx(float(lost.costs[number]))
-        assert left.price(group(number), features) == pytest.approx(float(own[number]))
-        assert left.price(group(number), features, donor) == pytest.approx(float(scaled[number]))
+        assert price_of(left, number) == pytest.approx(float(lost.costs[number]))
+        assert price_of(left, number, features) == pytest.approx(float(own[number]))
+        assert price_of(left, number, features, donor) == pytest.approx(float(scaled[number]))
 
 
 def test_features_that_are_the_lost_channels_make_up_for_all_but_the_ridge() -> None:
     fit = Fit.of(random(40, 12), random(6, 12))
     left = Remainder.of(fit)
-    assert left.price(group(1), fit.inputs[:, group(1)]) < 0.01 * left.price(group(1))
+    assert price_of(left, 1, fit.inputs[:, group(1)]) < 0.01 * price_of(left, 1)
+
+
+def test_the_same_features_may_come_again_and_again() -> None:
+    """Two units of a layer can have the same donor; its features then tell the second nothing new."""
+    inputs, weight, features = random(10, 15), random(6, 15), random(10, 3)
+    left, direct = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight)
+    for number in range(5):
+        left = left.without(group(number), features)
+        direct.give_up(group(number), features)
+        assert left.error == pytest.approx(direct.error(), rel=1e-6)
 
 
 # ---- prices of models
@@ -274,7 +296,7 @@ def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name:
     check_path(checkpoint, prices.layouts[Kind.FFN], path)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa"])
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa", "bert", "mpnet"])
 def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), [Form.REMOVE])
@@ -283,6 +305,25 @@ def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str
     assert path.is_of_neurons
     assert sum(len(step.groups) for step in path.steps) == prices.neurons.groups * 3 // 4
     check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]))
+
+
+def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    assert prices.neurons is not None
+    reference, gone = Reference(checkpoint, prices.neurons, 2), []
+    for step in path_of(prices, Kind.FFN, 2).steps[:3]:
+        left = sorted(set(range(prices.neurons.groups)) - set(gone))
+        errors = [reference.errors([replace(step, groups=(*gone, neuron))])[0] for neuron in left]
+        gone.append(left[errors.index(min(errors))])
+        assert step.groups == (gone[-1],)
+
+
+def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    both = price_units(checkpoint, calibration(), [Form.QK, Form.GATEUP], ffn_groups=2)
+    alone = [price_units(checkpoint, calibration(), [form], ffn_groups=2) for form in (Form.QK, Form.GATEUP)]
+    assert set(both.paths) == {path for prices in alone for path in prices.paths}
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "falcon-mha", "mpnet", "gpt2"])
@@ -421,6 +462,11 @@ def test_a_shared_checkpoint_is_not_priced(tmp_path: Folder) -> None:
     hs.share(opened("llama-gqa", tmp_path), hs.SharePlan()).save(tmp_path / "shared")
     with pytest.raises(CheckpointError, match="already shared"):
         price_units(open_checkpoint(tmp_path / "shared"), calibration(), [Form.QKV])
+
+
+def test_at_least_one_donor_is_priced(tmp_path: Folder) -> None:
+    with pytest.raises(PlanError, match="at least 1"):
+        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], donors=0)
 
 
 def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:

@@ -236,10 +236,9 @@ class Remainder:
         """What the best columns and scales miss."""
         return self.fit.error - self.scaled.gain(self.donor)
 
-    def price(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> float:
-        """What it adds to the error to give these channels up: for nothing; for features that columns of their own read
-        out; or for features that a donor's columns read out, behind scales."""
-        lost = self.fit.lost(columns[None])
+    def price(self, lost: Lost, features: Inputs | None = None, donor: Readout | None = None) -> float:
+        """What it adds to the error to give one unit's channels up: for nothing; for features that columns of their own
+        read out; or for features that a donor's columns read out, behind scales."""
         new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
         donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
         return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.checkpoints import Checkpoint
-from headshare.costs import Columns, Fit, Inputs, Remainder
+from headshare.costs import Columns, Fit, Inputs, Lost, Remainder
 from headshare.donors import Candidate, Donors, find_donors
 from headshare.gaps import READOUTS, bias_name
 from headshare.halves import Half
@@ -114,6 +114,7 @@ class _Descent:
         self.bytes_of_rank = (len(half.columns[0]) + len(half.weight)) * _item(half.dense.checkpoint, readout.name(0))
         self.saved = {form: saved_bytes(half.dense.checkpoint, half.layout, half.dense.number, form) for form in forms}
         self.given: set[int] = set()
+        self.lost: dict[int, Lost] = {}
         self.may_remove = half.layout.groups - 1 if Form.REMOVE in forms else 0
 
     def steps(self) -> Iterator[Step]:
@@ -144,6 +145,7 @@ class _Descent:
         self.left = self.after(offer, columns)
         self.held.taken(columns, offer)
         self.given.add(group)
+        self.lost.clear()
         self.may_remove -= form is Form.REMOVE
         price = self.held.error(self.left) - before
         return Step(form, (group,), price, self.saved_in(offer, form), offer.donors, offer.rank)
@@ -167,17 +169,17 @@ class _Descent:
 
     def offer(self, group: int, form: Form) -> _Offer:
         """Price this unit in this form as things stand."""
-        columns = self.half.columns[group]
-        removal = self.left.price(columns)
+        if group not in self.lost:
+            self.lost[group] = self.left.fit.lost(self.half.columns[group, None])
+        lost = self.lost[group]
+        removal = self.left.price(lost)
         if form is Form.REMOVE:
             return _Offer(removal)
         donors = self.donors[group][form]
         if form is Form.FACTORED:
-            return self.factored(group, columns, donors, removal)
+            return self.factored(group, self.half.columns[group], donors, removal)
         prices = [
-            self.whole[group] - one.gain
-            if not self.given
-            else self.left.price(columns, self.features(one), one.readout)
+            self.left.price(lost, self.features(one), one.readout) if self.given else self.whole[group] - one.gain
             for one in donors.best
         ]
         ranked = sorted(zip(prices, donors.best, strict=True), key=lambda pair: pair[0])

@@ -55,19 +55,21 @@ def price_units(
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
     Raises:
-        PlanError: if none of the forms can be had of this model, or `done` is of another.
+        PlanError: if none of the forms can be had of this model, `done` is of another, or no donor is to be priced.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("price it")
+    if donors < 1:
+        raise PlanError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
     wanted = _wanted(dense, forms, ffn_groups)
     found = {} if done is None else done
     wanted.prices(dense, found, protect)  # so that paths of another model are refused at once
     pending = set(range(wanted.layouts[Kind.ATTENTION].layers)) - set(protect) - set(found)
     if pending:
         walk = _walk(Layers(dense, device=device), dense, calibration, tokens, tuple(wanted.forms))
-        for layer, look in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
+        for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                found[layer.number] = _paths(layer, look, wanted, donors, held_out)
+                found[layer.number] = _paths(layer, seen, wanted, donors, held_out)
     return wanted.prices(dense, found, protect)
 
 
@@ -93,18 +95,23 @@ def _wanted(dense: Checkpoint, forms: Sequence[Form], ffn_groups: int) -> _Wante
     """
     config = text_config(dense.config)
     layouts, neurons = _layouts(config, dense, ffn_groups)
-    refusals = {kind: removal_refusal(config, kind) for kind in Kind} if Form.REMOVE in forms else {}
+    refusals = {kind: removal_refusal(config, kind) for kind in layouts} if Form.REMOVE in forms else {}
     if refusals and layouts[Kind.ATTENTION].groups == 1:
         refusals[Kind.ATTENTION] = "its layers have one attention unit each"
-    allowed = {}
-    for kind in layouts:
-        ties = tuple(form for form in Form if form in forms and form.kind is kind)
-        removals = (Form.REMOVE,) if Form.REMOVE in forms and refusals[kind] is None else ()
-        allowed[kind] = removals if removals and kind is Kind.FFN else ties + removals
+    removable = {kind for kind, refusal in refusals.items() if refusal is None}
+    allowed = {kind: _allowed(kind, forms, kind in removable) for kind in layouts}
     if not any(allowed.values()):
-        reasons = "".join(f" {reason}." for reason in refusals.values() if reason)
+        reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
         raise PlanError(f"this model can have none of the forms asked for: {', '.join(forms) or 'none'}.{reasons}")
     return _Wanted({kind: some for kind, some in allowed.items() if some}, layouts, neurons)
+
+
+def _allowed(kind: Kind, forms: Sequence[Form], removable: bool) -> tuple[Form, ...]:
+    """The forms for this half of the layers, ties before removal; of neurons, removal alone if it can be had."""
+    if removable and kind is Kind.FFN:
+        return (Form.REMOVE,)
+    ties = tuple(form for form in Form if form in forms and form.kind is kind)
+    return (*ties, Form.REMOVE) if removable else ties
 
 
 def _layouts(config: Mapping[str, Any], dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
