@@ -118,7 +118,7 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.tensors_checked += 1
     if shared.refit:
         result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
-    if shared.plan.factored:
+    if _multiplies_factors(shared.plan):
         result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
@@ -161,11 +161,15 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
     """What makes a shared model round in another way than the stock one; None where it does not."""
     if any(removal.count for removal in plan.removals):
         return "without removed units, sums are rounded in another way"
-    if any(one.count for one in plan.factored):
+    if _multiplies_factors(plan):
         return "factors are multiplied one after the other here, and with each other there"
     if scale_names(plan):
         return "scales of ties multiply inputs here, and weights there"
     return None
+
+
+def _multiplies_factors(plan: SharePlan) -> bool:
+    return any(one.count for one in plan.factored)
 
 
 @contextmanager
