@@ -29,7 +29,7 @@ from headshare.models import load_model, unique_parameter_bytes
 from headshare.plans import Choice, Factored, Removal, Selection, SharePlan
 from headshare.recognition import attention_layout
 from headshare.refits import RefitRecord
-from headshare.sharing import check_shared
+from headshare.sharing import check_shared, write_overwritten
 from headshare.storage.factored import FactoredProjection
 from headshare.units import HeadUnit, Kind, Part, Tie
 from headshare.verification import verify
@@ -213,6 +213,24 @@ def test_expanding_and_dequantising_multiply_the_factors_out(name: str, tmp_path
     torch.testing.assert_close(outputs(whole), outputs(stock), rtol=0, atol=0)
     whole.save_pretrained(tmp_path / "dequantised")
     assert raw(tmp_path / "dequantised") == raw(folder)
+
+
+def test_the_text_model_inside_a_vision_model_is_factored(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    text = {**tiny.WIDE_HEADS, "vocab_size": 300}
+    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    tf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    dense = hs.open_checkpoint(tmp_path / "dense")
+    out = hs.share(dense, mixed(dense)).save(tmp_path / "shared")
+    model = tf.Gemma3ForConditionalGeneration.from_pretrained(out).eval()
+    folder = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
+    stock = tf.Gemma3ForConditionalGeneration.from_pretrained(folder).eval()
+    torch.testing.assert_close(outputs(model), outputs(stock), **CLOSE)
+    model.save_pretrained(tmp_path / "again")
+    assert raw(tmp_path / "again") == raw(out)
 
 
 def test_share_writes_the_nearest_product_in_the_type_of_the_weight(tmp_path: Path) -> None:
@@ -470,6 +488,9 @@ def test_overwriting_recipients_leaves_factored_columns_as_they_are(tmp_path: Pa
     before = copy.deepcopy(model.state_dict())
     overwrite_recipients(model, some_factored(dense))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name in ("llama-gqa", "gpt2"):
+        dense = hs.open_checkpoint(tiny.make(name, tmp_path / name))
+        assert raw(write_overwritten(dense, some_factored(dense), tmp_path / f"{name} overwritten")) == raw(dense.path)
 
 
 def test_random_donors_lend_from_readouts_that_may(tmp_path: Path) -> None:
