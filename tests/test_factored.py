@@ -29,7 +29,7 @@ from headshare.models import load_model, unique_parameter_bytes
 from headshare.plans import Choice, Factored, Removal, Selection, SharePlan
 from headshare.recognition import attention_layout
 from headshare.refits import RefitRecord
-from headshare.sharing import check_shared, write_overwritten
+from headshare.sharing import check_shared, write_overwritten, write_refitted
 from headshare.storage.factored import FactoredProjection
 from headshare.units import HeadUnit, Kind, Part, Tie
 from headshare.verification import verify
@@ -260,6 +260,9 @@ def test_factors_that_were_fitted_are_written_as_they_are(tmp_path: Path) -> Non
     stored = load_file(shared.save(tmp_path / "shared") / MODEL)
     assert all(torch.equal(stored[key], tensor) for key, tensor in fitted.items())
     assert torch.equal(stored[base + "weight"], torch.cat([whole[:8], whole[16:24]]))
+    later = hs.open_checkpoint(hs.share(dense, plan).save(tmp_path / "shared first"))
+    write_refitted(later, record, {base + "weight": whole, **fitted}, tmp_path / "refitted later")
+    assert raw(tmp_path / "refitted later") == raw(tmp_path / "shared")
     given = hs.share(dense, plan).with_refit(record, {base + "weight": whole}).save(tmp_path / "weight alone")
     for span, product in products(plan, given)[base + "weight"]:
         rank = 2 if span.start == 8 else 3
