@@ -8,7 +8,7 @@ from math import prod
 from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import PlanError
-from headshare.gaps import GappedTensor, gapped_biases, gapped_tensors, scale_names, scaled_weight_name
+from headshare.gaps import GappedTensor, extra_tensors, gapped_biases, gapped_tensors
 from headshare.headers import DTYPES, TensorInfo
 from headshare.layout import Layout
 from headshare.planning import check_covered, checked_recipients, ratio_of
@@ -126,8 +126,8 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         layout.units * place.numel * item_size(checkpoint.tensors[place.name(0)], code)
         for layout, place in places.values()
     )
-    for name, count in scale_names(plan).items():
-        saved -= count * item_size(checkpoint.tensors[scaled_weight_name(name)], code)
+    for extra in extra_tensors(plan).values():
+        saved -= prod(extra.shape) * item_size(checkpoint.tensors[extra.weight], code)
     return Estimate(
         units=sum(selection.layout.units for selection in plan.selections),
         recipients=plan.ties,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoints import Checkpoint
-from headshare.gaps import NOTHING, GappedTensor, Run
+from headshare.gaps import NOTHING, PRODUCT, GappedTensor, Run
 from headshare.headers import DTYPES, TensorInfo
 
 SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
@@ -58,16 +58,24 @@ def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None, 
 
 
 def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:
-    """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint."""
-    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(tensor.whole()))
+    """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint.
+
+    Columns that the plan stores as a product are left as the dense tensor has them.
+    """
+    runs = (run._replace(source=info.name) if run.source == PRODUCT else run for run in tensor.whole())
+    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
 
 def filled(info: TensorInfo, tensor: GappedTensor, tensors: Mapping[str, GappedTensor]) -> Assembly:
-    """The same, read from a shared checkpoint, where donors too hold only what they keep."""
+    """The same, read from a shared checkpoint, where donors too hold only what they keep. There are zeros where the
+    tensor's own factors are to be multiplied out."""
     runs = []
     for source, start, stop in tensor.whole():
-        first = start if source == NOTHING else tensors[source].stored_index(start)
-        runs.append(Run(source, first, first + stop - start))
+        if source in (NOTHING, PRODUCT):
+            runs.append(Run(NOTHING, start, stop))
+        else:
+            first = tensors[source].stored_index(start)
+            runs.append(Run(source, first, first + stop - start))
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
 
@@ -98,6 +106,9 @@ def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     if not assembly.runs:
         return
     names = dict.fromkeys(run.source for run in assembly.runs if run.source != NOTHING)
+    if not names:
+        yield torch.zeros(assembly.shape, dtype=DTYPES[assembly.dtype])
+        return
     step = max(1, min(_rows_per_slice(source.tensors[name]) for name in names) // len(names))
     for first in range(0, assembly.shape[0], step):
         last = min(first + step, assembly.shape[0])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from headshare.errors import PlanError
 from headshare.layout import Layout
 from headshare.paths import Form, Path, Prices, Step
-from headshare.plans import Choice, Removal, Selection, SharePlan
+from headshare.plans import Choice, Factored, Removal, Selection, SharePlan
 from headshare.units import HeadUnit, Kind, Part, Tie
 
 Taken = list[int]
@@ -171,7 +171,10 @@ def _budgeted(prices: Prices, paths: Sequence[Path], taken: Taken, choice: Choic
     tied, chosen = _tied(prices, given), choice or Choice(match="output", mode="greedy")
     selections = [one for layout in prices.layouts.values() for one in _selections(layout, tied, chosen)]
     plan = SharePlan(
-        model_type=prices.model_type, selections=tuple(selections), removals=tuple(_removals(prices, given, chosen))
+        model_type=prices.model_type,
+        selections=tuple(selections),
+        removals=tuple(_removals(prices, given, chosen)),
+        factored=tuple(_factored(prices, given, chosen)),
     )
     price = sum((step.price for _, step in given), sum((one.dearer for one in tied), 0.0))
     return Budgeted(plan, sum(step.saved_bytes for _, step in given), price)
@@ -234,3 +237,17 @@ def _removals(prices: Prices, given: Given, chosen: Choice) -> Iterator[Removal]
                 layouts[kind] = prices.layout_of(path)
         if removed:
             yield Removal(layout=layouts[kind], removed=removed, chosen=chosen)
+
+
+def _factored(prices: Prices, given: Given, chosen: Choice) -> Iterator[Factored]:
+    """The units whose columns of o become products, with their ranks."""
+    ranks = {unit: step.rank for path, step in given if step.form is Form.FACTORED for unit in _units(path, step)}
+    if ranks:
+        layers = sorted({unit.layer for unit in ranks})
+        groups = {layer: sorted(unit.group for unit in ranks if unit.layer == layer) for layer in layers}
+        yield Factored(
+            layout=prices.layouts[Kind.ATTENTION].only((Part.O,)),
+            units=groups,
+            ranks={layer: tuple(ranks[HeadUnit(layer, group)] for group in groups[layer]) for layer in layers},
+            chosen=chosen,
+        )

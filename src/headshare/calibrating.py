@@ -36,7 +36,8 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "qkv": (Form.QKV,),
     "qkvo": (Form.QKVO,),
     "gateup": (Form.GATEUP,),
-    AUTO: (Form.QK, Form.QKV, Form.QKVO),
+    "factored": (Form.FACTORED,),
+    AUTO: (Form.QK, Form.QKV, Form.FACTORED),
 }
 
 
@@ -220,7 +221,7 @@ def _streams_after(key: str, layer: int) -> str:
 def record_of(calibration: Calibration, tensors: Collection[str]) -> RefitRecord:
     """What a checkpoint says of its refit."""
     return RefitRecord(
-        tensors=tuple(sorted(name for name in tensors if not name.endswith("tie_scale"))),
+        tensors=tuple(sorted(name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out")))),
         text=calibration.source[:MAX_TEXT],
         text_digest=calibration.digest,
         tokens=calibration.tokens.numel(),

@@ -15,7 +15,7 @@ from headshare.units import HeadUnit, Kind, Part, Tie
 @torch.no_grad()
 def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
     """Write donors' rows over recipients' in a stock model, and take removed units out: what a shared model computes,
-    with nothing saved."""
+    with nothing saved. Factored units keep their columns as they are: the plan does not know their factors."""
     weights: dict[str, Tensor] = {}
     for selection in plan.selections:
         for place in selection.layout.parts.values():
@@ -47,7 +47,8 @@ def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> Non
 
 
 def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
-    """The same recipients, each tied to a random kept unit of an earlier layer; and the same removals."""
+    """The same recipients, each tied to a random kept unit of an earlier layer; and the same removals
+    and factored units."""
     generator = random.Random(seed)  # noqa: S311 - an experiment's control, not a secret
     selections = []
     for selection in plan.selections:
@@ -57,11 +58,13 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
             earlier = [
                 HeadUnit(layer, group) for layer in range(recipient.layer) for group in range(selection.layout.groups)
             ]
-            kept = [unit for unit in earlier if unit not in recipients and not plan.loses_some_of(unit, selection)]
+            kept = [unit for unit in earlier if unit not in recipients and plan.may_lend(unit, selection)]
             ties.append(Tie(recipient, generator.choice(kept)))
         choice = Choice(match="random", mode=selection.chosen.mode, ratio=selection.chosen.ratio)
         selections.append(Selection(layout=selection.layout, ties=tuple(ties), scale=selection.scale, chosen=choice))
-    return SharePlan(model_type=plan.model_type, selections=tuple(selections), removals=plan.removals)
+    return SharePlan(
+        model_type=plan.model_type, selections=tuple(selections), removals=plan.removals, factored=plan.factored
+    )
 
 
 def recipients_of(plan: SharePlan) -> dict[Kind, list[HeadUnit]]:

@@ -1,10 +1,11 @@
 """What a plan means for each tensor: which indices it no longer stores, and whose it uses instead.
 
-A tensor that a plan touches has *gaps* along one axis, and indices that are *removed*: nothing stands for those.
-There are three ways to count. Dense coordinates count all indices of the original tensor; reduced coordinates those
-that are not removed, which is what a loaded model multiplies with; stored coordinates those that the tensor keeps.
-Share and expand work in dense coordinates; the storages get tensors that `reduced_tensors` has turned into reduced
-ones, and know of no removal. Without removals the two are the same.
+A tensor that a plan touches has *gaps* along one axis, and indices that are *removed*: nothing stands for those. A
+readout can also have *factored* indices: a product of two extra tensors stands for them. There are three ways to
+count. Dense coordinates count all indices of the original tensor; reduced coordinates those that are not removed, which
+is what a loaded model multiplies with; stored coordinates those that the tensor keeps. Share and expand work in dense
+coordinates; the storages get tensors that `reduced_tensors` has turned into reduced ones, and know of no removal.
+Without removals the two are the same.
 """
 
 from bisect import bisect_right
@@ -20,6 +21,7 @@ from headshare.plans import Selection, SharePlan
 from headshare.units import Part
 
 NOTHING = ""
+PRODUCT = "*"
 READOUTS = (Part.O, Part.DOWN)
 
 
@@ -32,8 +34,17 @@ class Gap(NamedTuple):
     donor_start: int
 
 
+class Product(NamedTuple):
+    """Dense indices [start, stop) of a readout that are stored as a product of this rank: those of one unit."""
+
+    start: int
+    stop: int
+    rank: int
+
+
 class Run(NamedTuple):
-    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros."""
+    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros; of PRODUCT, what the tensor's own factors
+    make there."""
 
     source: str
     start: int
@@ -42,7 +53,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class GappedTensor:
-    """One tensor under a plan: its dense shape, the axis along which units lie, its gaps and what is removed, in order.
+    """One tensor under a plan: its dense shape, the axis along which units lie, its gaps, what is removed and what is
+    factored, in order.
 
     A bias has one axis; all others have two.
     """
@@ -53,11 +65,13 @@ class GappedTensor:
     gaps: tuple[Gap, ...] = ()
     scaled: tuple[tuple[int, int], ...] = ()
     removed: Spans = ()
+    factored: tuple[Product, ...] = ()
 
     @cached_property
     def _absent(self) -> "_Absent":
-        gaps = [Span(gap.start, gap.stop) for gap in self.gaps]
-        return _Absent(tuple(sorted([*gaps, *self.removed]))) if gaps else self._removed
+        spans = [Span(gap.start, gap.stop) for gap in self.gaps]
+        spans += [Span(start, stop) for start, stop, _ in self.factored]
+        return _Absent(tuple(sorted([*spans, *self.removed]))) if spans else self._removed
 
     @cached_property
     def _removed(self) -> "_Absent":
@@ -104,6 +118,7 @@ class GappedTensor:
             (gap.start, Run(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
         ]
         runs += [(start, Run(NOTHING, start, stop)) for start, stop in self.removed]
+        runs += [(start, Run(PRODUCT, start, stop)) for start, stop, _ in self.factored]
         return _joined([run for _, run in sorted(runs)])
 
     def reduced(self, tensors: Mapping[str, "GappedTensor"]) -> "GappedTensor":
@@ -120,7 +135,11 @@ class GappedTensor:
         scaled = tuple(
             (self.reduced_index(start), self.reduced_index(start) + stop - start) for start, stop in self.scaled
         )
-        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled)
+        factored = tuple(
+            Product(self.reduced_index(start), self.reduced_index(start) + stop - start, rank)
+            for start, stop, rank in self.factored
+        )
+        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled, factored=factored)
 
 
 class _Absent:
@@ -155,8 +174,9 @@ def _joined(runs: list[Run]) -> list[Run]:
 
 
 def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
-    """Every tensor that gives, takes or loses something under this plan, by name, in dense coordinates. Tensors that a
-    plan leaves alone are not listed; nor are biases, which not every model has: see `gapped_biases`."""
+    """Every tensor that gives, takes or loses something under this plan or has factored units, by name, in dense
+    coordinates. Tensors that a plan leaves alone are not listed; nor are biases, which not every model has: see
+    `gapped_biases`."""
     gaps: dict[str, list[Gap]] = {}
     scaled: dict[str, list[tuple[int, int]]] = {}
     shapes: dict[str, tuple[tuple[int, int], int]] = {}
@@ -171,6 +191,8 @@ def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
                     scaled.setdefault(name, []).append(span)
     removed = _removed(plan, tuple(Part))
     shapes |= {name: (place.shape, place.axis) for name, (place, _) in removed.items()}
+    factored = _factored(plan)
+    shapes |= {name: (place.shape, place.axis) for name, (place, _) in factored.items()}
     return {
         name: GappedTensor(
             name,
@@ -179,6 +201,7 @@ def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
             tuple(sorted(gaps.get(name, []))),
             tuple(sorted(scaled.get(name, []))),
             removed[name][1] if name in removed else (),
+            factored[name][1] if name in factored else (),
         )
         for name, (shape, axis) in shapes.items()
     }
@@ -199,6 +222,12 @@ def reduced_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
     return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
 
 
+def reduced_readouts(plan: SharePlan) -> dict[str, GappedTensor]:
+    """Every readout with factored units, in the same coordinates."""
+    tensors = gapped_tensors(plan)
+    return {name: tensor.reduced(tensors) for name, tensor in tensors.items() if tensor.factored}
+
+
 def tied_names(tensors: Mapping[str, GappedTensor]) -> list[str]:
     """The names of the tensors that give or take."""
     donors = {gap.donor for tensor in tensors.values() for gap in tensor.gaps}
@@ -217,6 +246,18 @@ def _removed(plan: SharePlan, parts: tuple[Part, ...]) -> dict[str, tuple[Place,
     return found
 
 
+def _factored(plan: SharePlan) -> dict[str, tuple[Place, tuple[Product, ...]]]:
+    """The place of each readout that has factored units, and those units' indices."""
+    return {
+        one.place.name(layer): (
+            one.place,
+            tuple(Product(*one.place.span(group), rank) for group, rank in one.ranked(layer)),
+        )
+        for one in plan.factored
+        for layer in one.units
+    }
+
+
 def _indices(place: Place, groups: Spans) -> Spans:
     """The indices that these groups have in this place."""
     if (place.start, place.step, place.rows) == (0, 1, 1):
@@ -231,11 +272,35 @@ def bias_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "bias"
 
 
+class Extra(NamedTuple):
+    """A tensor that the dense model does not have: the weight that it stands beside and shares its type with, and its
+    shape."""
+
+    weight: str
+    shape: tuple[int, ...]
+
+
+def extra_tensors(plan: SharePlan) -> dict[str, Extra]:
+    """Every tensor that a plan adds, by name: scales of scaled ties, and the two factors of factored readouts."""
+    tensors = gapped_tensors(plan)
+    extra = {name: Extra(scaled_weight_name(name), (count,)) for name, count in _scales(tensors).items()}
+    for name, tensor in tensors.items():
+        if tensor.factored:
+            factor_in, factor_out = factor_names(name)
+            extra[factor_in] = Extra(name, (total_rank(tensor), tensor.factored[0].stop - tensor.factored[0].start))
+            extra[factor_out] = Extra(name, (tensor.shape[1 - tensor.axis], total_rank(tensor)))
+    return extra
+
+
 def scale_names(plan: SharePlan) -> dict[str, int]:
     """Extra tensors that scaled ties bring, by name, and how many numbers each has."""
+    return _scales(gapped_tensors(plan))
+
+
+def _scales(tensors: Mapping[str, GappedTensor]) -> dict[str, int]:
     return {
         scale_name(name): sum(stop - start for start, stop in tensor.scaled)
-        for name, tensor in gapped_tensors(plan).items()
+        for name, tensor in tensors.items()
         if tensor.scaled
     }
 
@@ -248,6 +313,19 @@ def scale_name(weight_name: str) -> str:
 def scaled_weight_name(scale: str) -> str:
     """The readout weight whose channels this tensor scales; the inverse of `scale_name`."""
     return scale.removesuffix("tie_scale") + "weight"
+
+
+def factor_names(weight_name: str) -> tuple[str, str]:
+    """The two tensors whose product stands for this readout weight's factored columns. Whatever the weight's own
+    orientation, the first is ranks x input channels of a unit, the second outputs x ranks; the units' ranks lie one
+    after the other."""
+    base = weight_name.removesuffix("weight")
+    return base + "factor_in", base + "factor_out"
+
+
+def total_rank(tensor: GappedTensor) -> int:
+    """The sum of the ranks of a readout's factored units."""
+    return sum(one.rank for one in tensor.factored)
 
 
 def recipients_by_layer(selection: Selection) -> dict[int, list[tuple[int, int, int]]]:

@@ -1,4 +1,4 @@
-"""What is tied to what, and what is removed: a plan as a small text picture, layer by layer, and as data."""
+"""What is tied, removed and factored: a plan as a small text picture, layer by layer, and as data."""
 
 from typing import Any
 
@@ -7,21 +7,22 @@ from headshare.errors import PlanError
 from headshare.gaps import recipients_by_layer
 from headshare.indices import length
 from headshare.placement import held_again, split_evenly
-from headshare.plans import Removal, Selection, SharePlan
+from headshare.plans import Factored, Removal, Selection, SharePlan
 from headshare.units import Kind
 
-KEPT, LENDS, GIVEN, REMOVED = "■", "◆", "·", "x"
+KEPT, LENDS, GIVEN, REMOVED, FACTORED = "■", "◆", "·", "x", "f"
 BAR = 32
 
 
 def describe(plan: SharePlan) -> dict[str, Any]:
-    """The plan's ties, removals and counts, as `inspect --json` prints them."""
+    """The plan's ties, removals, factored units and counts, as `inspect --json` prints them."""
     return {
         "model_type": plan.model_type,
         "plan_digest": plan.digest,
         "ties": plan.ties,
         "selections": [_describe_selection(selection) for selection in plan.selections],
         "removals": [_describe_removal(removal) for removal in plan.removals],
+        "factored": [_describe_factored(factored) for factored in plan.factored],
     }
 
 
@@ -35,6 +36,20 @@ def _describe_removal(removal: Removal) -> dict[str, Any]:
         "ratio": removal.count / removal.layout.units,
         "chosen": data["chosen"],
         "indices": data["removed"],
+    }
+
+
+def _describe_factored(factored: Factored) -> dict[str, Any]:
+    data = factored.model_dump(mode="json")
+    return {
+        "kind": str(factored.layout.kind),
+        "layers": factored.layout.layers,
+        "groups": factored.layout.groups,
+        "factored": factored.count,
+        "ratio": factored.count / factored.layout.units,
+        "chosen": data["chosen"],
+        "indices": data["units"],
+        "ranks": data["ranks"],
     }
 
 
@@ -55,8 +70,10 @@ def picture(plan: SharePlan) -> str:
     """One line a layer, one sign a unit, and beside it whose weights each recipient uses."""
     blocks = [_picture_selection(selection, plan) for selection in plan.selections]
     blocks += [_picture_removal(removal) for removal in plan.removals]
+    blocks += [_picture_factored(factored) for factored in plan.factored]
     legend = f"{KEPT} kept   {LENDS} kept, and lends to a later layer   {GIVEN} given up, uses a donor's"
     legend += f"   {REMOVED} removed" if plan.removals else ""
+    legend += f"   {FACTORED} W_o stored as a product" if plan.factored else ""
     return "\n\n".join([*blocks, legend]) + "\n"
 
 
@@ -114,6 +131,29 @@ def _picture_removal(removal: Removal) -> str:
             signs = KEPT * kept + REMOVED * (BAR - kept)
         lines.append(f"  layer {layer:{width}}  {signs}  {count:{digits}} of {layout.groups}")
     return "\n".join(lines)
+
+
+def _picture_factored(factored: Factored) -> str:
+    """A sign for each attention unit, and the ranks of those that are factored."""
+    layout, chosen = factored.layout, factored.chosen
+    title = (
+        f"{layout.kind}, part o: {factored.count} of {layout.units} units factored "
+        f"({factored.count / layout.units:.1%}; asked {chosen.ratio:.1%}), match {chosen.match}, mode {chosen.mode}"
+    )
+    width = len(str(layout.layers - 1))
+    lines = [title]
+    for layer in range(layout.layers):
+        rank_of = dict(factored.ranked(layer))
+        signs = "".join(FACTORED if group in rank_of else KEPT for group in range(layout.groups))
+        lines.append(f"  layer {layer:{width}}  {signs}  {_in_words(sorted(rank_of.values()))}".rstrip())
+    return "\n".join(lines)
+
+
+def _in_words(ranks: list[int]) -> str:
+    """How many units are factored, and at which rank: "3 of rank 8", "2 of rank 4 to 16"."""
+    if not ranks:
+        return ""
+    return f"{len(ranks)} of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] != ranks[0] else "")
 
 
 def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The share plan: which unit takes its weights from which, which are removed, and how that was chosen. Holds no weight.
+"""The share plan: which unit takes its weights from which, which are removed or read out by a product of two small
+matrices, and how that was chosen. Holds no weight.
 
 A plan with a chain, a cycle or an index out of range cannot be constructed; so nothing that is handed one asks.
 A plan read from a checkpoint or a file is untrusted and comes through the same door: `SharePlan.from_json`.
@@ -36,7 +37,7 @@ MAX_ATTENTION_UNITS = 100_000
 
 
 class Choice(BaseModel):
-    """How a selection's ties, or a removal's units, were chosen; for people and for reproduction, read by no code."""
+    """How ties, or removed or factored units, were chosen; for people and for reproduction, read by no code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -128,16 +129,11 @@ class Removal(BaseModel):
     def _read_removed(cls, value: Any, info: Any) -> Any:
         """Accept {layer: text, whole numbers or spans}; texts are measured before they are read."""
         layout = info.data.get("layout")
-        if not isinstance(layout, Layout):
-            return {}  # which is an error of its own
-        if not isinstance(value, dict) or len(value) > layout.layers:
-            raise PlanError(f"removed must map some of {layout.layers} layers to indices; found {value!r:.50}.")
-        found = {_read_layer(key, layout): _read_removed(indices, layout) for key, indices in value.items()}
-        return {layer: found[layer] for layer in sorted(found) if found[layer]}
+        return _read_groups(value, layout) if isinstance(layout, Layout) else {}  # which is an error of its own
 
     @field_serializer("removed")
     def _write_removed(self, removed: dict[int, Spans]) -> dict[str, str]:
-        return {str(layer): write_indices(spans) for layer, spans in removed.items()}
+        return _write_groups(removed)
 
     @model_validator(mode="after")
     def _check(self) -> "Removal":
@@ -176,7 +172,7 @@ class Removal(BaseModel):
 
     def indices(self, layer: int) -> list[int]:
         """The groups that this layer goes without, in order."""
-        return [index for start, stop in self.removed.get(layer, ()) for index in range(start, stop)]
+        return _flat(self.removed.get(layer, ()))
 
     def takes_from(self, unit: HeadUnit, layout: Layout) -> bool:
         """Whether some of this unit is removed. `layout` is the grid that the unit is in, perhaps a coarser one."""
@@ -189,12 +185,87 @@ class Removal(BaseModel):
         return at < len(spans) and spans[at].start < stop
 
 
+class Factored(BaseModel):
+    """Units whose columns of the readout (W_o) are stored as a product of two matrices, of a rank for each unit.
+
+    The layout has the part o alone. `units` says which groups, by layer, as a removal does; `ranks` has a number for
+    each of them, in ascending order of the groups. What else such a unit has may be tied or its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: Layout
+    units: dict[int, Spans]
+    ranks: dict[int, tuple[int, ...]]
+    chosen: Choice = Choice()
+
+    @field_validator("layout")
+    @classmethod
+    def _check_layout(cls, layout: Layout) -> Layout:
+        if layout.kind is not Kind.ATTENTION or tuple(layout.parts) != (Part.O,):
+            raise PlanError(
+                f"only part o of attention units is stored as a product; this layout is of {layout.kind} units and has "
+                f"{','.join(layout.parts)}."
+            )
+        if layout.units > MAX_ATTENTION_UNITS:
+            raise PlanError(f"{layout.units} attention units; products are for at most {MAX_ATTENTION_UNITS}.")
+        if not layout.parts[Part.O].tensor.endswith(".weight"):
+            raise PlanError("columns can be stored as a product only in tensors whose names end with .weight.")
+        return layout
+
+    @field_validator("units", mode="before")
+    @classmethod
+    def _read_units(cls, value: Any, info: Any) -> Any:
+        """Accept {layer: text, whole numbers or spans}, as a removal does."""
+        layout = info.data.get("layout")
+        return _read_groups(value, layout) if isinstance(layout, Layout) else {}  # which is an error of its own
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _read_ranks(cls, value: Any, info: Any) -> Any:
+        """Accept {layer: [rank, ...]}, one for each unit of that layer."""
+        layout, units = info.data.get("layout"), info.data.get("units")
+        if not isinstance(layout, Layout) or units is None:
+            return {}  # which is an error of its own
+        if not isinstance(value, dict) or len(value) > layout.layers:
+            raise PlanError(f"ranks must map some of {layout.layers} layers to lists; found {value!r:.50}.")
+        found = {_read_layer(key, layout): ranks for key, ranks in value.items()}
+        place = layout.parts[Part.O]
+        return {
+            layer: _checked_ranks(found.get(layer, ()), layer, length(units.get(layer, ())), place)
+            for layer in sorted({*found, *units})
+            if layer in units or found[layer]
+        }
+
+    @field_serializer("units")
+    def _write_units(self, units: dict[int, Spans]) -> dict[str, str]:
+        return _write_groups(units)
+
+    @field_serializer("ranks")
+    def _write_ranks(self, ranks: dict[int, tuple[int, ...]]) -> dict[str, list[int]]:
+        return {str(layer): list(many) for layer, many in ranks.items()}
+
+    @property
+    def place(self) -> Place:
+        """Where the readout's columns lie."""
+        return self.layout.parts[Part.O]
+
+    @property
+    def count(self) -> int:
+        """How many units there are in all."""
+        return sum(map(length, self.units.values()))
+
+    def ranked(self, layer: int) -> list[tuple[int, int]]:
+        """Group and rank of this layer's units, in order."""
+        return list(zip(_flat(self.units.get(layer, ())), self.ranks.get(layer, ()), strict=True))
+
+
 class SharePlan(BaseModel):
     """Layout, ties, and how they were chosen. Frozen, comparable, printable; JSON is its only other form.
 
     Raises:
         PlanError: on any cycle, chain, repeated recipient, index out of range, later donor or overlapping part; and
-            where a removed unit is also tied.
+            where a removed unit is also tied, or a factored one is removed or has a tie in its layer's readout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -203,6 +274,7 @@ class SharePlan(BaseModel):
     model_type: Annotated[str, Field(max_length=MAX_NAME)] = "unknown"
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
     removals: Annotated[tuple[Removal, ...], Field(max_length=len(Kind))] = ()
+    factored: Annotated[tuple[Factored, ...], Field(max_length=len(Kind))] = ()
 
     @model_validator(mode="after")
     def _check(self) -> "SharePlan":
@@ -212,6 +284,8 @@ class SharePlan(BaseModel):
         check_places([selection.layout for selection in self.selections])
         if self.removals:
             self._check_removals()
+        if self.factored:
+            self._check_factored()
         return self
 
     def _check_removals(self) -> None:
@@ -224,12 +298,23 @@ class SharePlan(BaseModel):
             for selection in self.selections:
                 _check_apart(selection, removal)
 
+    def _check_factored(self) -> None:
+        if len(self.factored) > 1:
+            raise PlanError("a plan lists factored attention units twice. Make them one.")
+        check_tensors(self.layouts)
+        for one in self.factored:
+            for removal in self.removals:
+                _check_not_removed(one, removal)
+            for selection in self.selections:
+                _check_readout_not_tied(one, selection)
+
     @model_serializer(mode="wrap")
     def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Without `removals` where there are none: plans of before there were any keep their digests."""
+        """Without `removals` or `factored` where there are none: plans of before there were any keep their digests."""
         data: dict[str, Any] = handler(self)
-        if not self.removals:
-            data.pop("removals", None)
+        for key in ("removals", "factored"):
+            if not getattr(self, key):
+                data.pop(key, None)
         return data
 
     @property
@@ -239,8 +324,9 @@ class SharePlan(BaseModel):
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """The grids of all removals and selections."""
-        return (*(removal.layout for removal in self.removals), *(selection.layout for selection in self.selections))
+        """The grids of all removals, factored units and selections."""
+        own = (*(removal.layout for removal in self.removals), *(one.layout for one in self.factored))
+        return (*own, *(selection.layout for selection in self.selections))
 
     def removed(self, kind: Kind) -> int:
         """How many units of this kind are removed, over all layers; in the feed-forward these are neurons."""
@@ -250,6 +336,13 @@ class SharePlan(BaseModel):
         """Whether this unit of the selection's grid, or a neuron of it, is removed."""
         same = (removal for removal in self.removals if removal.layout.kind is selection.layout.kind)
         return any(removal.takes_from(unit, selection.layout) for removal in same)
+
+    def may_lend(self, unit: HeadUnit, selection: Selection) -> bool:
+        """Whether a tie to this unit of the selection's grid could be: nothing of it is removed, and the parts that the
+        selection shares are not in a readout with factored units."""
+        tensors = {place.tensor for place in selection.layout.parts.values()}
+        mixed = any(one.place.tensor in tensors and unit.layer in one.units for one in self.factored)
+        return not mixed and not self.loses_some_of(unit, selection)
 
     @property
     def digest(self) -> str:
@@ -324,20 +417,50 @@ def _read_tie(item: Any) -> Tie:
 def _read_layer(key: Any, layout: Layout) -> int:
     layer = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,5}", key, re.ASCII) else key
     if type(layer) is not int or not 0 <= layer < layout.layers:
-        raise PlanError(f"units are removed from a layer {key!r:.50}; the model has {layout.layers}, from 0 on.")
+        raise PlanError(f"the plan names a layer {key!r:.50}; the model has {layout.layers}, from 0 on.")
     return layer
 
 
-def _read_removed(value: Any, layout: Layout) -> Spans:
+def _read_groups(value: Any, layout: Layout) -> dict[int, Spans]:
+    """Groups by layer, in order, without layers of none."""
+    if not isinstance(value, dict) or len(value) > layout.layers:
+        raise PlanError(f"units are listed by layer, some of {layout.layers}, as indices; found {value!r:.50}.")
+    found = {_read_layer(key, layout): _read_spans(indices, layout) for key, indices in value.items()}
+    return {layer: found[layer] for layer in sorted(found) if found[layer]}
+
+
+def _write_groups(groups: dict[int, Spans]) -> dict[str, str]:
+    return {str(layer): write_indices(spans) for layer, spans in groups.items()}
+
+
+def _flat(spans: Spans) -> list[int]:
+    return [index for start, stop in spans for index in range(start, stop)]
+
+
+def _read_spans(value: Any, layout: Layout) -> Spans:
     if isinstance(value, str):
         return read_indices(value, layout.groups)
     if not isinstance(value, Collection) or len(value) > layout.groups:
-        raise PlanError(f"removed groups are written like 3,7-9,15; found {value!r:.50}.")
+        raise PlanError(f"groups are written like 3,7-9,15; found {value!r:.50}.")
     if value and all(isinstance(item, Span) for item in value):
         return read_indices(write_indices(tuple(value)), layout.groups)
     if not all(type(index) is int and 0 <= index < layout.groups for index in value):
-        raise PlanError(f"removed groups are whole numbers below {layout.groups}; found {value!r:.50}.")
+        raise PlanError(f"groups are whole numbers below {layout.groups}; found {value!r:.50}.")
     return spans_of(value)
+
+
+def _checked_ranks(value: Any, layer: int, count: int, place: Place) -> tuple[int, ...]:
+    outputs = place.shape[1 - place.axis]
+    most = min(place.rows, outputs) - 1
+    if not isinstance(value, list | tuple) or len(value) != count:
+        raise PlanError(f"layer {layer} has {count} factored units; it needs as many ranks, found {value!r:.50}.")
+    for rank in value:
+        if type(rank) is not int or not 1 <= rank <= most:
+            raise PlanError(
+                f"a factored unit of layer {layer} has rank {rank!r:.50}; its columns are {outputs} x {place.rows}: "
+                f"a product of them has a rank from 1 to {most}."
+            )
+    return tuple(value)
 
 
 def _check_apart(selection: Selection, removal: Removal) -> None:
@@ -357,6 +480,34 @@ def _check_apart(selection: Selection, removal: Removal) -> None:
             if removal.takes_from(unit, theirs):
                 what = f"{unit} is" if each == 1 else f"neurons of {unit} are"
                 raise PlanError(f"{tie}, but {what} removed. Remove it or tie it, not both.")
+
+
+def _check_not_removed(factored: Factored, removal: Removal) -> None:
+    """Raise PlanError if a factored unit is removed, or if the two see the same weights in different ways."""
+    ours, theirs = factored.layout, removal.layout
+    if theirs.kind is not ours.kind:
+        if any(place.tensor == factored.place.tensor for place in theirs.parts.values()):
+            raise PlanError(f"{factored.place.tensor} holds units of two kinds; in such a tensor none can be factored.")
+        return
+    if (theirs.layers, theirs.groups, theirs.parts[Part.O]) != (ours.layers, ours.groups, factored.place):
+        raise PlanError("a removal and factored units see the attention units of this model in different ways.")
+    for layer in factored.units:
+        both = {group for group, _ in factored.ranked(layer)} & set(removal.indices(layer))
+        if both:
+            raise PlanError(f"{HeadUnit(layer, min(both))} is both factored and removed. Make it one of them.")
+
+
+def _check_readout_not_tied(factored: Factored, selection: Selection) -> None:
+    """Raise PlanError if a readout with factored units also gives or takes columns."""
+    if all(place.tensor != factored.place.tensor for place in selection.layout.parts.values()):
+        return
+    for tie in selection.ties:
+        for unit in tie:
+            if unit.layer in factored.units:
+                raise PlanError(
+                    f"{tie}, also in {factored.place.name(unit.layer)}, which has factored units: in one layer's "
+                    "readout, ties and factored units do not mix. Tie q, k and v alone there."
+                )
 
 
 def _is_cut_finer(coarse: Place, fine: Place | None, each: int) -> bool:

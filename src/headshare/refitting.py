@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import CheckpointError, PlanError
-from headshare.gaps import bias_name, gapped_tensors, scale_name
+from headshare.factors import join_columns, split_columns
+from headshare.gaps import bias_name, factor_names, gapped_tensors, scale_name
 from headshare.plans import Selection, SharePlan
 from headshare.progress import track
-from headshare.readouts import Fitted, Lent, NormalEquations, assembled, fit_readout
+from headshare.readouts import Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
 from headshare.residuals import Residual, residual_of, watched
 from headshare.streams import Batch, Layers, Stream
 from headshare.units import Part
@@ -184,7 +185,7 @@ class Refitter:
         return self.layers.build(layer, {name: self.weights.read(name) for name in changed})
 
     def _loses_some(self, name: str) -> bool:
-        return bool(self.gapped[name].gaps or self.gapped[name].removed)
+        return bool(self.gapped[name].gaps or self.gapped[name].removed or self.gapped[name].factored)
 
     def _pass(self, layers: Layers, layer: int, module: nn.Module, entering: Stream) -> None:
         """Turn what enters the layer into what leaves it, in place."""
@@ -257,17 +258,32 @@ class Refitter:
         """Fit the readout, put it into the shared layer as it will be stored, and keep it."""
         name, (weight, bias) = self.layers.tensor(part, layer), self._readout(shared, part)
         start = weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
-        free, lent = self._free(name, start.shape[1]), self._lent(name)
+        free, lent, narrow = self._free(name, start.shape[1]), self._lent(name), self._narrow(name)
         prior = start.clone()
         if self.shared_layers is self.layers:
             prior[:, self._borrowed_features(layer, part)] = 0
         largest = torch.finfo(self._dtype(name)).max
-        found = fit_readout(*sums, start, free, lent, prior=prior, largest=largest)
+        found = fit_readout(*sums, start, free, lent, narrow, prior=prior, largest=largest)
         if lent or not found.why_kept:
             rounded = found.scales.to(self._dtype(name))
             exact = assembled(found.weight.to(self._dtype(name)).double(), free, lent, rounded.double())
+            for unit, product in zip(narrow, self._kept_factors(name, found, narrow), strict=True):
+                exact[:, unit.columns] = product
             self._keep(name, exact, rounded, weight, bias)
         self.result.steps.append(_step(name, found, sum(one.left_out for one in sums)))
+
+    def _kept_factors(
+        self, name: str, found: Fitted, narrow: tuple[Narrow, ...]
+    ) -> list[Float[Tensor, "outputs inputs"]]:
+        """Add the factors of a readout's factored units to the result, and return their products as they are stored."""
+        dtype = self._dtype(name)
+        split = [split_columns(found.weight[:, one.columns], one.rank) for one in narrow]
+        rounded = [(factor_in.to(dtype), factor_out.to(dtype)) for factor_in, factor_out in split]
+        if narrow:
+            inner, outer = factor_names(name)
+            self.result.tensors[inner] = torch.cat([factor_in for factor_in, _ in rounded]).cpu()
+            self.result.tensors[outer] = torch.cat([factor_out for _, factor_out in rounded], dim=1).cpu()
+        return [join_columns(factor_in.double(), factor_out.double()) for factor_in, factor_out in rounded]
 
     def _dtype(self, name: str) -> torch.dtype:
         """What this tensor of the shared model is stored as."""
@@ -299,7 +315,11 @@ class Refitter:
         """Inputs whose columns this readout stores; the bias, where there is one, is the last."""
         taken = torch.zeros(size, dtype=torch.bool)
         if name in self.gapped:
-            for start, stop, *_ in (*self.gapped[name].gaps, *self.gapped[name].removed):
+            for start, stop, *_ in (
+                *self.gapped[name].gaps,
+                *self.gapped[name].removed,
+                *self.gapped[name].factored,
+            ):
                 taken[start:stop] = True
         return (~taken).nonzero()[:, 0].to(self.layers.device)
 
@@ -319,6 +339,11 @@ class Refitter:
                 used += len(inputs)
             lent.append(Lent(inputs, columns, scaled, own))
         return tuple(lent)
+
+    def _narrow(self, name: str) -> tuple[Narrow, ...]:
+        """Inputs whose columns are stored as a product."""
+        factored = self.gapped[name].factored if name in self.gapped else ()
+        return tuple(Narrow(torch.arange(a, b, device=self.layers.device), rank) for a, b, rank in factored)
 
     def _donor(self, name: str) -> Float[Tensor, "outputs inputs"]:
         """A readout as the shared model has it now."""
@@ -355,6 +380,7 @@ def _first_changed(plan: SharePlan, layers: int) -> int:
     """The first layer that a plan changes; the number of layers if it changes none."""
     changed = [tie.recipient.layer for selection in plan.selections for tie in selection.ties]
     changed += [layer for removal in plan.removals for layer in removal.removed]
+    changed += [layer for factored in plan.factored for layer in factored.units]
     return min(changed, default=layers)
 
 

@@ -1,7 +1,8 @@
 """Share and expand: from a dense checkpoint and a plan to a smaller one, and back. This file is the format.
 
 On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name; one with gaps, or of which
-units are removed, holds only the indices it keeps. config.json carries the plan as `quantization_config`, so that
+units are removed, holds only the indices it keeps. Scales of ties, and the factors of factored readouts, stand beside
+the readout's weight. config.json carries the plan as `quantization_config`, so that
 transformers without headshare stops at a shape mismatch. headshare.json holds the digests of the files as written.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headshare.accounting import Estimate, dtype_code, estimate_plan
-from headshare.assembly import Assembly, copied, filled, kept_only, overwritten, stream
+from headshare.assembly import Assembly, copied, filled, kept_only, output_dtype, overwritten, stream
 from headshare.checkpoints import (
     PICKLES,
     WEIGHT_DTYPES,
@@ -32,13 +33,17 @@ from headshare.checkpoints import (
 )
 from headshare.configuration import text_config
 from headshare.errors import CheckpointError, PlanError
+from headshare.factors import join_columns, split_columns, widened
 from headshare.gaps import (
     NOTHING,
+    Extra,
     GappedTensor,
+    extra_tensors,
+    factor_names,
     gapped_biases,
     gapped_tensors,
+    scale_name,
     scale_names,
-    scaled_weight_name,
     tied_names,
 )
 from headshare.headers import DTYPES, read_header
@@ -95,12 +100,13 @@ class SharedCheckpoint:
         }
         if self.dtype is not None:
             config[_dtype_key(config)] = self.dtype
-        scales = _scales(self.dense, self.plan, code, self.refitted)
+        extras = _extras(self.dense, self.plan, code, self.refitted)
         replaced = Stored(self.refitted, {one.name: one for one in assemblies}, tensors)
-        return _write(self.dense, assemblies, config, Path(out), overwrite, scales, replaced)
+        return _write(self.dense, assemblies, config, Path(out), overwrite, extras, replaced)
 
     def with_refit(self, refit: RefitRecord, tensors: Mapping[str, Tensor]) -> "SharedCheckpoint":
-        """The same with these tensors, whole, in the place of the dense model's."""
+        """The same with these tensors, whole, in the place of the dense model's; scales and factors are among them by
+        name. Factors that are not are split from the readout, its own or the one that is given."""
         return dataclasses.replace(self, refit=refit, refitted=tensors)
 
 
@@ -137,13 +143,19 @@ def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
         for name, bias in gapped_biases(plan).items():
             if name in checkpoint.tensors:
                 _check_tensor(checkpoint, name, bias.shape, "the plan is for another model")
+    for one in plan.factored:
+        require_one_dtype(one.layout, checkpoint)
+    taken = sorted(set(extra_tensors(plan)) & set(checkpoint.tensors))
+    if taken:
+        raise PlanError(f"the plan adds {taken[0]}, which is a tensor of {checkpoint.name} already.")
 
 
 def check_shared(checkpoint: Checkpoint) -> SharePlan:
     """The plan of a shared checkpoint whose tensors are what the plan says.
 
     Raises:
-        CheckpointError: if the checkpoint is not shared, or a tensor is missing or has another shape.
+        CheckpointError: if the checkpoint is not shared.
+        PlanError: if a tensor is missing or has another shape, or a factor is of another type than its readout.
     """
     plan = checkpoint.plan
     if plan is None:
@@ -160,8 +172,11 @@ def check_shared(checkpoint: Checkpoint) -> SharePlan:
     if plan.removals:
         dense = {name: tensor.shape for name, tensor in tensors.items()}
         check_removals(plan, text_config(checkpoint.config), {**checkpoint.shapes, **dense})
-    for name, count in scale_names(plan).items():
-        _check_tensor(checkpoint, name, (count,), "the checkpoint does not hold what its plan says")
+    for name, extra in extra_tensors(plan).items():
+        _check_tensor(checkpoint, name, extra.shape, "the checkpoint does not hold what its plan says")
+        found, meant = checkpoint.tensors[name].dtype, checkpoint.tensors[extra.weight].dtype
+        if tensors[extra.weight].factored and found != meant:
+            raise PlanError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {extra.weight} is.")
     return plan
 
 
@@ -172,11 +187,12 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wha
         raise PlanError(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")
 
 
-def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> Path:
+def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False, rounded: bool = True) -> Path:
     """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor, and zeros
     where units were removed, so that it computes the same.
 
-    Scales are multiplied into the columns of W_o that they belong to.
+    Scales are multiplied into the columns of W_o that they belong to, and factors with each other. Such a W_o is
+    `rounded` to the checkpoint's type, or else written as float32 at least.
 
     Raises:
         CheckpointError: if the checkpoint is not shared or its tensors are not what its plan says.
@@ -184,19 +200,22 @@ def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False) -> P
     """
     plan = check_shared(shared)
     tensors = tensors_of(plan, shared)
-    scales = scale_names(plan)
+    extras = extra_tensors(plan)
     assemblies = [
         filled(info, tensors[name], tensors) if name in tensors else copied(info)
         for name, info in shared.tensors.items()
-        if name not in scales
+        if name not in extras
     ]
+    folded = Folded(shared, tensors, extras, rounded=rounded)
+    if not rounded:
+        assemblies = [_widened(one) if one.name in folded else one for one in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
-    return _write(shared, assemblies, config, Path(out), overwrite, {}, _folded(shared, tensors, scales))
+    return _write(shared, assemblies, config, Path(out), overwrite, {}, folded)
 
 
 def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
     """Write the dense checkpoint with recipients' indices overwritten by their donors', and zeros in place of removed
-    units: what sharing should equal."""
+    units: what sharing should equal, but for columns stored as a product, which stay as they are."""
     check_fits(plan, dense)
     tensors = tensors_of(plan, dense)
     assemblies = [
@@ -224,21 +243,61 @@ def write_refitted(shared: Checkpoint, refit: RefitRecord, tensors: Mapping[str,
     return _write(shared, assemblies, config, out, in_place, {}, replaced, in_place=in_place)
 
 
-def _folded(shared: Checkpoint, tensors: Mapping[str, GappedTensor], scales: Mapping[str, int]) -> dict[str, Tensor]:
-    """Scaled readouts, whole, with the scale multiplied into the columns it belongs to."""
-    folded: dict[str, Tensor] = {}
-    for scale in scales:
-        name = scaled_weight_name(scale)
-        tensor = tensors[name]
-        weight = torch.cat(list(stream(filled(shared.tensors[name], tensor, tensors), shared)))
-        values, used = shared.read(scale), 0
+class Folded(Mapping[str, Tensor]):
+    """Readouts that have scales or factors, whole, with these multiplied out. Made when asked for."""
+
+    def __init__(
+        self,
+        shared: Checkpoint,
+        tensors: Mapping[str, GappedTensor],
+        extras: Mapping[str, Extra],
+        *,
+        rounded: bool,
+    ) -> None:
+        self._shared, self._tensors, self._rounded = shared, tensors, rounded
+        self._names = list(dict.fromkeys(extra.weight for extra in extras.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor, info = self._tensors[name], self._shared.tensors[name]
+        weight = torch.cat(list(stream(filled(info, tensor, self._tensors), self._shared)))
+        if not self._rounded:
+            weight = weight.to(widened(weight.dtype))
+        if tensor.scaled:
+            self._scale(weight, tensor)
+        if tensor.factored:
+            self._multiply_out(weight, tensor)
+        return weight
+
+    def _scale(self, weight: Tensor, tensor: GappedTensor) -> None:
+        values, used = self._shared.read(scale_name(tensor.name)), 0
         for start, stop in tensor.scaled:
             part = weight.narrow(tensor.axis, start, stop - start)
             shape = (-1, 1) if tensor.axis == 0 else (1, -1)
             part.mul_(values[used : used + stop - start].view(shape))
             used += stop - start
-        folded[name] = weight
-    return folded
+
+    def _multiply_out(self, weight: Tensor, tensor: GappedTensor) -> None:
+        factor_in, factor_out = map(self._shared.read, factor_names(tensor.name))
+        used = 0
+        for start, stop, rank in tensor.factored:
+            columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
+            weight.narrow(tensor.axis, start, stop - start).copy_(columns.T if tensor.axis == 0 else columns)
+            used += rank
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _widened(assembly: Assembly) -> Assembly:
+    return dataclasses.replace(assembly, dtype="F64" if assembly.dtype == "F64" else "F32")
 
 
 class Stored(Mapping[str, Tensor]):
@@ -272,17 +331,42 @@ class Stored(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def _scales(
+def _extras(
     dense: Checkpoint, plan: SharePlan, dtype: str | None, fitted: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, str]]:
-    """The scales of a plan, ones where none were fitted, in the file and the type of the readout they belong to."""
-    scales = {}
-    for name, count in scale_names(plan).items():
-        info = dense.tensors[scaled_weight_name(name)]
-        assembly = copied(info, dtype)
-        values = fitted[name] if name in fitted else torch.ones(count)
-        scales[name] = (values.to(DTYPES[assembly.dtype]), info.file)
-    return scales
+    """The tensors that a plan adds, in the file and the type of the readout they belong to: those that were fitted,
+    else scales of one, and the nearest factors of the readout's columns."""
+    extras: dict[str, tuple[Tensor, str]] = {}
+    values: dict[str, Tensor] = {name: torch.ones(count) for name, count in scale_names(plan).items()}
+    for name, tensor in gapped_tensors(plan).items():
+        given = [one for one in factor_names(name) if one in fitted]
+        if tensor.factored and len(given) == 1:
+            raise CheckpointError(f"{given[0]} was fitted, but not the other factor of {name}. Give both or none.")
+        if tensor.factored and not given:
+            values |= _factors(tensor, fitted[name] if name in fitted else dense.read(name))
+    for name, extra in extra_tensors(plan).items():
+        info = dense.tensors[extra.weight]
+        meant = fitted[name] if name in fitted else values[name]
+        stored = meant.to(DTYPES[output_dtype(info, dtype)]).contiguous()
+        if tuple(stored.shape) != extra.shape or not _all_finite(stored):
+            raise CheckpointError(
+                f"{name} should be {extra.shape} and finite; found {tuple(meant.shape)} of {meant.dtype}, to be stored "
+                f"as {stored.dtype}."
+            )
+        extras[name] = (stored, info.file)
+    return extras
+
+
+def _factors(tensor: GappedTensor, whole: Tensor) -> dict[str, Tensor]:
+    """Both factors of a readout, each unit's nearest of its rank."""
+    if not _all_finite(whole):
+        raise CheckpointError(f"{tensor.name} holds NaN or infinite numbers. The file is damaged or training diverged.")
+    pairs = []
+    for start, stop, rank in tensor.factored:
+        columns = whole.narrow(tensor.axis, start, stop - start)
+        pairs.append(split_columns(columns.T if tensor.axis == 0 else columns, rank))
+    name_in, name_out = factor_names(tensor.name)
+    return {name_in: torch.cat([one for one, _ in pairs]), name_out: torch.cat([one for _, one in pairs], dim=1)}
 
 
 def _dtype_key(config: Mapping[str, Any]) -> str:
@@ -295,14 +379,14 @@ def _write(
     config: dict[str, Any],
     out: Path,
     overwrite: bool,
-    scales: Mapping[str, tuple[Tensor, str]],
+    extras: Mapping[str, tuple[Tensor, str]],
     replaced: Mapping[str, Tensor] | None = None,
     *,
     in_place: bool = False,
 ) -> Path:
-    given = ChainMap({name: tensor for name, (tensor, _) in scales.items()}, replaced or {})  # type: ignore[arg-type]
-    extra = [_given_assembly(name, tensor, file) for name, (tensor, file) in scales.items()]
-    by_file = _by_file([*assemblies, *extra])
+    given = ChainMap({name: tensor for name, (tensor, _) in extras.items()}, replaced or {})  # type: ignore[arg-type]
+    added = [_given_assembly(name, tensor, file) for name, (tensor, file) in extras.items()]
+    by_file = _by_file([*assemblies, *added])
     expected = sum(one.nbytes for many in by_file.values() for one in many)
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
@@ -347,7 +431,7 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     read = {run.source for run in assembly.runs} - {NOTHING}
     converted = any(source.tensors[name].dtype != assembly.dtype for name in read)
     for piece in stream(assembly, source):
-        if piece.numel() and assembly.dtype in WEIGHT_DTYPES and not _all_finite(piece):
+        if assembly.dtype in WEIGHT_DTYPES and not _all_finite(piece):
             cause = (
                 f"holds numbers that {DTYPES[assembly.dtype]} cannot (or NaN). Choose a wider --dtype."
                 if converted
@@ -359,7 +443,7 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 
 def _all_finite(numbers: Tensor) -> bool:
     """Whether none is NaN or infinite: the least and the largest tell, many times faster than asking each."""
-    return bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
+    return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
 
 
 def _given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:

@@ -17,7 +17,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint, read_json
 from headshare.configuration import text_config
 from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.evaluation import longest_window
-from headshare.gaps import scale_names
+from headshare.gaps import extra_tensors, scale_names
 from headshare.models import load_model
 from headshare.plans import SharePlan
 from headshare.progress import track
@@ -55,8 +55,8 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
     """Check files against their digests, tensors against the plan, and, with `against`, every number against the dense
     model's. Then compare the model's logits (hidden states, for a bare encoder) with those of a stock model whose
     recipient rows were overwritten with donor rows: made from `against`, or from the shared checkpoint itself. They
-    must be equal; where units are removed sums have fewer terms, so both are then computed in float32 at least, and
-    may differ by a rounding.
+    must be equal; where units are removed or factored sums have other terms, so both are then computed in float32 at
+    least, and may differ by a rounding.
 
     A problem is reported, not raised.
 
@@ -104,8 +104,8 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
 def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) -> None:
     """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
     assert shared.plan is not None
-    tensors, scales = tensors_of(shared.plan, dense), scale_names(shared.plan)
-    for name in set(dense.tensors) ^ (set(shared.tensors) - set(scales)):
+    tensors, extras = tensors_of(shared.plan, dense), extra_tensors(shared.plan)
+    for name in set(dense.tensors) ^ (set(shared.tensors) - set(extras)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
@@ -118,6 +118,8 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.tensors_checked += 1
     if shared.refit:
         result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
+    if _multiplies_factors(shared.plan):
+        result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
@@ -159,9 +161,15 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
     """What makes a shared model round in another way than the stock one; None where it does not."""
     if any(removal.count for removal in plan.removals):
         return "without removed units, sums are rounded in another way"
+    if _multiplies_factors(plan):
+        return "factors are multiplied one after the other here, and with each other there"
     if scale_names(plan):
         return "scales of ties multiply inputs here, and weights there"
     return None
+
+
+def _multiplies_factors(plan: SharePlan) -> bool:
+    return any(one.count for one in plan.factored)
 
 
 @contextmanager
@@ -173,10 +181,10 @@ def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Ch
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not scale_names(shared.plan) and not shared.refit:
+        if against is not None and same_dtype and not extra_tensors(shared.plan) and not shared.refit:
             folder = write_overwritten(against, shared.plan, scratch / "stock")
         else:
-            folder = expand(shared, scratch / "stock")
+            folder = expand(shared, scratch / "stock", rounded=False)
         with open_checkpoint(folder) as stock:
             yield stock
     except OutputError as error:

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from headshare.assembly import filled, overwritten, stream
 from headshare.checkpoints import Checkpoint
-from headshare.gaps import GappedTensor, scale_name
+from headshare.factors import join_columns, split_columns
+from headshare.gaps import GappedTensor, factor_names, scale_name
 from headshare.plans import SharePlan
 from headshare.sharing import check_fits, check_shared, tensors_of
 
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """Tensors by name, whole: gaps filled from donors and scales multiplied in, zeros where units are removed.
+    """Tensors by name, whole: gaps filled from donors, scales multiplied in, products multiplied out (of a dense model's
+    columns, the nearest ones of their rank), zeros where units are removed.
 
     `tensors` is what a plan makes of them; `stored` says that the checkpoint holds only what it keeps.
     """
@@ -48,9 +50,10 @@ class WholeTensors:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Dense shapes by name; the tensors that hold scales, which a dense model has not, are left out."""
-        scales = {scale_name(name) for name, tensor in self.tensors.items() if tensor.scaled}
-        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in scales}
+        """Dense shapes by name; the tensors of scales and factors, which a dense model has not, are left out."""
+        extra = {scale_name(name) for name, tensor in self.tensors.items() if tensor.scaled}
+        extra |= {one for name, tensor in self.tensors.items() if tensor.factored for one in factor_names(name)}
+        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in extra}
         return own | {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -63,14 +66,29 @@ class WholeTensors:
             CheckpointError: if the file ends early or cannot be read.
         """
         tensor, info = self.tensors.get(name), self.checkpoint.tensors[name]
-        if tensor is None or not (tensor.gaps or tensor.removed):
+        if tensor is None or not (tensor.gaps or tensor.removed or tensor.factored):
             return self.checkpoint.read(name)
         assembly = filled(info, tensor, self.tensors) if self.stored else overwritten(info, tensor)
         whole = torch.cat(list(stream(assembly, self.checkpoint)))
         scale = self.scale(name)
         if scale is not None:
             _multiply(whole, tensor, scale)
+        used = 0
+        for start, stop, rank in tensor.factored:
+            columns = whole.narrow(tensor.axis, start, stop - start)
+            columns.copy_(self._product(name, tensor, start, stop, used, rank))
+            used += rank
         return whole
+
+    def _product(self, name: str, tensor: GappedTensor, start: int, stop: int, used: int, rank: int) -> Tensor:
+        """The columns of one factored unit, in the tensor's own orientation."""
+        if self.stored:
+            factor_in, factor_out = map(self.checkpoint.read, factor_names(name))
+            columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
+        else:
+            dense = self.checkpoint.read(name).narrow(tensor.axis, start, stop - start)
+            columns = join_columns(*split_columns(dense.T if tensor.axis == 0 else dense, rank))
+        return columns.T if tensor.axis == 0 else columns
 
     def scale(self, name: str) -> Float[Tensor, " scaled"] | None:
         """The scales of this readout's shared channels, in order; None where it has none, or all are one."""

@@ -17,12 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headshare.checkpoints import METHOD, quantization_entry
 from headshare.errors import PlanError, StorageError
-from headshare.gaps import reduced_tensors
+from headshare.gaps import reduced_readouts, reduced_tensors
 from headshare.integrations.shrinking import regrow, shrink, shrunk_of
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
 from headshare.refits import RefitRecord
 from headshare.storage import STORAGES, check_storage, choose_storage
+from headshare.storage.factored import install_factored
 from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
 from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
 
@@ -82,11 +83,13 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     _mapped: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
-        """Removed units go first, and what remains is shared. A device map that is still to be worked out is worked out
-        on `owner`, which has the sizes of all storages."""
+        """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
+        still to be worked out is worked out on `owner`, which has the sizes of all storages."""
         plan = self.quantization_config.plan
         if plan.removals:
             shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
+        readouts = reduced_readouts(plan)
+        install_factored(model, readouts, {name: module_path(model, name) for name in readouts})
         self._tensors = reduced_tensors(plan)
         self._modules = {name: module_path(model, name) for name in self._tensors}
         self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
