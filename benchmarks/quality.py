@@ -34,6 +34,7 @@ from headshare.progress import shown
 from headshare.refitting import refit
 from headshare.units import Kind
 
+SHARING = (Form.QK, Form.QKV, Form.FACTORED)
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -74,7 +75,7 @@ class Grid:
         overwrite_recipients(model, plan)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if not name.endswith("tie_scale"):
+                if not name.endswith(("tie_scale", "factor_in", "factor_out")):
                     module = model.get_submodule(module_path(model, name.rpartition(".")[0] + ".weight"))
                     getattr(module, name.rpartition(".")[2]).copy_(tensor)
         value = perplexity(model, self.windows).perplexity
@@ -93,29 +94,30 @@ def at_ratio(grid: Grid, ratio: float, seed: int) -> Iterator[Row]:
     """The paper's pairs, its recipients with random donors, pairs by output; and at the same bytes deletion, scaled
     sharing of q, k, v, o, and whichever forms of sharing cost least."""
     layout = next(iter(hs.score_units(grid.dense, "qk", "qkv").tables)).layout
-    paper = hs.make_plan(hs.score_units(grid.dense, "qk", "qkv"), ratio)
-    yield grid.row(f"{ratio:g}", "paper's pairs, q,k,v", paper)
-    yield grid.row(f"{ratio:g}", "random donors, q,k,v", with_random_donors(paper, seed))
     plain = plan_for_units(grid.prices(Form.QKV), units_at(ratio, layout.units))
     yield grid.row(f"{ratio:g}", "by output, q,k,v", plain.plan, plain.price)
     for method, prices in (
         ("deletion of units", only(grid.prices(Form.REMOVE), Kind.ATTENTION)),
+        ("by output, q,k,v, factored o", grid.prices(Form.FACTORED)),
         ("by output, scaled q,k,v,o", grid.prices(Form.QKVO)),
-        ("by output, cheapest forms", grid.prices(Form.QK, Form.QKV, Form.QKVO)),
+        ("by output, cheapest of qk, qkv, factored", grid.prices(*SHARING)),
     ):
         found = plan_for_bytes(prices, plain.saved_bytes)
         yield grid.row(f"{ratio:g}", method, found.plan, found.price)
+    paper = hs.make_plan(hs.score_units(grid.dense, "qk", "qkv"), ratio)
+    yield grid.row(f"{ratio:g}", "paper's pairs, q,k,v", paper)
+    yield grid.row(f"{ratio:g}", "random donors, q,k,v", with_random_donors(paper, seed))
 
 
 def at_share(grid: Grid, share: float) -> Iterator[Row]:
     """Whole-model budgets: units only, neurons only, sharing only, and whatever costs least."""
     whole = estimate_plan(grid.dense, SharePlan()).dense_bytes
     removal = grid.prices(Form.REMOVE)
-    everything = grid.prices(Form.QK, Form.QKV, Form.QKVO, Form.REMOVE)
+    everything = grid.prices(*SHARING, Form.REMOVE)
     for method, prices in (
         ("deletion of units", only(removal, Kind.ATTENTION)),
         ("removal of neurons", only(removal, Kind.FFN)),
-        ("sharing, cheapest forms", grid.prices(Form.QK, Form.QKV, Form.QKVO)),
+        ("sharing, cheapest forms", grid.prices(*SHARING)),
         ("whatever costs least", everything),
     ):
         try:

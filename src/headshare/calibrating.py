@@ -63,7 +63,7 @@ def budget_of(
     """Read what a person asks for. `save` is a share of the whole model's bytes, such as "10%", or a number of bytes.
 
     Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (parts auto, or removal
-    allowed), the bytes that sharing q, k and v at this ratio would save, in whichever forms cost least.
+    allowed) or of ranks (parts factored), as many bytes as sharing q, k and v at this ratio would save.
 
     Raises:
         PlanError: if a word is not known, or the budget cannot be met by any plan.
@@ -74,7 +74,7 @@ def budget_of(
     forms = _forms_of(parts) + ((Form.REMOVE,) if allow else ())
     if save is not None:
         return Budget(forms, saved_bytes=_bytes_of(dense, save))
-    if len(forms) > 1:
+    if len(forms) > 1 or forms[0] is Form.FACTORED:
         return Budget(forms, saved_bytes=estimate(dense, ratio, parts="qkv").saved_bytes)
     layout = next(iter(layouts_of(dense, Parts.parse(parts), ffn_groups)))
     return Budget(forms, units=checked_recipients(layout, ratio, protect))

@@ -17,8 +17,8 @@ from headshare.sharing import check_fits, check_shared, tensors_of
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """Tensors by name, whole: gaps filled from donors, scales multiplied in, products multiplied out (of a dense model's
-    columns, the nearest ones of their rank), zeros where units are removed.
+    """Tensors by name, whole: gaps filled from donors, scales multiplied in, products multiplied out (those nearest to
+    the dense columns, where nothing is stored yet), zeros where units are removed.
 
     `tensors` is what a plan makes of them; `stored` says that the checkpoint holds only what it keeps.
     """
