@@ -33,6 +33,8 @@ def test_the_readmes_commands_run_in_their_order(
             words[3] = "OUT2"
         if words[1] == "eval":
             words += ["--window", "32"]
+        if "--calibration" in words:
+            words += ["--calibration-window", "32", "--calibration-tokens", "512"]
         if words[1] == "bench":
             words += ["--repeats", "2", "--loads", "1"]
         monkeypatch.setattr(sys, "argv", words)
@@ -40,7 +42,7 @@ def test_the_readmes_commands_run_in_their_order(
             main()
         assert ended.value.code == 0, (words, capsys.readouterr().err)
         seen.add(words[1])
-    assert seen == {"estimate", "share", "inspect", "verify", "eval", "bench", "expand", "score", "plan"}
+    assert seen == {"estimate", "share", "inspect", "verify", "eval", "bench", "expand", "score", "plan", "refit"}
 
 
 def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from headshare.benching import Bench, Ratio
 from headshare.demo import Row
 
-HEADERS = ("ratio", "units shared", "on disk", "parameters", "PSS", "shared", "deleted", "random donors", "dense")
+HEADERS = (
+    "ratio",
+    "units shared",
+    "on disk",
+    "parameters",
+    "PSS",
+    "shared",
+    "deleted",
+    "random donors",
+    "dense",
+    "refit",
+)
 
 
 def demo_table(rows: Sequence[Row]) -> str:
@@ -49,7 +60,7 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    perplexities = (row.shared, row.deleted, row.random_donors, row.dense)
+    perplexities = (row.shared, row.deleted, row.random_donors, row.dense, row.refit)
     return (
         f"{row.ratio:g}",
         str(row.recipients),
