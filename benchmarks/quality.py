@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from machine import machine
 
 import headshare as hs
 from headshare.accounting import estimate_plan
@@ -37,6 +36,7 @@ from headshare.progress import shown
 from headshare.recognition import attention_layout
 from headshare.refitting import refit
 from headshare.units import Kind
+from machine import machine
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SHARING = (Form.QK, Form.QKV, Form.FACTORED)
