@@ -39,7 +39,7 @@ def layout_of(kind: Kind, groups: int, rows: int) -> Layout:
 
 LAYOUTS = {Kind.ATTENTION: layout_of(Kind.ATTENTION, GROUPS, 4), Kind.FFN: layout_of(Kind.FFN, GROUPS, 4)}
 SINGLE = layout_of(Kind.FFN, NEURONS, 1)
-SIZES = {Form.QK: 64, Form.QKV: 96, Form.QKVO: 124, Form.GATEUP: 64, Form.REMOVE: 128}
+SIZES = {Form.QK: 64, Form.QKV: 96, Form.QKVO: 124, Form.FACTORED: 116, Form.GATEUP: 64, Form.REMOVE: 128}
 
 
 # ---- made-up prices
@@ -51,12 +51,14 @@ Steps = list[
 
 @st.composite
 def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Kind, int, Steps]]:
-    """Paths of any forms and prices, dear steps before cheap ones too; layer 0 keeps its attention."""
+    """Paths of any forms and prices, dear steps before cheap ones too; layer 0 keeps its attention. Units are factored
+    or tied in all parts, not both."""
     of_neurons = neurons and draw(st.booleans())
+    attention = (Form.QK, Form.QKV, draw(st.sampled_from((Form.QKVO, Form.FACTORED))), Form.REMOVE)
     paths: list[tuple[Kind, int, Steps]] = []
     for layer in range(LAYERS):
         if layer:
-            paths.append((Kind.ATTENTION, layer, draw(units(layer, (*TIES, Form.REMOVE)))))
+            paths.append((Kind.ATTENTION, layer, draw(units(layer, attention))))
         if of_neurons:
             paths.append((Kind.FFN, layer, draw(chunks())))
         elif layer:
@@ -76,7 +78,9 @@ def units(draw: st.DrawFn, layer: int, forms: Sequence[Form]) -> Steps:
         if [one[0] for one in steps].count(Form.REMOVE) == GROUPS - 1:
             form = forms[0]
         donors = () if form is Form.REMOVE else draw(donors_of(layer))
-        steps.append((form, (group,), donors[0][1] if donors else draw(PRICE), SIZES[form], donors))
+        rank = draw(st.integers(1, 3)) if form is Form.FACTORED else 0
+        price = donors[0][1] if donors else draw(PRICE)
+        steps.append((form, (group,), price, SIZES[form] - 5 * rank, donors, rank))
     return steps
 
 
@@ -286,6 +290,47 @@ def test_parts_and_scales_are_those_of_each_units_form(drawn: Any, share: float)
     assert all(set(forms[unit].parts) == parts for unit, parts in shared.items())
 
 
+@given(drawn=priced(), share=SHARE)
+@FEW
+def test_factored_units_have_the_ranks_of_their_steps_and_share_q_k_and_v(drawn: Any, share: float) -> None:
+    prices = made(drawn)
+    found = plan_for_bytes(prices, round(share * saved_by([step for path in prices.paths for step in path.steps])))
+    steps = taken_by(prices, found)
+    expected = {
+        (path.layer, step.groups[0]): step.rank for path in prices.paths for step in path.steps
+        if step.rank and step in steps and (path.kind, HeadUnit(path.layer, step.groups[0])) in given_up(found.plan)
+    }  # fmt: skip
+    ranked = {(layer, group): rank for one in found.plan.factored for layer in one.units
+              for group, rank in one.ranked(layer)}  # fmt: skip
+    assert ranked == expected
+    assert len(found.plan.factored) == bool(expected)
+    tied = {part: {tie.recipient for one in found.plan.selections if part in one.parts for tie in one.ties}
+            for part in (Part.Q, Part.K, Part.V, Part.O)}  # fmt: skip
+    for layer, group in expected:
+        assert [HeadUnit(layer, group) in tied[part] for part in tied] == [True, True, True, False]
+    assert SharePlan.from_json(found.plan.to_json()) == found.plan
+
+
+def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None:
+    donors = ((HeadUnit(0, 0), 0.1),)
+    steps = tuple(Step(Form.FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
+    paths = tuple(Path(Kind.ATTENTION, layer, steps) for layer in (3, 1))
+    chosen = Choice(match="output", mode="mine", ratio=0.5)
+    plan = plan_for_units(Prices("llama", LAYOUTS, paths), 4, choice=chosen).plan
+    (factored,) = plan.factored
+    assert factored.layout == LAYOUTS[Kind.ATTENTION].only((Part.O,))
+    assert {layer: factored.ranked(layer) for layer in range(LAYERS)} == {
+        0: [], 1: [(0, 1), (2, 3)], 2: [], 3: [(0, 1), (2, 3)]
+    }  # fmt: skip
+    assert factored.chosen == chosen
+
+
+def test_a_rank_that_columns_cannot_have_is_refused() -> None:
+    step = Step(Form.FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
+    with pytest.raises(PlanError, match=r"rank 4.*from 1 to 3"):
+        plan_for_units(Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (step,)),)), 1)
+
+
 def test_a_tie_without_any_donor_left_is_refused() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
     emptied = Path(Kind.ATTENTION, 0, (gone(0, 0.1, 9), gone(1, 0.1, 9)))
@@ -336,10 +381,11 @@ def test_the_plan_says_how_it_was_chosen() -> None:
 def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path: Folder) -> None:
     checkpoint = open_checkpoint(tiny.make(name, tmp_path / name))
     text = Calibration(tiny.tokens(16, 2), False, "a text", 0)
-    for forms in ([*TIES, Form.REMOVE], [Form.QKVO, Form.GATEUP]):
+    for forms in ([*TIES, Form.REMOVE], [Form.FACTORED, Form.GATEUP]):
         prices = price_units(checkpoint, text, forms, ffn_groups=2, donors=1, protect=[1, 3])
         most = saved_by([step for path in prices.paths for step in path.steps])
         for share in (0.3, 0.7, 1.0):
             found = plan_for_bytes(prices, round(share * most))
             estimate = estimate_plan(checkpoint, found.plan)
             assert found.saved_bytes == estimate.dense_bytes - estimate.shared_bytes
+        assert bool(found.plan.factored) == (Form.FACTORED in forms)

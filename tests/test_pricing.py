@@ -1,4 +1,7 @@
-"""Prices are what a stock model whose rows were really overwritten, and a plain least-squares solve, say they are."""
+"""Prices are what a stock model whose rows were really overwritten, and a plain least-squares solve, say they are.
+
+The solve sees the first tokens; what is compared is its error on them, or on the others, which prices are of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +14,11 @@ from torch import Tensor
 
 import headshare as hs
 import tiny
-from headshare import pricing
+from headshare import layerprices, pricing
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.configuration import text_config
-from headshare.costs import RIDGE, Fit, Remainder
+from headshare.costs import RIDGE, Fit, Products, Remainder
 from headshare.errors import CheckpointError, PlanError
 from headshare.layout import Layout
 from headshare.models import load_model
@@ -25,6 +28,7 @@ from headshare.recognition import attention_layout, ffn_layout
 from headshare.units import HeadUnit, Kind, Part
 
 TIES = (Form.QK, Form.QKV, Form.QKVO)
+OWN = (Form.QK, Form.QKV, Form.FACTORED, Form.REMOVE)  # those that one readout may have together
 READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
 LAST = 3
 CLOSE = 2e-3  # of what was removed: the walk is float32, and so is the stock model
@@ -112,16 +116,27 @@ class Reference:
         weight = self.module(self.readout.name(donor.layer)).weight.detach().double()
         return (weight.T if self.readout.axis == 0 else weight)[:, self.columns(donor.group)]
 
-    def errors(self, steps: Sequence[Step]) -> list[float]:
-        """The error after each of these steps."""
-        direct = Direct(self.inputs, self.weight)
+    def errors(self, steps: Sequence[Step], held_out: float = 0.0) -> list[float]:
+        """The error after each of these steps, on held-out tokens where there are some."""
+        direct = self.direct(held_out)
         found = []
         for step in steps:
-            features = [self.features(step.groups[0], step.donors[0][0], step.form)] if step.donors else []
-            donor = [self.donor_columns(step.donors[0][0])] if step.form is Form.QKVO else []
-            direct.give_up(self.columns(*step.groups), *features, *donor)
-            found.append(direct.error())
+            self.give_up(direct, step)
+            found.append(direct.error_held_out() if held_out else direct.error())
         return found
+
+    def direct(self, held_out: float = 0.0) -> "Direct":
+        return Direct(self.inputs, self.weight, len(self.inputs) - int(held_out * len(self.inputs)))
+
+    def give_up(self, direct: "Direct", step: Step) -> None:
+        """Take the step, with its first donor."""
+        columns = self.columns(*step.groups)
+        features = [self.features(step.groups[0], step.donors[0][0], step.form)] if step.donors else []
+        donor = [self.donor_columns(step.donors[0][0])] if step.form is Form.QKVO else []
+        if step.rank:
+            direct.factor(columns, *features, step.rank)
+        else:
+            direct.give_up(columns, *features, *donor)
 
 
 def flat(value: Tensor) -> Tensor:
@@ -129,49 +144,86 @@ def flat(value: Tensor) -> Tensor:
 
 
 class Direct:
-    """A readout's best columns and scales, all solved for at once by torch.linalg.lstsq: nothing is updated."""
+    """A readout's best columns and scales, all solved for at once by torch.linalg.lstsq: nothing is updated.
 
-    def __init__(self, inputs: Tensor, weight: Tensor) -> None:
-        self.inputs, self.weight, self.target = inputs, weight, inputs @ weight.T
-        self.ridge = RIDGE * float(inputs.square().sum(0).mean())
+    They are fitted to the first tokens. A product of small rank is found when its unit is given up, and then stays.
+    """
+
+    def __init__(self, inputs: Tensor, weight: Tensor, fitted: int | None = None) -> None:
+        self.all, self.weight, self.target = inputs, weight, inputs @ weight.T
+        self.fitted = len(inputs) if fitted is None else fitted
+        self.ridge = self.ridge_of(inputs)
         self.kept = torch.ones(inputs.shape[1], dtype=torch.bool)
         self.added: list[tuple[Tensor, float]] = []
         self.scaled: list[tuple[Tensor, Tensor]] = []
+
+    def ridge_of(self, features: Tensor) -> float:
+        return RIDGE * float(features[: self.fitted].square().sum(0).mean())
 
     def give_up(self, columns: Tensor, features: Tensor | None = None, donor: Tensor | None = None) -> None:
         self.kept[columns] = False
         if features is not None and donor is not None:
             self.scaled.append((features, donor))
         elif features is not None:
-            self.added.append((features, RIDGE * float(features.square().sum(0).mean())))
+            self.added.append((features, self.ridge_of(features)))
+
+    def factor(self, columns: Tensor, features: Tensor, rank: int) -> None:
+        """Give these columns up for the best product of this rank: least squares of what other columns leave of target
+        and features, whose fitted values are projected on their first directions (Izenman, 1975)."""
+        self.kept[columns] = False
+        design, size = self.design(), features.shape[1]
+        padded = torch.cat([features[: self.fitted], torch.zeros(design.shape[1], size, dtype=torch.float64)])
+        rows, wanted = (right - design @ solved(design, right) for right in (padded, self.start()))
+        rows = torch.cat([rows, self.ridge_of(features) ** 0.5 * torch.eye(size, dtype=torch.float64)])
+        wanted = torch.cat([wanted, torch.zeros(size, wanted.shape[1], dtype=torch.float64)])
+        full = solved(rows, wanted)
+        directions = torch.linalg.svd(rows @ full).Vh[:rank]
+        self.target = self.target - features @ full @ directions.T @ directions
 
     def design(self) -> Tensor:
         """What is left, above the roots of its ridges."""
-        left = torch.cat([self.inputs[:, self.kept], *(features for features, _ in self.added)], dim=1)
+        left = self.left()[: self.fitted]
         ridges = [self.ridge] * int(self.kept.sum()) + [ridge for f, ridge in self.added for _ in range(f.shape[1])]
         return torch.cat([left, torch.tensor(ridges, dtype=torch.float64).sqrt().diag()])
+
+    def left(self) -> Tensor:
+        return torch.cat([self.all[:, self.kept], *(features for features, _ in self.added)], dim=1)
 
     def start(self) -> Tensor:
         """The target, above what columns are pulled to."""
         width = sum(features.shape[1] for features, _ in self.added)
         pulled = torch.cat([self.weight[:, self.kept].T, torch.zeros(width, len(self.weight), dtype=torch.float64)])
-        return torch.cat([self.target, self.roots()[:, None] * pulled])
+        return torch.cat([self.target[: self.fitted], self.roots()[:, None] * pulled])
 
     def roots(self) -> Tensor:
-        return self.design()[len(self.inputs) :].diagonal()
+        return self.design()[self.fitted :].diagonal()
 
     def error(self) -> float:
-        lost = self.ridge * float(self.weight[:, ~self.kept].square().sum())
+        return self.ridge * float(self.weight[:, ~self.kept].square().sum()) + self.solve()[0]
+
+    def error_held_out(self) -> float:
+        """What the readout misses on the tokens that it is not fitted to, as if all were such."""
+        _, columns, scales = self.solve()
+        found = self.left() @ columns
+        if self.scaled:
+            found = found + sum_of(self.scaled, scales)
+        held = (found - self.target)[self.fitted :]
+        return float(held.square().sum()) * len(self.all) / len(held)
+
+    def solve(self) -> tuple[float, Tensor, Tensor]:
+        """What is missed, the columns and the scales."""
         design, wanted = self.design(), self.start()
         if not self.scaled:
-            missed = wanted - design @ torch.linalg.lstsq(design, wanted, driver="gelsd").solution
-            return lost + float(missed.square().sum())
-        features = torch.cat([features for features, _ in self.scaled], dim=1)
+            columns = solved(design, wanted)
+            return float((wanted - design @ columns).square().sum()), columns, columns[:0, 0]
+        features = torch.cat([features[: self.fitted] for features, _ in self.scaled], dim=1)
         donors = torch.cat([donor for _, donor in self.scaled], dim=1)
         ridge = RIDGE * float((features.square().sum(0) * donors.square().sum(0)).mean())
-        return lost + self._with_scales(design, wanted, features, donors, ridge)
+        return self._with_scales(design, wanted, features, donors, ridge)
 
-    def _with_scales(self, design: Tensor, wanted: Tensor, features: Tensor, donors: Tensor, ridge: float) -> float:
+    def _with_scales(
+        self, design: Tensor, wanted: Tensor, features: Tensor, donors: Tensor, ridge: float
+    ) -> tuple[float, Tensor, Tensor]:
         """Columns and scales are unknowns of one system, with a row for each token and output."""
         hidden, count = len(self.weight), features.shape[1]
         padded = torch.cat([features, torch.zeros(len(design) - len(features), count, dtype=torch.float64)])
@@ -181,7 +233,18 @@ class Direct:
         last[:, -count:] = ridge**0.5 * torch.eye(count, dtype=torch.float64)
         whole = torch.cat([whole, last])
         right = torch.cat([wanted.T.reshape(-1), torch.zeros(count, dtype=torch.float64)])[:, None]
-        return float((right - whole @ torch.linalg.lstsq(whole, right, driver="gelsd").solution).square().sum())
+        found = solved(whole, right)
+        missed = float((right - whole @ found).square().sum())
+        return missed, found[:-count, 0].reshape(hidden, -1).T, found[-count:, 0]
+
+
+def solved(system: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.lstsq(system, right, driver="gelsd").solution
+
+
+def sum_of(scaled: Sequence[tuple[Tensor, Tensor]], scales: Tensor) -> Tensor:
+    features, donors = (torch.cat([pair[at] for pair in scaled], dim=1) for at in (0, 1))
+    return features * scales @ donors.T
 
 
 # ---- costs
@@ -252,12 +315,112 @@ def test_the_same_features_may_come_again_and_again() -> None:
         assert left.error == pytest.approx(direct.error(), rel=1e-6)
 
 
+# ---- products of small rank
+
+
+def small_case(hidden: int = 6, size: int = 3) -> tuple[Fit, Tensor, Tensor]:
+    """A fit that has lost a unit already, so that something is missed; other columns and their features."""
+    fit = Fit.of(random(40, 5 * size) @ random(5 * size, 5 * size), random(hidden, 5 * size))
+    return fit.without(group(0, size)), group(2, size), random(40, size)
+
+
+def missed_with(fit: Fit, columns: Tensor, features: Tensor, product: Tensor) -> float:
+    """What the fit is once these features are read out by this product, ridges and all, as the module says."""
+    ridge = RIDGE * float(features.square().sum(0).mean())
+    return fit.with_fixed(columns, features, product).error + ridge * float(product.square().sum())
+
+
+@pytest.mark.parametrize(("hidden", "size"), [(6, 3), (2, 5), (7, 7)])
+def test_a_product_of_each_rank_is_the_best_of_it(hidden: int, size: int) -> None:
+    fit, columns, features = small_case(hidden, size)
+    products = fit.products(columns, features)
+    inputs = torch.cat([fit.inputs, features], dim=1)
+    for rank in range(1, min(hidden, size)):
+        product = products.product(rank)
+        assert torch.linalg.matrix_rank(product) == rank
+        direct = Direct(fit.inputs, fit_weight := dense_of(fit))
+        direct.kept[group(0, size)] = False
+        direct.factor(columns, features, rank)
+        taken = Remainder.of(fit.with_fixed(columns, features, product))
+        assert torch.allclose(direct.target - inputs[:, : fit.inputs.shape[1]] @ fit_weight.T, -features @ product.T)
+        assert direct.error() == pytest.approx(taken.error, rel=1e-8)
+        gain = fit.without(columns).error - missed_with(fit, columns, features, product)
+        assert gain == pytest.approx(float(products.gains[rank - 1]), rel=1e-8)
+
+
+def dense_of(fit: Fit) -> Tensor:
+    """The readout that a fit started with, of inputs that determine it."""
+    return solved(fit.inputs, fit.target).T
+
+
+def test_no_gradient_finds_a_better_product() -> None:
+    fit, columns, features = small_case(4, 3)
+    products, without = fit.products(columns, features), fit.without(columns)
+    beside = without.beside(features)
+    for rank in (1, 2):
+        best = missed_with(fit, columns, features, products.product(rank))
+        reached = []
+        for _ in range(3):
+            outer, inner = random(4, rank).requires_grad_(), random(rank, 3).requires_grad_()
+            optimiser = torch.optim.LBFGS([outer, inner], max_iter=300, line_search_fn="strong_wolfe")
+            ridged = beside.gram + RIDGE * beside.squares.mean() * torch.eye(3)
+
+            def lost(outer: Tensor = outer, inner: Tensor = inner, ridged: Tensor = ridged) -> Tensor:
+                product = outer @ inner
+                return without.error - (product.T * (2 * beside.missed - ridged @ product.T)).sum()
+
+            def closure(optimiser: Any = optimiser, lost: Any = lost) -> Tensor:
+                optimiser.zero_grad()
+                loss = lost()
+                loss.backward()
+                return loss
+
+            optimiser.step(closure)
+            reached.append(float(lost().detach()))
+        assert min(reached) == pytest.approx(best, rel=1e-6)
+        assert best <= min(reached) + 1e-9 * abs(best)
+
+
+def test_products_gain_more_with_rank_and_at_full_rank_what_columns_of_their_own_gain() -> None:
+    for hidden, size in ((6, 3), (3, 6), (5, 5)):
+        fit, columns, features = small_case(hidden, size)
+        gains = fit.products(columns, features).gains
+        beside = fit.without(columns).beside(features)
+        assert len(gains) == min(hidden, size)
+        assert (gains.diff() > 0).all()
+        assert gains[0] > 0
+        assert float(gains[-1]) == pytest.approx(beside.gain(fit.weight[:, :0]), rel=1e-9)
+        own = Products.of(beside).product(len(gains))
+        assert torch.allclose(own, fit.without(columns).with_features(columns, features).weight[:, columns])
+
+
+def test_what_a_product_leaves_is_priced_further_like_plain_least_squares() -> None:
+    inputs, weight, first, second = random(40, 12), random(6, 12), random(40, 3), random(40, 3)
+    left, direct = Remainder.of(Fit.of(inputs, weight)), Direct(inputs, weight)
+    product = left.fit.products(group(1), first).product(2)
+    left = left.with_fixed(group(1), first, product)
+    direct.factor(group(1), first, 2)
+    assert left.error == pytest.approx(direct.error(), rel=1e-9)
+    before = direct.error()
+    for number, arguments in ((0, ()), (2, (second,))):
+        price = price_of(left, number, *arguments)
+        left = left.without(group(number), *arguments)
+        direct.give_up(group(number), *arguments)
+        assert direct.error() - before == pytest.approx(price, rel=1e-8)
+        before = direct.error()
+
+
 # ---- prices of models
 
 
-def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8) -> None:
+def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Form], **options: Any) -> Prices:
+    """Prices on the tokens that are fitted to, which are all there are."""
+    return price_units(checkpoint, text, forms, held_out=0.0, **options)
+
+
+def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8, held_out: float = 0.0) -> None:
     reference = Reference(checkpoint, layout, path.layer, calibration(windows))
-    errors = reference.errors(path.steps)
+    errors = reference.errors(path.steps, held_out)
     scale = max(errors)
     found = torch.tensor([step.price for step in path.steps]).cumsum(0).tolist()
     assert found == pytest.approx(errors, abs=CLOSE * scale)
@@ -271,16 +434,16 @@ def path_of(prices: Prices, kind: Kind, layer: int) -> Path:
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.QK, Form.QKV, Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [Form.QK, Form.QKV, Form.REMOVE])
     check_path(checkpoint, prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, LAST))
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biased", "gpt2", "mpnet"])
 def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_together(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
+    prices = fitted(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
     path = path_of(prices, Kind.ATTENTION, 2)
-    mixed = price_units(checkpoint, calibration(4), [Form.QKVO])
+    mixed = fitted(checkpoint, calibration(4), [Form.QKVO])
     assert {step.form for step in path.steps} | {step.form for one in mixed.paths for step in one.steps} <= set(TIES)
     for one in (path, path_of(mixed, Kind.ATTENTION, 2)):
         shorter = replace(one, steps=one.steps[:2])  # the reference's one system of equations grows fast
@@ -290,7 +453,7 @@ def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_togethe
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biased", "phi3", "gpt2", "falcon-gqa", "gemma2", "opt"])
 def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
+    prices = fitted(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
     path = path_of(prices, Kind.FFN, LAST)
     assert [step.form for step in path.steps] == [Form.GATEUP] * 4
     check_path(checkpoint, prices.layouts[Kind.FFN], path)
@@ -299,7 +462,7 @@ def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name:
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa", "bert", "mpnet"])
 def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [Form.REMOVE])
     path = path_of(prices, Kind.FFN, 0)
     assert prices.neurons is not None
     assert path.is_of_neurons
@@ -309,7 +472,7 @@ def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str
 
 def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [Form.REMOVE])
     assert prices.neurons is not None
     reference, gone = Reference(checkpoint, prices.neurons, 2), []
     for step in path_of(prices, Kind.FFN, 2).steps[:3]:
@@ -330,7 +493,7 @@ def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path:
 def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: Folder) -> None:
     """Biases, alibi and relative positions belong to the place, so a donor does something else in each."""
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.QKV])
+    prices = fitted(checkpoint, calibration(), [Form.QKV])
     layout, (first, *_) = prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, 2).steps
     reference = Reference(checkpoint, layout, 2)
     assert len(first.donors) == 2 * layout.groups
@@ -342,7 +505,7 @@ def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: 
 
 def test_donors_of_q_and_k_are_priced_with_the_recipients_own_v(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
-    prices = price_units(checkpoint, calibration(), [Form.QK], donors=3)
+    prices = fitted(checkpoint, calibration(), [Form.QK], donors=3)
     first = path_of(prices, Kind.ATTENTION, LAST).steps[0]
     reference = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST)
     for donor, price in first.donors[:3]:
@@ -357,6 +520,88 @@ def isolated(reference: Reference, group: int, donor: HeadUnit, form: Form) -> f
     return error
 
 
+# ---- prices on held-out tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "forms", "share"),
+    [("llama-biased", OWN, 0.25), ("llama-mha", (Form.QK, Form.QKV), 0.25), ("phi3", (Form.FACTORED,), 0.5),
+     ("bert", (Form.FACTORED,), 0.25), ("gpt2", (Form.FACTORED, Form.REMOVE), 0.25),
+     ("falcon-gqa", (Form.REMOVE,), 0.5)],
+)  # fmt: skip
+def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
+    name: str, forms: Sequence[Form], share: float, tmp_path: Folder
+) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(), forms, held_out=share)
+    path = path_of(prices, Kind.ATTENTION, LAST)
+    assert path.steps
+    check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gpt2"])
+def test_scaled_ties_are_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    prices = price_units(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
+    path = path_of(prices, Kind.ATTENTION, 2)
+    assert path.steps[0].form is Form.QKVO or path.steps[1].form is Form.QKVO
+    shorter = replace(path, steps=path.steps[:2])
+    check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4, held_out=0.25)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mpnet"])
+def test_the_feed_forward_is_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    tied = price_units(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
+    check_path(checkpoint, tied.layouts[Kind.FFN], path_of(tied, Kind.FFN, 2), held_out=0.25)
+    removed = price_units(checkpoint, calibration(), [Form.REMOVE])
+    assert removed.neurons is not None
+    path = path_of(removed, Kind.FFN, 1)
+    check_path(checkpoint, removed.neurons, replace(path, steps=path.steps[:12]), held_out=0.25)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (4,), (1, 2, 4, 8)])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt_neox"])
+def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
+    name: str, ranks: tuple[int, ...], tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later products go with those that are there; donors' prices are those of the first unit given up alone."""
+    monkeypatch.setattr(layerprices, "RANKS", ranks)
+    checkpoint = opened(name, tmp_path)
+    prices = fitted(checkpoint, calibration(), [Form.FACTORED])
+    path, layout = path_of(prices, Kind.ATTENTION, LAST), prices.layouts[Kind.ATTENTION]
+    assert {step.rank for step in path.steps} <= set(ranks)
+    check_path(checkpoint, layout, path)
+    reference, first = Reference(checkpoint, layout, LAST), path.steps[0]
+    scale = first.donors[-1][1]
+    listed = first.donors[: pricing.DONORS]
+    assert len(first.donors) == len({donor for donor, _ in first.donors}) == LAST * layout.groups
+    assert [price for _, price in listed] == sorted(price for _, price in listed)
+    for donor, price in listed:
+        direct, step = reference.direct(), replace(first, donors=((donor, 0.0),))
+        reference.give_up(direct, step)
+        assert price == pytest.approx(direct.error() + pull_of(direct, reference, step), abs=CLOSE * scale)
+
+
+def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> None:
+    """Donors are compared on the tokens that are fitted, and their prices are as if all were such."""
+    checkpoint = opened("llama-gqa", tmp_path)
+    doubled = calibration(4)
+    doubled = replace(doubled, tokens=torch.cat([doubled.tokens] * 2))
+    half = path_of(price_units(checkpoint, doubled, [Form.QKV], held_out=0.5), Kind.ATTENTION, 2).steps
+    whole = path_of(fitted(checkpoint, calibration(4), [Form.QKV]), Kind.ATTENTION, 2).steps
+    for one, other in zip(half, whole, strict=True):
+        assert [donor for donor, _ in one.donors] == [donor for donor, _ in other.donors]
+        expected = [price for _, price in other.donors]
+        assert [price for _, price in one.donors] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan")])
+def test_a_share_of_tokens_that_leaves_none_to_fit_is_refused(share: float, tmp_path: Folder) -> None:
+    with pytest.raises(PlanError, match="share held out"):
+        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], held_out=share)
+
+
 # ---- the order of a path
 
 
@@ -367,7 +612,7 @@ def test_only_the_top_of_the_queue_is_priced_again_and_the_order_is_that_of_pric
     checkpoint, priced = opened(name, tmp_path), []
     real = Remainder.price
     monkeypatch.setattr(Remainder, "price", lambda *args: priced.append(args) or real(*args))
-    prices = price_units(checkpoint, calibration(), [Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [Form.REMOVE])
     layout = prices.layouts[Kind.ATTENTION]
     for path in (path for path in prices.paths if path.kind is Kind.ATTENTION):
         reference = Reference(checkpoint, layout, path.layer)
@@ -388,9 +633,83 @@ def cheapest_first(reference: Reference, groups: int) -> list[int]:
     return gone
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3"])
+def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_bytes(name: str, tmp_path: Folder) -> None:
+    """Cheapest on the tokens that are fitted to, and what columns of their own lose on others: few tokens change it."""
+    checkpoint = opened(name, tmp_path)
+    differ = False
+    for windows in (2, 8):
+        prices = price_units(checkpoint, calibration(windows), OWN, donors=99)
+        layout = prices.layouts[Kind.ATTENTION]
+        for layer in (1, 2):
+            reference = Reference(checkpoint, layout, layer, calibration(windows))
+            first = path_of(prices, Kind.ATTENTION, layer).steps[0]
+            offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups) for form in OWN]
+            error, _, step = min(offers, key=lambda one: one[0] * one[1] / one[2].saved_bytes)
+            assert (first.groups, first.form, first.rank) == (step.groups, step.form, step.rank)
+            assert first.saved_bytes == step.saved_bytes
+            assert [donor for donor, _ in first.donors[:1]] == [donor for donor, _ in step.donors]
+            assert [price for _, price in first.donors[:1]] == pytest.approx(
+                [error / 0.75] * len(step.donors), rel=5e-3
+            )
+            differ |= min(offers, key=lambda one: one[0] / one[2].saved_bytes)[2] is not step
+    assert differ or name == "phi3"
+
+
+def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: Form) -> tuple[float, float, Step]:
+    """One unit in one form, from scratch: the error, by how much it is larger on other tokens, and the best step; of
+    donors and ranks the best is the one of the least error for its bytes."""
+    layout, channels = reference.layout, reference.readout.rows
+    earlier = [HeadUnit(one, unit) for one in range(reference.layer) for unit in range(layout.groups)]
+    offers = []
+    for rank in (1, 2, 4, 8) if form is Form.FACTORED else (0,):
+        for donor in [None] if form is Form.REMOVE else earlier:
+            donors = () if donor is None else ((donor, 0.0),)
+            step = Step(form, (group,), 0.0, saved_in(checkpoint, layout, form, rank), donors, rank)
+            if rank < channels:
+                offers.append((alone(reference, step), step))
+    error, step = min(offers, key=lambda one: one[0] / one[1].saved_bytes)
+    added = {Form.REMOVE: 0, Form.FACTORED: step.rank}.get(form, channels)
+    return error, 1 + 2 * added / reference.direct(0.25).fitted, step
+
+
+def alone(reference: Reference, step: Step) -> float:
+    """What a step misses on the tokens it is fitted to, the ridge of a product included."""
+    direct = reference.direct(0.25)
+    reference.give_up(direct, step)
+    if not step.rank:
+        return direct.error()
+    return direct.error() + pull_of(direct, reference, step)
+
+
+def pull_of(direct: "Direct", reference: Reference, step: Step) -> float:
+    features = reference.features(step.groups[0], step.donors[0][0], step.form)
+    product = solved(features, reference.inputs @ reference.weight.T - direct.target)
+    return direct.ridge_of(features) * float(product.square().sum())
+
+
+def saved_in(checkpoint: Checkpoint, layout: Layout, form: Form, rank: int) -> int:
+    """Bytes, counted number by number: all of a unit's rows, or those that it shares and what its product spares."""
+    makers = [place for part, place in layout.parts.items() if part in (form.parts or layout.parts)]
+    readout = layout.parts[Part.O]
+    numbers = sum(place.numel for place in makers)
+    if form is Form.REMOVE:
+        biases = [(place.name(0).removesuffix("weight") + "bias", place) for place in makers if place is not readout]
+        numbers += sum(place.rows for name, place in biases if name in checkpoint.tensors)
+    if rank:
+        numbers += readout.numel - rank * (readout.rows + readout.numel // readout.rows)
+    return 4 * numbers
+
+
+def test_factored_units_and_ties_of_o_are_not_priced_together(tmp_path: Folder) -> None:
+    """No plan could have both in one readout."""
+    with pytest.raises(PlanError, match="do not mix"):
+        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKVO, Form.FACTORED])
+
+
 def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_removed(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
-    prices = price_units(checkpoint, calibration(), list(Form))
+    prices = price_units(checkpoint, calibration(), [*OWN, Form.GATEUP])
     attention = [path for path in prices.paths if path.kind is Kind.ATTENTION]
     assert [path.layer for path in attention] == [1, 2, 3]
     assert all(len(path.steps) == 4 for path in attention)
@@ -517,7 +836,8 @@ GONE = Step(Form.REMOVE, (0,), -1e-300, 100)
 
 
 def test_paths_come_back_from_json_to_the_last_bit() -> None:
-    paths = [Path(Kind.ATTENTION, 1, (TIE, GONE)), Path(Kind.FFN, 1, (replace(GONE, groups=(4, 7)),))]
+    factored = replace(TIE, form=Form.FACTORED, groups=(2,), rank=8)
+    paths = [Path(Kind.ATTENTION, 1, (TIE, GONE, factored)), Path(Kind.FFN, 1, (replace(GONE, groups=(4, 7)),))]
     assert paths_from_json(paths_to_json(paths)) == paths
     assert paths_from_json(paths_to_json([])) == []
 
@@ -541,6 +861,10 @@ def test_paths_come_back_from_json_to_the_last_bit() -> None:
         ('"layer":1', '"layer":-1', "no layer -1"),
         ('"form":"qkv"', '"form":"remove"', "no donors"),
         ('"form":"remove"', '"form":"qk"', "at least one donor"),
+        ('"form":"qkv"', '"form":"factored"', "has a rank if it is factored"),
+        ('"rank":0', '"rank":1', "has a rank if it is factored"),
+        ('"rank":0', '"rank":-1', "has a rank if it is factored"),
+        ('"rank":0', '"rank":"1"', "0.steps.0.rank"),
     ],
 )
 def test_json_that_is_not_of_paths_is_refused(old: str, new: str, words: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from headshare import readouts
-from headshare.readouts import RIDGES, Fitted, Lent, NormalEquations, assembled, fit_readout
+from headshare.readouts import RIDGES, Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
 
 TOKENS, INPUTS, OUTPUTS = 300, 12, 7
+UNSOLVED = "the equations cannot be solved"
 
 
 class Tokens:
@@ -237,6 +238,147 @@ def test_scales_of_channels_that_are_silent_stay_finite() -> None:
     assert not found.scales.any()
 
 
+# ---- columns that are a product
+
+
+def split_off(*units: tuple[int, int, int], bias: bool = False) -> tuple[Tensor, tuple[Narrow, ...]]:
+    """Free inputs, and units of (start, stop, rank)."""
+    narrow = tuple(Narrow(torch.arange(start, stop), rank) for start, stop, rank in units)
+    taken = {int(at) for one in narrow for at in one.columns}
+    return torch.tensor([at for at in range(INPUTS + bias) if at not in taken], dtype=torch.long), narrow
+
+
+def eliminated(tokens: Tokens, ridge: float, prior: Tensor, free: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """What the free columns leave of the other inputs and of the targets, as rows: tokens, ridges, ridges of those
+    inputs, which are as large a part of the mean square of what is left of them."""
+    rows, root = tokens.rows(bias=prior.shape[1] > INPUTS) * tokens.w.sqrt()[:, None], tokens.w.sqrt()[:, None]
+    used = torch.cat([free, columns])
+    pull = (ridge * rows.square().sum(dim=0)[used].mean()).sqrt()
+    system = torch.cat([rows[:, free], pull * torch.eye(len(free), dtype=torch.float64)])
+    inputs = torch.cat([rows[:, columns], torch.zeros(len(free), len(columns), dtype=torch.float64)])
+    targets = torch.cat([tokens.y * root, pull * prior[:, free].T])
+    inputs, targets = (one - system @ torch.linalg.lstsq(system, one, driver="gelsd").solution if len(free) else one
+                       for one in (inputs, targets))  # fmt: skip
+    own = (ridge * inputs.square().sum(dim=0).mean()).sqrt() * torch.eye(len(columns), dtype=torch.float64)
+    return torch.cat([inputs, own]), torch.cat([targets, torch.zeros(len(columns), OUTPUTS, dtype=torch.float64)])
+
+
+def reduced_rank(rows: Tensor, wanted: Tensor, rank: int) -> Tensor:
+    """The best columns of a rank: least squares, projected on the first directions of what it gives."""
+    full = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
+    directions = torch.linalg.svd(rows @ full).Vh[:rank]
+    found: Tensor = (full @ directions.T @ directions).T
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_product_is_the_best_of_its_rank_once_free_columns_do_what_they_can(rank: int, bias: bool) -> None:
+    fit, held = pair(rank)
+    start, prior = torch.randn(2, OUTPUTS, INPUTS + bias, dtype=torch.float64)
+    free, narrow = split_off((3, 8, rank), bias=bias)
+    found = fit_readout(fit.sums(bias=bias), held.sums(bias=bias), start, free, narrow=narrow, prior=prior)
+    tokens, columns = both(fit, held), narrow[0].columns
+    fixed = torch.zeros_like(start)
+    fixed[:, columns] = reduced_rank(*eliminated(tokens, found.ridge, prior, free, columns), rank)
+    assert torch.linalg.matrix_rank(found.weight[:, columns]) == rank
+    assert close(found.weight[:, columns], fixed[:, columns], 1e-8)
+    assert close(found.weight, by_lstsq(tokens, found.ridge, prior, free, fixed, bias=bias), 1e-8)
+    errors = []
+    for ridge in RIDGES:
+        fixed[:, columns] = reduced_rank(*eliminated(fit, ridge, prior, free, columns), rank)
+        errors.append(held.error(by_lstsq(fit, ridge, prior, free, fixed, bias=bias)))
+    assert (found.ridge, found.error_after) == (RIDGES[errors.index(min(errors))], pytest.approx(min(errors), rel=1e-8))
+    kept = start.clone()
+    assert found.error_before == pytest.approx(held.error(kept), rel=1e-9)
+    gone = fit_readout(fit.sums(bias=bias), held.sums(bias=bias), start, free, prior=prior)
+    assert found.error_after < gone.error_after
+    assert tokens.lost(found.weight) < tokens.lost(gone.weight)
+
+
+def test_a_readout_may_be_products_alone() -> None:
+    fit, held = pair(7)
+    free, narrow = split_off((0, INPUTS, 3))
+    assert not len(free)
+    found = fit_readout(fit.sums(), held.sums(), torch.zeros_like(fit.truth), free, narrow=narrow)
+    expected = reduced_rank(*eliminated(both(fit, held), found.ridge, fit.truth, free, ALL), 3)
+    assert close(found.weight, expected, 1e-8)
+    assert found.error_after < found.error_before
+
+
+def test_no_gradient_finds_better_columns_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readouts, "RIDGES", (1e-2,))
+    fit, held = pair(8)
+    free, narrow = split_off((5, 9, 2))
+    tokens, columns = both(fit, held), narrow[0].columns
+    found = fit_readout(fit.sums(), held.sums(), torch.zeros_like(fit.truth), free, narrow=narrow)
+    rows, wanted = eliminated(tokens, 1e-2, torch.zeros_like(fit.truth), free, columns)
+    best = float((rows @ found.weight[:, columns].T - wanted).square().sum())
+    reached = []
+    for _ in range(4):
+        inner, outer = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in ((4, 2), (2, OUTPUTS)))
+        optimiser = torch.optim.LBFGS([inner, outer], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss(inner: Tensor = inner, outer: Tensor = outer, optimiser: Any = optimiser) -> Tensor:
+            optimiser.zero_grad()
+            value: Tensor = (rows @ inner @ outer - wanted).square().sum()
+            value.backward()
+            return value
+
+        optimiser.step(loss)
+        reached.append(float(loss().detach()))
+    assert min(reached) == pytest.approx(best, rel=1e-5)
+    assert best <= min(reached) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_turns_of_several_products_never_make_the_objective_larger(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readouts, "RIDGES", (1e-2,))
+    fit, held = pair(seed)
+    for tokens in (fit, held):
+        tokens.z = tokens.z + 2 * tokens.z[:, :1]  # so that units have to go with each other
+    free, narrow = split_off((2, 5, 1), (5, 8, 2), (9, 12, 1))
+    prior, columns = torch.randn_like(fit.truth), torch.cat([one.columns for one in narrow])
+    tokens = both(fit, held)
+    rows, wanted = eliminated(tokens, 1e-2, prior, free, columns)
+    reached = [float(wanted.square().sum())]  # without any of them
+    for turns in range(1, 8):
+        monkeypatch.setattr(readouts, "ALTERNATIONS", turns)
+        found = fit_readout(fit.sums(), held.sums(), prior, free, narrow=narrow, prior=prior)
+        assert not found.why_kept
+        reached.append(float((rows @ found.weight[:, columns].T - wanted).square().sum()))
+        assert [int(torch.linalg.matrix_rank(found.weight[:, one.columns])) for one in narrow] == [1, 2, 1]
+        fixed = torch.zeros_like(prior)
+        fixed[:, columns] = found.weight[:, columns]
+        assert close(found.weight, by_lstsq(tokens, 1e-2, prior, free, fixed), 1e-8)
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(reached))
+    assert reached[3] < reached[1] < reached[0]
+    last, at = found.weight[:, columns].T, 0
+    for one in narrow:  # and in the end each is the best beside the others
+        mine = slice(at, at := at + len(one.columns))
+        others = last.clone()
+        others[mine] = 0
+        best = reduced_rank(rows[:, mine], wanted - rows @ others, one.rank).T
+        assert close(rows[:, mine] @ last[mine], rows[:, mine] @ best, 1e-2)
+
+
+def test_products_of_silent_inputs_are_zero_and_bad_numbers_keep_the_start() -> None:
+    fit, held = pair(9)
+    free, narrow = split_off((2, 5, 1), (8, 12, 2))
+    for tokens in (fit, held):
+        tokens.z[:, 8:] = 0
+    found = fit_readout(fit.sums(), held.sums(), torch.zeros_like(fit.truth), free, narrow=narrow)
+    assert not found.why_kept
+    assert not found.weight[:, 8:].any()
+    assert torch.isfinite(found.weight).all()
+    for tokens in (fit, held):
+        tokens.z = torch.zeros_like(tokens.z)
+    start = torch.randn_like(fit.truth)
+    assert kept(fit_readout(fit.sums(), held.sums(), start, free, narrow=narrow), start, UNSOLVED)
+    none = NormalEquations(INPUTS, OUTPUTS)
+    assert kept(fit_readout(none, none, start, free, narrow=narrow), start, UNSOLVED)
+
+
 # ---- sums
 
 
@@ -399,7 +541,7 @@ def test_no_tokens_at_all_keep_the_start() -> None:
     none = NormalEquations(INPUTS, OUTPUTS)
     none.add(torch.full((4, INPUTS), float("nan")), torch.zeros(4, OUTPUTS), torch.ones(4))
     found = fit_readout(none, none, start, ALL)
-    assert kept(found, start, "the equations cannot be solved")
+    assert kept(found, start, UNSOLVED)
     assert found.error_before == found.error_after == 0
 
 
@@ -408,7 +550,7 @@ def test_inputs_that_are_all_zero_keep_the_start() -> None:
     fit.z, held.z = torch.zeros_like(fit.z), torch.zeros_like(held.z)
     start = torch.randn_like(fit.truth)
     found = fit_readout(fit.sums(), held.sums(), start, ALL)
-    assert kept(found, start, "the equations cannot be solved")
+    assert kept(found, start, UNSOLVED)
     assert found.error_before == found.error_after == 1
 
 
@@ -459,7 +601,7 @@ def test_equations_that_no_ridge_saves_keep_the_start() -> None:
     sums = fit.sums()
     sums.gram = -1e6 * torch.eye(INPUTS, dtype=torch.float64)
     start = torch.randn_like(fit.truth)
-    assert kept(fit_readout(sums, held.sums(), start, ALL), start, "the equations cannot be solved")
+    assert kept(fit_readout(sums, held.sums(), start, ALL), start, UNSOLVED)
 
 
 def test_numbers_that_the_checkpoint_cannot_hold_take_a_larger_ridge_or_keep_the_start() -> None:
@@ -471,7 +613,7 @@ def test_numbers_that_the_checkpoint_cannot_hold_take_a_larger_ridge_or_keep_the
     assert free.weight.abs().max() > truth / 2 > bounded.weight.abs().max()
     assert free.ridge < bounded.ridge < float("inf")
     none = fit_readout(fit.sums(), held.sums(), start, ALL, largest=1.0)
-    assert kept(none, start, "the equations cannot be solved")
+    assert kept(none, start, UNSOLVED)
 
 
 def test_a_readout_is_put_together_from_free_lent_and_removed_columns() -> None:

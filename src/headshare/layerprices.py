@@ -111,7 +111,9 @@ class _Descent:
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
         readout = half.layout.parts[half.readout]
         self.most_rank = min(len(half.columns[0]), len(half.weight)) - 1
-        self.bytes_of_rank = (len(half.columns[0]) + len(half.weight)) * _item(half.dense.checkpoint, readout.name(0))
+        self.bytes_of_rank = (len(half.columns[0]) + len(half.weight)) * _item(
+            half.dense.checkpoint, readout.name(half.dense.number)
+        )
         self.saved = {form: saved_bytes(half.dense.checkpoint, half.layout, half.dense.number, form) for form in forms}
         self.given: set[int] = set()
         self.lost: dict[int, Lost] = {}
@@ -147,8 +149,9 @@ class _Descent:
         self.given.add(group)
         self.lost.clear()
         self.may_remove -= form is Form.REMOVE
-        price = self.held.error(self.left) - before
-        return Step(form, (group,), price, self.saved_in(offer, form), offer.donors, offer.rank)
+        price, fitted = self.held.error(self.left) - before, 1 - self.held.share
+        donors = tuple((unit, price / fitted) for unit, price in offer.donors)  # as if all tokens were fitted ones
+        return Step(form, (group,), price, self.saved_in(offer, form), donors, offer.rank)
 
     def after(self, offer: _Offer, columns: Columns) -> Remainder:
         """What is left once this is taken."""

@@ -72,7 +72,7 @@ class Step:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if (self.rank > 0) != (self.form is Form.FACTORED):
+        if self.rank < 0 or (self.rank > 0) != (self.form is Form.FACTORED):
             raise PlanError(f"a step has a rank if it is factored, and only then; found {self.rank} for {self.form}.")
         if not self.groups or min(self.groups) < 0 or len(set(self.groups)) < len(self.groups):
             raise PlanError(f"a step gives up one group or several different ones; found {self.groups!r:.100}.")

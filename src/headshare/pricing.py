@@ -55,12 +55,20 @@ def price_units(
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
     Raises:
-        PlanError: if none of the forms can be had of this model, `done` is of another, or no donor is to be priced.
+        PlanError: if none of the forms can be had of this model, or not together, `done` is of another, or there is no
+            donor to be priced or no token to be fitted to.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("price it")
     if donors < 1:
         raise PlanError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
+    if not 0 <= held_out < 1:
+        raise PlanError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
+    if {Form.QKVO, Form.FACTORED} <= set(forms):
+        raise PlanError(
+            "in one layer's readout, ties of o and factored units do not mix, so a path cannot have both qkvo and "
+            "factored. Ask for one of them."
+        )
     wanted = _wanted(dense, forms, ffn_groups)
     found = {} if done is None else done
     wanted.prices(dense, found, protect)  # so that paths of another model are refused at once
