@@ -120,8 +120,8 @@ def _halved(windows: Windows, tokens: int, seed: int) -> tuple[Windows, Calibrat
     rest = windows.tokens[count : count * (1 + CALIBRATED_TIMES)]
     if len(rest) < 2:
         raise EvaluationError(
-            f"the text has {len(windows.tokens)} windows of {windows.length} tokens; {count} to measure on leave too few "
-            "to calibrate on. Use a longer --text, or fewer --tokens."
+            f"the text has {len(windows.tokens)} windows of {windows.length} tokens; {count} to measure on leave too "
+            "few to calibrate on. Use a longer --text, or fewer --tokens."
         )
     source = "the same text, after what is measured on"
     return Windows(windows.tokens[:count], windows.bos), Calibration(rest, windows.bos, source, seed)
