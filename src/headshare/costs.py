@@ -251,7 +251,7 @@ class Remainder:
         found: Tensor = torch.linalg.solve(inner, missed)
         return found
 
-    def predicted(self, inputs: Inputs, scaled: Inputs) -> Float[Tensor, "tokens hidden"]:
+    def predicted(self, inputs: Inputs, scaled: Float[Tensor, "tokens scaled"]) -> Float[Tensor, "tokens hidden"]:
         """What is read out of other tokens' inputs and scaled features, less what fixed products make of theirs."""
         product = self.donor * self.scales
         return inputs.double() @ (self.fit.weight - product @ self.scaled.known).T + scaled.double() @ product.T
