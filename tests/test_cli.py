@@ -32,7 +32,7 @@ from headshare.demo import Row
 from headshare.table import HEADERS
 
 WEIGHTS = "model.safetensors"
-COMMANDS = ("bench", "estimate", "score", "plan", "share", "inspect", "verify", "expand", "eval", "demo")
+COMMANDS = ("bench", "estimate", "score", "plan", "share", "refit", "inspect", "verify", "expand", "eval", "demo")
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
 
@@ -63,8 +63,8 @@ def load_here(subjects: Any, loads: int, options: Any, cold: bool = False) -> An
     return {one.name: [load_once(one, options, 1, cold) for _ in range(loads)] for one in subjects}
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+@pytest.fixture(name="run")
+def runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command in this process, in the test's own folder, as the console script does."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -170,13 +170,14 @@ def test_no_command_at_all_shows_the_help(run: Run) -> None:
 
 ESTIMATED = {"units", "recipients", "dense_bytes", "shared_bytes", "saved_bytes", "saved_fraction", "parts_fraction"}
 ESTIMATED |= {"removed_units", "removed_neurons"}
-SHARED = ESTIMATED | {"seconds", "peak_anonymous_bytes", "plan_digest"}
+SHARED = ESTIMATED | {"seconds", "peak_anonymous_bytes", "plan_digest", "price", "refitted_tensors", "measured"}
 KEYS: dict[str, set[str]] = {
     "estimate": ESTIMATED,
     "score": {"output", "units", "tables", "digest", "seconds"},
-    "plan": {"output", "ties", "plan_digest"},
+    "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "measured"},
     "share": SHARED,
-    "inspect": {"model_type", "plan_digest", "ties", "selections", "stored_bytes"},
+    "refit": {"tensors", "text", "text_digest", "tokens", "window", "seed", "seconds", "out"},
+    "inspect": {"model_type", "plan_digest", "ties", "selections", "removals", "factored", "stored_bytes", "refit"},
     "verify": {"ok", "max_logit_diff"},
     "expand": {"out", "bytes"},
     "eval": {"perplexity", "tokens", "window"},
@@ -196,12 +197,13 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "score": [model],
         "plan": [tmp_path / "scores"],
         "share": [model, "out"],
+        "refit": [shared, "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 128],
         "inspect": [shared],
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
         "eval": [model, "--text", text, "--window", 32],
         "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
-        "demo": [long, "--text", a_text(tmp_path / "long.txt", 1100), "--tokens", 1022],
+        "demo": [long, "--text", a_text(tmp_path / "long.txt", 2200), "--tokens", 1022],
     }
 
 
@@ -258,7 +260,7 @@ def test_an_estimate_in_words_has_the_numbers_of_its_json(model: Path, run: Run)
 def test_a_perplexity_past_any_float_is_null_in_every_json() -> None:
     # Infinity is no JSON.
     counts = dict.fromkeys(("recipients", "disk_bytes", "memory_bytes", "pss_bytes", "tokens", "window"), 1)
-    beyond = dict.fromkeys(("shared", "deleted", "random_donors"), math.inf)
+    beyond = dict.fromkeys(("shared", "deleted", "random_donors", "refit"), math.inf)
     row = Row(ratio=0.1, verified=True, dense=1.0, **counts, **beyond)
     assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["shared"] is None
 
@@ -354,6 +356,7 @@ def test_inspect_shows_a_folder_and_a_plan_alike(model: Path, run: Run, tmp_path
     run("plan", "scores.safetensors", "--ratio", 0.5)
     run("share", model, "out", "--plan", "share_plan.json")
     folder, plan = run("inspect", "out", "--json").data, run("inspect", "share_plan.json", "--json").data
+    assert (folder.pop("refit"), folder.pop("base_model")) == (None, str(model))
     assert folder.pop("stored_bytes") == sum(t.nbytes for t in load_file(tmp_path / "out" / WEIGHTS).values())
     assert folder == plan
     (selection,) = plan["selections"]
@@ -486,7 +489,7 @@ def test_embeddings_of_an_encoder_are_compared_as_transformers_computes_them(
 
 def test_the_demo_measures_what_it_prints(run: Run, tmp_path: Path) -> None:
     dense = add_tokenizer(tiny.make_llama(tmp_path / "dense", max_position_embeddings=1024))
-    text = a_text(tmp_path / "text.txt", 1200)
+    text = a_text(tmp_path / "text.txt", 2400)
     words = ["demo", dense, "--text", text, "--tokens", 1100, "--work", "new/work"]
     table = run(*words)
     assert table.status == 0, table.err
@@ -514,7 +517,7 @@ def test_the_demo_measures_what_it_prints(run: Run, tmp_path: Path) -> None:
         assert row["verified"] is True
         assert line[1] == str(row["recipients"])
         assert row["pss_bytes"] is not None
-        assert line[5:] == [f"{row[key]:,.1f}" for key in ("shared", "deleted", "random_donors", "dense")]
+        assert line[5:] == [f"{row[key]:,.1f}" for key in ("shared", "deleted", "random_donors", "dense", "refit")]
     first, last = data["rows"][0], data["rows"][-1]
     assert first["memory_bytes"] == stock_bytes
     assert first["shared"] == first["deleted"] == first["random_donors"] == pytest.approx(expected, rel=1e-5)
@@ -711,9 +714,86 @@ demo ./gone                                             | no folder
 demo bare --text text                                   | no tokenizer
 demo model --text gone                                  | gone
 demo model --text short                                 | 3 tokens
-demo model --text text --work file                      | file
+demo model --text long --tokens 128 --work file          | file
 demo model --text long --tokens 0                       | --tokens
 demo model --text long --tokens -1                      | --tokens
+share model out --refit                                 | needs text
+share model out --match output                          | needs text
+share model out --save 10%                              | needs text
+share model out --allow remove                          | needs text
+share model out --calibration text                      | would not be used
+share model out --calibration text --plan plan.json     | would not be used
+share model out --device cpu                            | --device would not be used
+share model out --restart                               | --restart would not be used
+share model out --measure                               | --measure would not be used
+share model out --seed 3                                | --seed would not be used
+share model out --no-refit-ffn                          | --refit-ffn would not be used
+share model out --plan plan.json --ratio 0.2            | --ratio would not be used
+share model out --plan plan.json --allow remove         | --allow would not be used
+share model out --plan plan.json --save 5%              | --save would not be used
+share model out --plan plan.json --match output         | --match would not be used
+share model out --parts auto                            | 'auto' does not name parts
+share model out --refit --calibration text --plan foreign.json | another model
+share shared out --refit --calibration text             | already shared
+share quantised out --refit --calibration text          | gptq
+share model out --refit --calibration gone --calibration-window 32 | no file
+share model out --refit --calibration empty --calibration-window 32 | less than one window
+share model out --refit --calibration text              | --calibration-window 64
+share model out --refit --calibration short --calibration-window 16 | less than one window
+share model out --refit --calibration text --calibration-window 32 --calibration-tokens 32 | two windows
+share model out --refit --calibration text --calibration-window 32 --device tpu | no device
+share model out --refit --calibration text --calibration-window 32 --device cuda:99 | no device
+share bare out --refit --calibration text --calibration-window 32 | no tokenizer
+share model out --save 0% --calibration text            | cannot be saved
+share model out --save 150% --calibration text          | cannot be saved
+share model out --save 100% --calibration text          | cannot be saved
+share model out --save abc --calibration text           | no amount to save
+share model out --save -5% --calibration text           | no amount to save
+share model out --save 1e99999999 --calibration text    | no amount to save
+share model out --save 1/3 --calibration text           | no amount to save
+share model out --save nan --calibration text           | no amount to save
+share model out --save 5% --ratio 0.2 --calibration text | --ratio would not be used
+share model out --save 5% --match qk --calibration text | --match would not be used
+share model out --allow all --calibration text          | all
+share model out --match output --mode root --calibration text | --mode would not be used
+share model out --match output --ffn-ratio 0.2 --calibration text | --ffn-ratio would not be used
+share model out --match output --ffn-groups 4 --calibration text | --ffn-groups would not be used
+share model out --match output --parts ffn --calibration text | 'ffn'
+share model out --match output --parts xyz --calibration text | 'xyz'
+share model out --match output --ratio 0.99 --calibration text | from 0 to 0.7500
+share model out --match output --ratio nan --calibration text | ratio
+share model out --match output --parts auto --ratio 0.99 --calibration text | from 0 to 0.7500
+share model out --match output --protect 99 --calibration text | no layer 99
+share model out --save 5% --protect 99 --calibration text | no layer 99
+share model out --save 5% --protect -1 --calibration text | no layer -1
+plan scores --save 5%                                   | --save would not be used
+plan scores --allow remove                              | --allow would not be used
+plan scores --no-measure                                | --measure would not be used
+plan scores --restart                                   | --restart would not be used
+plan scores --revision v1                               | --revision would not be used
+plan scores --ffn-groups 2                              | --ffn-groups would not be used
+plan scores --calibration text                          | is a file
+plan gone --calibration text                            | gone
+plan shared --calibration text                          | already shared
+plan model --calibration text --mode root               | --mode would not be used
+plan model --calibration text --save 0%                 | cannot be saved
+plan model --calibration text --protect 99              | no layer 99
+plan model --calibration text -o plan.json              | exists
+plan model --calibration text -o model/plan.json        | inside the model
+plan model --calibration text -o gone/plan.json         | no folder
+refit model --calibration text                          | not a shared checkpoint
+refit ./gone --calibration text                         | no folder
+refit someone/model --calibration text                  | --out
+refit shared                                            | calibration
+refit shared --calibration gone --calibration-window 32 | no file
+refit shared --calibration text                         | --calibration-window 64
+refit shared --calibration text --dense ./gone          | no folder
+refit shared --calibration text --dense shared          | already shared
+refit shared --calibration text --dense roberta         | another model
+refit shared --calibration text --out model             | exists
+refit shared --calibration text --out gone/new          | no folder
+refit shared --calibration text --calibration-window 32 --out shared/new | inside the input
+refit shared --calibration text --calibration-window 32 --device tpu | no device
 """
 
 

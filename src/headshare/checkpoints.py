@@ -21,7 +21,7 @@ from headshare.files import read_at
 from headshare.headers import DTYPES, TensorInfo, read_header
 from headshare.layout import Layout
 from headshare.plans import FORMAT, SharePlan
-from headshare.refits import RefitRecord
+from headshare.refits import RefitRecord, is_shown
 
 MAX_JSON_BYTES = 100_000_000
 METHOD = "headshare"
@@ -72,7 +72,7 @@ class Checkpoint:
         """The dense model that this shared checkpoint says it was made from, as it was named then."""
         entry = self.config.get("quantization_config")
         name = entry.get("base_model") if self.plan is not None and isinstance(entry, dict) else None
-        return name if isinstance(name, str) else None
+        return name if isinstance(name, str) and is_shown(name) else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

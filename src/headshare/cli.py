@@ -7,20 +7,28 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headshare.accounting import estimate as estimate_bytes
 from headshare.benching import DENSE, Subject, dense_and_shared
 from headshare.benching import bench as run_bench
-from headshare.calibrating import budget_of, device_named, plan_on, refit_checkpoint, refit_on, workspace_of
+from headshare.calibrating import (
+    Budget,
+    Outcome,
+    Setting,
+    Wanted,
+    budget_of,
+    plan_calibrated,
+    refit_checkpoint,
+    share_calibrated,
+)
 from headshare.calibration import TOKENS as CALIBRATION_TOKENS
-from headshare.calibration import calibration_from
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
@@ -35,10 +43,15 @@ from headshare.sharing import expand as expand_checkpoint
 from headshare.sharing import share as share_checkpoint
 from headshare.similarity import score_units
 from headshare.table import bench_table, demo_table
-from headshare.units import Parts
+from headshare.units import Kind
 from headshare.verification import verify as verify_checkpoint
-from headshare.workspace import Workspace, fingerprint
+from headshare.workspace import settle
 from headshare.writing import check_output, check_vacant
+
+if TYPE_CHECKING:
+    from typer import Context
+else:
+    Context = typer.Context.__base__  # what typer hands over is one of these, and no typer.Context
 
 app = typer.Typer(
     help="Make a pre-trained transformer smaller: heads of different layers share one stored copy of their weights.",
@@ -108,11 +121,16 @@ PartsOption = Annotated[
 CalibratedPartsOption = Annotated[
     str | None,
     typer.Option(
-        help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or several joined by +. By output also auto: "
-        "whichever of qk, qkv and qkvo costs least, the default with --save and --allow."
+        help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, gateup, "
+        "factored (o stored as a product), several joined by +, or auto (qk, qkv and factored, whichever costs least), "
+        "the default with --save and --allow."
     ),
 ]
 RefitFfnOption = Annotated[bool, typer.Option(help="Refit the feed-forward's readout too, not the attention's alone.")]
+MeasureOption = Annotated[
+    bool,
+    typer.Option(help="Also measure the perplexity of both models on the windows held out of the calibration text."),
+]
 MatchOption = Annotated[
     MatchName, typer.Option(help="Match function: cosine of these parts; separate matches each by itself.")
 ]
@@ -131,13 +149,12 @@ FfnRatioOption = Annotated[
 ProtectOption = Annotated[
     str | None, typer.Option(help="Layers that give nothing up, such as 1,2,29. (Layer 0 never does.)")
 ]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|DATASET|self",
-        help="Text to calibrate on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
-    ),
-]
+_CALIBRATION = typer.Option(
+    metavar="FILE|DATASET|self",
+    help="Text to calibrate on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
+)
+CalibrationOption = Annotated[str | None, _CALIBRATION]
+NeededCalibrationOption = Annotated[str, _CALIBRATION]
 CalibrationTokensOption = Annotated[int, typer.Option(help="Tokens of that text to use, in whole windows.")]
 CalibrationWindowOption = Annotated[int, typer.Option(help="Tokens in a calibration window.")]
 CalibrationSeedOption = Annotated[
@@ -145,29 +162,89 @@ CalibrationSeedOption = Annotated[
 ]
 SaveOption = Annotated[
     str | None,
-    typer.Option(help="Save this much of the whole model (10%, or bytes) in whichever forms cost least, not a ratio."),
+    typer.Option(help="Instead of --ratio: save this much of the whole model (10%, or bytes), where it costs least."),
 ]
 AllowOption = Annotated[
     AllowName | None,
     typer.Option(help="remove: the plan may also delete units and neurons outright, where that costs less."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, or auto.")]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Throw away the state of a stopped run.")]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DtypeOption = Annotated[DtypeName | None, typer.Option(help="Store all weights as this type. Default: as they are.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
 
 
-def _check_calibrated(*, by_output: bool, refit: bool, calibration: str | None) -> None:
-    if calibration is None and (by_output or refit):
+CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "measure")
+CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")
+
+
+def _refuse_unused(context: Context, why: str, names: Iterable[str]) -> None:
+    """Refuse options that were given and would do nothing."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [options[name] for name in names if _is_given(context, name)]
+    if given:
+        raise PlanError(f"{' and '.join(given)} would not be used: {why}.")
+
+
+def _is_given(context: Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _check_share(context: Context, *, planned: bool, by_output: bool, refit: bool, calibrated: bool) -> None:
+    """Refuse what contradicts itself, or would be ignored."""
+    if planned:
+        _refuse_unused(context, "--plan says what is shared", CHOOSING)
+    if not calibrated and (by_output or refit):
         what = "a plan by output" if by_output else "a refit"
         raise CalibrationError(f"{what} needs text: give --calibration FILE, a data set (hf:NAME), or self.")
-    if calibration is not None and not (by_output or refit):
+    if calibrated and not (by_output or refit):
         raise CalibrationError("the calibration text would not be used: add --refit or --match output.")
+    if not calibrated:
+        _refuse_unused(context, "there is no --calibration text", CALIBRATING)
+    if not refit:
+        _refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn"])
+
+
+def _check_budget(context: Context, budget: Budget) -> None:
+    """Refuse what does not apply where units are chosen by output."""
+    _refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
+    if _is_given(context, "save"):
+        _refuse_unused(context, "--save says how much is given up", ["ratio"])
+    if not any(form.kind is Kind.FFN for form in budget.forms):
+        _refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
+
+
+def _budget(
+    context: Context,
+    dense: Checkpoint,
+    ratio: float,
+    save: str | None,
+    parts: str | None,
+    allow: AllowName | None,
+    ffn_groups: int,
+    protect: str | None,
+) -> Budget:
+    found = budget_of(
+        dense,
+        ratio=ratio,
+        save=save,
+        parts=parts or ("auto" if save or allow else "qkv"),
+        allow=[allow] if allow else [],
+        ffn_groups=ffn_groups,
+        protect=_numbers(protect),
+    )
+    _check_budget(context, found)
+    return found
 
 
 def _dense_of(shared: Checkpoint, given: str | None) -> str:
+    if shared.plan is None:
+        raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to refit.")
     found = given or shared.base_model
     if found is None:
         raise CheckpointError(f"{shared.name} does not say which dense model it came from. Name it: --dense MODEL")
@@ -238,28 +315,66 @@ def score(
 
 @app.command()
 def plan(
-    scores_file: Annotated[Path, typer.Argument(metavar="SCORES", help="What `score` wrote.")],
+    context: Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCORES|MODEL", help="What `score` wrote; or with --calibration a model's folder or hub id."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("share_plan.json"),
     ratio: RatioOption = 0.3,
-    parts: PartsOption = "qkv",
+    parts: CalibratedPartsOption = None,
     mode: ModeOption = ModeName.STAR,
+    ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     protect: ProtectOption = None,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
+    calibration_window: CalibrationWindowOption = WINDOW,
+    seed: CalibrationSeedOption = 0,
+    save: SaveOption = None,
+    allow: AllowOption = None,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Also refit the plan for a time, and measure both models' perplexity on held-out windows."),
+    ] = True,
+    device: DeviceOption = "auto",
+    restart: RestartOption = False,
+    revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose recipients and donors from scores. The plan is JSON that can be read, edited and compared."""
-    _check_file(output, overwrite, SharePlan.load)
-    made = make_plan(
-        Scores.load(scores_file), ratio, parts=parts, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect)
-    )
-    made.save(output)
-    data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest}
-    _print(data, f"{picture(made)}\n{made.ties} ties: {output}", as_json)
+    """Choose recipients and donors: from scores, or from a model by what its units do on calibration text.
+
+    The plan is JSON that can be read, edited and compared. With --calibration, predicted stands beside measured.
+    """
+    if calibration is None:
+        _refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
+        _check_file(output, overwrite, SharePlan.load)
+        scores = Scores.load(Path(source))
+        wanted = parts or "qkv"
+        made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect))
+        made.save(output)
+        more, words = dict[str, Any](saved_bytes=None, price=None, measured=None), ""
+    else:
+        settle(output)
+        _check_file(output, overwrite, SharePlan.load, source)
+        setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
+        with open_checkpoint(source, revision=revision) as dense:
+            budget = _budget(context, dense, ratio, save, parts, allow, ffn_groups, protect)
+            found = plan_calibrated(dense, budget, setting, output, measured=measure)
+        made, more, words = found.plan, found.to_dict(), f"{found.in_words()}\n"
+    data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
+    _print(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
+
+
+_OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
 
 
 @app.command()
 def share(
+    context: Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
     ratio: RatioOption = 0.3,
@@ -285,6 +400,7 @@ def share(
     seed: CalibrationSeedOption = 0,
     save: SaveOption = None,
     allow: AllowOption = None,
+    measure: MeasureOption = False,
     device: DeviceOption = "auto",
     restart: RestartOption = False,
     dtype: DtypeOption = None,
@@ -297,65 +413,45 @@ def share(
     With --calibration it can also match by output, refit, and choose under a budget. Stopped, it goes on from there.
     """
     begun = time.monotonic()
+    by_output = plan_file is None and (match is ShareMatchName.OUTPUT or save is not None or allow is not None)
+    _check_share(
+        context, planned=plan_file is not None, by_output=by_output, refit=refit, calibrated=calibration is not None
+    )
+    if by_output and match is not ShareMatchName.OUTPUT:
+        _refuse_unused(context, "--save and --allow choose by output", ["match"])
+    settle(out)
     check_vacant(out, overwrite=overwrite)
-    by_output = match is ShareMatchName.OUTPUT or save is not None or allow is not None
-    _check_calibrated(by_output=by_output and plan_file is None, refit=refit, calibration=calibration)
     with watched_peak() as peak, open_checkpoint(model, revision=revision) as dense:
         check_output(out, dense.path, overwrite=overwrite)
-        text = work = None
-        price = None
-        if calibration is not None:
-            text = calibration_from(calibration, dense, tokens=calibration_tokens, window=calibration_window, seed=seed)
-            work = Workspace(workspace_of(out), {"model": fingerprint(dense), "text": text.digest}, restart=restart)
+        wanted: SharePlan | Budget
         if plan_file is not None:
-            made = SharePlan.load(plan_file)
+            wanted = SharePlan.load(plan_file)
         elif by_output:
-            assert text is not None
-            chosen = parts or ("auto" if save or allow else "qkv")
-            budget = budget_of(
-                dense,
-                ratio=ratio,
-                save=save,
-                parts=chosen,
-                allow=[allow] if allow else [],
-                ffn_groups=ffn_groups,
-                protect=_numbers(protect),
-            )
-            found_plan = plan_on(
-                dense,
-                text,
-                budget,
-                ffn_groups=ffn_groups,
-                protect=_numbers(protect),
-                device=device_named(device),
-                workspace=work,
-            )
-            made, price = found_plan.plan, found_plan.price
+            wanted = _budget(context, dense, ratio, save, parts, allow, ffn_groups, protect)
         else:
-            wanted = Parts.parse(parts or "qkv")
-            scores = score_units(dense, match, wanted, ffn_groups=ffn_groups)
-            made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect))
-        shared = share_checkpoint(dense, made, dtype=dtype)
-        if refit:
-            assert text is not None
-            shared = refit_on(shared, text, ffn=refit_ffn, device=device_named(device), workspace=work)
-        shared.save(out, overwrite=overwrite)
-        if work is not None:
-            work.remove()
-        found = shared.estimate
+            scores = score_units(dense, match, parts or "qkv", ffn_groups=ffn_groups)
+            numbers = _numbers(protect)
+            wanted = make_plan(scores, ratio, parts=parts or "qkv", mode=mode, ffn_ratio=ffn_ratio, protect=numbers)
+        if calibration is not None:
+            setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
+            asked = Wanted(wanted, refit=refit, ffn=refit_ffn, measure=measure, dtype=dtype)
+            found = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
+        else:
+            assert isinstance(wanted, SharePlan)
+            found = Outcome(share_checkpoint(dense, wanted, dtype=dtype))
+            found.shared.save(out, overwrite=overwrite)
+        estimated = found.shared.estimate
     seconds = time.monotonic() - begun
     data = {
+        **estimated.to_dict(),
         **found.to_dict(),
         "seconds": seconds,
         "peak_anonymous_bytes": peak.bytes,
-        "plan_digest": made.digest,
-        "price": price,
-        "refitted_tensors": len(shared.refit.tensors) if shared.refit else 0,
         "out": str(out),
     }
     lines = [
-        found.in_words(),
-        *([shared.refit.in_words()] if shared.refit else []),
+        estimated.in_words(),
+        *found.in_words(),
         f"Written and checked in {seconds:.1f} s: {out}",
         f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
     ]
@@ -365,13 +461,7 @@ def share(
 @app.command()
 def refit(
     shared: SharedArgument,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE|DATASET|self",
-            help="Text to fit on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
-        ),
-    ],
+    calibration: NeededCalibrationOption,
     dense: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The dense model it came from. Default: the one it names.")
     ] = None,
@@ -385,24 +475,23 @@ def refit(
     device: DeviceOption = "auto",
     restart: RestartOption = False,
     revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Refit a shared checkpoint's readouts on a text, so that it follows its dense model again. No training."""
     begun = time.monotonic()
+    if out is None and not Path(shared).is_dir():
+        raise OutputError(f"{shared} is no folder here that could be replaced. Say where to write: --out NEW")
     if out is not None:
-        check_vacant(out, overwrite=False)
+        settle(out)
+        check_vacant(out, overwrite=overwrite)
+    setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
     with (
         open_checkpoint(shared, revision=revision) as checkpoint,
         open_checkpoint(_dense_of(checkpoint, dense)) as origin,
     ):
-        target = checkpoint.path if out is None else out
-        text = calibration_from(calibration, origin, tokens=calibration_tokens, window=calibration_window, seed=seed)
-        what = {"model": fingerprint(origin), "shared model": fingerprint(checkpoint), "text": text.digest}
-        work = Workspace(workspace_of(target), what, restart=restart)
-        record = refit_checkpoint(
-            checkpoint, origin, text, target, ffn=refit_ffn, device=device_named(device), workspace=work
-        )
-        work.remove()
+        target = out or Path(os.path.realpath(checkpoint.path))
+        record = refit_checkpoint(checkpoint, origin, setting, target, ffn=refit_ffn, overwrite=overwrite)
     seconds = time.monotonic() - begun
     data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}
     _print(data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json)
@@ -428,8 +517,15 @@ def inspect(
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     made = plan_of(checkpoint)
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
-    data = {**describe(made), "stored_bytes": stored}
+    record = checkpoint.refit
+    data = {
+        **describe(made),
+        "stored_bytes": stored,
+        "refit": None if record is None else {**record.model_dump(mode="json"), "tensors": len(record.tensors)},
+        "base_model": checkpoint.base_model,
+    }
     words = f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}"
+    words += "" if record is None else f"\n{record.in_words()}"
     if split is not None:
         data["split"] = describe_split(checkpoint, split)
         words += f"\n{picture_split(data['split'])}"

@@ -1,15 +1,33 @@
 """What was refitted in a shared checkpoint, and on which text: a record in its config.json. Holds no weight."""
 
+import json
+import re
+from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import PlanError
 
 MAX_TENSORS = 100_000
 MAX_TEXT = 512
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(lambda text: _printable(text))]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**40)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+def is_shown(text: str) -> bool:
+    """Whether a text that somebody else wrote is short and can be printed as it is."""
+    return len(text) <= MAX_TEXT and not _CONTROL.search(text)
+
+
+def _printable(text: str) -> str:
+    """A text that can be shown on a terminal without doing anything there."""
+    if _CONTROL.search(text):
+        raise ValueError("it holds control characters")
+    return text
 
 
 class RefitRecord(BaseModel):
@@ -19,24 +37,45 @@ class RefitRecord(BaseModel):
         PlanError: from `from_dict`, if a checkpoint's own record is not valid.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     tensors: Annotated[tuple[Text, ...], Field(max_length=MAX_TENSORS)]
     text: Text
-    text_digest: Text
+    text_digest: Digest
     tokens: Count
     window: Count
-    seed: int
+    seed: Seed
+
+    @classmethod
+    def of(
+        cls, tensors: Collection[str], text: str, digest: str, *, windows: tuple[int, ...], seed: int
+    ) -> "RefitRecord":
+        """The record of these tensors, fitted on so many windows of so many tokens; what cannot be shown of the text's
+        name is left out."""
+        shown = _CONTROL.sub("?", text)[:MAX_TEXT]
+        count, window = windows
+        return cls(
+            tensors=tuple(sorted(tensors)),
+            text=shown,
+            text_digest=digest,
+            tokens=count * window,
+            window=window,
+            seed=seed,
+        )
 
     @classmethod
     def from_dict(cls, data: Any) -> "RefitRecord":
         """Check a record that somebody else wrote."""
         try:
-            return cls.model_validate(data)
-        except ValidationError as error:
+            return cls.model_validate_json(json.dumps(data))
+        except (TypeError, ValueError, RecursionError) as error:
+            if not isinstance(error, ValidationError):
+                raise PlanError(f"the checkpoint's record of its refit is not valid: {error}.") from None
             first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(step) for step in first["loc"])
-            raise PlanError(f"the checkpoint's record of its refit is not valid at {where}: {first['msg']}.") from None
+            where = ".".join(str(step) for step in first["loc"])[:MAX_TEXT] or "its top"
+            raise PlanError(
+                f"the checkpoint's record of its refit is not valid at {where!a}: {first['msg']}."
+            ) from None
 
     def in_words(self) -> str:
         """One clause for the person who reads what a checkpoint is."""

@@ -32,7 +32,7 @@ from headshare.checkpoints import (
     require_one_dtype,
 )
 from headshare.configuration import text_config
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError, OutputError, PlanError
 from headshare.factors import join_columns, split_columns, widened
 from headshare.gaps import (
     NOTHING,
@@ -224,23 +224,57 @@ def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Pa
     return _write(dense, assemblies, dict(dense.config), Path(out), False, {})
 
 
-def write_refitted(shared: Checkpoint, refit: RefitRecord, tensors: Mapping[str, Tensor], out: Path) -> Path:
+def write_refitted(
+    shared: Checkpoint,
+    refit: RefitRecord,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a shared checkpoint again with these tensors, whole, in the place of its own, and a record of the refit.
 
     `out` may be the checkpoint's own folder, which is replaced in one step when the new one is whole.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
     """
+    check_written_again(shared, out, overwrite=overwrite)
     plan = check_shared(shared)
     gapped = tensors_of(plan, shared)
     assemblies = [copied(info) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, shared.base_model)}
+    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, base_model)}
     replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
     tied = set(tied_names(gapped))
     assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
-    in_place = os.path.realpath(out) == os.path.realpath(shared.path)
-    return _write(shared, assemblies, config, out, in_place, {}, replaced, in_place=in_place)
+    in_place = _is_own(shared, out)
+    return _write(shared, assemblies, config, out, overwrite or in_place, {}, replaced, in_place=in_place)
+
+
+def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that a shared checkpoint cannot be written to again: one in a wrong place, or its own folder
+    where that holds files that would not come along.
+
+    Raises:
+        OutputError: saying which.
+    """
+    if not _is_own(shared, out):
+        check_output(out, shared.path, overwrite=overwrite)
+        return
+    kept = {*_other_files(shared.path), *(shared.path / info.file for info in shared.tensors.values())}
+    kept |= {shared.path / name for name in ("config.json", _INDEX, MANIFEST)}
+    lost = sorted(str(path.relative_to(shared.path)) for path in shared.path.rglob("*") if path.is_file())
+    lost = [name for name in lost if shared.path / name not in kept]
+    if lost:
+        raise OutputError(
+            f"{shared.path} also holds {', '.join(lost[:3])}, which would be lost if it were replaced. "
+            "Write elsewhere: --out NEW"
+        )
+
+
+def _is_own(shared: Checkpoint, out: Path) -> bool:
+    return os.path.realpath(out) == os.path.realpath(shared.path)
 
 
 class Folded(Mapping[str, Tensor]):
@@ -464,7 +498,13 @@ def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    """Everything beside the weights: tokenizer, generation settings, a model card. Hidden files and pickles stay."""
+    """Everything beside the weights: tokenizer, generation settings, a model card."""
+    for path in _other_files(source):
+        copy_file(path, folder / path.relative_to(source))
+
+
+def _other_files(source: Path) -> Iterator[Path]:
+    """What comes along beside the weights. Hidden files and pickles stay."""
     modules = _module_folders(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
@@ -473,7 +513,7 @@ def _copy_other_files(source: Path, folder: Path) -> None:
         weights = path.suffix in (*WEIGHT_FILES, *PICKLES) or path.name.endswith(".index.json")
         own_module = path.suffix == ".safetensors" and str(relative.parent) in modules
         if path.is_file() and not (hidden or written or (weights and not own_module)):
-            copy_file(path, folder / relative)
+            yield path
 
 
 def _module_folders(source: Path) -> set[str]:

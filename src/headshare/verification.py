@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor
 from headshare.accounting import parameter_infos
 from headshare.checkpoints import Checkpoint, open_checkpoint, read_json
 from headshare.configuration import text_config
-from headshare.errors import CheckpointError, HeadshareError, OutputError
+from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
 from headshare.evaluation import longest_window
-from headshare.gaps import extra_tensors, scale_names
+from headshare.gaps import bias_name, extra_tensors, scale_names
 from headshare.models import load_model
 from headshare.plans import SharePlan
 from headshare.progress import track
+from headshare.recognition import attention_layout, ffn_layout
 from headshare.sharing import check_fits, check_shared, expand, same_numbers, tensors_of, write_overwritten
+from headshare.units import Part
 from headshare.writing import MANIFEST, file_digest
 
 PROBE_TOKENS = 48
@@ -109,6 +111,8 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
+    for name in sorted(refitted - _readouts(dense)):
+        result.fail(f"the record of the refit names {name}, which no refit changes")
     common = [name for name in common if name not in refitted]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
@@ -122,6 +126,19 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
+
+
+def _readouts(dense: Checkpoint) -> frozenset[str]:
+    """The weights and biases that a refit may change: those of W_o and of W_down."""
+    config = text_config(dense.config)
+    layouts = [attention_layout(config, dense.shapes)]
+    with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
+        layouts.append(ffn_layout(config, dense.shapes))
+    places = [
+        (layout, layout.parts[part]) for layout in layouts for part in (Part.O, Part.DOWN) if part in layout.parts
+    ]
+    names = [place.name(layer) for layout, place in places for layer in range(layout.layers)]
+    return frozenset([*names, *map(bias_name, names)])
 
 
 def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verification) -> None:

@@ -21,7 +21,7 @@ from headshare.gaps import reduced_readouts, reduced_tensors
 from headshare.integrations.shrinking import regrow, shrink, shrunk_of
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
-from headshare.refits import RefitRecord
+from headshare.refits import RefitRecord, is_shown
 from headshare.storage import STORAGES, check_storage, choose_storage
 from headshare.storage.factored import install_factored
 from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
@@ -46,7 +46,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         storage: str = "auto",
         quant_method: str = METHOD,
         refit: Any = None,
-        base_model: str | None = None,
+        base_model: Any = None,
         **_: Any,
     ) -> None:
         if format != FORMAT:
@@ -59,7 +59,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         self.storage = storage
         self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
         self.refit = refit if refit is None or isinstance(refit, RefitRecord) else RefitRecord.from_dict(refit)
-        self.base_model = base_model
+        self.base_model = base_model if isinstance(base_model, str) and is_shown(base_model) else None
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; how a model was held in memory is not part of it."""
