@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--ratios", type=numbers, default=list(RATIOS))
     parser.add_argument("--saves", type=numbers, default=[], help="shares of the whole model, such as 0.02,0.1")
+    parser.add_argument("--methods", help="only these rows, joined by ;, such as 'deletion of units;q,k,v'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention-only", action="store_true", help="refit W_o alone")
     parser.add_argument("--device", default="cpu")
@@ -214,7 +215,8 @@ def main() -> None:
         bench = Bench(dense, calibration, windows, ffn=not args.attention_only, device=args.device)
         cells = [cell for ratio in args.ratios for cell in at_ratio(bench, ratio, args.seed)]
         cells += [cell for share in args.saves for cell in at_share(bench, share)]
-        for cell in cells:
+        wanted = args.methods.split(";") if args.methods else {cell.method for cell in cells}
+        for cell in (one for one in cells if one.method in wanted):
             if any((row.budget, row.method) == (cell.budget, cell.method) for row in rows):
                 continue
             try:
