@@ -242,7 +242,7 @@ def test_a_killed_plan_goes_on_to_the_same_bytes(
 @pytest.fixture
 def stopped(things: Path) -> Path:
     """A share that was killed while it refitted. Its state."""
-    assert killed(BY_OUTPUT, STATE, 10)
+    assert killed(BY_OUTPUT, STATE, 14)
     return workspace_of(things / "out")
 
 
@@ -328,15 +328,15 @@ def test_a_second_run_to_the_same_output_is_refused_while_the_first_is_on_its_wa
     assert left_behind(things) == []
 
 
-def damages(state: Path) -> Iterator[tuple[Path, bytes]]:
+def damages(state: Path) -> Iterator[tuple[Path, str, bytes]]:
     for path in sorted(state.rglob("*")):
         if path.is_file():
             whole = path.read_bytes()
-            yield path, whole[: len(whole) // 2]
-            yield path, b""
-            yield path, bytes([whole[0] ^ 1]) + whole[1:]
+            yield path, "cut off", whole[: len(whole) // 2]
+            yield path, "empty", b""
+            yield path, "a bit at its beginning", bytes([whole[0] ^ 1]) + whole[1:]
             middle = len(whole) // 2
-            yield path, whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+            yield path, "a bit in its middle", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
 
 
 def test_a_damaged_state_is_one_error_that_says_restart_and_never_goes_into_the_result(
@@ -346,8 +346,8 @@ def test_a_damaged_state_is_one_error_that_says_restart_and_never_goes_into_the_
     run: Run,
 ) -> None:
     kinds = set()
-    for path, content in damages(stopped):
-        whole, kind = path.read_bytes(), (path.suffix, path.name.split("-")[0], len(content))
+    for path, damage, content in damages(stopped):
+        whole, kind = path.read_bytes(), (path.suffix, path.name.split("-")[0][:6], damage)
         if kind in kinds:
             continue
         kinds.add(kind)
@@ -397,6 +397,17 @@ def test_nothing_is_kept_of_a_run_that_failed_before_it_did_anything(things: Pat
     found = run(*BY_OUTPUT)
     assert_one_error_line(found)
     assert "two windows" in found.err
+    assert left_behind(things) == []
+
+
+def test_nothing_is_kept_of_a_run_that_failed_when_it_was_to_begin(
+    things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PlanError("this model can have none of the forms asked for.")
+
+    monkeypatch.setattr("headshare.calibrating.price_units", refuse)
+    assert_one_error_line(run(*BY_OUTPUT))
     assert left_behind(things) == []
 
 

@@ -255,7 +255,7 @@ def test_factors_that_were_fitted_are_written_as_they_are(tmp_path: Path) -> Non
     base = "transformer.h.2.attn.c_proj."
     fitted = {base + "factor_in": torch.randn(5, 8), base + "factor_out": torch.randn(32, 5)}
     whole = torch.randn(32, 32)
-    record = RefitRecord(tensors=(base + "weight",), text="t", text_digest="d", tokens=1, window=1, seed=0)
+    record = RefitRecord(tensors=(base + "weight",), text="t", text_digest="d" * 64, tokens=1, window=1, seed=0)
     shared = hs.share(dense, plan).with_refit(record, {base + "weight": whole, **fitted})
     stored = load_file(shared.save(tmp_path / "shared") / MODEL)
     assert all(torch.equal(stored[key], tensor) for key, tensor in fitted.items())
