@@ -77,7 +77,7 @@ def test_the_public_names_are_these() -> None:
     assert hs.__all__ == sorted(hs.__all__)
     assert set(hs.__all__) == {
         *("ArchitectureError", "CheckpointError", "EvaluationError", "HeadshareError", "OutputError", "PlanError"),
-        *("Calibration", "CalibrationError", "calibration_from"),
+        *("Budget", "Calibration", "CalibrationError", "budget_of", "calibration_from", "plan_on", "refit_on"),
         *("Checkpoint", "Estimate", "HeadUnit", "HeadshareConfig", "Part", "Parts", "Scores", "SharePlan"),
         *("SharedCheckpoint", "StorageError", "Tie", "estimate", "estimate_plan", "expand", "load"),
         *("make_plan", "match_function"),

@@ -4,6 +4,7 @@ Importing it registers the checkpoint format with transformers, and changes noth
 """
 
 from headshare.accounting import Estimate, estimate, estimate_plan
+from headshare.calibrating import Budget, budget_of, plan_on, refit_on
 from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import (
@@ -28,6 +29,7 @@ from headshare.units import HeadUnit, Part, Parts, Tie
 
 __all__ = [
     "ArchitectureError",
+    "Budget",
     "Calibration",
     "CalibrationError",
     "Checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "SharedCheckpoint",
     "StorageError",
     "Tie",
+    "budget_of",
     "calibration_from",
     "estimate",
     "estimate_plan",
@@ -54,6 +57,8 @@ __all__ = [
     "make_plan",
     "match_function",
     "open_checkpoint",
+    "plan_on",
+    "refit_on",
     "score_units",
     "share",
 ]
