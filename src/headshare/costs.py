@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headshare.factors import whitened_svd
+
 RIDGE = 1e-3
 
 Inputs = Float[Tensor, "tokens channels"]
@@ -208,8 +210,7 @@ class Products:
     def of(cls, beside: Beside) -> "Products":
         """From features beside the fit that they would join."""
         factor = torch.linalg.cholesky(_ridged(beside.gram, beside.squares))
-        white = torch.linalg.solve_triangular(factor, beside.missed, upper=False)
-        left, values, right = torch.linalg.svd(white, full_matrices=False)
+        left, values, right = whitened_svd(factor, beside.missed)
         return cls(values.square().cumsum(0), torch.linalg.solve_triangular(factor.T, left * values, upper=True), right)
 
     def product(self, rank: int) -> Float[Tensor, "hidden features"]:

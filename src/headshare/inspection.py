@@ -27,29 +27,22 @@ def describe(plan: SharePlan) -> dict[str, Any]:
 
 
 def _describe_removal(removal: Removal) -> dict[str, Any]:
-    data = removal.model_dump(mode="json")
-    return {
-        "kind": str(removal.layout.kind),
-        "layers": removal.layout.layers,
-        "groups": removal.layout.groups,
-        "removed": removal.count,
-        "ratio": removal.count / removal.layout.units,
-        "chosen": data["chosen"],
-        "indices": data["removed"],
-    }
+    return {**_describe_units(removal, "removed"), "indices": removal.model_dump(mode="json")["removed"]}
 
 
 def _describe_factored(factored: Factored) -> dict[str, Any]:
     data = factored.model_dump(mode="json")
+    return {**_describe_units(factored, "factored"), "indices": data["units"], "ranks": data["ranks"]}
+
+
+def _describe_units(some: Removal | Factored, done: str) -> dict[str, Any]:
     return {
-        "kind": str(factored.layout.kind),
-        "layers": factored.layout.layers,
-        "groups": factored.layout.groups,
-        "factored": factored.count,
-        "ratio": factored.count / factored.layout.units,
-        "chosen": data["chosen"],
-        "indices": data["units"],
-        "ranks": data["ranks"],
+        "kind": str(some.layout.kind),
+        "layers": some.layout.layers,
+        "groups": some.layout.groups,
+        done: some.count,
+        "ratio": some.count / some.layout.units,
+        "chosen": some.chosen.model_dump(mode="json"),
     }
 
 

@@ -106,6 +106,7 @@ class _Descent:
         self.half = half
         fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.left, self.held = Remainder.of(fit), _HeldOut(half)
+        self.missed = self.held.error(self.left)
         self.whole = fit.lost(half.columns).costs.tolist()  # what each unit's removal costs while all others are there
         ties = [form for form in forms if form is not Form.REMOVE]
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
@@ -143,13 +144,14 @@ class _Descent:
 
     def take(self, group: int, form: Form, offer: _Offer) -> Step:
         """Give the unit up."""
-        columns, before = self.half.columns[group], self.held.error(self.left)
+        columns, before = self.half.columns[group], self.missed
         self.left = self.after(offer, columns)
         self.held.taken(columns, offer)
         self.given.add(group)
         self.lost.clear()
         self.may_remove -= form is Form.REMOVE
-        price, fitted = self.held.error(self.left) - before, 1 - self.held.share
+        self.missed = self.held.error(self.left)
+        price, fitted = self.missed - before, 1 - self.held.share
         donors = tuple((unit, price / fitted) for unit, price in offer.donors)  # as if all tokens were fitted ones
         return Step(form, (group,), price, self.saved_in(offer, form), donors, offer.rank)
 

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headshare.factors import whitened_svd
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ALTERNATIONS = 3
 CHUNK_TOKENS = 1024
@@ -355,8 +357,7 @@ def _best_of_rank(
     factor: Float[Tensor, "inputs inputs"], wanted: Float[Tensor, "inputs outputs"], rank: int
 ) -> Float[Tensor, "inputs outputs"]:
     """argmin of |L' X - L^-1 wanted| over X of this rank, L the Cholesky factor of the inputs' Gram matrix."""
-    white = torch.linalg.solve_triangular(factor, wanted, upper=False)
-    left, values, right = torch.linalg.svd(white, full_matrices=False)
+    left, values, right = whitened_svd(factor, wanted)
     cut = (left[:, :rank] * values[:rank]) @ right[:rank]
     found: Tensor = torch.linalg.solve_triangular(factor.T, cut, upper=True)
     return found

@@ -299,26 +299,10 @@ class Folded(Mapping[str, Tensor]):
         if not self._rounded:
             weight = weight.to(widened(weight.dtype))
         if tensor.scaled:
-            self._scale(weight, tensor)
+            scale_columns(weight, tensor, self._shared.read(scale_name(name)))
         if tensor.factored:
-            self._multiply_out(weight, tensor)
+            multiply_out(weight, tensor, *map(self._shared.read, factor_names(name)))
         return weight
-
-    def _scale(self, weight: Tensor, tensor: GappedTensor) -> None:
-        values, used = self._shared.read(scale_name(tensor.name)), 0
-        for start, stop in tensor.scaled:
-            part = weight.narrow(tensor.axis, start, stop - start)
-            shape = (-1, 1) if tensor.axis == 0 else (1, -1)
-            part.mul_(values[used : used + stop - start].view(shape))
-            used += stop - start
-
-    def _multiply_out(self, weight: Tensor, tensor: GappedTensor) -> None:
-        factor_in, factor_out = map(self._shared.read, factor_names(tensor.name))
-        used = 0
-        for start, stop, rank in tensor.factored:
-            columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
-            weight.narrow(tensor.axis, start, stop - start).copy_(columns.T if tensor.axis == 0 else columns)
-            used += rank
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -328,6 +312,24 @@ class Folded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def scale_columns(weight: Tensor, tensor: GappedTensor, scale: Tensor) -> None:
+    """Multiply the scaled channels of a whole readout by their scales, in place."""
+    used = 0
+    for start, stop in tensor.scaled:
+        values = scale[used : used + stop - start]
+        weight.narrow(tensor.axis, start, stop - start).mul_(values[:, None] if tensor.axis == 0 else values)
+        used += stop - start
+
+
+def multiply_out(weight: Tensor, tensor: GappedTensor, factor_in: Tensor, factor_out: Tensor) -> None:
+    """Put the products of the factors into the factored columns of a whole readout, in place."""
+    used = 0
+    for start, stop, rank in tensor.factored:
+        columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
+        weight.narrow(tensor.axis, start, stop - start).copy_(columns.T if tensor.axis == 0 else columns)
+        used += rank
 
 
 def _widened(assembly: Assembly) -> Assembly:

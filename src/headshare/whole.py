@@ -9,10 +9,10 @@ from torch import Tensor
 
 from headshare.assembly import filled, overwritten, stream
 from headshare.checkpoints import Checkpoint
-from headshare.factors import join_columns, split_columns
+from headshare.factors import split_columns
 from headshare.gaps import GappedTensor, factor_names, scale_name
 from headshare.plans import SharePlan
-from headshare.sharing import check_fits, check_shared, tensors_of
+from headshare.sharing import check_fits, check_shared, multiply_out, scale_columns, tensors_of
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,20 @@ class WholeTensors:
         whole = torch.cat(list(stream(assembly, self.checkpoint)))
         scale = self.scale(name)
         if scale is not None:
-            _multiply(whole, tensor, scale)
-        used = 0
-        for start, stop, rank in tensor.factored:
-            columns = whole.narrow(tensor.axis, start, stop - start)
-            columns.copy_(self._product(name, tensor, start, stop, used, rank))
-            used += rank
+            scale_columns(whole, tensor, scale)
+        if tensor.factored:
+            multiply_out(whole, tensor, *self._factors(name, tensor))
         return whole
 
-    def _product(self, name: str, tensor: GappedTensor, start: int, stop: int, used: int, rank: int) -> Tensor:
-        """The columns of one factored unit, in the tensor's own orientation."""
+    def _factors(self, name: str, tensor: GappedTensor) -> tuple[Tensor, Tensor]:
+        """The two factors as they are stored, or those nearest to a dense model's columns."""
         if self.stored:
             factor_in, factor_out = map(self.checkpoint.read, factor_names(name))
-            columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
-        else:
-            dense = self.checkpoint.read(name).narrow(tensor.axis, start, stop - start)
-            columns = join_columns(*split_columns(dense.T if tensor.axis == 0 else dense, rank))
-        return columns.T if tensor.axis == 0 else columns
+            return factor_in, factor_out
+        dense = self.checkpoint.read(name)
+        columns = dense.T if tensor.axis == 0 else dense
+        split = [split_columns(columns[:, start:stop], rank) for start, stop, rank in tensor.factored]
+        return torch.cat([factor_in for factor_in, _ in split]), torch.cat([out for _, out in split], dim=1)
 
     def scale(self, name: str) -> Float[Tensor, " scaled"] | None:
         """The scales of this readout's shared channels, in order; None where it has none, or all are one."""
@@ -96,12 +93,3 @@ class WholeTensors:
         if not self.stored or tensor is None or not tensor.scaled:
             return None
         return self.checkpoint.read(scale_name(name))
-
-
-def _multiply(whole: Tensor, tensor: GappedTensor, scale: Tensor) -> None:
-    """Multiply the scaled channels of a whole readout by their scales, in place."""
-    used = 0
-    for start, stop in tensor.scaled:
-        values = scale[used : used + stop - start]
-        whole.narrow(tensor.axis, start, stop - start).mul_(values[:, None] if tensor.axis == 0 else values)
-        used += stop - start
