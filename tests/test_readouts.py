@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headshare import readouts
+from headshare.precision import _both, full_float32
 from headshare.readouts import RIDGES, Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
 
 TOKENS, INPUTS, OUTPUTS = 300, 12, 7
@@ -495,12 +496,13 @@ def settings() -> tuple[str, str]:
     return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
-def test_a_setting_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_is_put_back_after_an_error() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), readouts._full_float32():
+    with pytest.raises(ZeroDivisionError), full_float32():
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(ZeroDivisionError), readouts._highest():
+    with pytest.raises(ZeroDivisionError), _both("medium"):
+        assert torch.get_float32_matmul_precision() == "medium" != before
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
 

@@ -5,16 +5,14 @@ perhaps behind one scale a channel), *factored* (columns it stores as a product 
 these: their columns are zero). Knows no model and no file.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headshare.factors import whitened_svd
+from headshare.precision import full_float32
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ALTERNATIONS = 3
@@ -74,7 +72,7 @@ class NormalEquations:
         rows, wanted = inputs * root, targets * root
         if self.bias:
             rows = torch.cat([rows, root.to(rows.dtype)], dim=1)
-        with _full_float32():
+        with full_float32():
             gram, cross = rows.T @ rows, rows.T @ wanted
         if not bool(torch.isfinite(gram.sum() + cross.sum())) and rows.dtype != torch.float64:
             self._add_chunk(inputs.double(), targets.double(), root.double())
@@ -101,35 +99,6 @@ class NormalEquations:
 def _finite_rows(*tensors: Float[Tensor, "tokens _"]) -> Bool[Tensor, " tokens"]:
     rows = [torch.isfinite(tensor).all(dim=1) for tensor in tensors]
     return torch.stack(rows).all(dim=0)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products of float32 numbers keep all their bits, though the process may allow bfloat16 or TF32 ones."""
-    backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
-    settings = [one for one in backends if hasattr(one, "fp32_precision")]
-    if len(settings) < len(backends):  # before torch 2.9 one setting was for both
-        with _highest():
-            yield
-        return
-    before = [one.fp32_precision for one in settings]
-    try:
-        for one in settings:
-            one.fp32_precision = "ieee"
-        yield
-    finally:
-        for one, precision in zip(settings, before, strict=True):
-            one.fp32_precision = precision
-
-
-@contextmanager
-def _highest() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
