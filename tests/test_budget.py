@@ -1,7 +1,8 @@
 """What is chosen keeps to its budget, costs no more than it must, and is a plan that shares what it says it saves."""
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import chain, pairwise, product
 from pathlib import Path as Folder
 from typing import Any
 
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 import tiny
 from headshare.accounting import estimate_plan
-from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
+from headshare.budget import Budgeted, plan_for_bytes, plan_for_steps, plan_for_units
 from headshare.calibration import Calibration
-from headshare.checkpoints import open_checkpoint
+from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import PlanError
 from headshare.layout import Layout, Place
 from headshare.paths import Form, Path, Prices, Step
@@ -51,19 +52,27 @@ Steps = list[
 
 @st.composite
 def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Kind, int, Steps]]:
-    """Paths of any forms and prices, dear steps before cheap ones too; layer 0 keeps its attention. Units are factored
-    or tied in all parts, not both."""
+    """Paths of any forms and prices, dear steps before cheap ones too, and often several of one half; of layer 0's
+    attention some is removed at most. Units are factored or tied in all parts, not both."""
     of_neurons = neurons and draw(st.booleans())
     attention = (Form.QK, Form.QKV, draw(st.sampled_from((Form.QKVO, Form.FACTORED))), Form.REMOVE)
     paths: list[tuple[Kind, int, Steps]] = []
     for layer in range(LAYERS):
-        if layer:
-            paths.append((Kind.ATTENTION, layer, draw(units(layer, attention))))
+        forms = attention if layer else (Form.REMOVE,)
+        paths += [(Kind.ATTENTION, layer, steps) for steps in draw(alternatives(layer, forms))]
         if of_neurons:
-            paths.append((Kind.FFN, layer, draw(chunks())))
+            paths += [(Kind.FFN, layer, draw(chunks())) for _ in range(draw(st.integers(1, 2)))]
         elif layer:
             paths.append((Kind.FFN, layer, draw(units(layer, (Form.GATEUP,)))))
     return paths
+
+
+@st.composite
+def alternatives(draw: st.DrawFn, layer: int, forms: Sequence[Form]) -> list[Steps]:
+    """Paths of one half, each form in one of them: so a plan tells which was followed."""
+    order = draw(st.permutations(forms))
+    cuts = draw(st.sets(st.sampled_from(range(1, len(order))))) if len(order) > 1 else set()
+    return [draw(units(layer, order[start:stop])) for start, stop in pairwise((0, *sorted(cuts), len(order)))]
 
 
 PRICE = st.one_of(st.integers(-2, 20).map(float), st.floats(0, 5))
@@ -75,8 +84,8 @@ def units(draw: st.DrawFn, layer: int, forms: Sequence[Form]) -> Steps:
     steps: Steps = []
     for group in draw(st.permutations(range(GROUPS)))[: draw(st.integers(0, GROUPS))]:
         form = draw(st.sampled_from(forms))
-        if [one[0] for one in steps].count(Form.REMOVE) == GROUPS - 1:
-            form = forms[0]
+        if form is Form.REMOVE and [one[0] for one in steps].count(form) == GROUPS - 1:
+            break
         donors = () if form is Form.REMOVE else draw(donors_of(layer))
         rank = draw(st.integers(1, 3)) if form is Form.FACTORED else 0
         price = donors[0][1] if donors else draw(PRICE)
@@ -100,15 +109,28 @@ def chunks(draw: st.DrawFn) -> Steps:
 
 
 def made(paths: list[tuple[Kind, int, Steps]], *, most: int | None = None) -> Prices:
-    """Prices of these paths, or of the first few."""
-    found = [Path(kind, layer, tuple(Step(*one) for one in steps)) for kind, layer, steps in paths[:most]]
-    return Prices("llama", LAYOUTS, tuple(found), SINGLE)
+    """Prices of these paths, or of those of the first few halves."""
+    halves = list(dict.fromkeys((kind, layer) for kind, layer, _ in paths))[:most]
+    found = [Path(kind, layer, tuple(Step(*one) for one in steps)) for kind, layer, steps in paths]
+    return Prices("llama", LAYOUTS, tuple(path for path in found if (path.kind, path.layer) in halves), SINGLE)
+
+
+Half = tuple[Kind, int]
+Beginning = tuple[Step, ...]
+
+
+def beginnings(prices: Prices) -> dict[Half, list[Beginning]]:
+    """All that each half could do: nothing, or so many steps along one of its paths."""
+    found: dict[Half, list[Beginning]] = {}
+    for path in prices.paths:
+        ends = range(1, len(path.steps) + 1)
+        found.setdefault((path.kind, path.layer), [()]).extend(path.steps[:end] for end in ends)
+    return found
 
 
 def choices(prices: Prices) -> Iterator[list[Step]]:
-    """The steps of every choice there is: so many along each path."""
-    for ends in product(*(range(len(path.steps) + 1) for path in prices.paths)):
-        yield [step for path, end in zip(prices.paths, ends, strict=True) for step in path.steps[:end]]
+    """The steps of every choice there is: of each half, so many along one of its paths."""
+    return (list(chain(*chosen)) for chosen in product(*beginnings(prices).values()))
 
 
 def price_of(steps: Sequence[Step]) -> float:
@@ -119,8 +141,15 @@ def saved_by(steps: Sequence[Step]) -> int:
     return sum(step.saved_bytes for step in steps)
 
 
-def units_of(path: Path) -> int:
-    return 0 if path.is_of_neurons else len(path.steps)
+def most_units(prices: Prices) -> int:
+    """As many as can be given up: of each half, as many as its longest path. Single neurons are none."""
+    of_neurons = {(path.kind, path.layer) for path in prices.paths if path.is_of_neurons}
+    return sum(max(map(len, some)) for half, some in beginnings(prices).items() if half not in of_neurons)
+
+
+def most_bytes(prices: Prices) -> int:
+    """As many as can be saved: of each half, those of the path that saves most."""
+    return sum(max(map(saved_by, some)) for some in beginnings(prices).values())
 
 
 # ---- what is chosen
@@ -130,7 +159,7 @@ def units_of(path: Path) -> int:
 @FEW
 def test_exactly_as_many_units_are_given_up_as_asked_at_the_least_price_there_is(drawn: Any, share: float) -> None:
     few = made(drawn, most=4)
-    units = round(share * sum(map(units_of, few.paths)))
+    units = round(share * most_units(few))
     found = plan_for_units(few, units)
     assert found.plan.ties + found.plan.removed(Kind.ATTENTION) >= units  # parts with other ties count again
     assert len(given_up(found.plan)) == units
@@ -143,7 +172,7 @@ def test_exactly_as_many_units_are_given_up_as_asked_at_the_least_price_there_is
 @FEW
 def test_single_neurons_are_no_units(drawn: Any, share: float) -> None:
     prices = made(drawn)
-    units = round(share * sum(map(units_of, prices.paths)))
+    units = round(share * most_units(prices))
     found = plan_for_units(prices, units)
     assert len(given_up(found.plan)) == units
     assert found.plan.removed(Kind.FFN) == 0
@@ -155,30 +184,31 @@ def test_enough_bytes_are_saved_no_step_is_idle_and_no_cheaper_than_the_best_nor
     drawn: Any, share: float
 ) -> None:
     few = made(drawn, most=4)
-    wanted = round(share * saved_by([step for path in few.paths for step in path.steps]))
+    wanted = round(share * most_bytes(few))
     found = plan_for_bytes(few, wanted)
     steps = taken_by(few, found)
     best = min(price_of(steps) for steps in choices(few) if saved_by(steps) >= wanted)
     assert found.saved_bytes == saved_by(steps) >= wanted
     assert best - 1e-9 <= price_of(steps) <= plain_greed(few, wanted) + 1e-9
-    for path in few.paths:
-        mine = [step for step in steps if step in path.steps]
-        for end in range(len(mine)):
-            idle = mine[end:]
-            assert found.saved_bytes - saved_by(idle) < wanted or price_of(idle) <= 1e-9
+    for half, mine in followed(few, found.plan).items():
+        for shorter in beginnings(few)[half]:
+            spared = saved_by(mine) - saved_by(shorter)
+            assert spared <= 0 or found.saved_bytes - spared < wanted or price_of(mine) <= price_of(shorter) + 1e-9
 
 
 def plain_greed(prices: Prices, wanted: int) -> float:
-    """Extend one path by one step or several, whichever is the cheapest for what it saves, until it is enough."""
-    taken, total, price = [0] * len(prices.paths), 0, 0.0
+    """Go on in one half, to whatever beginning of a path is the cheapest for what it saves, until it is enough."""
+    halves = [[(saved_by(steps), price_of(steps)) for steps in some] for some in beginnings(prices).values()]
+    taken, total, price = [(0, 0.0)] * len(halves), 0, 0.0
     while total < wanted:
-        _, number, end = min(
-            (price_of(path.steps[at:end]) / min(saved_by(path.steps[at:end]), wanted - total), number, end)
-            for number, (path, at) in enumerate(zip(prices.paths, taken, strict=True))
-            for end in range(at + 1, len(path.steps) + 1)
+        _, number, saved, cost = min(
+            ((cost - taken[number][1]) / min(saved - taken[number][0], wanted - total), number, saved, cost)
+            for number, half in enumerate(halves)
+            for saved, cost in half
+            if saved > taken[number][0]
         )
-        more = prices.paths[number].steps[taken[number] : end]
-        total, price, taken[number] = total + saved_by(more), price + price_of(more), end
+        total, price = total + saved - taken[number][0], price + cost - taken[number][1]
+        taken[number] = saved, cost
     return price
 
 
@@ -208,20 +238,162 @@ def test_a_dear_step_does_not_hide_cheap_ones_behind_it() -> None:
     assert plan_for_bytes(Prices("llama", LAYOUTS, (hidden, other, again)), 2000).price == 10
 
 
+def test_what_costs_less_than_nothing_is_no_reason_to_leave_more_of_it() -> None:
+    """A beginning that saves more at the same price does not stand for one that leaves room for the other half's."""
+    free = Path(Kind.ATTENTION, 1, (gone(0, -2.0, 10), gone(1, 0.0, 30)))
+    other = Path(Kind.ATTENTION, 2, (gone(0, -1.0, 70),))
+    prices = Prices("llama", LAYOUTS, (free, other))
+    assert plain_greed(prices, 29) == -3
+    assert plan_for_bytes(prices, 29).price == -3
+
+
+# ---- one of several paths
+
+
+def alternative_paths(layer: int, *prices_and_bytes: Sequence[tuple[float, int]]) -> list[Path]:
+    """Paths of one half that remove units, the second of them in the other order."""
+    orders = ((0, 1), (1, 0))
+    return [
+        Path(Kind.ATTENTION, layer, tuple(gone(group, *one) for group, one in zip(order, steps, strict=False)))
+        for order, steps in zip(orders, prices_and_bytes, strict=True)
+    ]
+
+
+def test_which_path_is_followed_depends_on_how_far() -> None:
+    first, second = alternative_paths(1, [(1.0, 100), (9.0, 100)], [(5.0, 100), (0.0, 100)])
+    prices = Prices("llama", LAYOUTS, (first, second))
+    for asked, taken in ((1, first.steps[:1]), (2, second.steps)):
+        for found in (plan_for_units(prices, asked), plan_for_bytes(prices, 100 * asked)):
+            assert removed(found.plan, Kind.ATTENTION) == {HeadUnit(1, step.groups[0]) for step in taken}
+            assert (found.price, found.saved_bytes) == (price_of(taken), saved_by(taken))
+
+
+def test_a_path_is_left_for_another_where_that_saves_more_for_its_price() -> None:
+    """The first turn goes along the first path, the second along another half; the third leaves the first path."""
+    first, second = alternative_paths(1, [(1.0, 100), (30.0, 150)], [(4.0, 250)])
+    other = Path(Kind.ATTENTION, 2, (gone(0, 1.5, 100),))
+    prices = Prices("llama", LAYOUTS, (first, second, other))
+    for wanted, price, units in ((100, 1, {(1, 0)}), (200, 2.5, {(1, 0), (2, 0)}), (350, 5.5, {(1, 1), (2, 0)})):
+        found = plan_for_bytes(prices, wanted)
+        assert (found.price, removed(found.plan, Kind.ATTENTION)) == (price, units)
+        alone = [plan_for_bytes(replace(prices, paths=(kept, other)), wanted).price for kept in (first, second)]
+        assert found.price == min(alone) < max(alone)
+
+
+def test_a_longer_path_is_followed_where_others_have_too_few_units() -> None:
+    first, second = alternative_paths(1, [(0.1, 500)], [(7.0, 10), (7.0, 10)])
+    prices = Prices("llama", LAYOUTS, (first, second))
+    assert plan_for_units(prices, 1).price == 0.1
+    assert plan_for_units(prices, 2).price == 14
+    with pytest.raises(PlanError, match=r"3 units cannot be given up.*2 can"):
+        plan_for_units(prices, 3)
+    assert plan_for_bytes(prices, 500).price == 0.1
+    with pytest.raises(PlanError, match=r"501 bytes cannot be saved.* 500"):
+        plan_for_bytes(prices, 501)
+
+
+@given(drawn=priced(), layer=st.integers(0, LAYERS - 1), kind=st.sampled_from(Kind), share=SHARE)
+@FEW
+def test_a_half_alone_gives_up_what_is_cheapest_of_all_its_paths(
+    drawn: Any, layer: int, kind: Kind, share: float
+) -> None:
+    prices = made([one for one in drawn if one[:2] == (kind, layer)])
+    wanted = round(share * most_bytes(prices))
+    found = plan_for_bytes(prices, wanted)
+    enough = [price_of(steps) for steps in choices(prices) if saved_by(steps) >= wanted]
+    assert price_of(taken_by(prices, found)) == pytest.approx(min(enough) if wanted else 0)
+
+
+@given(drawn=priced(), dearer=st.floats(0.1, 5), share=SHARE)
+@FEW
+def test_paths_that_others_beat_at_every_step_change_nothing(drawn: Any, dearer: float, share: float) -> None:
+    prices, beaten = made(drawn), [(kind, layer, [raised(*one, by=dearer) for one in steps])
+                                   for kind, layer, steps in drawn]  # fmt: skip
+    wanted, units = round(share * most_bytes(prices)), round(share * most_units(prices))
+    for both in (made([*drawn, *beaten]), made([*beaten, *drawn])):
+        assert plan_for_bytes(both, wanted).price == plan_for_bytes(prices, wanted).price
+        assert plan_for_units(both, units).price == pytest.approx(plan_for_units(prices, units).price)
+
+
+def raised(form: Form, groups: tuple[int, ...], price: float, *rest: Any, by: float) -> tuple[Any, ...]:
+    return form, groups, price + by, *rest
+
+
+# ---- the first steps of one path
+
+
+@given(drawn=priced(), number=st.integers(0, 99), share=SHARE)
+@FEW
+def test_the_plan_of_some_steps_takes_those_and_nothing_else(drawn: Any, number: int, share: float) -> None:
+    """Nothing else is given up, so every donor is there, and the best is taken."""
+    prices = made(drawn)
+    path = prices.paths[number % len(prices.paths)]
+    steps = path.steps[: round(share * len(path.steps))]
+    plan = plan_for_steps(prices, path, len(steps))
+    taken = {one for step in steps for one in deeds_of(step)}
+    assert deeds(plan) == ({(path.kind, path.layer): taken} if taken else {})
+    best = {HeadUnit(path.layer, step.groups[0]): step.donors[0][0] for step in steps if step.donors}
+    assert {tie for one in plan.selections for tie in one.ties} == set(best.items())
+    assert plan.model_type == "llama"
+    assert SharePlan.from_json(plan.to_json()) == plan
+    alone = replace(prices, paths=(replace(path, steps=steps),))
+    assert plan == plan_for_bytes(alone, saved_by(steps)).plan
+
+
+def test_the_plan_of_no_steps_is_a_plan_of_nothing() -> None:
+    path = Path(Kind.ATTENTION, 1, (gone(0, 1.0, 9),))
+    assert plan_for_steps(Prices("llama", LAYOUTS, (path,)), path, 0) == SharePlan(model_type="llama")
+
+
+# ---- what is in a plan
+
+
 def gone(group: int, price: float, saved: int) -> Step:
     return Step(Form.REMOVE, (group,), price, saved)
 
 
 def taken_by(prices: Prices, found: Budgeted) -> list[Step]:
     """The steps that are in the plan."""
-    given, neurons = given_up(found.plan), removed(found.plan, Kind.FFN)
-    return [
-        step
-        for path in prices.paths
-        for step in path.steps
-        for units in [[HeadUnit(path.layer, group) for group in step.groups]]
-        if (set(units) <= neurons if path.is_of_neurons else (path.kind, units[0]) in given)
-    ]
+    return list(chain(*followed(prices, found.plan).values()))
+
+
+def followed(prices: Prices, plan: SharePlan) -> dict[Half, Beginning]:
+    """What each half does in the plan, which is the beginning of one of its paths: the cheapest that says the same."""
+    done, found = deeds(plan), {}
+    for half, some in beginnings(prices).items():
+        mine = done.pop(half, set())
+        same = [steps for steps in some if {one for step in steps for one in deeds_of(step)} == mine]
+        assert same, f"{half} follows no path, or several: {mine}"
+        found[half] = min(same, key=price_of)
+    assert not done
+    return found
+
+
+Deed = tuple[int, Form, int]  # a unit of a half, what is done to it, and its rank
+
+
+def deeds_of(step: Step) -> list[Deed]:
+    return [(group, step.form, step.rank) for group in step.groups]
+
+
+def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
+    """What the plan does to each half."""
+    shared: dict[tuple[Kind, HeadUnit], set[Part]] = {}
+    for one in plan.selections:
+        for tie in one.ties:
+            shared.setdefault((one.layout.kind, tie.recipient), set()).update(one.parts)
+    ranks = {HeadUnit(layer, group): rank for one in plan.factored for layer in one.units
+             for group, rank in one.ranked(layer)}  # fmt: skip
+    found: dict[Half, set[Deed]] = {}
+    for (kind, unit), parts in shared.items():
+        rank = ranks.pop(unit, 0) if kind is Kind.ATTENTION else 0
+        (form,) = [form for form in Form if set(form.parts) == parts and (form is Form.FACTORED) == (rank > 0)]
+        found.setdefault((kind, unit.layer), set()).add((unit.group, form, rank))
+    for kind in Kind:
+        for layer, group in removed(plan, kind):
+            found.setdefault((kind, layer), set()).add((group, Form.REMOVE, 0))
+    assert not ranks
+    return found
 
 
 def given_up(plan: SharePlan) -> set[tuple[Kind, HeadUnit]]:
@@ -242,9 +414,10 @@ def removed(plan: SharePlan, kind: Kind) -> set[HeadUnit]:
 @FEW
 def test_donors_keep_what_they_lend_and_are_the_best_that_do(drawn: Any, share: float) -> None:
     prices = made(drawn)
-    found = plan_for_bytes(prices, round(share * saved_by([step for path in prices.paths for step in path.steps])))
+    found = plan_for_bytes(prices, round(share * most_bytes(prices)))
     given = given_up(found.plan)
-    steps = {(path.kind, path.layer, step.groups[0]): step for path in prices.paths for step in path.steps}
+    taken = followed(prices, found.plan)
+    steps = {(*half, step.groups[0]): step for half, some in taken.items() for step in some}
     dearer = 0.0
     donors: dict[tuple[Kind, HeadUnit], set[HeadUnit]] = {}
     for one in found.plan.selections:
@@ -265,9 +438,12 @@ def test_donors_keep_what_they_lend_and_are_the_best_that_do(drawn: Any, share: 
 @given(drawn=priced())
 @FEW
 def test_layer_0_lends_when_all_other_units_are_given_up(drawn: Any) -> None:
+    """It ties none, and keeps at least one of those that it removes."""
     prices = made(drawn)
-    found = plan_for_units(prices, sum(map(units_of, prices.paths)))
-    assert not any(unit.layer == 0 for _, unit in given_up(found.plan))
+    found = plan_for_units(prices, most_units(prices))
+    given = given_up(found.plan)
+    assert {unit for _, unit in given if unit.layer == 0} <= removed(found.plan, Kind.ATTENTION)
+    assert all((one.layout.kind, tie.donor) not in given for one in found.plan.selections for tie in one.ties)
     assert SharePlan.from_json(found.plan.to_json()) == found.plan
 
 
@@ -275,11 +451,11 @@ def test_layer_0_lends_when_all_other_units_are_given_up(drawn: Any) -> None:
 @FEW
 def test_parts_and_scales_are_those_of_each_units_form(drawn: Any, share: float) -> None:
     prices = made(drawn)
-    found = plan_for_bytes(prices, round(share * saved_by([step for path in prices.paths for step in path.steps])))
+    found = plan_for_bytes(prices, round(share * most_bytes(prices)))
     forms = {
-        (path.kind, HeadUnit(path.layer, step.groups[0])): step.form
-        for path in prices.paths
-        for step in path.steps
+        (kind, HeadUnit(layer, step.groups[0])): step.form
+        for (kind, layer), steps in followed(prices, found.plan).items()
+        for step in steps
         if step.form is not Form.REMOVE
     }
     shared: dict[tuple[Kind, HeadUnit], set[Part]] = {}
@@ -287,19 +463,20 @@ def test_parts_and_scales_are_those_of_each_units_form(drawn: Any, share: float)
         assert one.scale == (Part.O in one.parts)
         for tie in one.ties:
             shared.setdefault((one.layout.kind, tie.recipient), set()).update(one.parts)
-    assert all(set(forms[unit].parts) == parts for unit, parts in shared.items())
+    assert shared == {unit: set(form.parts) for unit, form in forms.items()}
 
 
 @given(drawn=priced(), share=SHARE)
 @FEW
 def test_factored_units_have_the_ranks_of_their_steps_and_share_q_k_and_v(drawn: Any, share: float) -> None:
     prices = made(drawn)
-    found = plan_for_bytes(prices, round(share * saved_by([step for path in prices.paths for step in path.steps])))
-    steps = taken_by(prices, found)
+    found = plan_for_bytes(prices, round(share * most_bytes(prices)))
     expected = {
-        (path.layer, step.groups[0]): step.rank for path in prices.paths for step in path.steps
-        if step.rank and step in steps and (path.kind, HeadUnit(path.layer, step.groups[0])) in given_up(found.plan)
-    }  # fmt: skip
+        (layer, step.groups[0]): step.rank
+        for (_, layer), steps in followed(prices, found.plan).items()
+        for step in steps
+        if step.rank
+    }
     ranked = {(layer, group): rank for one in found.plan.factored for layer in one.units
               for group, rank in one.ranked(layer)}  # fmt: skip
     assert ranked == expected
@@ -383,9 +560,17 @@ def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path
     text = Calibration(tiny.tokens(16, 2), False, "a text", 0)
     for forms in ([*TIES, Form.REMOVE], [Form.FACTORED, Form.GATEUP]):
         prices = price_units(checkpoint, text, forms, ffn_groups=2, donors=1, protect=[1, 3])
-        most = saved_by([step for path in prices.paths for step in path.steps])
         for share in (0.3, 0.7, 1.0):
-            found = plan_for_bytes(prices, round(share * most))
-            estimate = estimate_plan(checkpoint, found.plan)
-            assert found.saved_bytes == estimate.dense_bytes - estimate.shared_bytes
+            found = plan_for_bytes(prices, round(share * most_bytes(prices)))
+            assert found.saved_bytes == saved_in(found.plan, checkpoint)
         assert bool(found.plan.factored) == (Form.FACTORED in forms)
+        assert found.saved_bytes == most_bytes(prices)
+        for path in prices.paths:
+            for steps in {1, len(path.steps)}:
+                plan = plan_for_steps(prices, path, steps)
+                assert saved_in(plan, checkpoint) == saved_by(path.steps[:steps])
+
+
+def saved_in(plan: SharePlan, checkpoint: Checkpoint) -> int:
+    estimate = estimate_plan(checkpoint, plan)
+    return estimate.dense_bytes - estimate.shared_bytes

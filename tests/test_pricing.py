@@ -23,7 +23,7 @@ from headshare.errors import CheckpointError, PlanError
 from headshare.layout import Layout
 from headshare.models import load_model
 from headshare.paths import Form, Path, Prices, Step, paths_from_json, paths_to_json
-from headshare.pricing import price_units
+from headshare.pricing import fitted_windows, looked_at, price_units
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.units import HeadUnit, Kind, Part
 
@@ -126,7 +126,11 @@ class Reference:
         return found
 
     def direct(self, held_out: float = 0.0) -> "Direct":
-        return Direct(self.inputs, self.weight, len(self.inputs) - int(held_out * len(self.inputs)))
+        """The readout fitted to all windows but the last ones: as many as are wholly within the share held out, or one
+        if it is too small for that."""
+        windows, window = self.tokens.shape
+        held = max(int(held_out * windows), held_out > 0)
+        return Direct(self.inputs, self.weight, (windows - held) * window)
 
     def give_up(self, direct: "Direct", step: Step) -> None:
         """Take the step, with its first donor."""
@@ -426,16 +430,31 @@ def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int 
     assert found == pytest.approx(errors, abs=CLOSE * scale)
 
 
+def paths_of(prices: Prices, kind: Kind, layer: int) -> list[Path]:
+    return [path for path in prices.paths if (path.kind, path.layer) == (kind, layer)]
+
+
 def path_of(prices: Prices, kind: Kind, layer: int) -> Path:
-    (path,) = [path for path in prices.paths if (path.kind, path.layer) == (kind, layer)]
+    (path,) = paths_of(prices, kind, layer)
     return path
+
+
+def forms_of(path: Path) -> set[Form]:
+    return {step.form for step in path.steps}
+
+
+KEPT = ("mpnet", "falcon-mha", "falcon-mqa", "llama-mqa")  # families whose attention units cannot be removed
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [Form.QK, Form.QKV, Form.REMOVE])
-    check_path(checkpoint, prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, LAST))
+    ties, *removals = paths_of(prices, Kind.ATTENTION, LAST)
+    assert forms_of(ties) <= {Form.QK, Form.QKV}
+    assert [forms_of(path) for path in removals] == ([] if name in KEPT else [{Form.REMOVE}])
+    for path in (ties, *removals):
+        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biased", "gpt2", "mpnet"])
@@ -534,9 +553,36 @@ def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
 ) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), forms, held_out=share)
-    path = path_of(prices, Kind.ATTENTION, LAST)
-    assert path.steps
-    check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
+    paths = paths_of(prices, Kind.ATTENTION, LAST)
+    removed, tied = {Form.REMOVE} & set(forms), set(forms) - {Form.REMOVE}
+    assert len(paths) == bool(removed) + bool(tied)
+    for path in paths:
+        assert path.steps
+        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
+
+
+@pytest.mark.parametrize(("windows", "share"), [(2, 0.25), (5, 0.25), (6, 0.25), (7, 0.5)])
+def test_tokens_are_held_out_by_whole_windows(windows: int, share: float, tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    prices = price_units(checkpoint, calibration(windows), [Form.QKV, Form.REMOVE], held_out=share)
+    for path in paths_of(prices, Kind.ATTENTION, LAST):
+        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, windows, share)
+    (path,) = paths_of(prices, Kind.FFN, 1)
+    assert prices.neurons is not None
+    check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]), windows, share)
+
+
+@pytest.mark.parametrize(
+    ("windows", "tokens", "share", "looked", "first"),
+    [(8, 8 * 16, 0.25, 8, 6), (8, 999, 0.25, 8, 6), (8, 5 * 16 + 15, 0.25, 5, 4), (8, 1, 0.0, 1, 1),
+     (8, 999, 0.0, 8, 8), (8, 999, 0.5, 8, 4), (7, 999, 0.5, 7, 4), (8, 999, 0.99, 8, 1), (1, 999, 0.25, 1, 1),
+     (2, 999, 0.25, 2, 1), (3, 999, 0.25, 3, 2), (3, 999, 0.0, 3, 3), (8, 2 * 16, 0.01, 2, 1)],
+)  # fmt: skip
+def test_at_least_one_window_is_fitted_to_and_of_two_or_more_one_held_out_but_otherwise_no_more_than_the_share(
+    windows: int, tokens: int, share: float, looked: int, first: int
+) -> None:
+    assert looked_at(calibration(windows), tokens) == looked
+    assert fitted_windows(calibration(windows), tokens, share) == first
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2"])
@@ -635,25 +681,30 @@ def cheapest_first(reference: Reference, groups: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3"])
 def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_bytes(name: str, tmp_path: Folder) -> None:
-    """Cheapest on the tokens that are fitted to, and what columns of their own lose on others: few tokens change it."""
+    """Cheapest on the tokens that are fitted to, and what columns of their own lose on others: few tokens change it.
+    Ties and removals have a path each, so they are not compared with each other."""
     checkpoint = opened(name, tmp_path)
     differ = False
-    for windows in (2, 8):
-        prices = price_units(checkpoint, calibration(windows), OWN, donors=99)
+    for text in (calibration(4, window=8), calibration()):
+        prices = price_units(checkpoint, text, OWN, donors=99)
         layout = prices.layouts[Kind.ATTENTION]
         for layer in (1, 2):
-            reference = Reference(checkpoint, layout, layer, calibration(windows))
-            first = path_of(prices, Kind.ATTENTION, layer).steps[0]
-            offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups) for form in OWN]
-            error, _, step = min(offers, key=lambda one: one[0] * one[1] / one[2].saved_bytes)
-            assert (first.groups, first.form, first.rank) == (step.groups, step.form, step.rank)
-            assert first.saved_bytes == step.saved_bytes
-            assert [donor for donor, _ in first.donors[:1]] == [donor for donor, _ in step.donors]
-            assert [price for _, price in first.donors[:1]] == pytest.approx(
-                [error / 0.75] * len(step.donors), rel=5e-3
-            )
-            differ |= min(offers, key=lambda one: one[0] / one[2].saved_bytes)[2] is not step
+            reference = Reference(checkpoint, layout, layer, text)
+            for path, forms in zip(paths_of(prices, Kind.ATTENTION, layer), (OWN[:-1], OWN[-1:]), strict=True):
+                offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups)
+                          for form in forms]  # fmt: skip
+                differ |= check_first(path.steps[0], offers)
     assert differ or name == "phi3"
+
+
+def check_first(first: Step, offers: list[tuple[float, float, Step]]) -> bool:
+    """The step is the best of these; whether it is another than that of the least error for its bytes."""
+    error, _, step = min(offers, key=lambda one: one[0] * one[1] / one[2].saved_bytes)
+    assert (first.groups, first.form, first.rank) == (step.groups, step.form, step.rank)
+    assert first.saved_bytes == step.saved_bytes
+    assert [donor for donor, _ in first.donors[:1]] == [donor for donor, _ in step.donors]
+    assert [price for _, price in first.donors[:1]] == pytest.approx([error / 0.75] * len(step.donors), rel=5e-3)
+    return min(offers, key=lambda one: one[0] / one[2].saved_bytes)[2] is not step
 
 
 def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: Form) -> tuple[float, float, Step]:
@@ -711,12 +762,28 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
     checkpoint = opened("llama-mha", tmp_path)
     prices = price_units(checkpoint, calibration(), [*OWN, Form.GATEUP])
     attention = [path for path in prices.paths if path.kind is Kind.ATTENTION]
-    assert [path.layer for path in attention] == [1, 2, 3]
-    assert all(len(path.steps) == 4 for path in attention)
+    assert [(path.layer, len(path.steps), Form.REMOVE in forms_of(path)) for path in attention] == [
+        (0, 3, True), (1, 4, False), (1, 3, True), (2, 4, False), (2, 3, True), (3, 4, False), (3, 3, True)
+    ]  # fmt: skip
+    for path in attention:
+        assert len({step.groups for step in path.steps}) == len(path.steps)
+        assert forms_of(path) == {Form.REMOVE} or forms_of(path) <= {Form.QK, Form.QKV, Form.FACTORED}
     removed = price_units(checkpoint, calibration(), [Form.REMOVE]).paths
     assert [(path.layer, len(path.steps)) for path in removed if path.kind is Kind.ATTENTION] == [
         (layer, 3) for layer in range(4)
     ]
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gpt2", "mpnet"])
+def test_ties_and_removals_are_priced_as_if_the_others_had_not_been_asked_for(name: str, tmp_path: Folder) -> None:
+    checkpoint = opened(name, tmp_path)
+    both = price_units(checkpoint, calibration(), OWN)
+    ties, removals = (price_units(checkpoint, calibration(), forms) for forms in (OWN[:-1], OWN[-1:]))
+    for layer in range(4):
+        assert paths_of(both, Kind.FFN, layer) == paths_of(removals, Kind.FFN, layer) != []
+        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(removals, Kind.ATTENTION, layer)
+        assert paths_of(both, Kind.ATTENTION, layer) == apart
+        assert len(apart) == (layer > 0) + (name not in KEPT)
 
 
 # ---- forms, layers and what is asked for
@@ -732,13 +799,15 @@ def test_neurons_are_removed_where_groups_of_them_could_also_be_tied(tmp_path: F
     assert both == {(Kind.FFN, Form.REMOVE), (Kind.ATTENTION, Form.REMOVE)}
 
 
-def test_layer_0_keeps_every_unit_that_ties_may_need(tmp_path: Folder) -> None:
+def test_layer_0_ties_nothing_and_keeps_a_unit_that_ties_may_need(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     tied = price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE])
-    assert (Kind.ATTENTION, 0) not in {(path.kind, path.layer) for path in tied.paths}
+    path = path_of(tied, Kind.ATTENTION, 0)
+    assert forms_of(path) == {Form.REMOVE}
+    assert len(path.steps) == tied.layouts[Kind.ATTENTION].groups - 1
     assert (Kind.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
-    groups = price_units(checkpoint, calibration(), [Form.GATEUP])
-    assert {path.layer for path in groups.paths} == {1, 2, 3}
+    for forms in ([Form.QKV], [Form.GATEUP]):
+        assert {path.layer for path in price_units(checkpoint, calibration(), forms).paths} == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -812,9 +881,9 @@ def test_layers_that_are_done_are_walked_through_and_give_the_same_prices(
     assert sorted(done) == [0, 1, 2, 3]
     kept = {layer: paths_from_json(paths_to_json(paths)) for layer, paths in done.items() if layer != 2}
     priced, real = [], pricing.unit_path
-    monkeypatch.setattr(pricing, "unit_path", lambda half, *args, **kw: priced.append(half) or real(half, *args, **kw))
+    monkeypatch.setattr(pricing, "unit_path", lambda *args, **kw: priced.append(args) or real(*args, **kw))
     assert price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE], done=kept) == whole
-    assert [half.dense.number for half in priced] == [2]
+    assert [(half.dense.number, forms) for half, forms in priced] == [(2, (Form.QKV,)), (2, (Form.REMOVE,))]
     assert kept == done
 
 
@@ -889,9 +958,12 @@ def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -
     removed = Path(Kind.FFN, 2, (replace(GONE, groups=(40,)),))
     assert make(tied).layout_of(tied) == groups
     assert make(removed).layout_of(removed) == neurons
+    several = (tied, replace(tied, steps=(replace(tied.steps[0], groups=(0,)),)))
+    assert make(*several).paths == several
     for wrong, words in [
-        ((tied, tied), "two paths"),
         ((tied, removed), "one or the other"),
+        ((tied, replace(removed, layer=1)), "one or the other"),
+        ((Path(Kind.ATTENTION, 1, (TIE,)), Path(Kind.ATTENTION, 1, (replace(TIE, groups=(7,)),))), "not of this model"),
         ((Path(Kind.ATTENTION, 4, (TIE,)),), "not of this model"),
         ((Path(Kind.ATTENTION, 1, (replace(GONE, groups=(0, 1)),)),), "keep one"),
     ]:

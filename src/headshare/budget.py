@@ -1,8 +1,10 @@
 """Choose what to give up from prices, over all layers, for a number of units or of bytes. Sees no weight.
 
-A path can only be followed from its beginning; so what is chosen is how many steps to take along each.
+A path can only be followed from its beginning, and of each half of each layer only one path at all; so what is chosen
+is which, and how many steps to take along it.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,101 +23,159 @@ Taken = list[int]
 
 @dataclass(frozen=True)
 class Budgeted:
-    """A plan, the bytes that it saves, and the sum of its steps' prices, each with the donor that it has in the plan
-    (squared errors relative to the hidden state)."""
+    """A plan, the bytes that it saves, and the sum of its steps' prices, each with the donor that it has in the plan:
+    squared errors relative to the hidden state, or nats a token if those were measured."""
 
     plan: SharePlan
     saved_bytes: int
     price: float
+    in_nats: bool = False
+
+    def in_words(self) -> str:
+        """The price, for the person at the keyboard."""
+        if not self.in_nats:
+            return f"predicted price {self.price:.6g} (sum of squared relative errors)"
+        return (
+            f"predicted loss at most about {self.price:.4g} nats a token, perplexity times {math.exp(self.price):.4f} "
+            "(each layer's measured alone; the refit of later layers makes up for part)"
+        )
 
 
 def plan_for_units(prices: Prices, units: int, *, choice: Choice | None = None) -> Budgeted:
     """Exactly this many units given up, at the least sum of the steps' prices that there is.
 
     Units are attention's, and groups of neurons where those are tied. Single neurons are none, and are all kept.
-    A multiple-choice knapsack, by dynamic programming over paths (Kellerer, Pferschy and Pisinger, "Knapsack
+    A multiple-choice knapsack, by dynamic programming over halves of layers (Kellerer, Pferschy and Pisinger, "Knapsack
     Problems", 2004, section 11.5).
 
     Raises:
         PlanError: if fewer can be given up.
     """
-    paths = [path for path in prices.paths if not path.is_of_neurons]
-    most = sum(len(path.steps) for path in paths)
+    halves = [_Half.of(paths) for paths in _by_half(path for path in prices.paths if not path.is_of_neurons)]
+    most = sum(half.most_steps for half in halves)
     if not 0 <= units <= most:
         raise PlanError(f"{units} units cannot be given up; of those that were priced, {most} can. Ask for less.")
-    return _budgeted(prices, paths, _cheapest(paths, units), choice)
+    return _budgeted(prices, _cheapest(halves, units), choice)
 
 
 def plan_for_bytes(prices: Prices, saved: int, *, choice: Choice | None = None) -> Budgeted:
     """At least this many bytes saved, at the least sum of the steps' prices that a greedy choice finds.
 
-    Each turn follows one path on, by one step or several, where that is cheapest for what it saves; so a dear step does
-    not hide the cheap ones behind it. Of all ways to complete one of the turns by following one path on, the cheapest
-    is taken, less every step that turns out not to be needed.
+    Each turn goes on in one half of a layer, by one step or several, or along another of its paths, where that is
+    cheapest for what it saves; so a dear step does not hide the cheap ones behind it. Of all ways to complete one of
+    the turns by going on in one half, the cheapest is taken, less every step that turns out not to be needed.
 
     Raises:
         PlanError: if less can be saved.
     """
-    most = sum(step.saved_bytes for path in prices.paths for step in path.steps)
+    halves = [_Half.of(paths).worth_having() for paths in _by_half(prices.paths)]
+    most = sum(int(half.saved[-1]) for half in halves)
     if not 0 <= saved <= most:
         raise PlanError(f"{saved} bytes cannot be saved; what was priced can save {most}. Ask for less, or allow more.")
-    sums = [_Sums.of(path) for path in prices.paths]
-    return _budgeted(prices, prices.paths, _trimmed(sums, _greedy(sums, saved), saved), choice)
+    return _budgeted(prices, _ends(halves, _trimmed(halves, _greedy(halves, saved), saved)), choice)
 
 
-# ---- how far to follow each path
+def plan_for_steps(prices: Prices, path: Path, steps: int) -> SharePlan:
+    """The plan that takes these first steps of one path, and nothing else."""
+    return _budgeted(prices, [(path, steps)], None).plan
 
 
-def _cheapest(paths: Sequence[Path], units: int) -> Taken:
-    """The prefixes of least price that have this many steps in all. Of equals, later paths are followed less far."""
-    best = np.full(units + 1, np.inf)
-    best[0] = 0
-    chosen = np.zeros((len(paths), units + 1), dtype=np.int64)
-    for number, path in enumerate(paths):
-        before, best = best, best.copy()
-        for taken, price in enumerate(np.cumsum([step.price for step in path.steps[:units]]), 1):
-            found = before[: units + 1 - taken] + price
-            better = found < best[taken:]
-            best[taken:][better] = found[better]
-            chosen[number, taken:][better] = taken
-    return _followed_back(chosen, units)
+# ---- how far to follow which path
 
-
-def _followed_back(chosen: NDArray[np.int64], units: int) -> Taken:
-    """Each path's steps in the best choice of this many units, last path first and then turned round."""
-    taken = []
-    for row in chosen[::-1]:
-        taken.append(int(row[units]))
-        units -= taken[-1]
-    return taken[::-1]
+_End = tuple[Path, int]
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Price and saved bytes of a path's first steps: of none, of one, of two, and so on."""
+class _Half:
+    """All that one half of one layer could do: nothing, or the first steps of one of its paths. `ends` says which and
+    how many, by saved bytes; price and saved bytes are those of all the steps."""
 
+    ends: tuple[_End, ...]
     price: NDArray[np.float64]
     saved: NDArray[np.int64]
 
     @classmethod
-    def of(cls, path: Path) -> "_Sums":
-        prices = np.array([0.0, *(step.price for step in path.steps)])
-        saved = np.array([0, *(step.saved_bytes for step in path.steps)], dtype=np.int64)
-        return cls(prices.cumsum(), saved.cumsum())
+    def of(cls, paths: Sequence[Path]) -> "_Half":
+        """All beginnings of these paths; the one that has none stands for all of their empty ones."""
+        found = [(0, 0.0, paths[0], 0)]
+        for path in paths:
+            price, saved = 0.0, 0
+            for end, step in enumerate(path.steps, 1):
+                price, saved = price + step.price, saved + step.saved_bytes
+                found.append((saved, price, path, end))
+        found.sort(key=lambda one: one[:2])
+        return cls(
+            tuple((path, end) for _, _, path, end in found),
+            np.array([price for _, price, _, _ in found]),
+            np.array([saved for saved, _, _, _ in found], dtype=np.int64),
+        )
+
+    def worth_having(self) -> "_Half":
+        """The same without beginnings that cost something, save no more than another and cost no less."""
+        kept = [0]
+        for at in range(1, len(self.ends)):
+            while len(kept) > 1 and self.price[kept[-1]] >= max(self.price[at], 0):
+                kept.pop()
+            if self.saved[kept[-1]] < self.saved[at]:
+                kept.append(at)
+        return _Half(tuple(self.ends[at] for at in kept), self.price[kept], self.saved[kept])
+
+    @property
+    def most_steps(self) -> int:
+        """The steps of the longest path."""
+        return max(end for _, end in self.ends)
 
     def beyond(self, at: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Price and saved bytes of following the path on from here, by one step, by two, and so on."""
+        """What it costs and saves to go on from here to each of those that save more."""
         return self.price[at + 1 :] - self.price[at], self.saved[at + 1 :] - self.saved[at]
 
 
-def _greedy(sums: Sequence[_Sums], wanted: int) -> Taken:
-    """The cheapest choice that saves this much, of all that lie one extension beyond where a greedy one passes."""
-    taken, price, left = [0] * len(sums), 0.0, wanted
+def _by_half(paths: Iterable[Path]) -> list[list[Path]]:
+    """The paths of each half of each layer together, in order of appearance."""
+    halves: dict[tuple[Kind, int], list[Path]] = {}
+    for path in paths:
+        halves.setdefault((path.kind, path.layer), []).append(path)
+    return list(halves.values())
+
+
+def _ends(halves: Sequence[_Half], taken: Taken) -> list[_End]:
+    return [half.ends[at] for half, at in zip(halves, taken, strict=True)]
+
+
+def _cheapest(halves: Sequence[_Half], units: int) -> list[_End]:
+    """The beginnings of least price that have this many steps in all. Of equals, later halves give less up."""
+    best = np.full(units + 1, np.inf)
+    best[0] = 0
+    chosen = np.zeros((len(halves), units + 1), dtype=np.int64)
+    for number, half in enumerate(halves):
+        before, best = best, best.copy()
+        for at, (_, steps) in enumerate(half.ends):
+            if 0 < steps <= units:
+                found = before[: units + 1 - steps] + half.price[at]
+                better = found < best[steps:]
+                best[steps:][better] = found[better]
+                chosen[number, steps:][better] = at
+    return _followed_back(halves, chosen, units)
+
+
+def _followed_back(halves: Sequence[_Half], chosen: NDArray[np.int64], units: int) -> list[_End]:
+    """Each half's part in the best choice of this many units, last half first and then turned round."""
+    taken = []
+    for half, row in zip(halves[::-1], chosen[::-1], strict=True):
+        # a half without part in it takes what stands at 0: nothing, which is the first of its ends
+        taken.append(half.ends[int(row[units])])
+        units -= taken[-1][1]
+    return taken[::-1]
+
+
+def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
+    """The cheapest choice that saves this much, of all that lie one turn beyond where a greedy one passes."""
+    taken, price, left = [0] * len(halves), 0.0, wanted
     best, least = list(taken), np.inf if wanted else 0.0
     while left > 0:
         extensions, completions = [], []
-        for number, path in enumerate(sums):
-            more, saved = path.beyond(taken[number])
+        for number, half in enumerate(halves):
+            more, saved = half.beyond(taken[number])
             if more.size:
                 rates, complete = more / np.minimum(saved, left), np.where(saved >= left, more, np.inf)
                 extensions.append((rates.min(), number, int(rates.argmin())))
@@ -124,30 +184,30 @@ def _greedy(sums: Sequence[_Sums], wanted: int) -> Taken:
         if cost < least:
             best, least = _followed(taken, number, further), cost
         _, number, further = min(extensions)
-        more, saved = sums[number].beyond(taken[number])
+        more, saved = halves[number].beyond(taken[number])
         taken, price, left = _followed(taken, number, further), price + more[further], left - int(saved[further])
     return best
 
 
 def _followed(taken: Taken, number: int, further: int) -> Taken:
-    """The same with one more step of that path, and as many further."""
+    """The same with that half one further on, and as many more."""
     return [at + 1 + further if one == number else at for one, at in enumerate(taken)]
 
 
-def _trimmed(sums: Sequence[_Sums], taken: Taken, wanted: int) -> Taken:
-    """The same without last steps that cost something and are not needed, the dearest first."""
-    spare = sum(int(path.saved[at]) for path, at in zip(sums, taken, strict=True)) - wanted
+def _trimmed(halves: Sequence[_Half], taken: Taken, wanted: int) -> Taken:
+    """The same without what costs something and is not needed, the dearest first."""
+    spare = sum(int(half.saved[at]) for half, at in zip(halves, taken, strict=True)) - wanted
     while True:
         shorter = [
-            (path.price[at] - path.price[end], number, end)
-            for number, (path, at) in enumerate(zip(sums, taken, strict=True))
+            (half.price[at] - half.price[end], number, end)
+            for number, (half, at) in enumerate(zip(halves, taken, strict=True))
             for end in range(at)
-            if path.saved[at] - path.saved[end] <= spare and path.price[at] > path.price[end]
+            if half.saved[at] - half.saved[end] <= spare and half.price[at] > half.price[end]
         ]
         if not shorter:
             return taken
         _, number, end = max(shorter)
-        spare -= int(sums[number].saved[taken[number]] - sums[number].saved[end])
+        spare -= int(halves[number].saved[taken[number]] - halves[number].saved[end])
         taken = [end if one == number else at for one, at in enumerate(taken)]
 
 
@@ -166,8 +226,8 @@ class _Tied:
 Given = Sequence[tuple[Path, Step]]
 
 
-def _budgeted(prices: Prices, paths: Sequence[Path], taken: Taken, choice: Choice | None) -> Budgeted:
-    given = [(path, step) for path, end in zip(paths, taken, strict=True) for step in path.steps[:end]]
+def _budgeted(prices: Prices, ends: Iterable[_End], choice: Choice | None) -> Budgeted:
+    given = [(path, step) for path, end in ends for step in path.steps[:end]]
     tied, chosen = _tied(prices, given), choice or Choice(match="output", mode="greedy")
     selections = [one for layout in prices.layouts.values() for one in _selections(layout, tied, chosen)]
     plan = SharePlan(
@@ -177,7 +237,7 @@ def _budgeted(prices: Prices, paths: Sequence[Path], taken: Taken, choice: Choic
         factored=tuple(_factored(prices, given, chosen)),
     )
     price = sum((step.price for _, step in given), sum((one.dearer for one in tied), 0.0))
-    return Budgeted(plan, sum(step.saved_bytes for _, step in given), price)
+    return Budgeted(plan, sum(step.saved_bytes for _, step in given), price, prices.in_nats)
 
 
 def _tied(prices: Prices, given: Given) -> list[_Tied]:

@@ -84,9 +84,9 @@ class Half:
     `fitted` tokens; the others are held out.
     """
 
-    def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, held_out: float = 0.0) -> None:
+    def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, fitted: int) -> None:
         self.dense, self.layout, self.inputs, self.root = dense, layout, seen.inputs, seen.root
-        self.fitted = len(seen.inputs) - int(held_out * len(seen.inputs))
+        self.fitted = fitted
         self.device = dense.layers.device
         self.readout = READOUT[layout.kind]
         self.parts = tuple(part for part in layout.parts if part is not self.readout)

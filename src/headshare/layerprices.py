@@ -106,12 +106,13 @@ class _Descent:
         self.half = half
         fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.left, self.held = Remainder.of(fit), _HeldOut(half)
+        self.most_rank = min(len(half.columns[0]), len(half.weight)) - 1
+        forms = [form for form in forms if form is not Form.FACTORED or self.most_rank]
         self.missed = self.held.error(self.left)
         self.whole = fit.lost(half.columns).costs.tolist()  # what each unit's removal costs while all others are there
         ties = [form for form in forms if form is not Form.REMOVE]
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
         readout = half.layout.parts[half.readout]
-        self.most_rank = min(len(half.columns[0]), len(half.weight)) - 1
         self.bytes_of_rank = (len(half.columns[0]) + len(half.weight)) * _item(
             half.dense.checkpoint, readout.name(half.dense.number)
         )

@@ -121,20 +121,21 @@ class Path:
 @dataclass(frozen=True)
 class Prices:
     """All paths of a model, the layouts that their units are of, and the layout of single neurons, which are removed.
+    Of several paths of the same half of a layer, a plan follows one. `in_nats` says that prices are what predictions
+    lose, nats a token, instead of squared errors relative to the hidden state.
 
     Raises:
-        PlanError: if a path reaches outside its layout or empties a layer, two are of the same half of a layer, or
-            paths of the feed-forward are of neurons in one layer and of groups in another.
+        PlanError: if a path reaches outside its layout or empties a layer, or paths of the feed-forward are of neurons
+            in one layer and of groups in another.
     """
 
     model_type: str
     layouts: Mapping[Kind, Layout]
     paths: tuple[Path, ...]
     neurons: Layout | None = None
+    in_nats: bool = False
 
     def __post_init__(self) -> None:
-        if len({(path.kind, path.layer) for path in self.paths}) < len(self.paths):
-            raise PlanError("two paths are of the same half of a layer.")
         if len({path.is_of_neurons for path in self.paths if path.kind is Kind.FFN and path.steps}) > 1:
             raise PlanError("some layers remove neurons and others tie groups of them; a model does one or the other.")
         for path in self.paths:

@@ -47,10 +47,11 @@ def price_units(
     """The paths of all layers, in whichever of these forms this model can have.
 
     `tokens` are as many of the calibration's tokens, in whole windows, as are looked at, of which the share `held_out`
-    is not fitted to: prices are errors on those. `donors` how many of a unit's
-    donors are priced again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons. Layers
-    in `protect` give nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is
-    put into it. Attention keeps all of layer 0 if there are ties among the forms, as donors of last resort.
+    (whole windows too) is not fitted to: prices are errors on those. `donors` how many of a unit's donors are priced
+    again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons. Layers in `protect` give
+    nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is put into it. Ties
+    and removals of units are paths of their own. Layer 0 ties nothing, and no layer removes all: so there is always a
+    donor.
     The feed-forward either loses single neurons or ties groups of them, as a plan cannot mix the two: where both are
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
@@ -77,8 +78,22 @@ def price_units(
         walk = _walk(Layers(dense, device=device), dense, calibration, tokens, tuple(wanted.forms))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                found[layer.number] = _paths(layer, seen, wanted, donors, held_out)
+                fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
+                found[layer.number] = _paths(layer, seen, wanted, donors, fitted)
     return wanted.prices(dense, found, protect)
+
+
+def looked_at(calibration: Calibration, tokens: int) -> int:
+    """How many of the calibration's windows `price_units` looks at: as many whole ones as have this many tokens, or
+    one."""
+    windows, window = calibration.tokens.shape
+    return min(windows, max(1, tokens // window))
+
+
+def fitted_windows(calibration: Calibration, tokens: int, held_out: float) -> int:
+    """How many of those it fits to: the first ones, all but about this share, and but one at least if it is not 0."""
+    windows = looked_at(calibration, tokens)
+    return max(1, windows - max(int(windows * held_out), held_out > 0))
 
 
 @dataclass(frozen=True)
@@ -137,24 +152,22 @@ def _walk(
     layers: Layers, dense: Checkpoint, calibration: Calibration, tokens: int, kinds: Sequence[Kind]
 ) -> Iterator[tuple[DenseLayer, Mapping[Kind, Weighted]]]:
     """Each layer of the dense model with the stream that enters it, and what enters its readouts."""
-    window = calibration.tokens.shape[1]
-    stream = layers.start(calibration.tokens[: max(1, tokens // window)])
+    stream = layers.start(calibration.tokens[: looked_at(calibration, tokens)])
     for number in range(layers.count):
         layer = DenseLayer(dense, layers, number, layers.build(number), stream)
         seen, stream = layer.look(kinds)
         yield layer, seen
 
 
-def _paths(
-    layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, donors: int, held_out: float
-) -> list[Path]:
-    """What each half of the layer would give up."""
+def _paths(layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, donors: int, fitted: int) -> list[Path]:
+    """What each half of the layer would give up. Ties and removals of units are paths of their own."""
     paths = []
     for kind, forms in wanted.forms.items():
-        half = Half(layer, wanted.layouts[kind], seen[kind], held_out)
+        half = Half(layer, wanted.layouts[kind], seen[kind], fitted)
         if kind is Kind.FFN and forms == (Form.REMOVE,):
             assert wanted.neurons is not None
             paths.append(neuron_path(half, wanted.neurons))
         else:
-            paths.append(unit_path(half, forms, donors=donors))
+            ties = tuple(form for form in forms if form is not Form.REMOVE)
+            paths += [unit_path(half, some, donors=donors) for some in (ties, forms[len(ties) :]) if some]
     return [path for path in paths if path.steps]
