@@ -4,22 +4,25 @@
     python benchmarks/quality.py MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
 
 At each ratio all rows save what sharing q, k and v of int(ratio x units) units saves, or a little more (the table says
-how much). Every setting is chosen on the calibration text; the test text is only measured on. `--out` keeps each row as
-it is done, and what is there is not done again. The figure needs matplotlib.
+how much). Prices are nats a token. Every setting is chosen on the calibration text; the test text is only measured on.
+`--text self` has the model write one, with the next seed; `--text articles` takes every sixth article out of the
+calibration text (of WikiText, where titles stand between equals signs), to choose methods by. `--out` keeps prices and
+each row as they are done, and what is there is not done again. The figure needs matplotlib.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 import headshare as hs
-from headshare.accounting import estimate_plan
+from headshare.accounting import estimate, estimate_plan
 from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
 from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
@@ -28,10 +31,12 @@ from headshare.controls import overwrite_recipients, with_random_donors
 from headshare.evaluation import Windows, perplexity, read_text, windows_of
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model, load_tokenizer
-from headshare.paths import Form, Prices
+from headshare.paths import Form, Prices, paths_from_json, paths_to_json
+from headshare.paths import Path as PricedPath
 from headshare.planning import units_at
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
+from headshare.probing import probe_prices
 from headshare.progress import shown
 from headshare.recognition import attention_layout
 from headshare.refitting import refit
@@ -39,7 +44,7 @@ from headshare.units import Kind
 from machine import machine
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-SHARING = (Form.QK, Form.QKV, Form.FACTORED)
+ALL = (Form.FACTORED, Form.REMOVE)
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
 
@@ -57,6 +62,34 @@ class Row:
     refit_s: float
 
 
+def any_path(_: PricedPath) -> bool:
+    """True."""
+    return True
+
+
+def removes(path: PricedPath) -> bool:
+    """Whether a path is one of removals."""
+    return path.steps[0].form is Form.REMOVE
+
+
+def ties(path: PricedPath) -> bool:
+    """Whether a path is one of ties."""
+    return not removes(path)
+
+
+class Saved(dict[int, list[PricedPath]]):
+    """The paths of each layer that is priced, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        super().__init__({int(layer): paths_from_json(json.dumps(paths)) for layer, paths in kept.items()})
+
+    def __setitem__(self, layer: int, paths: list[PricedPath]) -> None:
+        super().__setitem__(layer, paths)
+        self.file.write_text(json.dumps({key: json.loads(paths_to_json(value)) for key, value in self.items()}))
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is to be measured: a method at a budget, and how its plan is made."""
@@ -70,20 +103,44 @@ class Bench:
     """A model, what it is calibrated and measured on, and its prices, each set of forms worked out once."""
 
     def __init__(
-        self, dense: Checkpoint, calibration: Calibration, windows: Windows, *, ffn: bool, device: str
+        self,
+        dense: Checkpoint,
+        calibration: Calibration,
+        windows: Windows,
+        out: Path,
+        *,
+        ffn: bool,
+        probe: bool,
+        device: str,
     ) -> None:
         self.dense, self.calibration, self.windows, self.ffn, self.device = dense, calibration, windows, ffn, device
+        self.out, self.probe = out, probe
         self.dense_perplexity = perplexity(load_model(dense), windows).perplexity
         self.layout = attention_layout(text_config(dense.config), dense.shapes)
-        self._prices: dict[tuple[Form, ...], Prices] = {}
+        self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
-    def prices(self, forms: tuple[Form, ...], kind: Kind | None = None) -> Prices:
-        """The prices of these forms, of both halves of each layer or of one."""
-        if forms not in self._prices:
-            self._prices[forms] = price_units(self.dense, self.calibration, forms, device=self.device)
-        found = self._prices[forms]
-        paths = tuple(path for path in found.paths if kind in (None, path.kind))
-        return Prices(found.model_type, found.layouts, paths, found.neurons)
+    def prices(
+        self, forms: tuple[Form, ...], kinds: Collection[Kind], only: Callable[[PricedPath], bool] = any_path
+    ) -> Prices:
+        """The prices of these forms, in nats, of these halves of each layer, and of some of their paths."""
+        found = [self._probed(forms, kind) for kind in kinds]
+        paths = tuple(path for one in found for path in one.paths if only(path))
+        return replace(found[0], paths=paths)
+
+    def _probed(self, forms: tuple[Form, ...], kind: Kind) -> Prices:
+        if (forms, kind) not in self._prices:
+            words = "-".join(forms)
+            rough = Saved(self.out / f"priced-{words}.json")
+            found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
+            found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
+            if not self.probe:
+                self._prices[forms, kind] = found
+                return found
+            fine = Saved(self.out / f"probed-{words}-{kind}.json")
+            self._prices[forms, kind] = probe_prices(
+                self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine
+            )
+        return self._prices[forms, kind]
 
     def measure(self, cell: Cell) -> Row:
         """Plan, refit, and the perplexity of a stock model with the same numbers in place."""
@@ -106,42 +163,41 @@ class Bench:
 
 
 def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
-    """Plain sharing by output, then at its bytes deletion of units and the other forms of sharing; then the paper's
-    pairs, and its recipients with random donors."""
+    """At the bytes that sharing q, k and v saves: deletion of units, sharing with o factored, and in each layer the one
+    that costs less; plain sharing by output; then the paper's pairs, and its recipients with random donors."""
     budget, units = f"{ratio:g}", units_at(ratio, bench.layout.units)
-
-    def plain() -> Budgeted:
-        return plan_for_units(bench.prices((Form.QKV,)), units)
+    wanted = estimate(bench.dense, ratio, parts="qkv").saved_bytes
 
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def at_its_bytes(*forms: Form) -> Callable[[], tuple[SharePlan, float | None]]:
-        return lambda: priced(plan_for_bytes(bench.prices(forms, Kind.ATTENTION), plain().saved_bytes))
+    def at_its_bytes(only: Callable[[PricedPath], bool]) -> Callable[[], tuple[SharePlan, float | None]]:
+        return lambda: priced(plan_for_bytes(bench.prices(ALL, [Kind.ATTENTION], only), wanted))
 
-    yield Cell(budget, "deletion of units", at_its_bytes(Form.REMOVE))
-    yield Cell(budget, "q,k,v, o factored", at_its_bytes(Form.FACTORED))
-    yield Cell(budget, "cheapest of qk, qkv, factored", at_its_bytes(*SHARING))
-    yield Cell(budget, "q,k,v", lambda: priced(plain()))
-    yield Cell(budget, "q,k,v,o scaled", at_its_bytes(Form.QKVO))
-    yield Cell(budget, "paper's pairs, q,k,v", lambda: (paper(), None))
-    yield Cell(budget, "random donors, q,k,v", lambda: (with_random_donors(paper(), seed), None))
+    yield Cell(budget, "deletion of units", at_its_bytes(removes))
+    yield Cell(budget, "sharing, or deletion where that costs less", at_its_bytes(any_path))
+    yield Cell(budget, "sharing, o factored", at_its_bytes(ties))
+    yield Cell(
+        budget, "q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,), [Kind.ATTENTION]), units))
+    )
+    yield Cell(budget, "q,k,v, the paper's pairs", lambda: (paper(), None))
+    yield Cell(budget, "q,k,v, random donors", lambda: (with_random_donors(paper(), seed), None))
 
 
 def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
-    for method, forms, kind in (
-        ("deletion of units", (Form.REMOVE,), Kind.ATTENTION),
-        ("removal of neurons", (Form.REMOVE,), Kind.FFN),
-        ("sharing", SHARING, None),
-        ("whatever costs least", (*SHARING, Form.REMOVE), None),
-    ):
-        yield Cell(
-            f"{share:.0%}",
-            method,
-            lambda forms=forms, kind=kind: priced(plan_for_bytes(bench.prices(forms, kind), wanted)),
-        )
+
+    def saving(
+        kinds: Collection[Kind], only: Callable[[PricedPath], bool]
+    ) -> Callable[[], tuple[SharePlan, float | None]]:
+        return lambda: priced(plan_for_bytes(bench.prices(ALL, kinds, only), wanted))
+
+    budget = f"{share:.0%}"
+    yield Cell(budget, "deletion of units", saving([Kind.ATTENTION], removes))
+    yield Cell(budget, "removal of neurons", saving([Kind.FFN], removes))
+    yield Cell(budget, "sharing, o factored", saving([Kind.ATTENTION], ties))
+    yield Cell(budget, "whatever costs least", saving(list(Kind), any_path))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:
@@ -150,7 +206,8 @@ def priced(found: Budgeted) -> tuple[SharePlan, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """All rows as Markdown."""
+    """All rows as Markdown, by budget."""
+    rows = sorted(rows, key=lambda row: float(row.budget.rstrip("%")))
     lines = ["| budget | method | saved | perplexity | against dense | price |", "|--:|---|--:|--:|--:|--:|"]
     lines += [
         f"| {row.budget} | {row.method} | {row.saved_fraction:.2%} | {row.perplexity:.3f} | {row.against_dense:.4f} | "
@@ -176,6 +233,23 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:
+    """What is measured on."""
+    if args.text == "self":
+        text = calibration_from("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
+        return Windows(text.tokens, text.bos)
+    return windows_of(load_tokenizer(dense), read_text(args.text), window=args.window, limit=args.tokens)
+
+
+def split_articles(text: Path, out: Path) -> tuple[Path, Path]:
+    """Every sixth article of a text in the style of WikiText, and all others, as files in this folder."""
+    articles = re.split(r"(?m)^(?= = [^=].*[^=] = \n)", text.read_text())
+    measured, fitted = out / "measured.txt", out / "fitted.txt"
+    measured.write_text("".join(articles[4::6]))
+    fitted.write_text("".join(article for at, article in enumerate(articles) if at % 6 != 4))
+    return measured, fitted
+
+
 def numbers(text: str) -> list[float]:
     """Comma-separated numbers."""
     return [float(word) for word in text.split(",") if word]
@@ -195,6 +269,9 @@ def main() -> None:
     parser.add_argument("--methods", help="only these rows, joined by ;, such as 'deletion of units;q,k,v'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention-only", action="store_true", help="refit W_o alone")
+    parser.add_argument(
+        "--probe", action=argparse.BooleanOptionalAction, default=True, help="price by measured predictions"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
@@ -204,15 +281,19 @@ def main() -> None:
     if args.products == "bfloat16":
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     dense = hs.open_checkpoint(args.model)
-    windows = windows_of(load_tokenizer(dense), read_text(args.text), window=args.window, limit=args.tokens)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.text == "articles":
+        args.text, args.calibration = split_articles(Path(args.calibration), args.out)
+    windows = test_windows(dense, args)
     calibration = calibration_from(
         args.calibration, dense, tokens=args.calibration_tokens, window=args.window, seed=args.seed
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "rows.jsonl"
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     with shown():
-        bench = Bench(dense, calibration, windows, ffn=not args.attention_only, device=args.device)
+        bench = Bench(
+            dense, calibration, windows, args.out, ffn=not args.attention_only, probe=args.probe, device=args.device
+        )
         cells = [cell for ratio in args.ratios for cell in at_ratio(bench, ratio, args.seed)]
         cells += [cell for share in args.saves for cell in at_share(bench, share)]
         wanted = args.methods.split(";") if args.methods else {cell.method for cell in cells}

@@ -1,6 +1,7 @@
 """Calibrated runs: killed at any moment they go on to the same bytes, and never from another run's state."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -17,11 +18,13 @@ import headshare as hs
 import headshare.calibrating
 import headshare.cli
 import headshare.pricing
+import headshare.probing
 import headshare.sharing
 import headshare.workspace
 import headshare.writing
 import tiny
-from headshare.calibrating import Setting, budget_of, calibrated_run, measure
+from headshare.budget import Budgeted
+from headshare.calibrating import Setting, budget_of, calibrated_run, measure, plan_on
 from headshare.calibration import calibration_from
 from headshare.errors import CalibrationError, OutputError, PlanError
 from headshare.refits import RefitRecord
@@ -80,13 +83,14 @@ def entry_of(folder: Path) -> dict[str, Any]:
 # ---- killed, and run again
 
 
-def killing(monkeypatch_place: tuple[Any, str], number: int, *, after: bool = False) -> None:
-    """In a child: kill this process at the given call of a function, before or after it does its work."""
+def killing(monkeypatch_place: tuple[Any, str], number: int, *, after: bool = False, on: str = "") -> None:
+    """In a child: kill this process at the given call of a function, before or after it does its work. Only calls
+    count that are about something of this name."""
     module, name = monkeypatch_place
     work, calls = getattr(module, name), iter(range(10_000))
 
     def step(*arguments: Any, **options: Any) -> Any:
-        last = next(calls) == number
+        last = (not on or on in str(arguments[0])) and next(calls) == number
         if last and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         found = work(*arguments, **options)
@@ -97,11 +101,11 @@ def killing(monkeypatch_place: tuple[Any, str], number: int, *, after: bool = Fa
     setattr(module, name, step)
 
 
-def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool = False) -> bool:
+def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool = False, on: str = "") -> bool:
     """Run a command in a child that is killed there; False if it ended before it came so far."""
 
     def child() -> None:
-        killing(place, number, after=after)
+        killing(place, number, after=after, on=on)
         sys.argv = ["headshare", *words]
         try:
             headshare.cli.main()
@@ -114,14 +118,17 @@ def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool
 
 
 STATE = (headshare.workspace, "write_whole")
+LAYERS = 4  # each priced, and all but layer 0, which ties nothing, measured
 PLACES = {
-    "before the state is begun": (STATE, 0, False),
-    "after layer 1 is priced": (STATE, 2, True),
-    "at a refitted tensor": (STATE, 7, False),
-    "between two of them": (STATE, 8, True),
-    "later still": (STATE, 13, False),
-    "in the middle of the weight file": ((headshare.sharing, "stream"), 5, False),
-    "before the folder has its name": ((headshare.writing, "_put_in_place"), 0, False),
+    "before the state is begun": (STATE, "", 0, False),
+    "after layer 1 is priced": (STATE, "prices", 1, True),
+    "when all are priced": (STATE, "prices", LAYERS, False),
+    "after layer 2 is measured": (STATE, "prices", LAYERS + 1, True),
+    "at a refitted tensor": (STATE, "_proj", 0, False),
+    "between two of them": (STATE, "_proj", 0, True),
+    "later still": (STATE, "_proj", 1, True),
+    "in the middle of the weight file": ((headshare.sharing, "stream"), "", 5, False),
+    "before the folder has its name": ((headshare.writing, "_put_in_place"), "", 0, False),
 }
 
 
@@ -154,13 +161,13 @@ def quietly(words: list[str]) -> None:
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
 def test_a_killed_share_goes_on_to_the_same_bytes(
-    place: tuple[Any, int, bool],
+    place: tuple[Any, str, int, bool],
     uninterrupted: dict[str, dict[str, str]],
     things: Path,
     run: Run,
 ) -> None:
-    where, number, after = place
-    assert killed(BY_OUTPUT, where, number, after=after)
+    where, on, number, after = place
+    assert killed(BY_OUTPUT, where, number, after=after, on=on)
     assert not (things / "out").exists()
     assert run(*BY_OUTPUT).status == 0
     assert contents(things / "out") == uninterrupted["out"]
@@ -178,8 +185,30 @@ def test_a_run_goes_on_and_does_not_begin_anew(
         raise AssertionError("it was done already")
 
     monkeypatch.setattr("headshare.pricing._paths", again)
+    monkeypatch.setattr("headshare.probing._Walk", again)
     monkeypatch.setattr("headshare.refitting.Refitter._solve", again)
     assert run(*BY_OUTPUT).status == 0
+
+
+def test_a_run_that_was_killed_while_it_measured_prices_nothing_again_and_measures_the_rest(
+    uninterrupted: dict[str, dict[str, str]], things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert killed(BY_OUTPUT, STATE, LAYERS, on="prices", after=True)
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("it was done already")
+
+    measured, priced = [], headshare.probing._Walk._priced
+
+    def noting(self: Any, layer: int, paths: Any) -> Any:
+        measured.append(layer)
+        return priced(self, layer, paths)
+
+    monkeypatch.setattr("headshare.pricing._paths", again)
+    monkeypatch.setattr("headshare.probing._Walk._priced", noting)
+    assert run(*BY_OUTPUT).status == 0
+    assert measured == [2, 3]
+    assert contents(things / "out") == uninterrupted["out"]
 
 
 def test_a_share_killed_when_its_output_was_there_leaves_no_state_to_the_next(
@@ -221,14 +250,15 @@ def test_a_killed_refit_in_place_goes_on_to_the_same_bytes_and_refits_once(
     assert [name for name in left_behind(things) if "calibrating" in name] == []
 
 
-@pytest.mark.parametrize("number", [3, 11])
+@pytest.mark.parametrize(("on", "number"), [("prices", LAYERS + 1), ("refit", 3)])
 def test_a_killed_plan_goes_on_to_the_same_bytes(
+    on: str,
     number: int,
     uninterrupted: dict[str, dict[str, str]],
     things: Path,
     run: Run,
 ) -> None:
-    assert killed(PLAN, STATE, number)
+    assert killed(PLAN, STATE, number, on=on)
     assert run(*PLAN).status == 0
     (things / "planned").mkdir()
     (things / "plan.json").rename(things / "planned" / "plan.json")
@@ -242,7 +272,7 @@ def test_a_killed_plan_goes_on_to_the_same_bytes(
 @pytest.fixture
 def stopped(things: Path) -> Path:
     """A share that was killed while it refitted. Its state."""
-    assert killed(BY_OUTPUT, STATE, 14)
+    assert killed(BY_OUTPUT, STATE, 1, on="_proj", after=True)
     return workspace_of(things / "out")
 
 
@@ -269,7 +299,7 @@ def test_a_state_of_another_text_or_seed_is_refused_and_kept(what: str, stopped:
 def test_a_seed_that_only_chooses_what_is_held_out_is_another_run(things: Path, run: Run) -> None:
     # A short text gives all its windows whatever the seed; which of them are held out is the seed's.
     a_text(things / "text", 160)
-    assert killed(BY_OUTPUT, STATE, 10)
+    assert killed(BY_OUTPUT, STATE, 0, on="_proj")
     found = run(*BY_OUTPUT, "--seed", "1")
     assert_one_error_line(found)
     assert "another seed" in found.err
@@ -285,7 +315,7 @@ def test_a_state_of_another_model_is_refused(stopped: Path, things: Path, run: R
 
 @pytest.mark.parametrize(
     "words",
-    [["--parts", "qk"], ["--protect", "2"], ["--no-refit-ffn"]],
+    [["--parts", "qk"], ["--protect", "2"], ["--no-probe"], ["--no-refit-ffn"]],
     ids=" ".join,
 )
 def test_another_plan_or_setting_of_the_same_text_does_not_mix_with_what_was_done(
@@ -411,6 +441,19 @@ def test_nothing_is_kept_of_a_run_that_failed_when_it_was_to_begin(
     assert left_behind(things) == []
 
 
+@pytest.mark.parametrize("command", ["plan", "share"])
+def test_a_text_that_is_too_short_to_measure_predictions_on_is_one_error_before_anything_is_done(
+    command: str, things: Path, run: Run
+) -> None:
+    a_text(things / "text", 32)  # two windows of 16, each opened by the token of a beginning
+    words = PLAN if command == "plan" else BY_OUTPUT
+    found = run(*words)
+    assert_one_error_line(found)
+    assert "text gave 2 windows" in found.err
+    assert left_behind(things) == []  # else a longer text would be refused, as another run's
+    assert run(*words, "--no-probe").status == 0
+
+
 # ---- what is predicted, and what is measured
 
 
@@ -421,21 +464,61 @@ def by_hand(folder: Path, rows: torch.Tensor) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-def test_a_plan_of_a_model_has_its_price_beside_what_its_refit_measures(things: Path, run: Run) -> None:
+@pytest.fixture
+def loud(things: Path) -> Path:
+    """The same folder with a model whose units matter to what it predicts; those of the other one hardly do."""
+    (things / "model").unlink()
+    add_tokenizer(tiny.make_llama(things / "model", initializer_range=0.15))
+    return things
+
+
+def planned(*, probe: bool) -> Budgeted:
+    """What PLAN asks for, without the command."""
+    with hs.open_checkpoint("model") as dense:
+        text = calibration_from("text", dense, tokens=256, window=16)
+        return plan_on(dense, text, budget_of(dense, save="3%", allow=["remove"]), probe=probe)
+
+
+def test_a_plan_of_a_model_has_its_price_beside_what_its_refit_measures(loud: Path, run: Run) -> None:
     data = run(*PLAN, "--json").data
-    assert left_behind(things) == []
+    assert left_behind(loud) == []
     assert data["price"] > 0
-    assert data["saved_bytes"] >= 0.03 * (things / "model" / WEIGHTS).stat().st_size
+    assert (data["price"], data["price_unit"]) == (planned(probe=True).price, "nats")
+    assert data["saved_bytes"] >= int(0.03 * sum(one.nbytes for one in load_file(loud / "model" / WEIGHTS).values()))
     assert run("share", "model", "out", "--plan", "plan.json", "--refit", *TEXT).status == 0
     with hs.open_checkpoint("model") as dense:
         held = calibration_from("text", dense, tokens=256, window=16).split()[1].tokens
-    assert data["measured"]["dense"] == pytest.approx(by_hand(things / "model", held), rel=1e-5)
-    assert data["measured"]["shared"] == pytest.approx(by_hand(things / "out", held), rel=1e-5)
+    assert data["measured"]["dense"] == pytest.approx(by_hand(loud / "model", held), rel=1e-5)
+    assert data["measured"]["shared"] == pytest.approx(by_hand(loud / "out", held), rel=1e-5)
     assert data["measured"]["shared"] != data["measured"]["dense"]
     assert (data["measured"]["tokens"], data["measured"]["window"]) == (held.numel() - len(held), 16)
     words = run(*PLAN, "--overwrite").out
-    assert f"{data['price']:.6g}" in words
+    assert f"{data['price']:.4g} nats a token, perplexity times {math.exp(data['price']):.4f}" in words
     assert f"{data['measured']['shared']:,.3f}, dense {data['measured']['dense']:,.3f}" in words
+
+
+def test_without_probing_a_plan_is_priced_in_relative_errors(loud: Path, run: Run) -> None:
+    found = planned(probe=False)
+    assert not found.in_nats
+    assert found.plan != planned(probe=True).plan
+    data = run(*PLAN, "--no-probe", "--no-measure", "--json").data
+    assert (data["price"], data["price_unit"]) == (found.price, "relative error")
+    assert hs.SharePlan.load(loud / "plan.json") == found.plan
+    words = run(*PLAN, "--no-probe", "--no-measure", "--overwrite").out
+    assert f"predicted price {found.price:.6g} (sum of squared relative errors)" in words
+    assert "nats" not in words
+
+
+def test_share_says_what_it_predicts_as_plan_does(loud: Path, run: Run) -> None:
+    data = run(*BY_OUTPUT, "--json").data
+    assert data["price_unit"] == "nats"
+    assert 0 < data["price"] < 1
+    assert "sum of squared relative errors" in run(*BY_OUTPUT, "--no-probe", "--overwrite").out
+    again = run(*BY_OUTPUT, "--no-probe", "--overwrite", "--json").data
+    assert again["price_unit"] == "relative error"
+    planned(probe=False).plan.save(loud / "plan.json")
+    given = run("share", "model", "out", "--plan", "plan.json", "--refit", *TEXT, "--overwrite", "--json").data
+    assert (given["price"], given["price_unit"]) == (None, None)
 
 
 def test_a_plan_that_is_not_measured_is_the_same_plan(things: Path, run: Run) -> None:
@@ -463,6 +546,18 @@ def test_an_encoder_is_refitted_and_says_that_it_has_no_perplexity(things: Path,
     assert data["refitted_tensors"] > 0
     assert verify(hs.open_checkpoint("out"), hs.open_checkpoint("bert")).ok
     assert "not measured: BertForMaskedLM is an encoder" in run(*words, "--overwrite").out
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_an_encoder_is_planned_by_relative_errors_as_it_predicts_no_next_token(
+    name: str, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_tokenizer(tiny.make(name, things / name), bos=False)
+    monkeypatch.setattr("headshare.calibrating.probe_prices", None)
+    data = run("plan", name, "-o", "plan.json", "--save", "3%", *TEXT, "--no-measure", "--json").data
+    assert data["price_unit"] == "relative error"
+    assert data["price"] > 0
+    assert data["ties"] > 0
 
 
 @pytest.mark.parametrize(("save", "allow"), [("3%", []), ("5000", ["remove"])])

@@ -170,11 +170,19 @@ def test_no_command_at_all_shows_the_help(run: Run) -> None:
 
 ESTIMATED = {"units", "recipients", "dense_bytes", "shared_bytes", "saved_bytes", "saved_fraction", "parts_fraction"}
 ESTIMATED |= {"removed_units", "removed_neurons"}
-SHARED = ESTIMATED | {"seconds", "peak_anonymous_bytes", "plan_digest", "price", "refitted_tensors", "measured"}
+SHARED = ESTIMATED | {
+    "seconds",
+    "peak_anonymous_bytes",
+    "plan_digest",
+    "price",
+    "price_unit",
+    "refitted_tensors",
+    "measured",
+}
 KEYS: dict[str, set[str]] = {
     "estimate": ESTIMATED,
     "score": {"output", "units", "tables", "digest", "seconds"},
-    "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "measured"},
+    "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "price_unit", "measured"},
     "share": SHARED,
     "refit": {"tensors", "text", "text_digest", "tokens", "window", "seed", "seconds", "out"},
     "inspect": {"model_type", "plan_digest", "ties", "selections", "removals", "factored", "stored_bytes", "refit"},
@@ -728,6 +736,9 @@ share model out --restart                               | --restart would not be
 share model out --measure                               | --measure would not be used
 share model out --seed 3                                | --seed would not be used
 share model out --no-refit-ffn                          | --refit-ffn would not be used
+share model out --no-probe                              | --probe would not be used
+share model out --refit --no-probe --calibration text   | --probe would not be used
+share model out --save 5% --calibration text --calibration-window 32 --calibration-tokens 64 | text gave 2 windows
 share model out --plan plan.json --ratio 0.2            | --ratio would not be used
 share model out --plan plan.json --allow remove         | --allow would not be used
 share model out --plan plan.json --save 5%              | --save would not be used
@@ -770,6 +781,7 @@ plan scores --save 5%                                   | --save would not be us
 plan scores --allow remove                              | --allow would not be used
 plan scores --no-measure                                | --measure would not be used
 plan scores --restart                                   | --restart would not be used
+plan scores --no-probe                                  | --probe would not be used
 plan scores --revision v1                               | --revision would not be used
 plan scores --ffn-groups 2                              | --ffn-groups would not be used
 plan scores --calibration text                          | is a file
@@ -778,6 +790,7 @@ plan shared --calibration text                          | already shared
 plan model --calibration text --mode root               | --mode would not be used
 plan model --calibration text --save 0%                 | cannot be saved
 plan model --calibration text --protect 99              | no layer 99
+plan model --calibration text --calibration-window 32 --calibration-tokens 64 | text gave 2 windows
 plan model --calibration text -o plan.json              | exists
 plan model --calibration text -o model/plan.json        | inside the model
 plan model --calibration text -o gone/plan.json         | no folder

@@ -14,6 +14,7 @@ import tiny
 from headshare import streams
 from headshare.models import load_model
 from headshare.plans import Removal, Selection, SharePlan
+from headshare.probing import predicts
 from headshare.recognition import ffn_layout
 from headshare.streams import Layers
 from headshare.units import Part
@@ -31,6 +32,15 @@ MORE: dict[str, tuple[type, Any, str | None]] = {
     ),
 }
 ALL = {**tiny.FAMILIES, **MORE}
+ENCODERS = ("bert", "roberta", "mpnet", "electra")
+HEADS: dict[str, tuple[type, Any, str | None]] = {
+    **{name: row for name, row in ALL.items() if name not in ENCODERS},
+    "gemma2-capped": (tf.Gemma2ForCausalLM, tf.Gemma2Config(**tiny.WIDE_HEADS, final_logit_softcapping=0.5), "ffn"),
+    "granite-scaled": (tf.GraniteForCausalLM, tf.GraniteConfig(**tiny.GROUPED, logits_scaling=3.0), "ffn"),
+    "gpt2-untied": (tf.GPT2LMHeadModel, tf.GPT2Config(**tiny.GPT2, tie_word_embeddings=False), "ffn"),
+    "opt-projected": (tf.OPTForCausalLM, tf.OPTConfig(**{**tiny.OPT, "word_embed_proj_dim": 16}), "ffn"),
+    "mixtral-routed": (tf.MixtralForCausalLM, tf.MixtralConfig(**tiny.MOE, output_router_logits=True), None),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +112,80 @@ def test_a_layer_remembers_nothing_of_what_it_was_run_on(name: str, tmp_path: Pa
     torch.testing.assert_close(layers.run(built, 1, stream[1:])[0], whole[1:], **CLOSE)
     torch.testing.assert_close(fresh.run(fresh.build(1), 1, stream[:3])[0], whole[:3], **CLOSE)
     assert fresh.start(tiny.tokens(10, 4)).equal(stream)
+
+
+# ---- with its head
+
+
+def check_logits(folder: Path) -> None:
+    """The walk ends in a stock model's logits: of all positions, of some, and of states that nothing was before."""
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint, tokens = hs.open_checkpoint(folder), tiny.tokens(10, 3)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    layers = Layers(checkpoint, head=True)
+    found = walked(layers, tokens)
+    torch.testing.assert_close(layers.logits(found[-1]), expected, **CLOSE)
+    torch.testing.assert_close(layers.logits(found[-1][1:, ::4]), expected[1:, ::4], **CLOSE)
+    torch.testing.assert_close(Layers(checkpoint, head=True).logits(found[-1][:, -1:]), expected[:, -1:], **CLOSE)
+    assert layers.run(layers.build(1), 1, found[1])[0].equal(found[2])  # logits leave the layers as they were
+    for with_head, bare in zip(found, walked(Layers(checkpoint), tokens), strict=True):
+        assert with_head.equal(bare)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_with_its_head_the_walk_ends_in_the_stock_models_logits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "FAMILIES", HEADS)
+    folder = tiny.make(name, tmp_path / "dense")
+    assert predicts(hs.open_checkpoint(folder))
+    check_logits(folder)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As GPT-2 is stored by its authors, without the name of the bare model inside the one with its head."""
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_a_head_of_its_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers does not tie two tensors that are both stored and differ, whatever the configuration says."""
+    return {**tensors, "lm_head.weight": torch.randn(tiny.VOCABULARY, 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("gpt2", renamed), ("llama-gqa", with_a_head_of_its_own)],
+)
+def test_a_head_is_found_however_it_is_stored(name: str, change: Any, tmp_path: Path) -> None:
+    folder = tiny.make(name, tmp_path / "dense")
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    check_logits(folder)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral"])
+def test_a_shared_checkpoint_with_its_head_ends_in_the_shared_models_logits(name: str, tmp_path: Path) -> None:
+    shared = hs.open_checkpoint(shared_folder(name, tmp_path))
+    layers, model = Layers(shared, head=True), load_model(shared, storage="owner")
+    *_, left = walked(layers, tiny.tokens(10, 3))
+    with torch.no_grad():
+        expected = model(input_ids=tiny.tokens(10, 3)).logits
+    torch.testing.assert_close(layers.logits(left), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lacking", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_model_that_lacks_what_its_head_needs_is_refused(lacking: str, tmp_path: Path) -> None:
+    """torch multiplies with weights that are not there, and gives numbers."""
+    folder = tiny.make("llama-mha", tmp_path / "dense")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lacking]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(hs.CheckpointError, match=rf"lacks weights.*{lacking}"):
+        Layers(hs.open_checkpoint(folder), head=True).logits(torch.randn(2, 5, 32))
+
+
+# ---- what passes through a module
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "gpt2", "opt", "bert", "phi3", "falcon-mha", "gemma2"])

@@ -26,6 +26,7 @@ from headshare.paths import Form
 from headshare.planning import checked_recipients
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
+from headshare.probing import check_windows, predicts, probe_prices
 from headshare.progress import track
 from headshare.refits import RefitRecord
 from headshare.refitting import Refitter, Step
@@ -119,16 +120,22 @@ def plan_on(
     calibration: Calibration,
     budget: Budget,
     *,
+    probe: bool = True,
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> Budgeted:
-    """The plan that gives up least, by what every unit does to its layer's output on the calibration text.
+    """The plan that gives up least, by what every unit does to its layer's output on the calibration text and, with
+    `probe`, by what that does to the predictions of a model that makes any.
 
     Raises:
         PlanError: if the budget cannot be met.
+        CalibrationError: if the text is too short to probe with.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("plan")
+    probe = probe and predicts(dense)
+    if probe:
+        check_windows(calibration)  # before hours of work
     done = None
     if workspace is not None:
         done = workspace.paths(_digest(budget.forms, budget.ffn_groups, budget.protect))
@@ -142,6 +149,11 @@ def plan_on(
         device=device,
         done=done,
     )
+    if probe:
+        if workspace is not None:
+            done = workspace.paths(_digest("probed", budget.forms, budget.ffn_groups, budget.protect))
+            _look_through(done)
+        prices = probe_prices(dense, calibration, prices, device=device, done=done if workspace is not None else None)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
@@ -246,7 +258,8 @@ def _digest(*what: object) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The calibration text that a person asks for, where to compute, and whether a stopped run's state is to go."""
+    """The calibration text that a person asks for, where to compute, whether a stopped run's state is to go, and
+    whether plans are priced by measured predictions."""
 
     source: str
     tokens: int = TOKENS
@@ -254,6 +267,7 @@ class Setting:
     seed: int = 0
     device: str = "auto"
     restart: bool = False
+    probe: bool = True
 
 
 @dataclass(frozen=True)
@@ -264,10 +278,11 @@ class Run:
     calibration: Calibration
     device: str
     work: Workspace
+    probe: bool
 
     def plan(self, budget: Budget) -> Budgeted:
         """`plan_on` this run's tokens."""
-        return plan_on(self.dense, self.calibration, budget, device=self.device, workspace=self.work)
+        return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=self.work)
 
     def refit(self, shared: SharedCheckpoint, *, ffn: bool = True) -> SharedCheckpoint:
         """`refit_on` this run's tokens."""
@@ -300,7 +315,7 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **what: str) 
     )
     text.split()  # before anything is kept
     with workspace(workspace_of(out), _what(dense, text, device, what), restart=setting.restart) as work:
-        yield Run(dense, text, device, work)
+        yield Run(dense, text, device, work, setting.probe)
 
 
 def _what(dense: Checkpoint, text: Calibration, device: str, more: dict[str, str]) -> dict[str, str]:
@@ -358,22 +373,26 @@ def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: s
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, what it saves, the price predicted for it, and what was measured of it, if that was asked for."""
+    """A plan with what it saves and what was predicted for it, and what was measured of it, if that was asked for."""
 
-    plan: SharePlan
-    saved_bytes: int
-    price: float
+    chosen: Budgeted
     measured: Measured | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same under the names that `--json` prints, without the plan."""
         measured = None if self.measured is None else self.measured.to_dict()
-        return {"saved_bytes": self.saved_bytes, "price": self.price, "measured": measured}
+        return {"saved_bytes": self.chosen.saved_bytes, **_predicted(self.chosen), "measured": measured}
 
     def in_words(self) -> str:
         """Predicted beside measured."""
-        lines = [f"{self.saved_bytes:,} bytes saved; predicted price {self.price:.6g} (sum of squared relative errors)"]
+        lines = [f"{self.chosen.saved_bytes:,} bytes saved; {self.chosen.in_words()}"]
         return "\n".join(lines + ([self.measured.in_words()] if self.measured else []))
+
+
+def _predicted(chosen: Budgeted | None) -> dict[str, Any]:
+    """The names under which `--json` prints what was predicted; null where nothing was."""
+    unit = None if chosen is None else "nats" if chosen.in_nats else "relative error"
+    return {"price": None if chosen is None else chosen.price, "price_unit": unit}
 
 
 def plan_calibrated(
@@ -390,7 +409,7 @@ def plan_calibrated(
         found = _measured_for_a_time(run, chosen.plan) if measured else None
         run.work.note_writing(out)
         chosen.plan.save(out)
-    return Planned(chosen.plan, chosen.saved_bytes, chosen.price, found)
+    return Planned(chosen, found)
 
 
 def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
@@ -406,25 +425,25 @@ def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A shared checkpoint as it was written, the price predicted for its plan if it was chosen by output, and what was
-    measured if that was asked for."""
+    """A shared checkpoint as it was written, its plan with what was predicted for it if it was chosen by output, and
+    what was measured if that was asked for."""
 
     shared: SharedCheckpoint
-    price: float | None = None
+    chosen: Budgeted | None = None
     measured: Measured | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `share --json` prints beside the bytes."""
         return {
             "plan_digest": self.shared.plan.digest,
-            "price": self.price,
+            **_predicted(self.chosen),
             "refitted_tensors": len(self.shared.refit.tensors) if self.shared.refit else 0,
             "measured": None if self.measured is None else self.measured.to_dict(),
         }
 
     def in_words(self) -> list[str]:
         """A line for each thing that was done."""
-        lines = [] if self.price is None else [f"predicted price {self.price:.6g} (sum of squared relative errors)"]
+        lines = [] if self.chosen is None else [self.chosen.in_words()]
         lines += [self.shared.refit.in_words()] if self.shared.refit else []
         return lines + ([self.measured.in_words()] if self.measured else [])
 
@@ -458,7 +477,7 @@ def share_calibrated(
             shared = run.refit(shared, ffn=wanted.ffn)
         run.work.note_writing(out)
         shared.save(out, overwrite=overwrite)
-    return Outcome(shared, chosen.price if chosen else None, run.measure(out) if wanted.measure else None)
+    return Outcome(shared, chosen, run.measure(out) if wanted.measure else None)
 
 
 def refit_checkpoint(

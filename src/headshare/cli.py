@@ -169,6 +169,9 @@ AllowOption = Annotated[
     typer.Option(help="remove: the plan may also delete units and neurons outright, where that costs less."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, or auto.")]
+ProbeOption = Annotated[
+    bool, typer.Option(help="Price what is given up by the measured predictions of the model, not of its layer alone.")
+]
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
 ]
@@ -178,7 +181,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
 
 
-CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "measure")
+CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")
 
 
@@ -208,6 +211,8 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
         _refuse_unused(context, "there is no --calibration text", CALIBRATING)
     if not refit:
         _refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn"])
+    if not by_output:
+        _refuse_unused(context, "only a plan by output is priced", ["probe"])
 
 
 def _check_budget(context: Context, budget: Budget) -> None:
@@ -340,6 +345,7 @@ def plan(
         typer.Option(help="Also refit the plan for a time, and measure both models' perplexity on held-out windows."),
     ] = True,
     device: DeviceOption = "auto",
+    probe: ProbeOption = True,
     restart: RestartOption = False,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
@@ -356,15 +362,15 @@ def plan(
         wanted = parts or "qkv"
         made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=_numbers(protect))
         made.save(output)
-        more, words = dict[str, Any](saved_bytes=None, price=None, measured=None), ""
+        more, words = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None), ""
     else:
         settle(output)
         _check_file(output, overwrite, SharePlan.load, source)
-        setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
+        setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
         with open_checkpoint(source, revision=revision) as dense:
             budget = _budget(context, dense, ratio, save, parts, allow, ffn_groups, protect)
             found = plan_calibrated(dense, budget, setting, output, measured=measure)
-        made, more, words = found.plan, found.to_dict(), f"{found.in_words()}\n"
+        made, more, words = found.chosen.plan, found.to_dict(), f"{found.in_words()}\n"
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
     _print(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
 
@@ -402,6 +408,7 @@ def share(
     allow: AllowOption = None,
     measure: MeasureOption = False,
     device: DeviceOption = "auto",
+    probe: ProbeOption = True,
     restart: RestartOption = False,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -433,7 +440,7 @@ def share(
             numbers = _numbers(protect)
             wanted = make_plan(scores, ratio, parts=parts or "qkv", mode=mode, ffn_ratio=ffn_ratio, protect=numbers)
         if calibration is not None:
-            setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
+            setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
             asked = Wanted(wanted, refit=refit, ffn=refit_ffn, measure=measure, dtype=dtype)
             found = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
         else:

@@ -84,7 +84,8 @@ class Refitter:
     """One refit on its way. Each turn of `advance` is one layer; `result` holds what is done.
 
     With `shared`, a checkpoint of this plan, the shared model is that one, trained or refitted as it may be, and its
-    readouts are pulled to what they are there. Without, it is the dense model shared by the plan.
+    readouts are pulled to what they are there. Without, it is the dense model shared by the plan. `layers` are the
+    dense checkpoint's, if they are there already.
 
     Raises:
         CheckpointError, ArchitectureError: if a model cannot be walked layer by layer.
@@ -101,13 +102,14 @@ class Refitter:
         ffn: bool = True,
         device: str = "cpu",
         shared: Checkpoint | None = None,
+        layers: Layers | None = None,
     ) -> None:
         dense.require_dense("refit it")
         if shared is not None and shared.plan != plan:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
         planned = WholeTensors.planned(dense, plan)
         self.weights = planned if shared is None else WholeTensors.of(shared)
-        self.layers = Layers(dense, device=device)
+        self.layers = layers or Layers(dense, device=device)
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
         self.plan, self.gapped = plan, gapped_tensors(plan)
         fit, held = calibration.split(HELD_OUT)
@@ -125,6 +127,16 @@ class Refitter:
                 self._advance_over(layer, self._entering())
             self.next = layer + 1
             yield layer
+
+    @torch.no_grad()
+    def refitted(self, layer: int, entering: Stream) -> nn.Module:
+        """The shared model's layer, refitted on what enters it in the dense model: the stream of `tokens`, which is
+        left as it is. Whatever else the plan changes does not count, nor does anything of this for `advance`."""
+        streams, shared = _Streams(entering.clone(), entering.clone()), self._built(layer)
+        residual, target = self._fit_attention(layer, self.layers.build(layer), shared, streams)
+        if target is not None:
+            self._fit_feed_forward(layer, shared, streams, residual, target)
+        return shared
 
     def state(self) -> dict[str, Stream]:
         """Copies of the streams that enter the next layer: `dense` and `shared`. With `next` and `result`, all that

@@ -30,7 +30,11 @@ from headshare.whole import WholeTensors
 
 LOGGER = logging.getLogger("headshare")
 BATCH_TOKENS = 4096
-_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+_OLD_NAMES = {
+    "LayerNorm.weight": "LayerNorm.gamma",
+    "LayerNorm.bias": "LayerNorm.beta",
+    "lm_head.weight": "embed_out.weight",
+}
 
 Stream = Float[Tensor, "windows window hidden"]
 Batch = Float[Tensor, "batch window hidden"]
@@ -71,7 +75,7 @@ class Layers:
     `start` makes the stream that enters layer 0, `build` makes a layer, `run` runs it on some of the stream's windows.
     Arithmetic is float32, whatever the weights are stored as; the layers are called as the model calls them for
     windows that are all tokens, with no padding. A model that is not stored as it is built (a mixture of experts) is
-    held whole in memory.
+    held whole in memory. With `head`, `logits` ends the walk.
 
     Attributes: `count` of layers; `attention` and `ffn`, their layouts (`ffn` None for experts); `post_norm`, whether
     each half of a layer ends in a norm of its output plus its input; `device`.
@@ -82,7 +86,7 @@ class Layers:
         PlanError: if the checkpoint is shared and does not hold what its plan says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False) -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self._weights = WholeTensors.of(checkpoint)
         config, shapes = text_config(checkpoint.config), self._weights.shapes
@@ -90,14 +94,16 @@ class Layers:
         self.count = self.attention.layers
         o_path = self.path(Part.O)
         self.post_norm = any(family.post_norm and family.o == o_path for family in FAMILIES)
-        self._model = _empty_model(checkpoint)
+        self._model = _empty_model(checkpoint, head)
         self._first = module_path(self._model, self.attention.parts[Part.O].name(0)).removesuffix(f".{o_path}")
         self._held = not self._stored_as_built()
         if self._held:
             LOGGER.info("%s is not stored as it is built: the whole model is held in memory", checkpoint.name)
-            self._model = _whole_model(checkpoint, self.device)
+            self._model = _whole_model(checkpoint, self.device, head)
         else:
             self._fill_rest()
+            if head and self._lacking():  # torch multiplies with weights that are not there, and gives numbers
+                raise self._lacks()
         self._calls: dict[tuple[int, int], list[_Call]] = {}
         self._tuples: bool | None = None
 
@@ -136,7 +142,7 @@ class Layers:
         return template[: template.index("{layer}")] + f"{layer}."
 
     def _stored_name(self, name: str) -> str:
-        """The tensor's name in the checkpoint, which for old BERTs is not its name in the model."""
+        """The tensor's name in the checkpoint, which for old BERTs and GPT-NeoX is not its name in the model."""
         for new, old in _OLD_NAMES.items():
             if name.endswith(new) and name not in self._weights:
                 return name.removesuffix(new) + old
@@ -192,6 +198,8 @@ class Layers:
             if found is not None and not name.startswith(layers):
                 state[name] = _on(self.device, self._weights.read(found))
         self._model.load_state_dict(state, assign=True, strict=False)
+        with quiet():  # a head that is the embedding has no tensor of its own
+            self._model.tie_weights(missing_keys=set(self._lacking()), recompute_mapping=False)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -237,6 +245,22 @@ class Layers:
 
     def _lacks(self) -> CheckpointError:
         return CheckpointError(f"{self.checkpoint.name} lacks weights that its model needs: {self._lacking()[:3]}.")
+
+    @torch.no_grad()
+    def logits(self, leaving: Batch) -> Float[Tensor, "batch window vocabulary"]:
+        """What a model with its head makes of what leaves the last layer, on `device`; any tokens of it will do."""
+        hidden = leaving.to(self.device)
+        if self._tuples is None:
+            self._enter(torch.ones(hidden.shape[:2], dtype=torch.long))
+        given = (hidden,) if self._tuples else hidden
+        for module in self._modules:
+            module.forward = lambda *_, **__: given
+        try:
+            found = self._model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)).logits
+        finally:
+            for module in self._modules:
+                del module.forward
+        return found  # type: ignore[no-any-return]  # transformers gives back what it likes
 
     @contextmanager
     def _recorded(self) -> Iterator[tuple[list[Batch], list[_Call]]]:
@@ -358,18 +382,19 @@ def _ffn_or_none(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         return None
 
 
-def _whole_model(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The bare stock model with all its weights, for checkpoints that transformers converts as it loads them."""
+def _whole_model(checkpoint: Checkpoint, device: torch.device, head: bool) -> Any:
+    """The stock model, bare or with its head, with all its weights, for checkpoints that transformers converts as it
+    loads them."""
     if checkpoint.plan is None:
         model = load_model(checkpoint, dtype=torch.float32)
     else:
         model = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize()
     _without_cache(model.config)
-    return model.base_model.to(device)
+    return (model if head else model.base_model).to(device)
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
-    """The bare stock model with buffers and no weights.
+def _empty_model(checkpoint: Checkpoint, head: bool) -> Any:
+    """The stock model, bare or with its head, with buffers and no weights.
 
     Raises:
         CheckpointError: if the model needs code of its own.
@@ -382,10 +407,13 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     with quiet(), init_empty_weights(include_buffers=False):
         built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         _without_cache(built)
-        return transformers.AutoModel.from_config(built).eval()
+        kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        return kind.from_config(built).eval()
 
 
 def _without_cache(config: Any) -> None:
-    """Let layers be called without a cache of keys: one that is there grows with every run."""
-    config.use_cache = False
-    config.get_text_config().use_cache = False
+    """Let layers be called without a cache of keys: one that is there grows with every run. Nor is there a loss of
+    routers to add up, whose layers may not run."""
+    for one in (config, config.get_text_config()):
+        one.use_cache = False
+        one.output_router_logits = False

@@ -1,0 +1,211 @@
+"""Price what layers could give up by what that does to the model's predictions, measured on held-out text.
+
+The same squared error costs predictions four times as much in one layer as in another (docs/experiments.md). So each
+path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
+dense model's later layers go on from there. The price is then the Kullback-Leibler divergence of the dense model's
+next-token distribution from the changed one's, nats a token, averaged over windows that nothing was fitted to. Prices
+of steps add up to a bound rather than to the loss: the refit of later layers makes up for part of it.
+"""
+
+import math
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from headshare.budget import plan_for_steps
+from headshare.calibration import Calibration
+from headshare.checkpoints import Checkpoint
+from headshare.errors import ArchitectureError, CalibrationError
+from headshare.paths import Path, Prices, Step
+from headshare.precision import short_products
+from headshare.pricing import HELD_OUT, PRICED_TOKENS, fitted_windows
+from headshare.progress import track
+from headshare.refitting import Refitter
+from headshare.streams import Layers, Stream
+
+PROBED_TOKENS = 8192
+EVERY = 4
+
+
+def probe_prices(
+    dense: Checkpoint,
+    calibration: Calibration,
+    prices: Prices,
+    *,
+    tokens: int = PRICED_TOKENS,
+    held_out: float = HELD_OUT,
+    probed: int = PROBED_TOKENS,
+    ffn: bool = True,
+    device: str = "cpu",
+    done: MutableMapping[int, list[Path]] | None = None,
+) -> Prices:
+    """The same paths with prices in nats a token.
+
+    Measured are the first 1, 2, 4, 8, ... steps of each path, and all of them; steps in between share what is measured
+    in proportion to the prices they had. Refits are made on the windows that `price_units` fits to with the same
+    `tokens` and `held_out`, with `ffn` of both readouts; the predictions of every fourth token are compared, in as many
+    of the last windows as have `probed` tokens. Products are short ones where the machine has them. Layers that are in
+    `done` are not measured again; each that is measured is put into it.
+
+    Raises:
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer, or has no head.
+        CalibrationError: if there are too few windows, or predictions are not finite.
+    """
+    found = {} if done is None else done
+    if not predicts(dense):
+        raise ArchitectureError(
+            f"{dense.name} predicts no next token, so that cannot be measured. Plan without probing."
+        )
+    layers = {path.layer for path in prices.paths}
+    if layers - set(found):
+        with short_products(), torch.no_grad():
+            fitted = check_windows(calibration, tokens=tokens, held_out=held_out)
+            walk = _Walk(dense, calibration, prices, fitted, probed, ffn, device)
+            for _ in track(walk.measure(found), "measuring", walk.layers.count):
+                pass
+    paths = tuple(path for number in sorted(layers) for path in found[number])
+    return replace(prices, paths=paths, in_nats=True)
+
+
+def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held_out: float = HELD_OUT) -> int:
+    """How many windows are fitted to, where there are enough to measure on others.
+
+    Raises:
+        CalibrationError: if there are too few.
+    """
+    windows, fitted = len(calibration.tokens), fitted_windows(calibration, tokens, held_out)
+    if fitted < 2 or fitted >= windows:
+        raise CalibrationError(
+            f"{calibration.source} gave {windows} windows, of which {fitted} would be fitted to; measuring needs "
+            "two of those and one more. Ask for more tokens, or for a smaller window."
+        )
+    return fitted
+
+
+def predicts(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is of a model that predicts the next token, so that it can be probed."""
+    names = checkpoint.config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+class _Walk:
+    """The dense model's stream of the windows to fit to and of those to measure on, from layer to layer."""
+
+    def __init__(
+        self,
+        dense: Checkpoint,
+        calibration: Calibration,
+        prices: Prices,
+        fitted: int,
+        probed: int,
+        ffn: bool,
+        device: str,
+    ) -> None:
+        windows, window = calibration.tokens.shape
+        self.dense, self.prices, self.ffn, self.device = dense, prices, ffn, device
+        self.fit = replace(calibration, tokens=calibration.tokens[:fitted])
+        self.layers = Layers(dense, device=device, head=True)
+        measured = min(windows - fitted, max(1, probed // window))
+        self.measured = self.layers.start(calibration.tokens[-measured:])
+        self.fitted = self.layers.start(self._refitter(prices.paths[0], 0).tokens)
+        self.last = self._through(range(self.layers.count), [self.measured.clone()])[0][:, ::EVERY]
+
+    def measure(self, found: MutableMapping[int, list[Path]]) -> Iterator[int]:
+        """Price the paths of each layer that is not among those found, and put them there."""
+        for layer in range(self.layers.count):
+            paths = [path for path in self.prices.paths if path.layer == layer]
+            if paths and layer not in found:
+                found[layer] = self._priced(layer, paths)
+            dense = self.layers.build(layer)
+            for stream in (self.fitted, self.measured):
+                self._run(dense, layer, stream)
+            yield layer
+
+    def _priced(self, layer: int, paths: Sequence[Path]) -> list[Path]:
+        marks = [(path, steps) for path in paths for steps in marked(len(path.steps))]
+        streams = []
+        for path, steps in marks:
+            module = self._refitter(path, steps).refitted(layer, self.fitted)
+            streams.append(self._run(module, layer, self.measured.clone()))
+        lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
+        if not all(map(math.isfinite, lost)):
+            raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
+        return [
+            repriced(path, {steps: loss for (of, steps), loss in zip(marks, lost, strict=True) if of is path})
+            for path in paths
+        ]
+
+    def _refitter(self, path: Path, steps: int) -> Refitter:
+        plan = plan_for_steps(self.prices, path, steps)
+        return Refitter(self.dense, plan, self.fit, ffn=self.ffn, device=self.device, layers=self.layers)
+
+    # ---- running
+
+    def _through(self, layers: Sequence[int], streams: Sequence[Stream]) -> Sequence[Stream]:
+        """Turn what enters these dense layers into what leaves them, in place."""
+        for layer in layers:
+            module = self.layers.build(layer)
+            for stream in streams:
+                self._run(module, layer, stream)
+        return streams
+
+    def _run(self, module: nn.Module, layer: int, stream: Stream) -> Stream:
+        for at in self._batches(stream):
+            stream[at] = self.layers.run(module, layer, stream[at])[0].cpu()
+        return stream
+
+    def _batches(self, stream: Stream) -> Iterator[slice]:
+        size = self.layers.batch(stream.shape[1])
+        return (slice(first, first + size) for first in range(0, len(stream), size))
+
+    def _divergences(self, streams: Sequence[Stream]) -> list[float]:
+        """KL(dense | changed) of each of these, nats a token: sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the
+        dense model's probabilities and z the changed one's logits. One window's logits are held at a time."""
+        totals = [0.0] * len(streams)
+        for window, last in enumerate(self.last):
+            expected = self.layers.logits(last[None]).log_softmax(dim=-1)
+            probability = expected.exp()
+            for number, stream in enumerate(streams):
+                found = self.layers.logits(stream[window, None, ::EVERY])
+                found -= found.amax(dim=-1, keepdim=True)
+                lost = (probability * (expected - found)).sum(dim=-1) + found.logsumexp(dim=-1)
+                totals[number] += float(lost.double().sum())
+        tokens = self.last.shape[0] * self.last.shape[1]
+        return [max(0.0, total / tokens) for total in totals]  # rounding may say less than nothing
+
+
+def marked(steps: int) -> list[int]:
+    """After how many steps a path is measured: 1, 2, 4, 8, ... and all."""
+    return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
+
+
+@dataclass
+class _Stretch:
+    """Steps between two measurements."""
+
+    steps: Sequence[Step]
+    cost: float
+
+    def repriced(self) -> Iterator[Step]:
+        """The steps with their shares of what the stretch costs: in proportion to their prices, or to what they save
+        where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
+        old = [step.price for step in self.steps]
+        if min(old) < 0 or not sum(old):
+            old = [float(step.saved_bytes) for step in self.steps]
+        for step, share in zip(self.steps, old, strict=True):
+            price = self.cost * share / sum(old)
+            scale = abs(price / step.price) if step.price else 1.0
+            donors = tuple((unit, price + scale * (each - step.donors[0][1])) for unit, each in step.donors)
+            yield replace(step, price=price, donors=donors)
+
+
+def repriced(path: Path, measured: dict[int, float]) -> Path:
+    """The path with steps that add up to what was measured after some of them, the last included."""
+    steps: list[Step] = []
+    before = 0.0
+    for end, lost in sorted(measured.items()):
+        steps += _Stretch(path.steps[len(steps) : end], lost - before).repriced()
+        before = lost
+    return replace(path, steps=tuple(steps))
