@@ -237,6 +237,17 @@ def test_a_number_added_to_all_logits_changes_nothing(
     assert_adds_up(probe(dense, one).paths, [marks], {"rel": 1e-4, "abs": 3e-7})
 
 
+def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
+    thin: tuple[hs.Checkpoint, Prices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, prices = thin
+    last = shortened(replace(prices, paths=prices.paths[-1:]), 1)
+    for _ in range(8):  # of such sums, about every other is rounded to less than nothing
+        same = torch.randn(1, WINDOW // EVERY, 1000)
+        monkeypatch.setattr(streams.Layers, "logits", lambda self, leaving, same=same: same.clone())
+        assert 0 <= probe(dense, last).paths[0].steps[0].price < 2e-6
+
+
 @pytest.mark.parametrize(
     ("name", "forms"),
     [("gpt2", (Form.QK, Form.REMOVE)), ("gemma2", (Form.QKV, Form.GATEUP)), ("mixtral", (Form.QKV,)),

@@ -4,7 +4,6 @@ A path can only be followed from its beginning, and of each half of each layer o
 is which, and how many steps to take along it.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -36,8 +35,8 @@ class Budgeted:
         if not self.in_nats:
             return f"predicted price {self.price:.6g} (sum of squared relative errors)"
         return (
-            f"predicted loss at most about {self.price:.4g} nats a token, perplexity times {math.exp(self.price):.4f} "
-            "(each layer's measured alone; the refit of later layers makes up for part)"
+            f"predicted divergence from the dense model {self.price:.4g} nats a token (the sum of what each layer "
+            "costs alone; the refit of later layers makes up for part)"
         )
 
 

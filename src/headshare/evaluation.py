@@ -199,9 +199,13 @@ def check_finite(logits: Tensor) -> None:
 
 def is_causal(model: Any) -> bool:
     """Whether the model predicts the next token."""
-    config = model.config
-    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    masked = config.model_type in ("bert", "roberta", "xlm-roberta") and not getattr(config, "is_decoder", False)
+    return predicts_next(type(model).__name__, model.config.to_dict())
+
+
+def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a model class of this name, with this config.json, predicts the next token."""
+    named = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    masked = config.get("model_type") in ("bert", "roberta", "xlm-roberta") and not config.get("is_decoder", False)
     return named and not masked
 
 

@@ -18,6 +18,7 @@ from headshare.budget import plan_for_steps
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
+from headshare.evaluation import predicts_next
 from headshare.paths import Path, Prices, Step
 from headshare.precision import short_products
 from headshare.pricing import HELD_OUT, PRICED_TOKENS, fitted_windows
@@ -79,7 +80,7 @@ def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held
     if fitted < 2 or fitted >= windows:
         raise CalibrationError(
             f"{calibration.source} gave {windows} windows, of which {fitted} would be fitted to; measuring needs "
-            "two of those and one more. Ask for more tokens, or for a smaller window."
+            "two of those and one more. Ask for more tokens, for a smaller window, or for --no-probe."
         )
     return fitted
 
@@ -87,7 +88,8 @@ def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held
 def predicts(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is of a model that predicts the next token, so that it can be probed."""
     names = checkpoint.config.get("architectures")
-    return isinstance(names, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    known = [str(name) for name in names] if isinstance(names, list) else []
+    return any(predicts_next(name, checkpoint.config) and "ConditionalGeneration" not in name for name in known)
 
 
 class _Walk:
@@ -173,11 +175,13 @@ class _Walk:
                 lost = (probability * (expected - found)).sum(dim=-1) + found.logsumexp(dim=-1)
                 totals[number] += float(lost.double().sum())
         tokens = self.last.shape[0] * self.last.shape[1]
-        return [max(0.0, total / tokens) for total in totals]  # rounding may say less than nothing
+        return [max(total / tokens, 0.0) for total in totals]  # rounding may say less than nothing; NaN stays
 
 
 def marked(steps: int) -> list[int]:
     """After how many steps a path is measured: 1, 2, 4, 8, ... and all."""
+    if not steps:
+        return []
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
