@@ -33,7 +33,7 @@ from headshare.refitting import Refitter, Step
 from headshare.sharing import SharedCheckpoint, check_fits, check_shared, check_written_again, share, write_refitted
 from headshare.similarity import layouts_of
 from headshare.units import Parts
-from headshare.workspace import Workspace, damaged, fingerprint, settle, workspace, workspace_of
+from headshare.workspace import SavedPaths, Workspace, damaged, fingerprint, settle, workspace, workspace_of
 from headshare.writing import check_output
 
 AUTO = "auto"
@@ -136,10 +136,7 @@ def plan_on(
     probe = probe and predicts(dense)
     if probe:
         check_windows(calibration)  # before hours of work
-    done = None
-    if workspace is not None:
-        done = workspace.paths(_digest(budget.forms, budget.ffn_groups, budget.protect))
-        _look_through(done)
+    what = budget.forms, budget.ffn_groups, budget.protect
     prices = price_units(
         dense,
         calibration,
@@ -147,13 +144,10 @@ def plan_on(
         ffn_groups=budget.ffn_groups,
         protect=budget.protect,
         device=device,
-        done=done,
+        done=_saved_paths(workspace, *what),
     )
     if probe:
-        if workspace is not None:
-            done = workspace.paths(_digest("probed", budget.forms, budget.ffn_groups, budget.protect))
-            _look_through(done)
-        prices = probe_prices(dense, calibration, prices, device=device, done=done if workspace is not None else None)
+        prices = probe_prices(dense, calibration, prices, device=device, done=_saved_paths(workspace, "probed", *what))
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
@@ -225,6 +219,15 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
         raise damaged(workspace.folder / _streams_after(key, layer), "it is not there")
     refitter.resume(layer + 1, streams, tensors, steps)
     return layer + 1
+
+
+def _saved_paths(workspace: Workspace | None, *what: object) -> SavedPaths | None:
+    """The paths that an earlier run priced under this key, all read once; None where nothing is kept."""
+    if workspace is None:
+        return None
+    saved = workspace.paths(_digest(*what))
+    _look_through(saved)
+    return saved
 
 
 def _look_through(saved: Mapping[Any, object]) -> None:

@@ -52,8 +52,7 @@ class DenseLayer:
 
     def batches(self) -> Iterator[Hidden]:
         """Windows of the stream that are run at once."""
-        size = self.layers.batch(self.stream.shape[1])
-        return (self.stream[first : first + size] for first in range(0, len(self.stream), size))
+        return (self.stream[at] for at in self.layers.batches(range(len(self.stream)), self.stream.shape[1]))
 
     def look(self, kinds: Sequence[Kind]) -> tuple[dict[Kind, Weighted], Stream]:
         """What enters the readouts of these halves, and the stream that leaves the layer."""

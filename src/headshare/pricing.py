@@ -75,10 +75,10 @@ def price_units(
     wanted.prices(dense, found, protect)  # so that paths of another model are refused at once
     pending = set(range(wanted.layouts[Kind.ATTENTION].layers)) - set(protect) - set(found)
     if pending:
+        fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
         walk = _walk(Layers(dense, device=device), dense, calibration, tokens, tuple(wanted.forms))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
                 found[layer.number] = _paths(layer, seen, wanted, donors, fitted)
     return wanted.prices(dense, found, protect)
 

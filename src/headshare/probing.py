@@ -4,15 +4,14 @@ The same squared error costs predictions four times as much in one layer as in a
 path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
 dense model's later layers go on from there. The price is then the Kullback-Leibler divergence of the dense model's
 next-token distribution from the changed one's, nats a token, averaged over windows that nothing was fitted to. Prices
-of steps add up to a bound rather than to the loss: the refit of later layers makes up for part of it.
+of steps add up to more than the loss: the refit of later layers makes up for part of it.
 """
 
 import math
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from headshare.budget import plan_for_steps
 from headshare.calibration import Calibration
@@ -122,7 +121,7 @@ class _Walk:
                 found[layer] = self._priced(layer, paths)
             dense = self.layers.build(layer)
             for stream in (self.fitted, self.measured):
-                self._run(dense, layer, stream)
+                self.layers.run_over(dense, layer, stream)
             yield layer
 
     def _priced(self, layer: int, paths: Sequence[Path]) -> list[Path]:
@@ -130,7 +129,7 @@ class _Walk:
         streams = []
         for path, steps in marks:
             module = self._refitter(path, steps).refitted(layer, self.fitted)
-            streams.append(self._run(module, layer, self.measured.clone()))
+            streams.append(self.layers.run_over(module, layer, self.measured.clone()))
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
@@ -150,17 +149,8 @@ class _Walk:
         for layer in layers:
             module = self.layers.build(layer)
             for stream in streams:
-                self._run(module, layer, stream)
+                self.layers.run_over(module, layer, stream)
         return streams
-
-    def _run(self, module: nn.Module, layer: int, stream: Stream) -> Stream:
-        for at in self._batches(stream):
-            stream[at] = self.layers.run(module, layer, stream[at])[0].cpu()
-        return stream
-
-    def _batches(self, stream: Stream) -> Iterator[slice]:
-        size = self.layers.batch(stream.shape[1])
-        return (slice(first, first + size) for first in range(0, len(stream), size))
 
     def _divergences(self, streams: Sequence[Stream]) -> list[float]:
         """KL(dense | changed) of each of these, nats a token: sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the
@@ -185,31 +175,24 @@ def marked(steps: int) -> list[int]:
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
-@dataclass
-class _Stretch:
-    """Steps between two measurements."""
-
-    steps: Sequence[Step]
-    cost: float
-
-    def repriced(self) -> Iterator[Step]:
-        """The steps with their shares of what the stretch costs: in proportion to their prices, or to what they save
-        where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
-        old = [step.price for step in self.steps]
-        if min(old) < 0 or not sum(old):
-            old = [float(step.saved_bytes) for step in self.steps]
-        for step, share in zip(self.steps, old, strict=True):
-            price = self.cost * share / sum(old)
-            scale = abs(price / step.price) if step.price else 1.0
-            donors = tuple((unit, price + scale * (each - step.donors[0][1])) for unit, each in step.donors)
-            yield replace(step, price=price, donors=donors)
-
-
 def repriced(path: Path, measured: dict[int, float]) -> Path:
     """The path with steps that add up to what was measured after some of them, the last included."""
     steps: list[Step] = []
     before = 0.0
     for end, lost in sorted(measured.items()):
-        steps += _Stretch(path.steps[len(steps) : end], lost - before).repriced()
+        steps += _sharing(path.steps[len(steps) : end], lost - before)
         before = lost
     return replace(path, steps=tuple(steps))
+
+
+def _sharing(steps: Sequence[Step], cost: float) -> Iterator[Step]:
+    """The steps between two measurements, with their shares of what they cost together: in proportion to their prices,
+    or to what they save where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
+    old = [step.price for step in steps]
+    if min(old) < 0 or not sum(old):
+        old = [float(step.saved_bytes) for step in steps]
+    for step, share in zip(steps, old, strict=True):
+        price = cost * share / sum(old)
+        scale = abs(price / step.price) if step.price else 1.0
+        donors = tuple((unit, price + scale * (each - step.donors[0][1])) for unit, each in step.donors)
+        yield replace(step, price=price, donors=donors)

@@ -132,11 +132,7 @@ class Refitter:
     def refitted(self, layer: int, entering: Stream) -> nn.Module:
         """The shared model's layer, refitted on what enters it in the dense model: the stream of `tokens`, which is
         left as it is. Whatever else the plan changes does not count, nor does anything of this for `advance`."""
-        streams, shared = _Streams(entering.clone(), entering.clone()), self._built(layer)
-        residual, target = self._fit_attention(layer, self.layers.build(layer), shared, streams)
-        if target is not None:
-            self._fit_feed_forward(layer, shared, streams, residual, target)
-        return shared
+        return self._fitted(layer, _Streams(entering.clone(), entering.clone()))
 
     def state(self) -> dict[str, Stream]:
         """Copies of the streams that enter the next layer: `dense` and `shared`. With `next` and `result`, all that
@@ -174,19 +170,22 @@ class Refitter:
         return self._streams
 
     def _advance_over(self, layer: int, streams: _Streams) -> None:
-        dense = self.layers.build(layer)
         if layer < self.first:
-            self._pass(self.layers, layer, dense, streams.dense)
+            self.layers.run_over(self.layers.build(layer), layer, streams.dense, self._batches())
             if streams.shared is not streams.dense:
-                self._pass(self.shared_layers, layer, self._built(layer), streams.shared)
+                self.shared_layers.run_over(self._built(layer), layer, streams.shared, self._batches())
             return
         if streams.shared is streams.dense:
             streams.shared = streams.dense.clone()
-        shared = self._built(layer)
+        self.shared_layers.run_over(self._fitted(layer, streams), layer, streams.shared, self._batches())
+
+    def _fitted(self, layer: int, streams: _Streams) -> nn.Module:
+        """The shared model's layer with its readouts fitted. The dense stream advances over it, the shared does not."""
+        dense, shared = self.layers.build(layer), self._built(layer)
         residual, target = self._fit_attention(layer, dense, shared, streams)
         if target is not None:
             self._fit_feed_forward(layer, shared, streams, residual, target)
-        self._pass(self.shared_layers, layer, shared, streams.shared)
+        return shared
 
     def _built(self, layer: int) -> nn.Module:
         """The shared model's layer, as it is before it is refitted."""
@@ -199,17 +198,10 @@ class Refitter:
     def _loses_some(self, name: str) -> bool:
         return bool(self.gapped[name].gaps or self.gapped[name].removed or self.gapped[name].factored)
 
-    def _pass(self, layers: Layers, layer: int, module: nn.Module, entering: Stream) -> None:
-        """Turn what enters the layer into what leaves it, in place."""
-        for at in self._batches():
-            entering[at] = layers.run(module, layer, entering[at])[0].cpu()
-
     def _batches(self) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
-        size = self.layers.batch(self.tokens.shape[1])
-        for start, stop in ((0, self.fitted_windows), (self.fitted_windows, len(self.tokens))):
-            for first in range(start, stop, size):
-                yield slice(first, min(first + size, stop))
+        for some in (range(self.fitted_windows), range(self.fitted_windows, len(self.tokens))):
+            yield from self.layers.batches(some, self.tokens.shape[1])
 
     # ---- the two fits of a layer
 

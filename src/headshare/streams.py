@@ -6,7 +6,7 @@ A *stream* is the hidden states of all calibration windows as they enter one lay
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,6 +211,11 @@ class Layers:
         """How many windows of this many tokens are run at once."""
         return max(1, BATCH_TOKENS // window)
 
+    def batches(self, windows: range, window: int) -> Iterator[slice]:
+        """These windows of so many tokens, as slices that are run at once."""
+        size = self.batch(window)
+        return (slice(at, min(at + size, windows.stop)) for at in windows[::size])
+
     @torch.no_grad()
     def start(self, tokens: Int[Tensor, "windows window"]) -> Stream:
         """The stream that enters layer 0, in float32 on the CPU.
@@ -218,8 +223,7 @@ class Layers:
         Raises:
             CheckpointError: if a weight is missing that the model needs before its layers.
         """
-        size = self.batch(tokens.shape[1])
-        return torch.cat([self._enter(tokens[at : at + size]).cpu() for at in range(0, len(tokens), size)])
+        return torch.cat([self._enter(tokens[at]).cpu() for at in self.batches(range(len(tokens)), tokens.shape[1])])
 
     def _enter(self, tokens: Int[Tensor, "batch window"]) -> Batch:
         """What enters layer 0 for these tokens. How each layer was called is kept for batches of this shape."""
@@ -310,6 +314,12 @@ class Layers:
         seen = Seen()
         with _watching(module, watch, seen):
             return self._call(module, layer, hidden), seen.in_windows(hidden)
+
+    def run_over(self, module: nn.Module, layer: int, stream: Stream, batches: Iterable[slice] | None = None) -> Stream:
+        """Turn what enters this built layer into what leaves it, in place."""
+        for at in self.batches(range(len(stream)), stream.shape[1]) if batches is None else batches:
+            stream[at] = self.run(module, layer, stream[at])[0].cpu()
+        return stream
 
     @torch.no_grad()
     def run_to(self, module: nn.Module, layer: int, hidden: Batch, path: str, watch: tuple[str, ...] = ()) -> Seen:
