@@ -28,7 +28,7 @@ from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.controls import overwrite_recipients, with_random_donors
-from headshare.evaluation import Windows, perplexity, read_text, windows_of
+from headshare.evaluation import Windows, perplexity, read_text, window_losses, windows_of
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model, load_tokenizer
 from headshare.paths import Form, Prices, paths_from_json, paths_to_json
@@ -43,6 +43,7 @@ from headshare.refitting import refit
 from headshare.units import Kind
 from machine import machine
 
+CONTROL = "deletion of units"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 ALL = (Form.FACTORED, Form.REMOVE)
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
@@ -50,7 +51,7 @@ EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget. `price` is what the planner predicted, where it did."""
+    """One method at one budget. `price` is what the planner predicted, where it did; `losses` those of each window."""
 
     budget: str
     method: str
@@ -60,6 +61,7 @@ class Row:
     against_dense: float
     price: float | None
     refit_s: float
+    losses: list[float]
 
 
 def any_path(_: PricedPath) -> bool:
@@ -120,7 +122,10 @@ class Bench:
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
     def prices(
-        self, forms: tuple[Form, ...], kinds: Collection[Kind], only: Callable[[PricedPath], bool] = any_path
+        self,
+        forms: tuple[Form, ...],
+        kinds: Collection[Kind] = (Kind.ATTENTION,),
+        only: Callable[[PricedPath], bool] = any_path,
     ) -> Prices:
         """The prices of these forms, in nats, of these halves of each layer, and of some of their paths."""
         found = [self._probed(forms, kind) for kind in kinds]
@@ -155,33 +160,41 @@ class Bench:
                 path, _, leaf = name.rpartition(".")
                 if leaf not in EXTRAS:
                     getattr(model.get_submodule(module_path(model, f"{path}.weight")), leaf).copy_(tensor)
-        value, found = perplexity(model, self.windows).perplexity, estimate_plan(self.dense, plan)
-        against = value / self.dense_perplexity
+        losses, found = window_losses(model, self.windows), estimate_plan(self.dense, plan)
+        value = losses.mean().exp().item()
         return Row(
-            cell.budget, cell.method, found.saved_bytes, found.saved_fraction, value, against, price, round(seconds, 1)
+            cell.budget,
+            cell.method,
+            found.saved_bytes,
+            found.saved_fraction,
+            value,
+            value / self.dense_perplexity,
+            price,
+            round(seconds, 1),
+            [round(loss, 6) for loss in losses.tolist()],
         )
 
 
 def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
-    """At the bytes that sharing q, k and v saves: deletion of units, sharing with o factored, and in each layer the one
-    that costs less; plain sharing by output; then the paper's pairs, and its recipients with random donors."""
+    """At no fewer bytes than sharing q,k,v saves: deletion of units; sharing with o factored, and in each layer the
+    one that costs less. Then q,k,v,o with scales, and q,k,v alone, by output; the paper's pairs, and its recipients
+    with random donors."""
     budget, units = f"{ratio:g}", units_at(ratio, bench.layout.units)
-    wanted = estimate(bench.dense, ratio, parts="qkv").saved_bytes
+    least = estimate(bench.dense, ratio, parts="qkv").saved_bytes
 
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def at_its_bytes(only: Callable[[PricedPath], bool]) -> Callable[[], tuple[SharePlan, float | None]]:
-        return lambda: priced(plan_for_bytes(bench.prices(ALL, [Kind.ATTENTION], only), wanted))
+    def saving(*forms: Form, only: Callable[[PricedPath], bool] = any_path) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices(forms, only=only), least))
 
-    yield Cell(budget, "deletion of units", at_its_bytes(removes))
-    yield Cell(budget, "sharing, or deletion where that costs less", at_its_bytes(any_path))
-    yield Cell(budget, "sharing, o factored", at_its_bytes(ties))
-    yield Cell(
-        budget, "q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,), [Kind.ATTENTION]), units))
-    )
-    yield Cell(budget, "q,k,v, the paper's pairs", lambda: (paper(), None))
-    yield Cell(budget, "q,k,v, random donors", lambda: (with_random_donors(paper(), seed), None))
+    yield Cell(budget, CONTROL, lambda: saving(Form.FACTORED, only=removes))  # priced along with factored units
+    yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED, only=ties))
+    yield Cell(budget, "sharing or deletion", lambda: saving(Form.FACTORED))
+    yield Cell(budget, "sharing q,k,v,o with scales", lambda: saving(Form.QKVO))
+    yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
+    yield Cell(budget, "sharing q,k,v, the paper's pairs", lambda: (paper(), None))
+    yield Cell(budget, "sharing q,k,v, random donors", lambda: (with_random_donors(paper(), seed), None))
 
 
 def at_share(bench: Bench, share: float) -> Iterator[Cell]:
@@ -194,7 +207,7 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
         return lambda: priced(plan_for_bytes(bench.prices(ALL, kinds, only), wanted))
 
     budget = f"{share:.0%}"
-    yield Cell(budget, "deletion of units", saving([Kind.ATTENTION], removes))
+    yield Cell(budget, CONTROL, saving([Kind.ATTENTION], removes))
     yield Cell(budget, "removal of neurons", saving([Kind.FFN], removes))
     yield Cell(budget, "sharing, o factored", saving([Kind.ATTENTION], ties))
     yield Cell(budget, "whatever costs least", saving(list(Kind), any_path))
@@ -206,15 +219,28 @@ def priced(found: Budgeted) -> tuple[SharePlan, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """All rows as Markdown, by budget."""
+    """All rows as Markdown, by budget, each against the control too: the mean of the differences of the same windows'
+    losses, and its standard error."""
+    controls = {row.budget: row for row in rows if row.method == CONTROL}
     rows = sorted(rows, key=lambda row: float(row.budget.rstrip("%")))
-    lines = ["| budget | method | saved | perplexity | against dense | price |", "|--:|---|--:|--:|--:|--:|"]
+    lines = [
+        f"| budget | method | saved | perplexity | against dense | loss against {CONTROL}, nats (error) | price |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+    ]
     lines += [
         f"| {row.budget} | {row.method} | {row.saved_fraction:.2%} | {row.perplexity:.3f} | {row.against_dense:.4f} | "
-        f"{'' if row.price is None else f'{row.price:.4f}'} |"
+        f"{against(row, controls.get(row.budget))} | {'' if row.price is None else f'{row.price:.4f}'} |"
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def against(row: Row, control: Row | None) -> str:
+    """How much more a row loses than its control."""
+    if control is None or control is row:
+        return ""
+    more = torch.tensor(row.losses) - torch.tensor(control.losses)
+    return f"{more.mean().item():+.4f} ({more.std().item() / len(more) ** 0.5:.4f})"
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -574,6 +574,20 @@ def test_a_split_parts_the_windows_in_order_and_leaves_neither_side_empty(count:
     assert [one.digest for one in whole.split(share)] == [fit.digest, held.digest]
 
 
+def test_mixing_keeps_all_windows_and_draws_their_order_by_the_seed() -> None:
+    """So the first of them stand for all of the text."""
+    whole, other = counted(100, 7), counted(100, 8)
+    mixed = whole.mixed()
+    assert sorted(mixed.tokens[:, 0].tolist()) == whole.tokens[:, 0].tolist()
+    assert (mixed.tokens[:, 1] - mixed.tokens[:, 0]).unique().tolist() == [1]
+    assert mixed.tokens.equal(whole.mixed().tokens)
+    assert not mixed.tokens.equal(other.mixed().tokens)
+    first = mixed.tokens[:25, 0]
+    assert 50 < first.double().mean() < 150
+    assert first.unique().numel() == 25
+    assert (mixed.source, mixed.seed, mixed.bos) == (whole.source, whole.seed, whole.bos)
+
+
 def test_a_split_is_the_seeds_and_not_always_the_end() -> None:
     held = {tuple(counted(64, seed).split()[1].tokens[:, 0].tolist()) for seed in range(5)}
     assert len(held) == 5

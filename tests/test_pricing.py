@@ -38,6 +38,12 @@ def calibration(windows: int = 8, window: int = 16) -> Calibration:
     return Calibration(tiny.tokens(window, windows), False, "a text", 0)
 
 
+def unmixed(tokens: torch.Tensor) -> Calibration:
+    """The calibration that gives these windows in this order once it is mixed."""
+    numbers = Calibration(torch.arange(len(tokens))[:, None], False, "numbers", 0)
+    return replace(calibration(), tokens=tokens[numbers.mixed().tokens[:, 0].argsort()])
+
+
 def opened(name: str, tmp_path: Folder) -> Checkpoint:
     return open_checkpoint(tiny.make(name, tmp_path / name))
 
@@ -49,7 +55,7 @@ class Reference:
     """A stock model, whose layer's readout inputs are seen with donors' rows in place."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, layer: int, text: Calibration | None = None) -> None:
-        self.model, self.tokens = load_model(checkpoint), (text or calibration()).tokens
+        self.model, self.tokens = load_model(checkpoint), (text or calibration()).mixed().tokens
         self.layout, self.layer = layout, layer
         self.post_norm = layout.kind is Kind.FFN and checkpoint.config["model_type"] in ("bert", "mpnet")
         self.readout = layout.parts[READOUT[layout.kind]]
@@ -554,8 +560,7 @@ def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), forms, held_out=share)
     paths = paths_of(prices, Kind.ATTENTION, LAST)
-    removed, tied = {Form.REMOVE} & set(forms), set(forms) - {Form.REMOVE}
-    assert len(paths) == bool(removed) + bool(tied)
+    assert {Form.FACTORED, Form.REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
     for path in paths:
         assert path.steps
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
@@ -607,7 +612,7 @@ def test_the_feed_forward_is_priced_on_held_out_tokens_too(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("ranks", [(1,), (4,), (1, 2, 4, 8)])
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt_neox", "mpnet"])
 def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
     name: str, ranks: tuple[int, ...], tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -615,25 +620,66 @@ def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
     monkeypatch.setattr(layerprices, "RANKS", ranks)
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [Form.FACTORED])
-    path, layout = path_of(prices, Kind.ATTENTION, LAST), prices.layouts[Kind.ATTENTION]
-    assert {step.rank for step in path.steps} <= set(ranks)
-    check_path(checkpoint, layout, path)
-    reference, first = Reference(checkpoint, layout, LAST), path.steps[0]
-    scale = first.donors[-1][1]
-    listed = first.donors[: pricing.DONORS]
-    assert len(first.donors) == len({donor for donor, _ in first.donors}) == LAST * layout.groups
-    assert [price for _, price in listed] == sorted(price for _, price in listed)
-    for donor, price in listed:
-        direct, step = reference.direct(), replace(first, donors=((donor, 0.0),))
-        reference.give_up(direct, step)
-        assert price == pytest.approx(direct.error() + pull_of(direct, reference, step), abs=CLOSE * scale)
+    layout = prices.layouts[Kind.ATTENTION]
+    paths = [path for path in paths_of(prices, Kind.ATTENTION, LAST) if forms_of(path) == {Form.FACTORED}]
+    assert {step.rank for path in paths for step in path.steps} <= set(ranks)
+    for path in paths:
+        check_path(checkpoint, layout, path)
+        reference, first = Reference(checkpoint, layout, LAST), path.steps[0]
+        scale = first.donors[-1][1]
+        listed = first.donors[: pricing.DONORS]
+        assert len(first.donors) == len({donor for donor, _ in first.donors}) == LAST * layout.groups
+        assert [price for _, price in listed] == sorted(price for _, price in listed)
+        for donor, price in listed:
+            direct, step = reference.direct(), replace(first, donors=((donor, 0.0),))
+            reference.give_up(direct, step)
+            assert price == pytest.approx(direct.error() + pull_of(direct, reference, step), abs=CLOSE * scale)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
+def test_factored_units_are_those_that_would_be_removed_in_that_order_a_path_for_each_rank(
+    name: str, tmp_path: Folder
+) -> None:
+    """And are priced with removals beside them, whether those were asked for or not."""
+    checkpoint = opened(name, tmp_path)
+    prices = fitted(checkpoint, calibration(), [Form.FACTORED])
+    channels = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST).readout.rows
+    (start,) = paths_of(prices, Kind.ATTENTION, 0)
+    assert forms_of(start) == {Form.REMOVE}
+    for layer in range(1, LAST + 1):
+        removal, *factored = paths_of(prices, Kind.ATTENTION, layer)
+        assert forms_of(removal) == {Form.REMOVE}
+        assert [{step.rank for step in path.steps} for path in factored] == [
+            {rank} for rank in layerprices.RANKS if rank < channels
+        ]
+        order = [step.groups for step in removal.steps]
+        saved = [removal.steps[0].saved_bytes]
+        error = sum(step.price for step in removal.steps)
+        for path in factored:
+            assert [step.groups for step in path.steps] == order
+            assert path.steps[0].saved_bytes < saved[-1]
+            assert sum(step.price for step in path.steps) <= error * (1 + 1e-6)
+            saved.append(path.steps[0].saved_bytes)
+
+
+def test_products_that_save_nothing_are_not_offered(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    bytes_of_rank = 4 * sum(rows_and_columns(checkpoint))
+    monkeypatch.setattr(layerprices, "saved_bytes", lambda *what: 3 * bytes_of_rank)
+    paths = paths_of(fitted(checkpoint, calibration(), [Form.FACTORED]), Kind.ATTENTION, LAST)
+    assert [{step.rank for step in path.steps} for path in paths] == [{0}, {1}, {2}]
+
+
+def rows_and_columns(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Of the columns that one unit has of W_o."""
+    place = price_units(checkpoint, calibration(2), [Form.QK]).layouts[Kind.ATTENTION].parts[Part.O]
+    return place.rows, place.numel // place.rows
 
 
 def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> None:
     """Donors are compared on the tokens that are fitted, and their prices are as if all were such."""
     checkpoint = opened("llama-gqa", tmp_path)
-    doubled = calibration(4)
-    doubled = replace(doubled, tokens=torch.cat([doubled.tokens] * 2))
+    doubled = unmixed(torch.cat([calibration(4).mixed().tokens] * 2))
     half = path_of(price_units(checkpoint, doubled, [Form.QKV], held_out=0.5), Kind.ATTENTION, 2).steps
     whole = path_of(fitted(checkpoint, calibration(4), [Form.QKV]), Kind.ATTENTION, 2).steps
     for one, other in zip(half, whole, strict=True):
@@ -684,27 +730,24 @@ def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_byte
     """Cheapest on the tokens that are fitted to, and what columns of their own lose on others: few tokens change it.
     Ties and removals have a path each, so they are not compared with each other."""
     checkpoint = opened(name, tmp_path)
-    differ = False
     for text in (calibration(4, window=8), calibration()):
-        prices = price_units(checkpoint, text, OWN, donors=99)
+        prices = price_units(checkpoint, text, (*TIES, Form.REMOVE), donors=99)
         layout = prices.layouts[Kind.ATTENTION]
         for layer in (1, 2):
             reference = Reference(checkpoint, layout, layer, text)
-            for path, forms in zip(paths_of(prices, Kind.ATTENTION, layer), (OWN[:-1], OWN[-1:]), strict=True):
+            for path, forms in zip(paths_of(prices, Kind.ATTENTION, layer), (TIES, (Form.REMOVE,)), strict=True):
                 offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups)
                           for form in forms]  # fmt: skip
-                differ |= check_first(path.steps[0], offers)
-    assert differ or name == "phi3"
+                check_first(path.steps[0], offers)
 
 
-def check_first(first: Step, offers: list[tuple[float, float, Step]]) -> bool:
-    """The step is the best of these; whether it is another than that of the least error for its bytes."""
+def check_first(first: Step, offers: list[tuple[float, float, Step]]) -> None:
+    """The step is the best of these."""
     error, _, step = min(offers, key=lambda one: one[0] * one[1] / one[2].saved_bytes)
     assert (first.groups, first.form, first.rank) == (step.groups, step.form, step.rank)
     assert first.saved_bytes == step.saved_bytes
     assert [donor for donor, _ in first.donors[:1]] == [donor for donor, _ in step.donors]
     assert [price for _, price in first.donors[:1]] == pytest.approx([error / 0.75] * len(step.donors), rel=5e-3)
-    return min(offers, key=lambda one: one[0] / one[2].saved_bytes)[2] is not step
 
 
 def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: Form) -> tuple[float, float, Step]:
@@ -720,7 +763,7 @@ def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: F
             if rank < channels:
                 offers.append((alone(reference, step), step))
     error, step = min(offers, key=lambda one: one[0] / one[1].saved_bytes)
-    added = {Form.REMOVE: 0, Form.FACTORED: step.rank}.get(form, channels)
+    added = 0 if form in (Form.REMOVE, Form.QKVO) else channels
     return error, 1 + 2 * added / reference.direct(0.25).fitted, step
 
 
@@ -747,27 +790,30 @@ def saved_in(checkpoint: Checkpoint, layout: Layout, form: Form, rank: int) -> i
     if form is Form.REMOVE:
         biases = [(place.name(0).removesuffix("weight") + "bias", place) for place in makers if place is not readout]
         numbers += sum(place.rows for name, place in biases if name in checkpoint.tensors)
+    if form is Form.QKVO:
+        numbers -= readout.rows
     if rank:
         numbers += readout.numel - rank * (readout.rows + readout.numel // readout.rows)
     return 4 * numbers
-
-
-def test_factored_units_and_ties_of_o_are_not_priced_together(tmp_path: Folder) -> None:
-    """No plan could have both in one readout."""
-    with pytest.raises(PlanError, match="do not mix"):
-        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKVO, Form.FACTORED])
 
 
 def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_removed(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
     prices = price_units(checkpoint, calibration(), [*OWN, Form.GATEUP])
     attention = [path for path in prices.paths if path.kind is Kind.ATTENTION]
-    assert [(path.layer, len(path.steps), Form.REMOVE in forms_of(path)) for path in attention] == [
-        (0, 3, True), (1, 4, False), (1, 3, True), (2, 4, False), (2, 3, True), (3, 4, False), (3, 3, True)
-    ]  # fmt: skip
+    lengths = {
+        form: [(path.layer, len(path.steps)) for path in attention if form in forms_of(path)]
+        for form in (Form.QKV, Form.REMOVE, Form.FACTORED)
+    }
+    ranks = sum(
+        rank < Reference(checkpoint, prices.layouts[Kind.ATTENTION], 1).readout.rows for rank in layerprices.RANKS
+    )
+    assert lengths[Form.QKV] == [(layer, 4) for layer in (1, 2, 3)]
+    assert lengths[Form.REMOVE] == [(layer, 3) for layer in range(4)]
+    assert lengths[Form.FACTORED] == [(layer, 3) for layer in (1, 2, 3) for _ in range(ranks)]
     for path in attention:
         assert len({step.groups for step in path.steps}) == len(path.steps)
-        assert forms_of(path) == {Form.REMOVE} or forms_of(path) <= {Form.QK, Form.QKV, Form.FACTORED}
+        assert len(forms_of(path)) == 1 or forms_of(path) <= {Form.QK, Form.QKV}
     removed = price_units(checkpoint, calibration(), [Form.REMOVE]).paths
     assert [(path.layer, len(path.steps)) for path in removed if path.kind is Kind.ATTENTION] == [
         (layer, 3) for layer in range(4)
@@ -777,13 +823,18 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2", "mpnet"])
 def test_ties_and_removals_are_priced_as_if_the_others_had_not_been_asked_for(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    both = price_units(checkpoint, calibration(), OWN)
-    ties, removals = (price_units(checkpoint, calibration(), forms) for forms in (OWN[:-1], OWN[-1:]))
+    every = (Form.QK, Form.QKVO, Form.FACTORED, Form.REMOVE)
+    together = price_units(checkpoint, calibration(), every)
+    ties, removals, factored = (
+        price_units(checkpoint, calibration(), forms) for forms in ((Form.QK, Form.QKVO), (Form.REMOVE,), every[2:])
+    )
     for layer in range(4):
-        assert paths_of(both, Kind.FFN, layer) == paths_of(removals, Kind.FFN, layer) != []
-        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(removals, Kind.ATTENTION, layer)
-        assert paths_of(both, Kind.ATTENTION, layer) == apart
-        assert len(apart) == (layer > 0) + (name not in KEPT)
+        assert paths_of(together, Kind.FFN, layer) == paths_of(removals, Kind.FFN, layer) != []
+        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(factored, Kind.ATTENTION, layer)
+        assert paths_of(together, Kind.ATTENTION, layer) == apart
+        removed = [path for path in apart if forms_of(path) == {Form.REMOVE}]
+        assert removed == paths_of(removals, Kind.ATTENTION, layer)
+        assert len(removed) == (name not in KEPT)
 
 
 # ---- forms, layers and what is asked for
@@ -867,7 +918,7 @@ def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:
 def test_only_as_many_tokens_are_looked_at_as_are_asked_for(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     some = price_units(checkpoint, calibration(8), [Form.QKV], tokens=4 * 16 + 15)
-    assert some == price_units(checkpoint, replace(calibration(8), tokens=calibration(8).tokens[:4]), [Form.QKV])
+    assert some == price_units(checkpoint, unmixed(calibration(8).mixed().tokens[:4]), [Form.QKV])
 
 
 # ---- resuming, and JSON

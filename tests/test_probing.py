@@ -28,7 +28,7 @@ from headshare.models import load_model
 from headshare.paths import Form, Path, Prices, Step
 from headshare.precision import full_float32
 from headshare.pricing import price_units
-from headshare.probing import marked, predicts, probe_prices, repriced
+from headshare.probing import beside, leader_of, marked, predicts, probe_prices, repriced
 from headshare.refitting import Refitter
 from headshare.units import HeadUnit, Kind
 from test_streams import ALL
@@ -38,7 +38,7 @@ SEEN = {"tokens": 10 * WINDOW, "held_out": 0.25}  # of ten windows, eight are fi
 FITTED = 8
 PROBED = 3 * WINDOW
 EVERY = 4
-FORMS = (Form.QKV, Form.FACTORED, Form.REMOVE)
+FORMS = (Form.QKV, Form.REMOVE)
 TIGHT = {"rel": 1e-3, "abs": 2e-7}
 ENCODERS = ("bert", "roberta", "mpnet", "electra")
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
@@ -102,7 +102,7 @@ def losses(
 ) -> list[dict[int, float]]:
     """What each path costs after 1, 2, 4, 8, ... and all of its steps."""
     whole = load_model(dense, dtype=torch.float32)
-    fitted = replace(text(), tokens=text().tokens[:FITTED])
+    fitted = replace(text(), tokens=text().mixed().tokens[:FITTED])
     return [
         {
             steps: divergence(whole, changed(dense, prices, path, steps, fitted, ffn), measured)
@@ -140,7 +140,7 @@ def shortened(prices: Prices, most: int) -> Prices:
 @pytest.fixture(scope="module")
 def truth(llama_prices: tuple[hs.Checkpoint, Prices]) -> list[dict[int, float]]:
     dense, prices = llama_prices
-    return losses(dense, prices, prices.paths, text().tokens[-3:])
+    return losses(dense, prices, prices.paths, text().mixed().tokens[-3:])
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_paths_of_the_same_half_are_each_measured(
     """Ties and removals are of the same units; each is what it is without the other."""
     dense, prices = llama_prices
     both = [path for path in prices.paths if (path.kind, path.layer) == (Kind.ATTENTION, 1)]
-    assert [{step.form for step in path.steps} for path in both] == [{Form.FACTORED}, {Form.REMOVE}]
+    assert [{step.form for step in path.steps} for path in both] == [{Form.QKV}, {Form.REMOVE}]
     for path in both:
         (alone,) = probe(dense, replace(prices, paths=(path,))).paths
         assert_adds_up([alone], [truth[prices.paths.index(path)]], TIGHT)
@@ -199,7 +199,7 @@ def test_as_many_of_the_last_windows_are_measured_as_were_asked_for_and_never_fi
 ) -> None:
     dense, prices = llama_prices
     one = replace(prices, paths=(prices.paths[2],))
-    wanted = losses(dense, prices, one.paths, text().tokens[-windows:])
+    wanted = losses(dense, prices, one.paths, text().mixed().tokens[-windows:])
     assert_adds_up(probe(dense, one, probed=probed).paths, wanted, TIGHT)
 
 
@@ -208,7 +208,7 @@ def test_without_the_feed_forwards_refit_attention_pays_alone(
 ) -> None:
     dense, prices = llama_prices
     one = replace(prices, paths=(prices.paths[0],))
-    wanted = losses(dense, prices, one.paths, text().tokens[-3:], ffn=False)
+    wanted = losses(dense, prices, one.paths, text().mixed().tokens[-3:], ffn=False)
     assert wanted[0] != pytest.approx(truth[0], rel=0.01)
     assert_adds_up(probe(dense, one, ffn=False).paths, wanted, TIGHT)
 
@@ -251,7 +251,7 @@ def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
 @pytest.mark.parametrize(
     ("name", "forms"),
     [("gpt2", (Form.QK, Form.REMOVE)), ("gemma2", (Form.QKV, Form.GATEUP)), ("mixtral", (Form.QKV,)),
-     ("gpt_neox", (Form.QKVO,)), ("opt-post-norm", (Form.REMOVE,))],
+     ("gpt_neox", (Form.QKVO,)), ("opt-post-norm", (Form.REMOVE,)), ("llama-mqa", (Form.FACTORED,))],
 )  # fmt: skip
 def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     name: str, forms: tuple[Form, ...], tmp_path: Folder, full: None, monkeypatch: pytest.MonkeyPatch
@@ -262,7 +262,63 @@ def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     prices = shortened(price_units(dense, text(), forms, **SEEN), 3)
     prices = replace(prices, paths=tuple(path for path in prices.paths if path.layer == 2))
     assert prices.paths
-    assert_adds_up(probe(dense, prices).paths, losses(dense, prices, prices.paths, text().tokens[-3:]), TIGHT)
+    assert_adds_up(probe(dense, prices).paths, losses(dense, prices, prices.paths, text().mixed().tokens[-3:]), TIGHT)
+
+
+def test_factored_units_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
+    tmp_path: Folder,
+) -> None:
+    """They are not measured themselves, and do not change what is."""
+    dense = llama_in(tmp_path)
+    prices = price_units(dense, text(), (Form.FACTORED,), **SEEN)
+    removals = [path for path in prices.paths if path.steps[0].form is Form.REMOVE]
+    found = probe(dense, prices)
+    assert [path for path in found.paths if path.steps[0].form is Form.REMOVE] == list(
+        probe(dense, replace(prices, paths=tuple(removals))).paths
+    )
+    leaders = {
+        path.layer: (path, after) for path, after in zip(prices.paths, found.paths, strict=True) if path in removals
+    }
+    seen = 0
+    for path, after in zip(prices.paths, found.paths, strict=True):
+        before, led = leaders[path.layer]
+        assert without_prices(after) == without_prices(path)
+        for steps in range(1, len(path.steps) + 1):
+            own, removed, lost, measured = (
+                sum(step.price for step in one.steps[:steps]) for one in (path, before, after, led)
+            )
+            if removed > 0:
+                assert lost == pytest.approx(measured * (1 - 0.4 * (1 - own / removed)), rel=1e-9)
+            seen += path is not before
+    assert seen > 10
+
+
+@pytest.mark.parametrize(
+    ("forms", "groups", "answer"),
+    [((Form.FACTORED,) * 2, (0, 1), True), ((Form.FACTORED,), (0,), True), ((Form.FACTORED,) * 2, (1, 0), False),
+     ((Form.FACTORED,) * 3, (0, 1, 2), False), ((Form.QKV,) * 2, (0, 1), False), ((Form.REMOVE,) * 2, (0, 1), False)],
+)  # fmt: skip
+def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
+    forms: tuple[Form, ...], groups: tuple[int, ...], answer: bool
+) -> None:
+    def path(kind: Kind, forms: tuple[Form, ...], groups: tuple[int, ...]) -> Path:
+        ties = [((HeadUnit(0, 0), 0.1),) if form is not Form.REMOVE else () for form in forms]
+        each = zip(forms, groups, ties, strict=True)
+        return Path(
+            kind, 1, tuple(Step(form, (unit,), 0.1, 9, tie, int(form is Form.FACTORED)) for form, unit, tie in each)
+        )
+
+    own, removal = path(Kind.ATTENTION, forms, groups), path(Kind.ATTENTION, (Form.REMOVE,) * 2, (0, 1))
+    neurons = path(Kind.FFN, (Form.REMOVE,) * 2, (0, 1))
+    assert leader_of(own, [neurons, own, removal]) == (removal if answer else None)
+    assert leader_of(own, [neurons, own]) is None
+
+
+def test_a_path_whose_leader_had_no_error_costs_what_that_costs() -> None:
+    before = Path(Kind.ATTENTION, 1, (Step(Form.REMOVE, (0,), 0.0, 9), Step(Form.REMOVE, (1,), 0.0, 9)))
+    after = repriced(before, {1: 0.1, 2: 0.3})
+    own = Path(Kind.ATTENTION, 1, (Step(Form.FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
+    assert sums(beside(own, before, after), [1]) == pytest.approx({1: 0.1})
 
 
 def test_nothing_but_prices_and_donors_prices_changes(thin: tuple[hs.Checkpoint, Prices]) -> None:
@@ -423,7 +479,7 @@ def path_of(steps: Steps) -> Path:
 
 @settings(max_examples=100, deadline=None)
 @given(steps_of(), st.dictionaries(st.integers(1, 20), NEW, max_size=5), NEW)
-def test_steps_share_what_was_measured_in_proportion_to_what_they_cost_before(
+def test_steps_share_what_was_measured_beside_to_what_they_cost_before(
     steps: Steps, some: dict[int, float], last: float
 ) -> None:
     """Or to what they save, where they did not cost anything before or were said to bring something."""

@@ -241,13 +241,15 @@ def _budgeted(prices: Prices, ends: Iterable[_End], choice: Choice | None) -> Bu
 
 def _tied(prices: Prices, given: Given) -> list[_Tied]:
     """Every tie with the best donor that is still there. All forms of one half share a part with each other, so a unit
-    that gives anything up lends nothing."""
+    that gives anything up lends nothing; and a readout with factored units lends no columns."""
     gone = {kind: {unit for path, step in given if path.kind is kind for unit in _units(path, step)} for kind in Kind}
+    factored = {path.layer for path, step in given if step.form is Form.FACTORED}
     tied = []
     for path, step in given:
         if step.form is not Form.REMOVE:
             layout, (recipient,) = prices.layout_of(path), _units(path, step)
-            donor, price = _donor(step, recipient, gone[path.kind], layout)
+            never = factored if step.form is Form.QKVO else set()
+            donor, price = _donor(step, recipient, gone[path.kind], never, layout)
             parts = tuple(part for part in layout.parts if part in step.form.parts)
             tied.append(_Tied(Tie(recipient, donor), parts, price - step.donors[0][1]))
     return tied
@@ -257,16 +259,18 @@ def _units(path: Path, step: Step) -> list[HeadUnit]:
     return [HeadUnit(path.layer, group) for group in step.groups]
 
 
-def _donor(step: Step, recipient: HeadUnit, gone: Collection[HeadUnit], layout: Layout) -> tuple[HeadUnit, float]:
-    """The first of a step's donors that gives nothing up; or else the first such unit of the model, as if it cost as
-    much as the last donor.
+def _donor(
+    step: Step, recipient: HeadUnit, gone: Collection[HeadUnit], never: Collection[int], layout: Layout
+) -> tuple[HeadUnit, float]:
+    """The first of a step's donors that gives nothing up and is in none of the layers that `never` lend; or else the
+    first such unit of the model, as if it cost as much as the last donor.
 
     Raises:
         PlanError: if there is none in an earlier layer.
     """
     earlier = (HeadUnit(layer, group) for layer in range(recipient.layer) for group in range(layout.groups))
     for donor, price in chain(step.donors, ((unit, step.donors[-1][1]) for unit in earlier)):
-        if donor not in gone:
+        if donor not in gone and donor.layer not in never:
             return donor, price
     raise PlanError(f"no unit of an earlier layer is left to lend to {recipient}; ask for less, or protect layer 0.")
 

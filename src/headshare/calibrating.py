@@ -44,7 +44,7 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "qkvo": (Form.QKVO,),
     "gateup": (Form.GATEUP,),
     "factored": (Form.FACTORED,),
-    AUTO: (Form.QK, Form.QKV, Form.FACTORED),
+    AUTO: (Form.FACTORED,),
 }
 
 
@@ -71,8 +71,9 @@ def budget_of(
 ) -> Budget:
     """Read what a person asks for. `save` is a share of the whole model's bytes, such as "10%", or a number of bytes.
 
-    Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (parts auto, or removal
-    allowed) or of ranks (parts factored), as many bytes as sharing q, k and v at this ratio would save.
+    Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (several parts, or removal
+    allowed) or of ranks (parts factored, which is what auto stands for), as many bytes as sharing q, k and v at this
+    ratio would save.
 
     Raises:
         PlanError: if a word is not known, or the budget cannot be met by any plan.
@@ -148,6 +149,7 @@ def plan_on(
     )
     if probe:
         prices = probe_prices(dense, calibration, prices, device=device, done=_saved_paths(workspace, "probed", *what))
+    prices = prices.only(budget.forms)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None

@@ -74,6 +74,10 @@ class Calibration:
         found.update(self.tokens.cpu().numpy().astype("<i8").tobytes())
         return found.hexdigest()
 
+    def mixed(self) -> "Calibration":
+        """The same windows in an order that the seed draws, so that some of them stand for all of the text."""
+        return replace(self, tokens=self.tokens[_shuffled(len(self.tokens), self.seed)])
+
     def split(self, held_out: float = 0.125) -> tuple["Calibration", "Calibration"]:
         """Windows to fit on, and that share of the windows held out, chosen by the seed; both in text order, neither
         empty.
@@ -153,7 +157,12 @@ def _has_rows(source: str | Path) -> bool:
 
 def _choice(count: int, among: int, seed: int) -> Int[Tensor, " count"]:
     """So many different indices, in order."""
-    return torch.randperm(among, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return _shuffled(among, seed)[:count].sort().values
+
+
+def _shuffled(count: int, seed: int) -> Int[Tensor, " count"]:
+    """All indices, in an order that the seed draws."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _chosen(

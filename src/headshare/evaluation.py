@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -161,7 +161,6 @@ def check_vocabulary(config: Mapping[str, Any], tokens: Tensor) -> None:
         )
 
 
-@torch.inference_mode()
 def perplexity(model: Any, windows: Windows) -> Perplexity:
     """Windowed perplexity: every token after a window's first is predicted from those before it in the window.
 
@@ -170,21 +169,32 @@ def perplexity(model: Any, windows: Windows) -> Perplexity:
     Raises:
         EvaluationError: if the model is not a causal language model, or its logits are not finite.
     """
+    losses = window_losses(model, windows)
+    mean, tokens = losses.mean().item(), len(losses) * (windows.length - 1)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, windows.length, windows.bos)
+
+
+@torch.inference_mode()
+def window_losses(model: Any, windows: Windows) -> Float[Tensor, " windows"]:
+    """What the tokens of each window but the first lose on average, nats; all windows predict as many. Two models'
+    losses of the same windows can be compared in pairs.
+
+    Raises:
+        EvaluationError: as `perplexity` does.
+    """
     if not is_causal(model):
         raise EvaluationError(
             f"{type(model).__name__} does not predict the next token, so it has no perplexity. "
             "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
         )
-    loss, count = 0.0, 0
+    losses = torch.zeros(len(windows.tokens), dtype=torch.float64)
     device = next(model.parameters()).device
-    for window in track(windows.tokens, "windows", len(windows.tokens)):
+    for number, window in enumerate(track(windows.tokens, "windows", len(windows.tokens))):
         tokens = window[None].to(device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
         check_finite(logits)
-        loss += functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().sum().item()
-        count += len(window) - 1
-    mean = loss / count
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, windows.length, windows.bos)
+        losses[number] = functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().mean()
+    return losses
 
 
 def check_finite(logits: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The paths of one layer: what each half would give up, step by step, the cheapest for its bytes first."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -18,7 +19,7 @@ from headshare.paths import Form, Path, Step
 from headshare.units import HeadUnit, Kind, Part
 
 CHUNKS = 64
-RANKS = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 2, 4, 8)
 MOST_NEURONS = 0.75
 OWN_COLUMNS = (Form.QK, Form.QKV, Form.GATEUP)
 
@@ -59,6 +60,18 @@ def unit_path(half: Half, forms: Sequence[Form], *, donors: int) -> Path:
     if number == 0 and set(forms) != {Form.REMOVE}:
         return Path(half.layout.kind, number, ())
     return Path(half.layout.kind, number, tuple(_Descent(half, forms, donors).steps()))
+
+
+def factored_paths(half: Half, removal: Path, *, donors: int) -> list[Path]:
+    """The units that a path removes, in its order, each tied to a donor instead with columns of o of small rank: a path
+    for each of `RANKS`. So what a tie makes up for can be told from what giving the unit up does."""
+    first = _Descent(half, (Form.FACTORED,), donors)
+    order = [group for step in removal.steps for group in step.groups]
+    return [
+        Path(half.layout.kind, half.dense.number, tuple(first.of_rank(rank).follow(order)))
+        for rank in first.ranks
+        if first.saved[Form.FACTORED] > rank * first.bytes_of_rank
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ class _Descent:
         fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.left, self.held = Remainder.of(fit), _HeldOut(half)
         self.most_rank = min(len(half.columns[0]), len(half.weight)) - 1
+        self.ranks = tuple(rank for rank in RANKS if rank <= self.most_rank)
         forms = [form for form in forms if form is not Form.FACTORED or self.most_rank]
         self.missed = self.held.error(self.left)
         self.whole = fit.lost(half.columns).costs.tolist()  # what each unit's removal costs while all others are there
@@ -120,6 +134,17 @@ class _Descent:
         self.given: set[int] = set()
         self.lost: dict[int, Lost] = {}
         self.may_remove = half.layout.groups - 1 if Form.REMOVE in forms else 0
+
+    def of_rank(self, rank: int) -> "_Descent":
+        """Another descent from here, with products of this rank alone."""
+        other = copy.copy(self)
+        other.ranks, other.held, other.given, other.lost = (rank,), copy.copy(self.held), set(self.given), {}
+        return other
+
+    def follow(self, order: Sequence[int]) -> Iterator[Step]:
+        """Factor these units, one after the other."""
+        for group in order:
+            yield self.take(group, Form.FACTORED, self.offer(group, Form.FACTORED))
 
     def steps(self) -> Iterator[Step]:
         """All steps, the cheapest for its bytes first."""
@@ -197,7 +222,7 @@ class _Descent:
         found = []
         for one in donors.best:
             products = self.left.fit.products(columns, self.features(one))
-            for rank in (rank for rank in RANKS if rank <= self.most_rank):
+            for rank in self.ranks:
                 gain = float(products.gains[rank - 1])
                 rate = (removal - gain) / (self.saved[Form.FACTORED] - rank * self.bytes_of_rank)
                 found.append((rate, removal - gain, one, rank, products))

@@ -1,8 +1,8 @@
 """What layers could give up, in which order and at what price, as values: printed, compared, kept as JSON."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -140,6 +140,12 @@ class Prices:
             raise PlanError("some layers remove neurons and others tie groups of them; a model does one or the other.")
         for path in self.paths:
             self._check(path)
+
+    def only(self, forms: Collection[Form]) -> "Prices":
+        """The same without paths that have other forms."""
+        return replace(
+            self, paths=tuple(path for path in self.paths if {step.form for step in path.steps} <= set(forms))
+        )
 
     def layout_of(self, path: Path) -> Layout:
         """The layout that this path's units are of.

@@ -17,7 +17,7 @@ from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import ArchitectureError, PlanError
 from headshare.halves import DenseLayer, Half, Weighted
-from headshare.layerprices import neuron_path, unit_path
+from headshare.layerprices import factored_paths, neuron_path, unit_path
 from headshare.layout import Layout
 from headshare.paths import Form, Path, Prices
 from headshare.progress import track
@@ -46,12 +46,15 @@ def price_units(
 ) -> Prices:
     """The paths of all layers, in whichever of these forms this model can have.
 
-    `tokens` are as many of the calibration's tokens, in whole windows, as are looked at, of which the share `held_out`
-    (whole windows too) is not fitted to: prices are errors on those. `donors` how many of a unit's donors are priced
-    again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons. Layers in `protect` give
-    nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is put into it. Ties
-    and removals of units are paths of their own. Layer 0 ties nothing, and no layer removes all: so there is always a
-    donor.
+    `tokens` are as many of the calibration's tokens, in whole windows drawn by its seed, as are looked at, of which the
+    share `held_out` (whole windows too) is not fitted to: prices are errors on those. `donors` how many of a unit's
+    donors are priced again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons. Layers
+    in `protect` give nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is
+    put into it.
+
+    Ties, ties of factored units, and removals are paths of their own. Factored units are those that would be removed,
+    in that order, with a path for each rank: so removals are priced along with them, wherever the model can have any.
+    Layer 0 ties nothing, and no layer removes all: so there is always a donor.
     The feed-forward either loses single neurons or ties groups of them, as a plan cannot mix the two: where both are
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
@@ -65,18 +68,13 @@ def price_units(
         raise PlanError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
     if not 0 <= held_out < 1:
         raise PlanError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
-    if {Form.QKVO, Form.FACTORED} <= set(forms):
-        raise PlanError(
-            "in one layer's readout, ties of o and factored units do not mix, so a path cannot have both qkvo and "
-            "factored. Ask for one of them."
-        )
     wanted = _wanted(dense, forms, ffn_groups)
     found = {} if done is None else done
     wanted.prices(dense, found, protect)  # so that paths of another model are refused at once
     pending = set(range(wanted.layouts[Kind.ATTENTION].layers)) - set(protect) - set(found)
     if pending:
         fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
-        walk = _walk(Layers(dense, device=device), dense, calibration, tokens, tuple(wanted.forms))
+        walk = _walk(Layers(dense, device=device), dense, calibration.mixed(), tokens, tuple(wanted.forms))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
                 found[layer.number] = _paths(layer, seen, wanted, donors, fitted)
@@ -118,7 +116,7 @@ def _wanted(dense: Checkpoint, forms: Sequence[Form], ffn_groups: int) -> _Wante
     """
     config = text_config(dense.config)
     layouts, neurons = _layouts(config, dense, ffn_groups)
-    refusals = {kind: removal_refusal(config, kind) for kind in layouts} if Form.REMOVE in forms else {}
+    refusals = {kind: removal_refusal(config, kind) for kind in layouts if _removes(kind, forms)}
     if refusals and layouts[Kind.ATTENTION].groups == 1:
         refusals[Kind.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
@@ -127,6 +125,11 @@ def _wanted(dense: Checkpoint, forms: Sequence[Form], ffn_groups: int) -> _Wante
         reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
         raise PlanError(f"this model can have none of the forms asked for: {', '.join(forms) or 'none'}.{reasons}")
     return _Wanted({kind: some for kind, some in allowed.items() if some}, layouts, neurons)
+
+
+def _removes(kind: Kind, forms: Sequence[Form]) -> bool:
+    """Whether removals are to be priced: where they are asked for, and with factored units."""
+    return Form.REMOVE in forms or (kind is Kind.ATTENTION and Form.FACTORED in forms)
 
 
 def _allowed(kind: Kind, forms: Sequence[Form], removable: bool) -> tuple[Form, ...]:
@@ -168,6 +171,19 @@ def _paths(layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, do
             assert wanted.neurons is not None
             paths.append(neuron_path(half, wanted.neurons))
         else:
-            ties = tuple(form for form in forms if form is not Form.REMOVE)
-            paths += [unit_path(half, some, donors=donors) for some in (ties, forms[len(ties) :]) if some]
+            paths += _unit_paths(half, forms, donors)
     return [path for path in paths if path.steps]
+
+
+def _unit_paths(half: Half, forms: Sequence[Form], donors: int) -> Iterator[Path]:
+    """The paths of ties; of removals; and of factored units, which follow the removals where there are some."""
+    ties = tuple(form for form in forms if form not in (Form.FACTORED, Form.REMOVE))
+    if ties:
+        yield unit_path(half, ties, donors=donors)
+    if Form.REMOVE in forms:
+        removal = unit_path(half, (Form.REMOVE,), donors=donors)
+        yield removal
+        if Form.FACTORED in forms and half.dense.number > 0:
+            yield from factored_paths(half, removal, donors=donors)
+    elif Form.FACTORED in forms:
+        yield unit_path(half, (Form.FACTORED,), donors=donors)

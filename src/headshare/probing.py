@@ -18,7 +18,7 @@ from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
 from headshare.evaluation import predicts_next
-from headshare.paths import Path, Prices, Step
+from headshare.paths import Form, Path, Prices, Step
 from headshare.precision import short_products
 from headshare.pricing import HELD_OUT, PRICED_TOKENS, fitted_windows
 from headshare.progress import track
@@ -27,6 +27,7 @@ from headshare.streams import Layers, Stream
 
 PROBED_TOKENS = 8192
 EVERY = 4
+LASTING = 0.4  # the part of what a tie makes up for in its layer that later layers' refits would not (measured)
 
 
 def probe_prices(
@@ -44,10 +45,11 @@ def probe_prices(
     """The same paths with prices in nats a token.
 
     Measured are the first 1, 2, 4, 8, ... steps of each path, and all of them; steps in between share what is measured
-    in proportion to the prices they had. Refits are made on the windows that `price_units` fits to with the same
-    `tokens` and `held_out`, with `ffn` of both readouts; the predictions of every fourth token are compared, in as many
-    of the last windows as have `probed` tokens. Products are short ones where the machine has them. Layers that are in
-    `done` are not measured again; each that is measured is put into it.
+    in proportion to the prices they had. Paths of factored units that follow a removal are not measured, but priced
+    beside it. Refits are made on the windows
+    that `price_units` fits to with the same `tokens` and `held_out`, with `ffn` of both readouts; the predictions of
+    every fourth token are compared, in as many other windows as have `probed` tokens. Products are short ones where the
+    machine has them. Layers that are in `done` are not measured again; each that is measured is put into it.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer, or has no head.
@@ -62,7 +64,7 @@ def probe_prices(
     if layers - set(found):
         with short_products(), torch.no_grad():
             fitted = check_windows(calibration, tokens=tokens, held_out=held_out)
-            walk = _Walk(dense, calibration, prices, fitted, probed, ffn, device)
+            walk = _Walk(dense, calibration.mixed(), prices, fitted, probed, ffn, device)
             for _ in track(walk.measure(found), "measuring", walk.layers.count):
                 pass
     paths = tuple(path for number in sorted(layers) for path in found[number])
@@ -125,7 +127,8 @@ class _Walk:
             yield layer
 
     def _priced(self, layer: int, paths: Sequence[Path]) -> list[Path]:
-        marks = [(path, steps) for path in paths for steps in marked(len(path.steps))]
+        leaders = {path: leader for path in paths if (leader := leader_of(path, paths))}
+        marks = [(path, steps) for path in paths if path not in leaders for steps in marked(len(path.steps))]
         streams = []
         for path, steps in marks:
             module = self._refitter(path, steps).refitted(layer, self.fitted)
@@ -133,10 +136,11 @@ class _Walk:
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
-        return [
-            repriced(path, {steps: loss for (of, steps), loss in zip(marks, lost, strict=True) if of is path})
-            for path in paths
-        ]
+        measured: dict[Path, dict[int, float]] = {}
+        for (path, steps), loss in zip(marks, lost, strict=True):
+            measured.setdefault(path, {})[steps] = loss
+        after = {path: repriced(path, losses) for path, losses in measured.items()}
+        return [beside(path, leaders[path], after[leaders[path]]) if path in leaders else after[path] for path in paths]
 
     def _refitter(self, path: Path, steps: int) -> Refitter:
         plan = plan_for_steps(self.prices, path, steps)
@@ -173,6 +177,25 @@ def marked(steps: int) -> list[int]:
     if not steps:
         return []
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
+
+
+def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
+    """Of these paths, the one that removes the units that this one ties as factored units, in the same order."""
+    if {step.form for step in path.steps} != {Form.FACTORED}:
+        return None
+    order = [step.groups for step in path.steps]
+    removals = (one for one in paths if one.kind is path.kind and {step.form for step in one.steps} == {Form.REMOVE})
+    return next((other for other in removals if [step.groups for step in other.steps[: len(order)]] == order), None)
+
+
+def beside(path: Path, before: Path, after: Path) -> Path:
+    """A path of ties, priced beside the removal of the same units, which had these prices before and has those after:
+    what ties make up for of the removal's error they make up for of what it costs, as far as that is `LASTING`."""
+    measured, own, old, new = {}, 0.0, 0.0, 0.0
+    for number, (step, one, other) in enumerate(zip(path.steps, before.steps, after.steps, strict=False), 1):
+        own, old, new = own + step.price, old + one.price, new + other.price
+        measured[number] = new * (1 - LASTING * (1 - own / old)) if old > 0 else new
+    return repriced(path, measured)
 
 
 def repriced(path: Path, measured: dict[int, float]) -> Path:

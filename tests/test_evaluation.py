@@ -1,0 +1,26 @@
+"""What windows lose, against the loss that transformers computes itself."""
+
+import math
+from pathlib import Path as Folder
+
+import pytest
+import torch
+
+import headshare as hs
+import tiny
+from headshare.evaluation import Windows, perplexity, window_losses
+from headshare.models import load_model
+
+
+def test_each_windows_loss_is_the_one_that_the_model_gives_for_labels(tmp_path: Folder) -> None:
+    model = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "llama", initializer_range=0.2)))
+    windows = Windows(tiny.tokens(16, 5), False)
+    with torch.no_grad():
+        wanted = [model(input_ids=one[None], labels=one[None]).loss.item() for one in windows.tokens]
+    found = window_losses(model, windows)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert max(wanted) > min(wanted) + 0.1
+    whole = perplexity(model, windows)
+    assert math.log(whole.perplexity) == pytest.approx(sum(wanted) / 5, rel=1e-6)
+    assert whole.tokens == 5 * 15
