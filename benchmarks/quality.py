@@ -64,21 +64,6 @@ class Row:
     losses: list[float]
 
 
-def any_path(_: PricedPath) -> bool:
-    """True."""
-    return True
-
-
-def removes(path: PricedPath) -> bool:
-    """Whether a path is one of removals."""
-    return path.steps[0].form is Form.REMOVE
-
-
-def ties(path: PricedPath) -> bool:
-    """Whether a path is one of ties."""
-    return not removes(path)
-
-
 class Saved(dict[int, list[PricedPath]]):
     """The paths of each layer that is priced, kept in a file."""
 
@@ -121,16 +106,10 @@ class Bench:
         self.layout = attention_layout(text_config(dense.config), dense.shapes)
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
-    def prices(
-        self,
-        forms: tuple[Form, ...],
-        kinds: Collection[Kind] = (Kind.ATTENTION,),
-        only: Callable[[PricedPath], bool] = any_path,
-    ) -> Prices:
-        """The prices of these forms, in nats, of these halves of each layer, and of some of their paths."""
+    def prices(self, forms: tuple[Form, ...], kinds: Collection[Kind] = (Kind.ATTENTION,)) -> Prices:
+        """The prices of these forms, in nats, of these halves of each layer."""
         found = [self._probed(forms, kind) for kind in kinds]
-        paths = tuple(path for one in found for path in one.paths if only(path))
-        return replace(found[0], paths=paths)
+        return replace(found[0], paths=tuple(path for one in found for path in one.paths))
 
     def _probed(self, forms: tuple[Form, ...], kind: Kind) -> Prices:
         if (forms, kind) not in self._prices:
@@ -185,12 +164,12 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def saving(*forms: Form, only: Callable[[PricedPath], bool] = any_path) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(bench.prices(forms, only=only), least))
+    def saving(form: Form, *among: Form) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices((form,)).only(among or (form,)), least))
 
-    yield Cell(budget, CONTROL, lambda: saving(Form.FACTORED, only=removes))  # priced along with factored units
-    yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED, only=ties))
-    yield Cell(budget, "sharing or deletion", lambda: saving(Form.FACTORED))
+    yield Cell(budget, CONTROL, lambda: saving(Form.FACTORED, Form.REMOVE))  # priced along with factored units
+    yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED))
+    yield Cell(budget, "sharing or deletion", lambda: saving(Form.FACTORED, *ALL))
     yield Cell(budget, "sharing q,k,v,o with scales", lambda: saving(Form.QKVO))
     yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
     yield Cell(budget, "sharing q,k,v, the paper's pairs", lambda: (paper(), None))
@@ -201,16 +180,14 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
 
-    def saving(
-        kinds: Collection[Kind], only: Callable[[PricedPath], bool]
-    ) -> Callable[[], tuple[SharePlan, float | None]]:
-        return lambda: priced(plan_for_bytes(bench.prices(ALL, kinds, only), wanted))
+    def saving(kinds: Collection[Kind], *among: Form) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices(ALL, kinds).only(among), wanted))
 
     budget = f"{share:.0%}"
-    yield Cell(budget, CONTROL, saving([Kind.ATTENTION], removes))
-    yield Cell(budget, "removal of neurons", saving([Kind.FFN], removes))
-    yield Cell(budget, "sharing, o factored", saving([Kind.ATTENTION], ties))
-    yield Cell(budget, "whatever costs least", saving(list(Kind), any_path))
+    yield Cell(budget, CONTROL, lambda: saving([Kind.ATTENTION], Form.REMOVE))
+    yield Cell(budget, "removal of neurons", lambda: saving([Kind.FFN], Form.REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving([Kind.ATTENTION], Form.FACTORED))
+    yield Cell(budget, "whatever costs least", lambda: saving(list(Kind), *ALL))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:

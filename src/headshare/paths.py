@@ -107,15 +107,20 @@ class Path:
             raise PlanError(f"there is no layer {self.layer}.")
         if any(step.form.kind not in (None, self.kind) for step in self.steps):
             raise PlanError(f"{where} has a form that is for the other half of the layer.")
-        if self.kind is Kind.FFN and len({step.form for step in self.steps}) > 1:
+        if self.kind is Kind.FFN and len(self.forms) > 1:
             raise PlanError(f"{where} both removes neurons and ties groups of them.")
         if any(not 0 <= donor.layer < self.layer for step in self.steps for donor, _ in step.donors):
             raise PlanError(f"{where} has a donor that is in no earlier layer.")
 
     @property
+    def forms(self) -> frozenset[Form]:
+        """The forms of its steps."""
+        return frozenset(step.form for step in self.steps)
+
+    @property
     def is_of_neurons(self) -> bool:
         """Whether this path's units are single neurons."""
-        return self.kind is Kind.FFN and any(step.form is Form.REMOVE for step in self.steps)
+        return self.kind is Kind.FFN and Form.REMOVE in self.forms
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,7 @@ class Prices:
 
     def only(self, forms: Collection[Form]) -> "Prices":
         """The same without paths that have other forms."""
-        return replace(
-            self, paths=tuple(path for path in self.paths if {step.form for step in path.steps} <= set(forms))
-        )
+        return replace(self, paths=tuple(path for path in self.paths if path.forms <= set(forms)))
 
     def layout_of(self, path: Path) -> Layout:
         """The layout that this path's units are of.

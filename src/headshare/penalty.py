@@ -106,7 +106,7 @@ class TiePenalty:
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now: training may have put others in their place."""
-        return [weight for module in self._modules if isinstance(weight := module.weight, Tensor)]
+        return [module.get_parameter("weight") for module in self._modules]
 
     # ---- values and derivatives
 

@@ -181,11 +181,11 @@ def marked(steps: int) -> list[int]:
 
 def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
     """Of these paths, the one that removes the units that this one ties as factored units, in the same order."""
-    if {step.form for step in path.steps} != {Form.FACTORED}:
+    if path.forms != {Form.FACTORED}:
         return None
     order = [step.groups for step in path.steps]
-    removals = (one for one in paths if one.kind is path.kind and {step.form for step in one.steps} == {Form.REMOVE})
-    return next((other for other in removals if [step.groups for step in other.steps[: len(order)]] == order), None)
+    removals = (one for one in paths if one.kind is path.kind and one.forms == {Form.REMOVE})
+    return next((one for one in removals if [step.groups for step in one.steps[: len(order)]] == order), None)
 
 
 def beside(path: Path, before: Path, after: Path) -> Path:
