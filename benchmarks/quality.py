@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,7 +45,8 @@ from machine import machine
 
 CONTROL = "deletion of units"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-ALL = (Form.FACTORED, Form.REMOVE)
+TIES = (Form.QKVO, Form.FACTORED)  # removals are priced along with these
+SCALED = 0.999  # what scales leave of the bytes that deletion saves, and a little less
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
 
@@ -106,25 +107,23 @@ class Bench:
         self.layout = attention_layout(text_config(dense.config), dense.shapes)
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
-    def prices(self, forms: tuple[Form, ...], kinds: Collection[Kind] = (Kind.ATTENTION,)) -> Prices:
-        """The prices of these forms, in nats, of these halves of each layer."""
-        found = [self._probed(forms, kind) for kind in kinds]
-        return replace(found[0], paths=tuple(path for one in found for path in one.paths))
-
-    def _probed(self, forms: tuple[Form, ...], kind: Kind) -> Prices:
+    def prices(self, forms: tuple[Form, ...], kind: Kind = Kind.ATTENTION) -> Prices:
+        """The prices of these forms, in nats, of one half of each layer; of removals too where ties follow those."""
         if (forms, kind) not in self._prices:
             words = "-".join(forms)
             rough = Saved(self.out / f"priced-{words}.json")
             found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
-            if not self.probe:
-                self._prices[forms, kind] = found
-                return found
-            fine = Saved(self.out / f"probed-{words}-{kind}.json")
-            self._prices[forms, kind] = probe_prices(
-                self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine
-            )
+            if self.probe:
+                fine = Saved(self.out / f"probed-{words}-{kind}.json")
+                found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
+            self._prices[forms, kind] = found
         return self._prices[forms, kind]
+
+    def both(self) -> Prices:
+        """The prices of ties and removals of units, and of removals of neurons."""
+        units, neurons = self.prices(TIES), self.prices((Form.REMOVE,), Kind.FFN)
+        return replace(units, paths=units.paths + neurons.paths)
 
     def measure(self, cell: Cell) -> Row:
         """Plan, refit, and the perplexity of a stock model with the same numbers in place."""
@@ -155,8 +154,9 @@ class Bench:
 
 
 def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
-    """At no fewer bytes than sharing q,k,v saves: deletion of units; sharing with o factored, and in each layer the
-    one that costs less. Then q,k,v,o with scales, and q,k,v alone, by output; the paper's pairs, and its recipients
+    """At no fewer bytes than sharing q,k,v saves: deletion of units; sharing with o factored; of these and of q,k,v,o
+    with scales whatever costs least. Then q,k,v,o with scales at the bytes that deletion saved, less its scales, and
+    with deletion only in layer 0, which has no donors; q,k,v alone, by output; the paper's pairs, and its recipients
     with random donors."""
     budget, units = f"{ratio:g}", units_at(ratio, bench.layout.units)
     least = estimate(bench.dense, ratio, parts="qkv").saved_bytes
@@ -164,13 +164,19 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def saving(form: Form, *among: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(bench.prices((form,)).only(among or (form,)), least))
+    def saving(*forms: Form) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices(TIES).only(forms), least))
 
-    yield Cell(budget, CONTROL, lambda: saving(Form.FACTORED, Form.REMOVE))  # priced along with factored units
+    def scaled() -> tuple[SharePlan, float]:
+        prices = bench.prices(TIES)
+        deleted = plan_for_bytes(prices.only((Form.REMOVE,)), least)
+        ties = [path for path in prices.paths if path.forms == {Form.REMOVE if path.layer == 0 else Form.QKVO}]
+        return priced(plan_for_bytes(replace(prices, paths=tuple(ties)), int(SCALED * deleted.saved_bytes)))
+
+    yield Cell(budget, CONTROL, lambda: saving(Form.REMOVE))
     yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED))
-    yield Cell(budget, "sharing or deletion", lambda: saving(Form.FACTORED, *ALL))
-    yield Cell(budget, "sharing q,k,v,o with scales", lambda: saving(Form.QKVO))
+    yield Cell(budget, "sharing or deletion", lambda: saving(*TIES, Form.REMOVE))
+    yield Cell(budget, "sharing q,k,v,o with scales", scaled)
     yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
     yield Cell(budget, "sharing q,k,v, the paper's pairs", lambda: (paper(), None))
     yield Cell(budget, "sharing q,k,v, random donors", lambda: (with_random_donors(paper(), seed), None))
@@ -180,14 +186,14 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
 
-    def saving(kinds: Collection[Kind], *among: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(bench.prices(ALL, kinds).only(among), wanted))
+    def saving(prices: Prices, *forms: Form) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(prices.only(forms), wanted))
 
     budget = f"{share:.0%}"
-    yield Cell(budget, CONTROL, lambda: saving([Kind.ATTENTION], Form.REMOVE))
-    yield Cell(budget, "removal of neurons", lambda: saving([Kind.FFN], Form.REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving([Kind.ATTENTION], Form.FACTORED))
-    yield Cell(budget, "whatever costs least", lambda: saving(list(Kind), *ALL))
+    yield Cell(budget, CONTROL, lambda: saving(bench.prices(TIES), Form.REMOVE))
+    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((Form.REMOVE,), Kind.FFN), Form.REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(TIES), Form.FACTORED))
+    yield Cell(budget, "whatever costs least", lambda: saving(bench.both(), *TIES, Form.REMOVE))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:

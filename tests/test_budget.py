@@ -196,6 +196,19 @@ def test_enough_bytes_are_saved_no_step_is_idle_and_no_cheaper_than_the_best_nor
             assert spared <= 0 or found.saved_bytes - spared < wanted or price_of(mine) <= price_of(shorter) + 1e-9
 
 
+@given(drawn=priced(), share=SHARE)
+@settings(max_examples=100, deadline=None)
+def test_a_mix_costs_no_more_than_each_form_of_each_half_alone(drawn: Any, share: float) -> None:
+    prices = made(drawn)
+    wanted = int(share * most_bytes(prices))
+    found = plan_for_bytes(prices, wanted)
+    for kind, forms in {(path.kind, path.forms) for path in prices.paths}:
+        same = tuple(path for path in prices.paths if path.kind is kind and path.forms == forms)
+        alone = replace(prices, paths=same)
+        if most_bytes(alone) >= wanted:
+            assert found.price <= plan_for_bytes(alone, wanted).price
+
+
 def plain_greed(prices: Prices, wanted: int) -> float:
     """Go on in one half, to whatever beginning of a path is the cheapest for what it saves, until it is enough."""
     halves = [[(saved_by(steps), price_of(steps)) for steps in some] for some in beginnings(prices).values()]

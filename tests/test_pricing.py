@@ -467,11 +467,14 @@ def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(n
 def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_together(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
-    path = path_of(prices, Kind.ATTENTION, 2)
-    mixed = fitted(checkpoint, calibration(4), [Form.QKVO])
-    assert {step.form for step in path.steps} | {step.form for one in mixed.paths for step in one.steps} <= set(TIES)
-    for one in (path, path_of(mixed, Kind.ATTENTION, 2)):
-        shorter = replace(one, steps=one.steps[:2])  # the reference's one system of equations grows fast
+    paths = paths_of(prices, Kind.ATTENTION, 2)
+    if name in KEPT:
+        (mixed,) = paths
+        assert {Form.QKVO} <= forms_of(mixed) <= set(TIES)
+    else:
+        assert [forms_of(path) for path in paths] == [{Form.QKV}, {Form.REMOVE}, {Form.QKVO}]
+    for path in paths:
+        shorter = replace(path, steps=path.steps[:2])  # the reference's one system of equations grows fast
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4)
 
 
@@ -594,8 +597,8 @@ def test_at_least_one_window_is_fitted_to_and_of_two_or_more_one_held_out_but_ot
 def test_scaled_ties_are_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
-    path = path_of(prices, Kind.ATTENTION, 2)
-    assert path.steps[0].form is Form.QKVO or path.steps[1].form is Form.QKVO
+    path = paths_of(prices, Kind.ATTENTION, 2)[-1]
+    assert forms_of(path) == {Form.QKVO}
     shorter = replace(path, steps=path.steps[:2])
     check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4, held_out=0.25)
 
@@ -637,27 +640,29 @@ def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
-def test_factored_units_are_those_that_would_be_removed_in_that_order_a_path_for_each_rank(
+def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_path_for_each_form_and_rank(
     name: str, tmp_path: Folder
 ) -> None:
     """And are priced with removals beside them, whether those were asked for or not."""
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.FACTORED])
+    prices = fitted(checkpoint, calibration(), [Form.FACTORED, Form.QKVO])
     channels = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST).readout.rows
     (start,) = paths_of(prices, Kind.ATTENTION, 0)
     assert forms_of(start) == {Form.REMOVE}
     for layer in range(1, LAST + 1):
-        removal, *factored = paths_of(prices, Kind.ATTENTION, layer)
+        removal, *ties = paths_of(prices, Kind.ATTENTION, layer)
         assert forms_of(removal) == {Form.REMOVE}
-        assert [{step.rank for step in path.steps} for path in factored] == [
-            {rank} for rank in layerprices.RANKS if rank < channels
+        assert [(forms_of(path), {step.rank for step in path.steps}) for path in ties] == [
+            ({Form.QKVO}, {0}),
+            *(({Form.FACTORED}, {rank}) for rank in layerprices.RANKS if rank < channels),
         ]
         order = [step.groups for step in removal.steps]
         saved = [removal.steps[0].saved_bytes]
+        assert ties[0].steps[0].saved_bytes < saved[0]
         error = sum(step.price for step in removal.steps)
-        for path in factored:
+        for path in ties:
             assert [step.groups for step in path.steps] == order
-            assert path.steps[0].saved_bytes < saved[-1]
+            assert path.forms == {Form.QKVO} or path.steps[0].saved_bytes < saved[-1]
             assert sum(step.price for step in path.steps) <= error * (1 + 1e-6)
             saved.append(path.steps[0].saved_bytes)
 
@@ -728,14 +733,15 @@ def cheapest_first(reference: Reference, groups: int) -> list[int]:
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3"])
 def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_bytes(name: str, tmp_path: Folder) -> None:
     """Cheapest on the tokens that are fitted to, and what columns of their own lose on others: few tokens change it.
-    Ties and removals have a path each, so they are not compared with each other."""
+    Ties and removals have a path each, and are not compared with each other; no more are ties that follow removals."""
     checkpoint = opened(name, tmp_path)
     for text in (calibration(4, window=8), calibration()):
         prices = price_units(checkpoint, text, (*TIES, Form.REMOVE), donors=99)
         layout = prices.layouts[Kind.ATTENTION]
         for layer in (1, 2):
-            reference = Reference(checkpoint, layout, layer, text)
-            for path, forms in zip(paths_of(prices, Kind.ATTENTION, layer), (TIES, (Form.REMOVE,)), strict=True):
+            reference, paths = Reference(checkpoint, layout, layer, text), paths_of(prices, Kind.ATTENTION, layer)
+            assert [forms_of(path) for path in paths[1:]] == [{Form.REMOVE}, {Form.QKVO}]
+            for path, forms in zip(paths, (TIES[:2], (Form.REMOVE,)), strict=False):
                 offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups)
                           for form in forms]  # fmt: skip
                 check_first(path.steps[0], offers)
@@ -825,12 +831,13 @@ def test_ties_and_removals_are_priced_as_if_the_others_had_not_been_asked_for(na
     checkpoint = opened(name, tmp_path)
     every = (Form.QK, Form.QKVO, Form.FACTORED, Form.REMOVE)
     together = price_units(checkpoint, calibration(), every)
-    ties, removals, factored = (
-        price_units(checkpoint, calibration(), forms) for forms in ((Form.QK, Form.QKVO), (Form.REMOVE,), every[2:])
+    alone = every[:1] if name not in KEPT else every[:2]
+    ties, removals, beside = (
+        price_units(checkpoint, calibration(), forms) for forms in (alone, (Form.REMOVE,), every[len(alone) :])
     )
     for layer in range(4):
         assert paths_of(together, Kind.FFN, layer) == paths_of(removals, Kind.FFN, layer) != []
-        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(factored, Kind.ATTENTION, layer)
+        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(beside, Kind.ATTENTION, layer)
         assert paths_of(together, Kind.ATTENTION, layer) == apart
         removed = [path for path in apart if forms_of(path) == {Form.REMOVE}]
         assert removed == paths_of(removals, Kind.ATTENTION, layer)

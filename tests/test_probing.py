@@ -251,7 +251,7 @@ def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
 @pytest.mark.parametrize(
     ("name", "forms"),
     [("gpt2", (Form.QK, Form.REMOVE)), ("gemma2", (Form.QKV, Form.GATEUP)), ("mixtral", (Form.QKV,)),
-     ("gpt_neox", (Form.QKVO,)), ("opt-post-norm", (Form.REMOVE,)), ("llama-mqa", (Form.FACTORED,))],
+     ("gpt_neox", (Form.QK,)), ("opt-post-norm", (Form.REMOVE,)), ("llama-mqa", (Form.QKVO, Form.FACTORED))],
 )  # fmt: skip
 def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     name: str, forms: tuple[Form, ...], tmp_path: Folder, full: None, monkeypatch: pytest.MonkeyPatch
@@ -265,12 +265,12 @@ def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     assert_adds_up(probe(dense, prices).paths, losses(dense, prices, prices.paths, text().mixed().tokens[-3:]), TIGHT)
 
 
-def test_factored_units_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
+def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
     tmp_path: Folder,
 ) -> None:
     """They are not measured themselves, and do not change what is."""
     dense = llama_in(tmp_path)
-    prices = price_units(dense, text(), (Form.FACTORED,), **SEEN)
+    prices = price_units(dense, text(), (Form.QKVO, Form.FACTORED), **SEEN)
     removals = [path for path in prices.paths if path.steps[0].form is Form.REMOVE]
     found = probe(dense, prices)
     assert [path for path in found.paths if path.steps[0].form is Form.REMOVE] == list(
@@ -295,7 +295,8 @@ def test_factored_units_that_follow_a_removal_cost_it_less_part_of_what_they_mak
 
 @pytest.mark.parametrize(
     ("forms", "groups", "answer"),
-    [((Form.FACTORED,) * 2, (0, 1), True), ((Form.FACTORED,), (0,), True), ((Form.FACTORED,) * 2, (1, 0), False),
+    [((Form.FACTORED,) * 2, (0, 1), True), ((Form.QKVO,) * 2, (0, 1), True),
+     ((Form.QKVO, Form.FACTORED), (0, 1), False), ((Form.FACTORED,), (0,), True), ((Form.FACTORED,) * 2, (1, 0), False),
      ((Form.FACTORED,) * 3, (0, 1, 2), False), ((Form.QKV,) * 2, (0, 1), False), ((Form.REMOVE,) * 2, (0, 1), False)],
 )  # fmt: skip
 def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(

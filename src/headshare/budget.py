@@ -62,16 +62,37 @@ def plan_for_bytes(prices: Prices, saved: int, *, choice: Choice | None = None) 
 
     Each turn goes on in one half of a layer, by one step or several, or along another of its paths, where that is
     cheapest for what it saves; so a dear step does not hide the cheap ones behind it. Of all ways to complete one of
-    the turns by going on in one half, the cheapest is taken, less every step that turns out not to be needed.
+    the turns by going on in one half, the cheapest is taken, less every step that turns out not to be needed. The same
+    is tried with each form of each half of the layers alone: a mix is chosen only where it costs less than those.
 
     Raises:
         PlanError: if less can be saved.
     """
-    halves = [_Half.of(paths).worth_having() for paths in _by_half(prices.paths)]
-    most = sum(int(half.saved[-1]) for half in halves)
+    most = sum(_most_saved(paths) for paths in _by_half(prices.paths))
     if not 0 <= saved <= most:
         raise PlanError(f"{saved} bytes cannot be saved; what was priced can save {most}. Ask for less, or allow more.")
-    return _budgeted(prices, _ends(halves, _trimmed(halves, _greedy(halves, saved), saved)), choice)
+    able = (paths for paths in _alternatives(prices.paths) if sum(map(_most_saved, _by_half(paths))) >= saved)
+    return min((_budgeted(prices, _saving(paths, saved), choice) for paths in able), key=lambda found: found.price)
+
+
+def _most_saved(paths: Sequence[Path]) -> int:
+    """What one half of a layer saves on the longest of these."""
+    return max(sum(step.saved_bytes for step in path.steps) for path in paths)
+
+
+def _alternatives(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    """All of them, and those of each form of each half of the layers alone."""
+    yield paths
+    kinds = sorted({(path.kind, tuple(sorted(path.forms))) for path in paths})
+    if len(kinds) > 1:
+        for kind, forms in kinds:
+            yield [path for path in paths if path.kind is kind and path.forms == set(forms)]
+
+
+def _saving(paths: Sequence[Path], wanted: int) -> "list[_End]":
+    """How far to follow which of these to save this much."""
+    halves = [_Half.of(some).worth_having() for some in _by_half(paths)]
+    return _ends(halves, _trimmed(halves, _greedy(halves, wanted), wanted))
 
 
 def plan_for_steps(prices: Prices, path: Path, steps: int) -> SharePlan:

@@ -62,16 +62,18 @@ def unit_path(half: Half, forms: Sequence[Form], *, donors: int) -> Path:
     return Path(half.layout.kind, number, tuple(_Descent(half, forms, donors).steps()))
 
 
-def factored_paths(half: Half, removal: Path, *, donors: int) -> list[Path]:
-    """The units that a path removes, in its order, each tied to a donor instead with columns of o of small rank: a path
-    for each of `RANKS`. So what a tie makes up for can be told from what giving the unit up does."""
-    first = _Descent(half, (Form.FACTORED,), donors)
+def paths_beside(half: Half, removal: Path, forms: Sequence[Form], *, donors: int) -> Iterator[Path]:
+    """The units that a path removes, in its order, each tied to a donor instead in one of these forms: a path for each
+    form, and of factored units one for each of `RANKS`. So what a tie makes up for can be told from what giving the
+    unit up does."""
+    first = _Descent(half, forms, donors)
     order = [group for step in removal.steps for group in step.groups]
-    return [
-        Path(half.layout.kind, half.dense.number, tuple(first.of_rank(rank).follow(order)))
-        for rank in first.ranks
-        if first.saved[Form.FACTORED] > rank * first.bytes_of_rank
-    ]
+    for form in forms:
+        ranks = first.ranks if form is Form.FACTORED else (0,)
+        for rank in ranks:
+            if first.saved.get(form, 0) > rank * first.bytes_of_rank:
+                steps = tuple(first.of_rank(rank).follow(order, form))
+                yield Path(half.layout.kind, half.dense.number, steps)
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,10 @@ class _Descent:
         other.ranks, other.held, other.given, other.lost = (rank,), copy.copy(self.held), set(self.given), {}
         return other
 
-    def follow(self, order: Sequence[int]) -> Iterator[Step]:
-        """Factor these units, one after the other."""
+    def follow(self, order: Sequence[int], form: Form) -> Iterator[Step]:
+        """Tie these units in this form, one after the other."""
         for group in order:
-            yield self.take(group, Form.FACTORED, self.offer(group, Form.FACTORED))
+            yield self.take(group, form, self.offer(group, form))
 
     def steps(self) -> Iterator[Step]:
         """All steps, the cheapest for its bytes first."""

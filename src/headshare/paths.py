@@ -38,6 +38,11 @@ class Form(StrEnum):
             return None
         return Kind.FFN if self is Form.GATEUP else Kind.ATTENTION
 
+    @property
+    def follows_removals(self) -> bool:
+        """Whether a tied unit keeps little or nothing of its own, so that those are tied that would be removed."""
+        return self in (Form.QKVO, Form.FACTORED)
+
 
 _PARTS: dict[Form, tuple[Part, ...]] = {
     Form.QK: (Part.Q, Part.K),

@@ -17,7 +17,7 @@ from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.errors import ArchitectureError, PlanError
 from headshare.halves import DenseLayer, Half, Weighted
-from headshare.layerprices import factored_paths, neuron_path, unit_path
+from headshare.layerprices import neuron_path, paths_beside, unit_path
 from headshare.layout import Layout
 from headshare.paths import Form, Path, Prices
 from headshare.progress import track
@@ -52,8 +52,9 @@ def price_units(
     in `protect` give nothing up, and may lend. Layers that are in `done` are not priced again; each that is priced is
     put into it.
 
-    Ties, ties of factored units, and removals are paths of their own. Factored units are those that would be removed,
-    in that order, with a path for each rank: so removals are priced along with them, wherever the model can have any.
+    Ties that leave a unit its own columns of o, ties that do not (`qkvo`, `factored`), and removals are paths of their
+    own. Units of `qkvo` and `factored` are those that would be removed, in that order, with a path for each form and
+    rank: so removals are priced along with them, wherever the model can have any.
     Layer 0 ties nothing, and no layer removes all: so there is always a donor.
     The feed-forward either loses single neurons or ties groups of them, as a plan cannot mix the two: where both are
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
@@ -128,8 +129,8 @@ def _wanted(dense: Checkpoint, forms: Sequence[Form], ffn_groups: int) -> _Wante
 
 
 def _removes(kind: Kind, forms: Sequence[Form]) -> bool:
-    """Whether removals are to be priced: where they are asked for, and with factored units."""
-    return Form.REMOVE in forms or (kind is Kind.ATTENTION and Form.FACTORED in forms)
+    """Whether removals are to be priced: where they are asked for, and with ties that follow them."""
+    return Form.REMOVE in forms or (kind is Kind.ATTENTION and any(form.follows_removals for form in forms))
 
 
 def _allowed(kind: Kind, forms: Sequence[Form], removable: bool) -> tuple[Form, ...]:
@@ -176,14 +177,18 @@ def _paths(layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, do
 
 
 def _unit_paths(half: Half, forms: Sequence[Form], donors: int) -> Iterator[Path]:
-    """The paths of ties; of removals; and of factored units, which follow the removals where there are some."""
-    ties = tuple(form for form in forms if form not in (Form.FACTORED, Form.REMOVE))
+    """The paths of ties; of removals; and of ties that leave a unit no columns of its own, which follow the removals
+    where there are some."""
+    removes = Form.REMOVE in forms
+    beside = tuple(form for form in forms if form.follows_removals)
+    alone = {Form.REMOVE, Form.FACTORED, *(beside if removes else ())}
+    ties = tuple(form for form in forms if form not in alone)
     if ties:
         yield unit_path(half, ties, donors=donors)
-    if Form.REMOVE in forms:
+    if removes:
         removal = unit_path(half, (Form.REMOVE,), donors=donors)
         yield removal
-        if Form.FACTORED in forms and half.dense.number > 0:
-            yield from factored_paths(half, removal, donors=donors)
+        if beside and half.dense.number > 0:
+            yield from paths_beside(half, removal, beside, donors=donors)
     elif Form.FACTORED in forms:
         yield unit_path(half, (Form.FACTORED,), donors=donors)

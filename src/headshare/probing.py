@@ -27,7 +27,8 @@ from headshare.streams import Layers, Stream
 
 PROBED_TOKENS = 8192
 EVERY = 4
-LASTING = 0.4  # the part of what a tie makes up for in its layer that later layers' refits would not (measured)
+LASTING = {Form.QKVO: 1.0, Form.FACTORED: 0.4}
+"""The part of what a tie makes up for in its layer that later layers' refits would not: measured on held-out text."""
 
 
 def probe_prices(
@@ -45,11 +46,11 @@ def probe_prices(
     """The same paths with prices in nats a token.
 
     Measured are the first 1, 2, 4, 8, ... steps of each path, and all of them; steps in between share what is measured
-    in proportion to the prices they had. Paths of factored units that follow a removal are not measured, but priced
-    beside it. Refits are made on the windows
-    that `price_units` fits to with the same `tokens` and `held_out`, with `ffn` of both readouts; the predictions of
-    every fourth token are compared, in as many other windows as have `probed` tokens. Products are short ones where the
-    machine has them. Layers that are in `done` are not measured again; each that is measured is put into it.
+    in proportion to the prices they had. Paths of ties that follow a removal are not measured, but priced beside it.
+    Refits are made on the windows that `price_units` fits to with the same `tokens` and `held_out`, with `ffn` of both
+    readouts; the predictions of every fourth token are compared, in as many other windows as have `probed` tokens.
+    Products are short ones where the machine has them. Layers that are in `done` are not measured again; each that is
+    measured is put into it.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer, or has no head.
@@ -180,8 +181,9 @@ def marked(steps: int) -> list[int]:
 
 
 def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
-    """Of these paths, the one that removes the units that this one ties as factored units, in the same order."""
-    if path.forms != {Form.FACTORED}:
+    """Of these paths, the one that removes the units that this one ties, in the same order, in a form that follows
+    removals."""
+    if len(path.forms) != 1 or not all(form.follows_removals for form in path.forms):
         return None
     order = [step.groups for step in path.steps]
     removals = (one for one in paths if one.kind is path.kind and one.forms == {Form.REMOVE})
@@ -191,10 +193,11 @@ def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
 def beside(path: Path, before: Path, after: Path) -> Path:
     """A path of ties, priced beside the removal of the same units, which had these prices before and has those after:
     what ties make up for of the removal's error they make up for of what it costs, as far as that is `LASTING`."""
+    (form,) = path.forms
     measured, own, old, new = {}, 0.0, 0.0, 0.0
     for number, (step, one, other) in enumerate(zip(path.steps, before.steps, after.steps, strict=False), 1):
         own, old, new = own + step.price, old + one.price, new + other.price
-        measured[number] = new * (1 - LASTING * (1 - own / old)) if old > 0 else new
+        measured[number] = new * (1 - LASTING[form] * (1 - own / old)) if old > 0 else new
     return repriced(path, measured)
 
 
