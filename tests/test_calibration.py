@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Split
 
 import headshare as hs
 import tiny
-from headshare import calibration
+from headshare import calibration, documents
 from headshare.calibration import BYTES_PER_TOKEN, calibration_from
 from headshare.progress import shown
 from test_cli import WORDS, a_text, add_tokenizer
@@ -207,7 +207,7 @@ def test_a_file_that_is_not_utf_8_is_refused(model: hs.Checkpoint, tmp_path: Pat
 
 def test_line_ends_of_other_systems_are_read_as_python_reads_them(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    assert calibration._text(tmp_path / "text.txt", 0, 15) == (tmp_path / "text.txt").read_text() == "one\ntwo\nthree\n"
+    assert documents.text_of(tmp_path / "text.txt", 0, 15) == (tmp_path / "text.txt").read_text() == "one\ntwo\nthree\n"
 
 
 def test_a_stretch_has_the_characters_that_are_whole_in_it(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_stretch_has_the_characters_that_are_whole_in_it(tmp_path: Path) -> No
     raw = text.encode()
     for start in range(len(raw)):
         for stop in range(start + 4, len(raw) + 1):
-            found = calibration._text(path, start, stop)
+            found = documents.text_of(path, start, stop)
             assert raw[start:stop].decode(errors="ignore") == found
 
 
@@ -348,7 +348,7 @@ def test_a_stretch_that_begins_with_a_row_has_that_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", list(range(100, 200)))  # four bytes a row
 
     def rows(*places: int) -> list[int]:
-        return [row for _, row in calibration._json_rows(path, *places)]
+        return [row for _, row in documents.json_rows(path, *places)]
 
     assert rows(40, 48, 60) == [110, 111]
     assert rows(41, 49, 60) == [111, 112]
@@ -366,7 +366,7 @@ def test_the_line_of_a_bad_row_is_right_in_a_large_file_too(model: hs.Checkpoint
 
 
 def test_a_row_without_end_is_refused(model: hs.Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "ROW_BYTES", 100)
+    monkeypatch.setattr(documents, "ROW_BYTES", 100)
     path = jsonl(tmp_path / "a.jsonl", [{"text": "w9"}, {"text": "w9 " * 100}])
     assert f"line 2 of {path} is longer than 100 bytes" in refusal(path, model)
 

@@ -6,16 +6,12 @@ random place in each of as many equal parts as windows are asked for; a document
 of its beginning. A data set is read from its first document on.
 """
 
-import codecs
 import hashlib
-import io
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -24,6 +20,7 @@ from transformers import GenerationConfig
 
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
+from headshare.documents import DATA_SET, SOURCES, data_set_rows, documents_of, json_rows, text_of
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.evaluation import (
     WINDOW,
@@ -42,16 +39,8 @@ from headshare.progress import track
 LOGGER = logging.getLogger("headshare")
 TOKENS = 32_768
 SELF = "self"
-DATA_SET = "hf:"
-SOURCES = (
-    "a UTF-8 text file, a .jsonl file with a document a line, 'self' (text that the model itself writes), or "
-    "hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
-)
 BYTES_PER_TOKEN = 16  # about four times what English takes, so that there are windows to choose from
-ROW_BYTES = 64 * 2**20
 BATCH = 16
-
-Where = Callable[[], str]  # says which row this is; counting lines takes time, so only an error asks
 
 
 @dataclass(frozen=True)
@@ -196,7 +185,7 @@ def _runs(
     """Tokens that stand together: of one stretch of a file, or of a data set."""
     length = window * BYTES_PER_TOKEN
     if str(source).startswith(DATA_SET):
-        yield _joined(_documents(_data_set_rows(str(source)), field), tokenizer, count * length)[0]
+        yield _joined(documents_of(data_set_rows(str(source)), field), tokenizer, count * length)[0]
         return
     path = Path(source)
     try:
@@ -207,7 +196,7 @@ def _runs(
         if path.suffix == ".jsonl":
             yield from _runs_of_rows(path, stretches, tokenizer, field)
         else:
-            yield from (ids_of(tokenizer, _text(path, start, stop)) for start, stop in stretches)
+            yield from (ids_of(tokenizer, text_of(path, start, stop)) for start, stop in stretches)
     except OSError as error:
         raise CalibrationError(f"{str(path)!r:.300} cannot be read: {error.strerror or error}.") from None
 
@@ -223,21 +212,6 @@ def _stretches(size: int, length: int, count: int, seed: int) -> list[tuple[int,
     return [(start, start + length) for start in (0, *starts[1:])]
 
 
-def _text(path: Path, start: int, stop: int) -> str:
-    """The characters that are whole in this stretch."""
-    with path.open("rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
-        ends = not file.read(1)
-    if start:
-        raw = raw.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that began before
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    try:
-        return decoder.decode(raw, final=ends)
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}. Convert it, or give another file.") from None
-
-
 def _runs_of_rows(
     path: Path, stretches: list[tuple[int, int]], tokenizer: Any, field: str | None
 ) -> Iterator[list[int]]:
@@ -245,100 +219,11 @@ def _runs_of_rows(
     left to the stretch that the document begins in."""
     runs, limit, end = [], 0, path.stat().st_size
     for start, stop in reversed(stretches):
-        rows = _json_rows(path, start, stop, end)
-        run, limit = _joined(_documents(rows, field), tokenizer, limit + stop - start)
+        rows = json_rows(path, start, stop, end)
+        run, limit = _joined(documents_of(rows, field), tokenizer, limit + stop - start)
         runs.append(run)
         end = start
     return reversed(runs)
-
-
-def _json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Where, Any]]:
-    """The rows that begin in this stretch; where none does, the first that begins before `end`."""
-    with path.open("rb") as file:
-        file.seek(max(start - 1, 0))
-        if start:  # the rest of a row that began before
-            _line(file, partial(_line_name, path, start - 1))
-        while (place := file.tell()) < end:
-            where = partial(_line_name, path, place)
-            if not (line := _line(file, where)):
-                return  # the file has become shorter
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise CalibrationError(f"{where()} is not JSON: {error}. Correct or remove the line.") from None
-            yield where, row
-            end = stop
-
-
-def _line(file: BinaryIO, where: Where) -> bytes:
-    line = file.readline(ROW_BYTES)
-    if len(line) == ROW_BYTES and not line.endswith(b"\n"):
-        raise CalibrationError(f"{where()} is longer than {ROW_BYTES:,} bytes. Split it into documents, one a line.")
-    return line
-
-
-def _line_name(path: Path, place: int) -> str:
-    """The line that this byte is in, by its number."""
-    number = 1
-    with path.open("rb") as file:
-        while place > 0 and (block := file.read(min(place, 2**20))):
-            number += block.count(b"\n")
-            place -= len(block)
-    return f"line {number} of {path}"
-
-
-def _data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
-    """Rows of a data set, in its order."""
-    name, config, split, *rest = *source.removeprefix(DATA_SET).split(":"), "", ""
-    if not name or any(rest):
-        raise CalibrationError(f"{source!r:.300} names no data set; write hf:NAME, hf:NAME:CONFIG or hf:NAME::SPLIT.")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(
-            f"{source} is read with the datasets library, which is not installed. Run: pip install 'headshare[data]'"
-        ) from None
-    try:
-        rows = load_dataset(name, config or None, split=split or "train", streaming=True, trust_remote_code=False)
-        for number, row in enumerate(rows):
-            yield partial("row {} of {}".format, number, source), row
-    except Exception as error:  # the library raises whatever the ones that it reads with raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CalibrationError(
-            f"{source} cannot be read: {reason}. It is written hf:NAME[:CONFIG][:SPLIT], a split alone hf:NAME::SPLIT."
-        ) from error
-
-
-def _documents(rows: Iterable[tuple[Where, Any]], field: str | None) -> Iterator[str]:
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{where()} is no object but {row!r:.60}; a row is an object, its text in a field.")
-        field = field or _text_field(row, where)
-        text = row.get(field)
-        if not isinstance(text, str):
-            found = f"{text!r:.60} under" if field in row else "no field"
-            raise CalibrationError(f"{where()} has {found} {field!r} and no text there; its fields are {_names(row)}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise CalibrationError(f"{where()} holds half a character (a lone surrogate). Remove the line.") from None
-        yield text
-
-
-def _text_field(row: dict[str, Any], where: Where) -> str:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row or len(strings) == 1:
-        return "text" if "text" in row else strings[0]
-    raise CalibrationError(
-        f"{where()} does not say which field is the text: none is called 'text', and {len(strings)} of {_names(row)} "
-        "are strings. Name one with field."
-    )
-
-
-def _names(row: dict[str, Any]) -> str:
-    return ", ".join(map(repr, row))[:200] or "none"
 
 
 def _joined(documents: Iterable[str], tokenizer: Any, limit: int) -> tuple[list[int], int]:

@@ -1,0 +1,129 @@
+"""Documents, one after the other, of a text file, a .jsonl file or a data set, with what is wrong where it is wrong."""
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from headshare.errors import CalibrationError
+
+DATA_SET = "hf:"
+SOURCES = (
+    "a UTF-8 text file, a .jsonl file with a document a line, 'self' (text that the model itself writes), or "
+    "hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
+)
+ROW_BYTES = 64 * 2**20
+
+Where = Callable[[], str]  # says which row this is; counting lines takes time, so only an error asks
+
+
+def text_of(path: Path, start: int, stop: int) -> str:
+    """The characters that are whole in this stretch."""
+    with path.open("rb") as file:
+        file.seek(start)
+        raw = file.read(stop - start)
+        ends = not file.read(1)
+    if start:
+        raw = raw.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that began before
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    try:
+        return decoder.decode(raw, final=ends)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}. Convert it, or give another file.") from None
+
+
+def json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Where, Any]]:
+    """The rows that begin in this stretch; where none does, the first that begins before `end`."""
+    with path.open("rb") as file:
+        file.seek(max(start - 1, 0))
+        if start:  # the rest of a row that began before
+            _line(file, partial(_line_name, path, start - 1))
+        while (place := file.tell()) < end:
+            where = partial(_line_name, path, place)
+            if not (line := _line(file, where)):
+                return  # the file has become shorter
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise CalibrationError(f"{where()} is not JSON: {error}. Correct or remove the line.") from None
+            yield where, row
+            end = stop
+
+
+def _line(file: BinaryIO, where: Where) -> bytes:
+    line = file.readline(ROW_BYTES)
+    if len(line) == ROW_BYTES and not line.endswith(b"\n"):
+        raise CalibrationError(f"{where()} is longer than {ROW_BYTES:,} bytes. Split it into documents, one a line.")
+    return line
+
+
+def _line_name(path: Path, place: int) -> str:
+    """The line that this byte is in, by its number."""
+    number = 1
+    with path.open("rb") as file:
+        while place > 0 and (block := file.read(min(place, 2**20))):
+            number += block.count(b"\n")
+            place -= len(block)
+    return f"line {number} of {path}"
+
+
+def data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
+    """Rows of a data set, in its order."""
+    name, config, split, *rest = *source.removeprefix(DATA_SET).split(":"), "", ""
+    if not name or any(rest):
+        raise CalibrationError(f"{source!r:.300} names no data set; write hf:NAME, hf:NAME:CONFIG or hf:NAME::SPLIT.")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(
+            f"{source} is read with the datasets library, which is not installed. Run: pip install 'headshare[data]'"
+        ) from None
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True, trust_remote_code=False)
+        for number, row in enumerate(rows):
+            yield partial("row {} of {}".format, number, source), row
+    except Exception as error:  # the library raises whatever the ones that it reads with raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CalibrationError(
+            f"{source} cannot be read: {reason}. It is written hf:NAME[:CONFIG][:SPLIT], a split alone hf:NAME::SPLIT."
+        ) from error
+
+
+def documents_of(rows: Iterable[tuple[Where, Any]], field: str | None) -> Iterator[str]:
+    """Each row's text, under `field` or else under the one field that it can be.
+
+    Raises:
+        CalibrationError: if a row has none, naming the row.
+    """
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{where()} is no object but {row!r:.60}; a row is an object, its text in a field.")
+        field = field or _text_field(row, where)
+        text = row.get(field)
+        if not isinstance(text, str):
+            found = f"{text!r:.60} under" if field in row else "no field"
+            raise CalibrationError(f"{where()} has {found} {field!r} and no text there; its fields are {_names(row)}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise CalibrationError(f"{where()} holds half a character (a lone surrogate). Remove the line.") from None
+        yield text
+
+
+def _text_field(row: dict[str, Any], where: Where) -> str:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row or len(strings) == 1:
+        return "text" if "text" in row else strings[0]
+    raise CalibrationError(
+        f"{where()} does not say which field is the text: none is called 'text', and {len(strings)} of {_names(row)} "
+        "are strings. Name one with field."
+    )
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(map(repr, row))[:200] or "none"
