@@ -35,6 +35,8 @@ def test_the_readmes_commands_run_in_their_order(
             words += ["--window", "32"]
         if "--calibration" in words:
             words += ["--calibration-window", "32", "--calibration-tokens", "512"]
+        if words[1] == "train":
+            words += ["--context", "32", "--use_cpu", "true", "--max_steps", "1"]
         if words[1] == "bench":
             words += ["--repeats", "2", "--loads", "1"]
         monkeypatch.setattr(sys, "argv", words)
@@ -42,7 +44,19 @@ def test_the_readmes_commands_run_in_their_order(
             main()
         assert ended.value.code == 0, (words, capsys.readouterr().err)
         seen.add(words[1])
-    assert seen == {"estimate", "share", "inspect", "verify", "eval", "bench", "expand", "score", "plan", "refit"}
+    assert seen == {
+        "estimate",
+        "share",
+        "inspect",
+        "verify",
+        "eval",
+        "bench",
+        "expand",
+        "score",
+        "plan",
+        "refit",
+        "train",
+    }
 
 
 def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +71,7 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
 def test_the_readmes_tree_lists_every_module() -> None:
     tree = README[README.index("## Files") : README.index("## Cite")]
     source = ROOT / "src" / "headshare"
-    paths = [*source.glob("*.py"), *(source / "storage").glob("*.py")]
+    paths = [path for folder in ("", "storage", "training") for path in (source / folder).glob("*.py")]
     modules = {path.name for path in paths if not path.name.startswith("__")}
     assert {name for name in modules if name not in tree} == set()
     assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules

@@ -43,6 +43,7 @@ from headshare.sharing import expand as expand_checkpoint
 from headshare.sharing import share as share_checkpoint
 from headshare.similarity import score_units
 from headshare.table import bench_table, demo_table
+from headshare.train_command import train
 from headshare.units import Kind
 from headshare.verification import verify as verify_checkpoint
 from headshare.workspace import settle
@@ -677,6 +678,9 @@ def bench(
         found = run_bench(subjects, tokens=_numbers(tokens) or None, repeats=repeats, loads=loads, cold=cold, **options)
     counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
     _print(found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json)
+
+
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

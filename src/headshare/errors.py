@@ -7,7 +7,8 @@
     ├── StorageError        a loaded model's weights cannot be held, moved or changed as was asked
     ├── OutputError         the place to write to is not usable: it exists, is inside the input, is full
     ├── EvaluationError     a text, a tokenizer or a model that cannot be measured
-    └── CalibrationError    no calibration tokens can be had from what was named
+    ├── CalibrationError    no calibration tokens can be had from what was named
+    └── TrainingError       a model cannot be trained as was asked, or training went wrong
 
 Every message says what is wrong, what was found, and what to do.
 """
@@ -43,3 +44,7 @@ class EvaluationError(HeadshareError):
 
 class CalibrationError(HeadshareError):
     """Calibration tokens cannot be had from what was named, or not as many as are needed."""
+
+
+class TrainingError(HeadshareError):
+    """A model cannot be trained as was asked, or training went wrong: what was saved last is kept."""

@@ -8,6 +8,7 @@ needs room for the differences of tied units and for nothing else, and no unit i
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from headshare.errors import PlanError
 from headshare.integrations.transformers import module_path
@@ -45,7 +47,10 @@ class _End:
     count: int
 
     def of(self, weights: Sequence[Tensor]) -> Tensor:
-        return weights[self.weight].narrow(self.axis, self.first, self.count)
+        return self.of_one(weights[self.weight])
+
+    def of_one(self, weight: Tensor) -> Tensor:
+        return weight.narrow(self.axis, self.first, self.count)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,26 @@ class TiePenalty:
         found: Tensor = values.new_zeros(len(self.ties)).index_add_(0, numbers, values)
         return found
 
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within, recipients hold their donors' numbers; after that, their own again."""
+        parameters = [module.get_parameter("weight") for module in self._modules]
+        taken = sorted({one.recipient.weight for one in self._ends})
+        with torch.no_grad():
+            kept = {at: parameters[at].detach().clone() for at in taken}
+            weights = self._weights()
+            after = {at: weights[at].detach().clone() for at in taken}
+            for one in self._ends:
+                one.recipient.of_one(after[one.recipient.weight]).copy_(one.donor.of(weights))
+            for at in taken:
+                parameters[at].copy_(like(after[at], parameters[at]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for at in taken:
+                    parameters[at].copy_(kept[at])
+
     # ---- where units stand
 
     def _found(self, plan: SharePlan) -> Iterator[_Ends]:
@@ -105,8 +130,9 @@ class TiePenalty:
         return _End(weight, place.axis, first, last - first)
 
     def _weights(self) -> list[Tensor]:
-        """The weights as they are now: training may have put others in their place."""
-        return [module.get_parameter("weight") for module in self._modules]
+        """The weights as they are now: training may have put others in their place. Those that lie in parts on several
+        processes are put together; their derivatives go back in parts."""
+        return [whole(module.get_parameter("weight")) for module in self._modules]
 
     # ---- values and derivatives
 
@@ -170,6 +196,18 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         values, *weights = ctx.saved_tensors
         return None, *ctx.penalty._derivatives(weights, values, gradient / len(ctx.penalty.ties))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter with all its numbers, whichever process holds them."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in the parts that the parameter has."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 def _wide(parts: Sequence[Tensor]) -> torch.dtype:

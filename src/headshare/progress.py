@@ -36,6 +36,12 @@ def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
         yield from _lines(items, what, total)
 
 
+def say(line: str) -> None:
+    """One line on standard error, where `shown` asks for such."""
+    if _shown.get():
+        sys.stderr.write(f"{line}\n")
+
+
 def _bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

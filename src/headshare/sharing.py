@@ -252,6 +252,28 @@ def write_refitted(
     return _write(shared, assemblies, config, out, overwrite or in_place, {}, replaced, in_place=in_place)
 
 
+def write_trained(
+    trained: Checkpoint, out: Path, *, dtype: str | None = None, base_model: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write a shared checkpoint, whoever wrote it last, as `share` writes one: pages, digests, checks. `dtype`
+    converts all weights.
+
+    Raises:
+        OutputError: if it cannot be written.
+        CheckpointError: if its numbers are not finite, or do not fit the type.
+    """
+    plan, code = check_shared(trained), dtype_code(dtype)
+    tied = set(tied_names(tensors_of(plan, trained)))
+    assemblies = [
+        dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
+    ]
+    entry = quantization_entry(plan, trained.refit, base_model or trained.base_model)
+    config = {**trained.config, "quantization_config": entry}
+    if dtype is not None:
+        config[_dtype_key(config)] = dtype
+    return _write(trained, assemblies, config, out, overwrite, {})
+
+
 def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:
     """Refuse an output that a shared checkpoint cannot be written to again: one in a wrong place, or its own folder
     where that holds files that would not come along.
@@ -427,7 +449,7 @@ def _write(
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
     with whole_folder(out, overwrite=overwrite, expected_bytes=expected) as folder, source:
-        _copy_other_files(source.path, folder)
+        copy_other_files(source.path, folder)
         digests = _write_files(folder, source, by_file, given)
         if (source.path / _INDEX).is_file():
             write_json(folder / _INDEX, _index(by_file, expected))
@@ -499,7 +521,7 @@ def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _copy_other_files(source: Path, folder: Path) -> None:
+def copy_other_files(source: Path, folder: Path) -> None:
     """Everything beside the weights: tokenizer, generation settings, a model card."""
     for path in _other_files(source):
         copy_file(path, folder / path.relative_to(source))

@@ -1,0 +1,201 @@
+"""`headshare train`: its options, over those of a YAML file, as one value for `headshare.training`.
+
+What training needs is imported when it begins: the other commands should not wait for it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headshare.errors import TrainingError
+
+if TYPE_CHECKING:
+    from typer import Context
+else:
+    Context = typer.Context.__base__
+
+
+class MethodName(StrEnum):
+    """The ways to train."""
+
+    POSTSHARE = "postshare"
+    RECOVER = "recover"
+    BOTH = "both"
+
+
+class DistanceName(StrEnum):
+    """How the two ends of a tie are compared."""
+
+    FROBENIUS = "frobenius"
+    SQUARED = "squared"
+    COSINE = "cosine"
+
+
+class TrainDtypeName(StrEnum):
+    """What weights are trained in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Places = Mapping[str, tuple[str, ...]]
+PLACES: Places = {
+    "method": ("method",),
+    "seed": ("seed",),
+    "dtype": ("dtype",),
+    **{name: ("sharing", name) for name in ("plan", "ratio", "match", "parts", "mode")},
+    **{name: ("text", name) for name in ("data", "held_out_data", "field", "context", "held_out", "limit", "stream")},
+    **{name: ("loss", name) for name in ("gamma", "lm", "distance", "distill", "temperature", "teacher")},
+    **{name: ("learning", name) for name in ("lora", "patience")},
+}
+"""Where each option stands in the settings."""
+
+
+def train(
+    context: Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A dense checkpoint; for --method recover, a shared one.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    method: Annotated[
+        MethodName,
+        typer.Option(
+            help="postshare: pull pairs together, then share. recover: train a shared model. both: share, then train."
+        ),
+    ] = MethodName.POSTSHARE,
+    data: Annotated[
+        str, typer.Option(metavar="FILE|DATASET", help="A text file, a .jsonl, or hf:NAME[:CONFIG][:SPLIT].")
+    ] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="Settings from a YAML file; options that are given go before it.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None,
+    ratio: Annotated[float, typer.Option(help="Share of all units that give up their weights.")] = 0.3,
+    match: Annotated[str, typer.Option(help="Match function, as of `share`.")] = "qk",
+    parts: Annotated[str, typer.Option(help="What is shared, as of `share`.")] = "qkv",
+    mode: Annotated[str, typer.Option(help="How ties are chosen, as of `share`.")] = "star",
+    held_out_data: Annotated[str | None, typer.Option(help="Measure on this text, not on the end of --data.")] = None,
+    field: Annotated[str | None, typer.Option(help="The field of a row that is its text.")] = None,
+    context_length: Annotated[int, typer.Option("--context", help="Tokens in a window.")] = 1024,
+    held_out: Annotated[int, typer.Option(help="Windows that are not trained on, to measure on.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Train on this many windows at most.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read while training; needs --max_steps.")] = False,
+    gamma: Annotated[float, typer.Option(help="Weight of the distance of tied pairs (equation 5).")] = 0.5,
+    lm: Annotated[float, typer.Option(help="Weight of the language-model loss; the authors' code has 0.5.")] = 1.0,
+    distance: Annotated[
+        DistanceName, typer.Option(help="How pairs are compared; frobenius is the paper's.")
+    ] = DistanceName.FROBENIUS,
+    distill: Annotated[
+        float, typer.Option(help="This part of the language-model loss is the divergence from the dense model.")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of --distill.")] = 1.0,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model of --distill. Default: the one that MODEL is or names.")
+    ] = None,
+    lora: Annotated[
+        int, typer.Option(help="Of a shared model, train LoRA of this rank on what is not shared. 0: train all.")
+    ] = 0,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many measurements without a better one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
+    dtype: Annotated[
+        TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
+    ] = TrainDtypeName.FLOAT32,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+    ] = False,
+) -> None:
+    """PostShare, or recovery training. Any argument of the Hugging Face Trainer can be added: --learning_rate 1e-4.
+
+    Stopped, the same command goes on. For several processes: accelerate launch -m headshare train ...
+    """
+    given = {
+        "method": method, "data": data, "plan": plan, "ratio": ratio, "match": match, "parts": parts, "mode": mode,
+        "held_out_data": held_out_data, "field": field, "context": context_length, "held_out": held_out,
+        "limit": limit, "stream": stream, "gamma": gamma, "lm": lm, "distance": distance, "distill": distill,
+        "temperature": temperature, "teacher": teacher, "lora": lora, "patience": patience, "seed": seed,
+        "dtype": dtype,
+    }  # fmt: skip
+    names = {**dict.fromkeys(given), "context": "context_length"}
+    chosen = {name: value for name, value in given.items() if _is_given(context, names[name] or name)}
+    from accelerate import PartialState
+
+    from headshare.training import TrainSettings
+    from headshare.training import train as run
+
+    merged = _merged(config, chosen, trainer_arguments(context.args))
+    settings = TrainSettings.made(merged, str(config) if config else "the options")
+    found = run(model, out, settings, overwrite=overwrite, restart=restart)
+    if PartialState().is_main_process:
+        words = f"{found.in_words()}\nWritten and checked in {found.seconds:.1f} s: {out}"
+        sys.stdout.write((json.dumps(found.to_dict(), default=str) if as_json else words) + "\n")
+
+
+def _is_given(context: Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _merged(config: Path | None, chosen: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML file's settings with the options in their places."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    if config is not None:
+        try:
+            found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TrainingError(f"{config} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
+        if not isinstance(found, dict):
+            raise TrainingError(f"{config} holds no settings but {found!r:.60}. See docs/training.md for an example.")
+    found.setdefault("method", MethodName.POSTSHARE)
+    for name, value in chosen.items():
+        _put(found, PLACES[name], value)
+    for name, value in arguments.items():
+        _put(found, ("learning", "arguments", name), value)
+    if "text" not in found:
+        raise TrainingError("there is nothing to train on: give --data FILE, or a data set (hf:NAME).")
+    return found
+
+
+def _put(found: dict[str, Any], place: Sequence[str], value: Any) -> None:
+    *above, last = place
+    for step in above:
+        found = found.setdefault(step, {})
+        if not isinstance(found, dict):
+            raise TrainingError(f"{step} holds settings of its own, by name; found {found!r:.60}.")
+    found[last] = value
+
+
+def trainer_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """The Trainer's arguments among these words, by their names and in their types.
+
+    Raises:
+        TrainingError: if a word is none.
+    """
+    if not words:
+        return {}
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
+    try:
+        found, left = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise TrainingError(f"{error}. The Trainer's arguments are written --name value.") from None
+    if left:
+        raise TrainingError(
+            f"there is no option {left[0]}, of headshare or of the Trainer. See headshare train --help."
+        )
+    named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return {name: value for name, value in vars(found).items() if name in named}

@@ -1,0 +1,122 @@
+"""The Hugging Face Trainer with what sharing adds: the penalty, distillation, and the loss as the shared model has it.
+
+Everything else is the Trainer's: its arguments, logging, resuming, mixed precision and engines.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from headshare.errors import TrainingError
+from headshare.penalty import TiePenalty
+from headshare.progress import say
+from headshare.training.settings import Loss
+
+SHARED = "shared"
+
+
+class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Minimises lm x language-model loss + gamma x penalty (equation 5; Cao, Yang and Zhao, arXiv 2402.11819).
+
+    `penalty` is of the model that is trained; without one, the language-model loss alone is left. `teacher` is asked
+    for what `loss.distill` needs, and stays as it is. Evaluation measures the plain language-model loss, and with a
+    penalty also the loss with recipients' numbers overwritten by their donors': `eval_shared_loss`, what sharing at
+    this step would give.
+
+    The penalty is added once an optimiser step, at its last batch, times the batches that the Trainer divides by.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        penalty: TiePenalty | None = None,
+        loss: Loss | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # every window has as many tokens, so batches' means may be averaged
+        self.penalty, self.loss, self.teacher = penalty, loss or Loss(), teacher
+        if teacher is not None:
+            self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        for printing in (PrinterCallback, ProgressCallback):  # they write to standard output, which is for results
+            self.remove_callback(printing)
+        self.add_callback(_Lines())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ARG002 - the Trainer's own signature
+    ) -> Any:
+        """What is minimised while training; the plain language-model loss otherwise."""
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if model.training:
+            if self.teacher is not None and self.loss.distill:
+                apart = self._divergence(inputs["input_ids"], outputs["logits"])
+                loss = (1 - self.loss.distill) * loss + self.loss.distill * apart
+            loss = self.loss.lm * loss
+            if self.penalty is not None and self.loss.gamma and self.accelerator.sync_gradients:
+                batches = getattr(self, "current_gradient_accumulation_steps", 1)
+                loss = loss + self.loss.gamma * batches * self.penalty().to(loss.device)
+            self._check(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _divergence(self, tokens: Tensor, logits: Float[Tensor, "batch context words"]) -> Float[Tensor, ""]:
+        """KL(teacher | model) of the next token, nats times the temperature's square (Hinton, Vinyals and Dean,
+        "Distilling the knowledge in a neural network", 2015)."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        heat = self.loss.temperature
+        found, wanted = (
+            (one[:, :-1].float() / heat).log_softmax(dim=-1).flatten(0, 1) for one in (logits, wanted.to(logits.device))
+        )
+        return heat**2 * functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def _check(self, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss.detach())):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}. Training stopped; what was saved "
+                f"before is in {self.args.output_dir}. Lower the learning rate, or train in float32."
+            )
+
+    # ---- measuring
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The loss, and with a penalty the one that sharing would give, and how far ties lie apart."""
+        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.penalty is not None:
+            with self.penalty.closed():
+                shared = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
+            found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
+        return found
+
+
+class _Lines(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """A line on standard error for every log, from one process."""
+
+    def on_log(self, _: Any, state: Any, *__: Any, logs: Mapping[str, float] | None = None, **___: Any) -> None:
+        shown = {key: value for key, value in (logs or {}).items() if not key.endswith(_SPEEDS)}
+        if state.is_world_process_zero and shown:
+            words = ", ".join(f"{key} {value:.6g}" for key, value in shown.items() if isinstance(value, int | float))
+            say(f"step {state.global_step} of {state.max_steps}: {words}")
+
+
+_SPEEDS = ("_runtime", "_per_second", "total_flos", "epoch")

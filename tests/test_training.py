@@ -1,0 +1,533 @@
+"""Training does what equation 5 says, measures what sharing gives, writes checkpoints that load, and can be killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path as Folder
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import TrainerCallback
+
+import headshare as hs
+import tiny
+from headshare.controls import overwrite_recipients
+from headshare.errors import PlanError, TrainingError
+from headshare.integrations.transformers import module_path
+from headshare.models import load_model
+from headshare.plans import SharePlan
+from headshare.training import Method, SharingTrainer, TrainSettings, train
+from headshare.training.texts import Packed, training_windows
+from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
+
+CONTEXT = 16
+PLAIN = {"use_cpu": True, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
+
+
+@pytest.fixture
+def model(tmp_path: Folder) -> Folder:
+    """A tiny Llama with a tokenizer."""
+    return add_tokenizer(tiny.make_llama(tmp_path / "model", initializer_range=0.2))
+
+
+@pytest.fixture
+def text(tmp_path: Folder) -> Folder:
+    return a_text(tmp_path / "text.txt", words=15 * 40)
+
+
+def settings(text: Folder, method: str = "postshare", /, **more: Any) -> TrainSettings:
+    """Four steps of eight windows, unless told otherwise."""
+    arguments = {**PLAIN, "max_steps": 4, **more.pop("arguments", {})}
+    learning = {"arguments": arguments, **more.pop("learning", {})}
+    text_ = {"data": str(text), "context": CONTEXT, "held_out": 4, **more.pop("text", {})}
+    return TrainSettings.made({"method": method, "text": text_, "learning": learning, **more})
+
+
+def plan_of(model: Folder, ratio: float = 0.3) -> SharePlan:
+    dense = hs.open_checkpoint(model)
+    return hs.make_plan(hs.score_units(dense), ratio)
+
+
+def batches(model: Folder, text: Folder, steps: int, size: int, seed: int = 0) -> list[Tensor]:
+    """The windows that the Trainer draws, step by step."""
+    seen: list[Tensor] = []
+
+    class Watched(SharingTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if model.training:
+                seen.append(inputs["input_ids"].clone())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    from transformers import TrainingArguments
+
+    kept, _ = training_windows(hs.open_checkpoint(model), settings(text).text)
+    arguments = TrainingArguments(
+        output_dir=str(model.parent / "drawn"), per_device_train_batch_size=size, max_steps=steps, seed=seed,
+        save_strategy="no", report_to="none", **PLAIN,
+    )  # fmt: skip
+    Watched(model=load_model(hs.open_checkpoint(model)), args=arguments, train_dataset=kept).train()
+    return seen
+
+
+def equation_4(model: Any, plan: SharePlan) -> Tensor:
+    """As it is written."""
+    (selection,) = plan.selections
+    total = torch.zeros(())
+    for tie in selection.ties:
+        for place in selection.layout.parts.values():
+            one, other = (
+                model.get_submodule(module_path(model, place.name(unit.layer)))
+                .weight[place.start + unit.group * place.step :][: place.rows]
+                for unit in tie
+            )  # fmt: skip
+            total = total + (one - other).norm()
+    return total / len(selection.ties)
+
+
+def language_loss(model: Any, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def trained_by_hand(model: Any, steps: list[Tensor], loss_of: Callable[[Tensor], Tensor], rate: float = 0.1) -> None:
+    """Plain gradient descent."""
+    model.train()
+    for tokens in steps:
+        model.zero_grad()
+        loss_of(tokens).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= rate * parameter.grad
+
+
+def states_close(found: Any, wanted: Any, **close: float) -> None:
+    expected = wanted.state_dict()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], **close)
+
+
+# ---- what is minimised
+
+
+@pytest.mark.parametrize(("gamma", "lm"), [(0.5, 1.0), (0.5, 0.5)])
+def test_postshare_is_gradient_descent_on_equation_5_and_then_sharing(
+    model: Folder, text: Folder, gamma: float, lm: float, tmp_path: Folder
+) -> None:
+    plan, steps = plan_of(model), batches(model, text, 4, 8)
+    found = train(model, tmp_path / "out", settings(text, loss={"gamma": gamma, "lm": lm}))
+    assert found.best_step > 1
+    ours = hs.load(tmp_path / "out", storage="owner").dequantize()
+    theirs = load_model(hs.open_checkpoint(model))
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        return lm * language_loss(theirs, tokens) + gamma * equation_4(theirs, plan)
+
+    trained_by_hand(theirs, steps[: found.best_step], loss_of)
+    overwrite_recipients(theirs, plan)
+    states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_in_parts_give_the_same_step_and_the_penalty_counts_once(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train(model, tmp_path / "whole", settings(text))
+    train(model, tmp_path / "parts", settings(text, arguments=parts))
+    one, other = (hs.load(tmp_path / name, storage="owner") for name in ("whole", "parts"))
+    states_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_recovery_trains_one_copy_with_the_gradients_of_all_its_users(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    """As an expanded model would be whose equal rows are one variable."""
+    plan, steps = plan_of(model), batches(model, text, 4, 8)
+    found = train(model, tmp_path / "out", settings(text, "both"))
+    assert found.best_step > 1
+    ours = hs.load(tmp_path / "out", storage="owner").dequantize()
+    theirs = load_model(hs.open_checkpoint(model))
+    overwrite_recipients(theirs, plan)
+    theirs.train()
+    for tokens in steps[: found.best_step]:
+        theirs.zero_grad()
+        language_loss(theirs, tokens).backward()
+        sum_over_users(theirs, plan)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter -= 0.1 * parameter.grad
+    states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def sum_over_users(model: Any, plan: SharePlan) -> None:
+    """Each of them gets the sum of all gradients, so equal rows stay equal."""
+    (selection,) = plan.selections
+    for place in selection.layout.parts.values():
+        users: dict[Any, list[Any]] = {}
+        for recipient, donor in selection.ties:
+            users.setdefault(donor, [donor]).append(recipient)
+        for units in users.values():
+            grads = [
+                model.get_submodule(module_path(model, place.name(unit.layer)))
+                .weight.grad[place.start + unit.group * place.step :][: place.rows]
+                for unit in units
+            ]  # fmt: skip
+            total = torch.stack(grads).sum(dim=0)
+            for grad in grads:
+                grad.copy_(total)
+
+
+def test_distillation_is_the_divergence_from_the_dense_model(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    steps = batches(model, text, 2, 8)
+    loss = {"distill": 0.75, "temperature": 2.0}
+    shared = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "shared")
+    found = train(shared, tmp_path / "out", settings(text, "recover", loss=loss, arguments={"max_steps": 2}))
+    assert found.best_step == 2
+    ours, theirs = hs.load(tmp_path / "out", storage="owner"), hs.load(shared, storage="owner")
+    teacher = load_model(hs.open_checkpoint(model))
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        found, wanted = (one(input_ids=tokens).logits[:, :-1] / 2 for one in (theirs, teacher))
+        p, q = wanted.softmax(-1), found.softmax(-1)
+        apart = (p * (p.log() - q.log())).sum(-1).mean()
+        return 0.25 * language_loss(theirs, tokens) + 0.75 * 4 * apart
+
+    trained_by_hand(theirs, steps, loss_of)
+    states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_gamma_and_sharing_nothing_it_is_the_stock_trainer(model: Folder, text: Folder) -> None:
+    steps = batches(model, text, 3, 8)
+    again = batches(model, text, 3, 8)
+    assert all(one.equal(other) for one, other in zip(steps, again, strict=True))
+    assert all(tokens.shape == (8, CONTEXT) for tokens in steps)
+
+
+# ---- what is measured and reported
+
+
+def test_it_measures_the_loss_before_and_after_sharing_and_what_is_left_of_each_tie(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    found = train(model, tmp_path / "out", settings(text, arguments={"max_steps": 6, "learning_rate": 0.05}))
+    _, held = training_windows(hs.open_checkpoint(model), settings(text).text)
+    direct = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "direct")
+    with torch.no_grad():
+        before = language_loss(load_model(hs.open_checkpoint(model)), held.tokens.long()).item()
+        shared = language_loss(hs.load(direct), held.tokens.long()).item()
+        after = language_loss(hs.load(tmp_path / "out"), held.tokens.long()).item()
+    assert found.loss_before == pytest.approx(before, rel=1e-5)
+    assert found.shared_before == pytest.approx(shared, rel=1e-5)
+    assert found.shared_after == pytest.approx(after, rel=1e-5)
+    assert found.shared_after < found.shared_before
+    assert found.steps == 6
+    assert [one["step"] for one in found.curve if "eval_loss" in one] == list(range(7))
+    assert len(found.ties) == plan_of(model).ties
+    assert all(one.after < one.before for one in found.ties)
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["best_step"] == found.best_step
+    assert len(record["ties"]) == len(found.ties)
+
+
+def test_the_best_step_is_kept_and_not_the_last(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    """At this rate the text is learnt by heart, and what is held out gets worse."""
+    arguments = {"max_steps": 40, "learning_rate": 0.02, "optim": "adamw_torch", "eval_steps": 2}
+    found = train(model, tmp_path / "out", settings(text, "both", arguments=arguments))
+    measured = {one["step"]: one["eval_loss"] for one in found.curve if "eval_loss" in one}
+    best = min(measured, key=measured.__getitem__)
+    assert 0 < best < 40
+    assert found.best_step == best
+    _, held = training_windows(hs.open_checkpoint(model), settings(text).text)
+    with torch.no_grad():
+        after = language_loss(hs.load(tmp_path / "out"), held.tokens.long()).item()
+    assert after == pytest.approx(measured[best], rel=1e-5)
+
+
+def test_training_stops_early_when_asked(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    arguments = {"max_steps": 40, "learning_rate": 0.02, "optim": "adamw_torch", "eval_steps": 2}
+    found = train(model, tmp_path / "out", settings(text, "both", arguments=arguments, learning={"patience": 2,
+                  "arguments": {**PLAIN, **arguments}}))  # fmt: skip
+    assert found.steps < 40
+    assert found.best_step < found.steps
+
+
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_where_no_step_is_better_than_none_the_weights_are_those_from_before(
+    method: str, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    found = train(model, tmp_path / "out", settings(text, method, arguments={"learning_rate": 1e3, "max_steps": 1}))
+    assert found.best_step == 0
+    assert "no step was better" in found.in_words()
+    direct = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "direct")
+    ours, theirs = (hs.load(one, storage="owner") for one in (tmp_path / "out", direct))
+    states_close(ours, theirs, rtol=0, atol=0)
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3"])
+def test_what_is_written_is_a_checkpoint_like_any_other(
+    method: Method, name: str, text: Folder, tmp_path: Folder
+) -> None:
+    dense = add_tokenizer(tiny.make(name, tmp_path / "dense", dtype=torch.bfloat16))
+    start = dense
+    if method is Method.RECOVER:
+        start = hs.share(hs.open_checkpoint(dense), plan_of(dense)).save(tmp_path / "shared")
+    train(start, tmp_path / "out", settings(text, method, arguments={"max_steps": 1}))
+    written, direct = hs.open_checkpoint(tmp_path / "out"), hs.share(hs.open_checkpoint(dense), plan_of(dense))
+    expected = hs.open_checkpoint(direct.save(tmp_path / "direct"))
+    assert written.plan == expected.plan
+    assert {name: (info.dtype, info.shape) for name, info in written.tensors.items()} == {
+        name: (info.dtype, info.shape) for name, info in expected.tensors.items()
+    }
+    assert written.base_model == str(hs.open_checkpoint(dense).name)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(path.name for path in (tmp_path / "direct").iterdir()), "training.json",
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*"))
+    assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
+
+
+def test_lora_changes_only_matrices_that_are_not_shared(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    pytest.importorskip("peft")
+    shared = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "shared")
+    found = train(shared, tmp_path / "out", settings(text, "recover", learning={"lora": 2, "arguments": {
+        **PLAIN, "max_steps": 4, "learning_rate": 1.0}}))  # fmt: skip
+    assert found.best_step > 0
+    before, after = hs.open_checkpoint(shared), hs.open_checkpoint(tmp_path / "out")
+    changed = {name for name in before.tensors if not before.read(name).equal(after.read(name))}
+    tied = {
+        place.name(unit.layer)
+        for selection in before.plan.selections
+        for place in selection.layout.parts.values()
+        for tie in selection.ties
+        for unit in tie
+    }
+    assert changed
+    assert not changed & tied
+    assert all("proj" in name for name in changed)
+
+
+# ---- after a kill
+
+
+def curve_of(found: Any) -> list[tuple[int, float]]:
+    return [(one["step"], one["loss"]) for one in found.curve if "loss" in one]
+
+
+LONGER = {"max_steps": 10, "logging_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+
+def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(text, arguments=LONGER)
+    whole = train(model, tmp_path / "whole", asked)
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run_and_be_killed() -> None:
+        real = SharingTrainer.__init__
+
+        def init(self: Any, *args: Any, callbacks: Any = (), **kwargs: Any) -> None:
+            real(self, *args, callbacks=[*callbacks, Killed()], **kwargs)
+
+        SharingTrainer.__init__ = init
+        train(model, tmp_path / "out", asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TrainingError, match=r"another settings.*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-3}))
+    seen: list[int] = []
+    real = SharingTrainer.compute_loss
+    monkeypatch.setattr(SharingTrainer, "compute_loss", lambda self, model, *a, **k: (
+        seen.append(self.state.global_step) if model.training else None) or real(self, model, *a, **k))  # fmt: skip
+    again = train(model, tmp_path / "out", asked)
+    assert min(seen) >= 6
+    assert curve_of(again) == curve_of(whole)
+    one, other = (hs.open_checkpoint(tmp_path / name) for name in ("whole", "out"))
+    assert all(one.read(name).equal(other.read(name)) for name in one.tensors)
+
+
+def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    work = tmp_path / ".out.headshare-training"
+    work.mkdir()
+    (work / "run.json").write_text('{"model": "another"}')
+    with pytest.raises(TrainingError, match="another model"):
+        train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}), restart=True)
+    assert not work.exists()
+
+
+# ---- bad input
+
+
+def change(data: Mapping[str, Any], **more: Any) -> Mapping[str, Any]:
+    return {**data, **more}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"text": {"data": "/nowhere.txt"}}, "no file '/nowhere.txt'"),
+        ({"text": {"context": 65}}, "longer than the model's 64. Use --context 64"),
+        ({"text": {"held_out_data": "/nowhere.txt"}}, "no file '/nowhere.txt'"),
+        ({"text": {"stream": True}, "arguments": {"max_steps": -1}}, "no known end.*max_steps"),
+        ({"arguments": {"learning_rat": 1}}, "does not take these arguments.*learning_rat"),
+        ({"arguments": {"output_dir": "x"}}, "output_dir cannot be given"),
+        ({"learning": {"lora": 2}}, "LoRA cannot move weights together"),
+        ({"sharing": {"plan": "/nowhere.json"}}, "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_error_and_leaves_nothing(
+    more: dict[str, Any], message: str, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    with pytest.raises((TrainingError, PlanError), match=message):
+        train(model, tmp_path / "out", settings(text, **more))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "w5 " * 10, "w5 " * 15])
+def test_too_little_text_is_refused(content: str, model: Folder, tmp_path: Folder) -> None:
+    """Empty, shorter than a window, and one window, of which none could be held out."""
+    (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(TrainingError, match=r"whole windows|and another held out"):
+        train(model, tmp_path / "out", settings(tmp_path / "text.txt"))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_models_that_are_not_for_the_method_are_refused(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    shared = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "shared")
+    with pytest.raises(TrainingError, match="is not shared, so there is nothing to recover"):
+        train(model, tmp_path / "out", settings(text, "recover"))
+    with pytest.raises(TrainingError, match=r"shared already. Train it with --method recover"):
+        train(shared, tmp_path / "out", settings(text))
+    with pytest.raises(TrainingError, match="its plan is not chosen again"):
+        train(shared, tmp_path / "out", settings(text, "recover", sharing={"ratio": 0.5}))
+    other = tiny.make_llama(tmp_path / "other", hidden_size=64)
+    plan_of(other).save(tmp_path / "plan.json")
+    with pytest.raises(PlanError):
+        train(model, tmp_path / "out", settings(text, sharing={"plan": tmp_path / "plan.json"}))
+
+
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_a_loss_that_is_no_number_stops_training_and_keeps_what_was_saved(
+    method: str, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SharingTrainer.compute_loss
+
+    def broken(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training and self.state.global_step == 2:
+            with torch.no_grad():
+                next(iter(model.parameters())).fill_(torch.nan)
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SharingTrainer, "compute_loss", broken)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3.*Lower the learning rate"):
+        train(model, tmp_path / "out", settings(text, method))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert train(model, tmp_path / "out", settings(text, method)).steps == 4
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_lower(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SharingTrainer, "training_step", full)
+    with pytest.raises(TrainingError, match="Lower per_device_train_batch_size"):
+        train(model, tmp_path / "out", settings(text))
+
+
+# ---- text
+
+
+def test_windows_are_the_text_and_what_is_held_out_is_its_end(model: Folder, text: Folder) -> None:
+    checkpoint = hs.open_checkpoint(model)
+    kept, held = training_windows(checkpoint, settings(text).text)
+    assert isinstance(kept, Packed)
+    words = text.read_text().split()
+    together = torch.cat([kept.tokens, held.tokens])
+    assert (together[:, 0] == 1).all()
+    assert [f"w{token}" for token in together[:, 1:].flatten().tolist()] == words[: together[:, 1:].numel()]
+    assert (len(kept), len(held)) == (36, 4)
+
+
+def test_rows_are_packed_with_an_end_after_each(model: Folder, tmp_path: Folder) -> None:
+    rows = [{"text": "w5 w6 w7"}, {"text": "w8"}] * 40
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept, held = training_windows(hs.open_checkpoint(model), settings(tmp_path / "rows.jsonl").text)
+    together = torch.cat([kept.tokens, held.tokens])[:, 1:].flatten()  # type: ignore[union-attr]
+    assert together.tolist() == ([5, 6, 7, 2, 8, 2] * 40)[: together.numel()]
+
+
+def test_a_stream_gives_what_the_file_gives_less_its_beginning(model: Folder, text: Folder) -> None:
+    checkpoint = hs.open_checkpoint(model)
+    whole, end = training_windows(checkpoint, settings(text).text)
+    streamed, first = training_windows(checkpoint, settings(text, text={"stream": True, "limit": 20}).text)
+    every = torch.cat([whole.tokens, end.tokens])  # type: ignore[union-attr]
+    assert first.tokens.equal(every[:4])
+    for _ in range(2):
+        found = torch.stack([one["input_ids"] for one in streamed])
+        assert found.equal(every[4:24].long())
+
+
+def test_a_stream_is_trained_on(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    found = train(model, tmp_path / "out", settings(text, text={"stream": True}))
+    assert found.steps == 4
+    assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
+
+
+# ---- the command line
+
+
+def test_the_command_trains_by_options_over_a_file_and_goes_on_to_json(
+    run: Run, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "text: {context: 16, held_out: 4}\nsharing: {ratio: 0.5}\nlearning: {arguments: {max_steps: 3, use_cpu: true}}"
+    )
+    words = ["--config", str(tmp_path / "c.yaml"), "--data", str(text), "--gamma", "0.25", "--learning_rate", "1e-3"]
+    found = run("train", str(model), str(tmp_path / "out"), *words, "--max_steps", "2", "--json")
+    assert found.status == 0, found.err
+    data = json.loads(found.out)
+    assert data["steps"] == 2
+    assert data["settings"]["loss"]["gamma"] == 0.25
+    assert data["settings"]["sharing"]["ratio"] == 0.5
+    assert data["settings"]["learning"]["arguments"] == {"max_steps": 2, "use_cpu": True, "learning_rate": 1e-3}
+    assert hs.open_checkpoint(tmp_path / "out").plan == plan_of(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learnin_rate", "1"], "no option --learnin_rate"),
+        (["--learning_rate", "much"], "invalid float value: 'much'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--ratio", "2"], "less than 1 at sharing.ratio"),
+        (["--distill", "2"], "at loss.distill"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    words: list[str], message: str, run: Run, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    found = run("train", str(model), str(tmp_path / "out"), "--data", str(text), *words)
+    assert_one_error_line(found)
+    assert message in found.err
+    assert not list(tmp_path.glob("*out*"))
