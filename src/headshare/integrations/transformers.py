@@ -6,7 +6,8 @@ the plan touches while the model is still on the meta device. Weights then load 
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     requires_calibration = False
     _frozen = False
     _model: nn.Module | None = None
+    _gathered: Mapping[str, Any] | None = None
     _mapped: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
@@ -139,6 +141,20 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         _put_back(model, whole)
         regrow(model, plan, stock, removed)
         return model.to(dtype if isinstance(dtype, torch.dtype) else None)
+
+    @contextmanager
+    def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
+        """Within, `save_pretrained` saves these tensors: put together by an engine that keeps parameters in parts, and
+        which transformers would pass by for a model with a quantizer."""
+        self._gathered = state_dict
+        try:
+            yield
+        finally:
+            self._gathered = None
+
+    def get_state_dict_and_metadata(self, _: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
+        """transformers asks this before it saves; None stands for the model's own."""
+        return self._gathered, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """A shared model saves as it was loaded."""

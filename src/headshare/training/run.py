@@ -31,6 +31,7 @@ from headshare.planning import make_plan
 from headshare.plans import SharePlan
 from headshare.sharing import check_fits, check_shared, copy_other_files, share, write_trained
 from headshare.similarity import score_units
+from headshare.storage.owner import OwnerProjection
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.settings import RECIPE, Method, Sharing, TrainSettings
 from headshare.training.texts import Packed, Streamed, training_windows
@@ -138,13 +139,15 @@ class _Run:
     held_out: Packed
     target: Path
     settings: TrainSettings
+    arguments: TrainingArguments
 
     @classmethod
     def begun(cls, source: Checkpoint, target: Path, settings: TrainSettings, *, restart: bool) -> "_Run":
         """Check all that can be wrong before anything is loaded, and take up the state that is there."""
         plan = _plan(source, settings)
         windows, held_out = training_windows(source, settings.text)
-        run = cls(source, plan, windows, held_out, target, settings)
+        arguments = _arguments(settings, _work_of(target))  # these say which processes there are, so they come first
+        run = cls(source, plan, windows, held_out, target, settings, arguments)
         what = {
             "model": fingerprint(source),
             "plan": plan.digest,
@@ -159,7 +162,7 @@ class _Run:
     @property
     def work(self) -> Path:
         """The Trainer's folder."""
-        return self.target.absolute().parent / f".{self.target.name}.headshare-training"
+        return _work_of(self.target)
 
     @property
     def pulls(self) -> bool:
@@ -170,14 +173,14 @@ class _Run:
 
     def trained(self, begun: float) -> Trained:
         """Train from where the state is to the end, and keep the best in the Trainer's folder."""
-        arguments, loss = self._arguments(), self.settings.loss
+        loss = self.settings.loss
         model = self._model()
         penalty = TiePenalty(model, self.plan, loss.distance) if self.pulls else None
         apart = [] if penalty is None else penalty.distances().tolist()
         callbacks = [EarlyStoppingCallback(patience)] if (patience := self.settings.learning.patience) else []
         trainer = SharingTrainer(
             model=with_adapters(model, self.settings.learning.lora) if self.settings.learning.lora else model,
-            args=arguments,
+            args=self.arguments,
             data_collator=default_data_collator,
             train_dataset=self.windows,
             eval_dataset=self.held_out,
@@ -191,7 +194,7 @@ class _Run:
         measured = [one for one in trainer.state.log_history if math.isfinite(one.get("eval_loss", math.nan))]
         if not measured:
             raise TrainingError("nothing was measured on the text held out. Leave eval_strategy as it is.")
-        key = arguments.metric_for_best_model
+        key = self.arguments.metric_for_best_model
         best = min(measured, key=lambda one: one[key])
         self._save(trainer)
         return Trained(
@@ -222,6 +225,8 @@ class _Run:
         if not is_causal(model):
             raise TrainingError(f"{type(model).__name__} does not predict the next token, which is what is trained.")
         model.config.use_cache = False
+        if not self.pulls:  # FSDP shards owners by themselves, before their layers: other layers call them too
+            model._no_split_modules = {*(model._no_split_modules or ()), OwnerProjection.__name__}
         return model
 
     def _teacher(self) -> nn.Module | None:
@@ -233,33 +238,6 @@ class _Run:
             raise TrainingError(f"{self.source.name} does not say which dense model it came from; name it as teacher.")
         teacher: nn.Module = load_model(open_checkpoint(name), dtype=getattr(torch, self.settings.dtype))
         return teacher
-
-    def _arguments(self) -> TrainingArguments:
-        """The Trainer's arguments: ours, the recipe's, and those that were given."""
-        given = dict(self.settings.learning.arguments)
-        own = {
-            "output_dir": str(self.work),
-            "seed": self.settings.seed,
-            "metric_for_best_model": "eval_shared_loss" if self.pulls else "eval_loss",
-            "greater_is_better": False,
-            "load_best_model_at_end": True,
-            "eval_on_start": True,
-            "prediction_loss_only": True,
-            "remove_unused_columns": False,
-            "disable_tqdm": True,
-        }
-        if taken := sorted(own.keys() & given.keys()):
-            raise TrainingError(f"{', '.join(taken)} cannot be given: headshare sets it. Leave it out.")
-        part = given.get("eval_steps", 1 / EVALUATIONS)
-        every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part}
-        steps = {"logging_steps": 10, "save_total_limit": 2, "per_device_eval_batch_size": 8}
-        if isinstance(self.windows, Streamed) and int(given.get("max_steps", -1)) < 1:
-            raise TrainingError("a stream has no known end: say how long to train, with max_steps.")
-        try:
-            return TrainingArguments(**{**RECIPE, **every, **steps, **given, **own})
-        except (TypeError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split()).replace("TrainingArguments.__init__() got an", "there is an")
-            raise TrainingError(f"the Trainer does not take these arguments: {reason:.300}") from error
 
     def _save(self, trainer: SharingTrainer) -> None:
         """What was trained, as a checkpoint in the Trainer's folder."""
@@ -327,6 +305,38 @@ def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         if not plan.ties:
             raise PlanError("this plan ties nothing, so there is nothing to pull together. Ask for a larger ratio.")
     return plan
+
+
+def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
+    """The Trainer's arguments: ours, the recipe's, and those that were given."""
+    given = dict(settings.learning.arguments)
+    own = {
+        "output_dir": str(work),
+        "seed": settings.seed,
+        "metric_for_best_model": "eval_shared_loss" if settings.method is Method.POSTSHARE else "eval_loss",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+        "eval_on_start": True,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    if taken := sorted(own.keys() & given.keys()):
+        raise TrainingError(f"{', '.join(taken)} cannot be given: headshare sets it. Leave it out.")
+    part = given.get("eval_steps", 1 / EVALUATIONS)
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part}
+    steps = {"logging_steps": 10, "save_total_limit": 2, "per_device_eval_batch_size": 8}
+    if settings.text.stream and int(given.get("max_steps", -1)) < 1:
+        raise TrainingError("a stream has no known end: say how long to train, with max_steps.")
+    try:
+        return TrainingArguments(**{**RECIPE, **every, **steps, **given, **own})
+    except (TypeError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).replace("TrainingArguments.__init__() got an", "there is an")
+        raise TrainingError(f"the Trainer does not take these arguments: {reason:.300}") from error
+
+
+def _work_of(target: Path) -> Path:
+    return target.absolute().parent / f".{target.name}.headshare-training"
 
 
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:

@@ -4,6 +4,7 @@ Everything else is the Trainer's: its arguments, logging, resuming, mixed precis
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from headshare.errors import TrainingError
+from headshare.integrations.transformers import HeadshareQuantizer
 from headshare.penalty import TiePenalty
 from headshare.progress import say
 from headshare.training.settings import Loss
@@ -88,6 +90,12 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Training stopped; what was saved "
                 f"before is in {self.args.output_dir}. Lower the learning rate, or train in float32."
             )
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Save what the engine put together, of shared models too."""
+        quantizer = getattr(self.accelerator.unwrap_model(self.model), "hf_quantizer", None)
+        with quantizer.saving(state_dict) if isinstance(quantizer, HeadshareQuantizer) else nullcontext():
+            super()._save(output_dir, state_dict)
 
     # ---- measuring
 

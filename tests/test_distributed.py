@@ -1,0 +1,94 @@
+"""Two processes train as one does: DDP, and FSDP2 through accelerate, over gloo on the CPU."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path as Folder
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState, GradientState
+
+import headshare as hs
+import tiny
+from headshare.training import train
+from test_cli import a_text, add_tokenizer
+from test_training import settings, states_close
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def in_two(work: Callable[[], None], folder: Folder) -> None:
+    """Run this in two processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_one_of_two, args=(work, rank, port, folder)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    assert [child.exitcode for child in children] == [0, 0], "\n".join(errors)
+
+
+def _one_of_two(work: Callable[[], None], rank: int, port: int, folder: Folder) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    try:
+        torch.distributed.init_process_group("gloo")
+        work()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        sys.stderr.write(traceback.format_exc())
+        os._exit(1)
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+@pytest.fixture
+def model(tmp_path: Folder) -> Folder:
+    return add_tokenizer(tiny.make_llama(tmp_path / "model", initializer_range=0.2))
+
+
+@pytest.fixture
+def text(tmp_path: Folder) -> Folder:
+    return a_text(tmp_path / "text.txt", words=15 * 40)
+
+
+def asked(text: Folder, method: str, size: int, **more: Any) -> Any:
+    arguments = {"per_device_train_batch_size": size, **({"ddp_backend": "gloo"} if size < 8 else {}), **more}
+    return settings(text, method, arguments=arguments)
+
+
+def fsdp_on_the_cpu() -> None:
+    """accelerate shards models on accelerators alone; this calls the CPU one."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_two_processes_give_what_one_gives(
+    method: str, engine: str, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    one = train(model, tmp_path / "one", asked(text, method, 8))
+
+    def work() -> None:
+        if engine == "fsdp2":
+            fsdp_on_the_cpu()
+        train(model, tmp_path / "two", asked(text, method, 4, **(FSDP if engine == "fsdp2" else {})))
+
+    in_two(work, tmp_path)
+    ours, theirs = (hs.load(tmp_path / name, storage="owner") for name in ("two", "one"))
+    assert one.best_step > 1
+    states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
