@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
+from transformers import TrainingArguments
 
 import headshare as hs
 import tiny
-from headshare.training import train
+from headshare.training import TrainSettings, train
 from test_cli import a_text, add_tokenizer
 from test_training import settings, states_close
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+EXAMPLES = Folder(__file__).parent.parent / "examples"
 
 
 def in_two(work: Callable[[], None], folder: Folder) -> None:
@@ -69,8 +72,8 @@ def asked(text: Folder, method: str, size: int, **more: Any) -> Any:
     return settings(text, method, arguments=arguments)
 
 
-def fsdp_on_the_cpu() -> None:
-    """accelerate shards models on accelerators alone; this calls the CPU one."""
+def engines_on_the_cpu() -> None:
+    """accelerate keeps these engines for accelerators; this calls the CPU one."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
@@ -84,7 +87,7 @@ def test_two_processes_give_what_one_gives(
 
     def work() -> None:
         if engine == "fsdp2":
-            fsdp_on_the_cpu()
+            engines_on_the_cpu()
         train(model, tmp_path / "two", asked(text, method, 4, **(FSDP if engine == "fsdp2" else {})))
 
     in_two(work, tmp_path)
@@ -92,3 +95,50 @@ def test_two_processes_give_what_one_gives(
     assert one.best_step > 1
     states_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of deepspeed's calls into torch
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_two_processes_of_deepspeed_give_what_one_gives(
+    method: str, stage: int, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs deepspeed: pip install deepspeed, then pytest -m slow tests/test_distributed.py."""
+    pytest.importorskip("deepspeed")
+    one = train(model, tmp_path / "one", asked(text, method, 8))
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+    }
+
+    def work() -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        engines_on_the_cpu()
+        train(model, tmp_path / "two", asked(text, method, 4, use_cpu=False, deepspeed=config))
+
+    in_two(work, tmp_path)
+    ours, theirs = (hs.load(tmp_path / name, storage="owner") for name in ("two", "one"))
+    assert one.best_step > 1
+    states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_are_ones_that_accelerate_reads(path: Folder) -> None:
+    found = load_config_from_file(str(path))
+    assert found.num_processes == 8
+    assert found.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    assert path.stem != "zero3" or found.deepspeed_config["zero3_save_16bit_model"]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # its new name is not in all versions
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_settings_and_name_arguments_of_the_trainer(path: Folder, tmp_path: Folder) -> None:
+    found = TrainSettings.load(path)
+    arguments = {**found.learning.arguments, "bf16": False, "use_cpu": True}
+    assert TrainingArguments(output_dir=str(tmp_path), **arguments).max_steps > 0

@@ -89,7 +89,8 @@ class TiePenalty:
     @torch.no_grad()
     def distances(self) -> Float[Tensor, " ties"]:
         """What each of `ties` contributes: the sum over its parts."""
-        values = self._measured(self._weights())
+        with gathered(self.parameters()):
+            values = self._measured(self._weights())
         numbers = torch.tensor([one.tie for one in self._ends], device=values.device)
         found: Tensor = values.new_zeros(len(self.ties)).index_add_(0, numbers, values)
         return found
@@ -97,11 +98,11 @@ class TiePenalty:
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Within, recipients hold their donors' numbers; after that, their own again."""
-        parameters = [module.get_parameter("weight") for module in self._modules]
+        parameters = self.parameters()
         taken = sorted({one.recipient.weight for one in self._ends})
-        with torch.no_grad():
-            kept = {at: parameters[at].detach().clone() for at in taken}
+        with torch.no_grad(), gathered(parameters, write=True):
             weights = self._weights()
+            kept = {at: parameters[at].detach().clone() for at in taken}
             after = {at: weights[at].detach().clone() for at in taken}
             for one in self._ends:
                 one.recipient.of_one(after[one.recipient.weight]).copy_(one.donor.of(weights))
@@ -110,9 +111,23 @@ class TiePenalty:
         try:
             yield
         finally:
-            with torch.no_grad():
+            with torch.no_grad(), gathered(parameters, write=True):
                 for at in taken:
                     parameters[at].copy_(kept[at])
+
+    @torch.no_grad()
+    def derivatives(self) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """The penalty, and its derivative by each of `parameters`, for an engine whose gradients autograd cannot add
+        to."""
+        with gathered(self.parameters()):
+            weights = self._weights()
+            values = self._measured(weights)
+            scale = values.new_full((), 1 / len(self.ties))
+            return values.sum() * scale, self._derivatives(weights, values, scale)
+
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters that the ties are in, as they are now: training may have put others in their place."""
+        return [module.get_parameter("weight") for module in self._modules]
 
     # ---- where units stand
 
@@ -130,9 +145,8 @@ class TiePenalty:
         return _End(weight, place.axis, first, last - first)
 
     def _weights(self) -> list[Tensor]:
-        """The weights as they are now: training may have put others in their place. Those that lie in parts on several
-        processes are put together; their derivatives go back in parts."""
-        return [whole(module.get_parameter("weight")) for module in self._modules]
+        """The weights whole. Those that FSDP2 keeps in parts are put together; their derivatives go back in parts."""
+        return [whole(parameter) for parameter in self.parameters()]
 
     # ---- values and derivatives
 
@@ -196,6 +210,23 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         values, *weights = ctx.saved_tensors
         return None, *ctx.penalty._derivatives(weights, values, gradient / len(ctx.penalty.ties))
+
+
+@contextmanager
+def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 keeps in parts are whole on every process. With `write`, what is written stays."""
+    if not any(in_zero_parts(parameter) for parameter in parameters):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(parameters), modifier_rank=0 if write else None):
+        yield
+
+
+def in_zero_parts(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 keeps this parameter."""
+    return hasattr(parameter, "ds_id")
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Everything else is the Trainer's: its arguments, logging, resuming, mixed precis
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from headshare.errors import TrainingError
 from headshare.integrations.transformers import HeadshareQuantizer
-from headshare.penalty import TiePenalty
+from headshare.penalty import TiePenalty, in_zero_parts
 from headshare.progress import say
 from headshare.training.settings import Loss
 
@@ -45,6 +46,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # every window has as many tokens, so batches' means may be averaged
         self.penalty, self.loss, self.teacher = penalty, loss or Loss(), teacher
+        self._hooks: list[Any] = []
         if teacher is not None:
             self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         for printing in (PrinterCallback, ProgressCallback):  # they write to standard output, which is for results
@@ -68,9 +70,30 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             loss = self.loss.lm * loss
             if self.penalty is not None and self.loss.gamma and self.accelerator.sync_gradients:
                 batches = getattr(self, "current_gradient_accumulation_steps", 1)
-                loss = loss + self.loss.gamma * batches * self.penalty().to(loss.device)
+                loss = loss + self.loss.gamma * batches * self._pulled(self.penalty).to(loss.device)
             self._check(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch, forward and backward."""
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+
+    def _pulled(self, penalty: TiePenalty) -> Float[Tensor, ""]:
+        """The penalty. ZeRO-3 takes parameters apart after each module, so that autograd has nothing to add to: there,
+        hooks add the derivative to the gradients as they come."""
+        parameters = penalty.parameters()
+        if not in_zero_parts(parameters[0]):
+            return penalty()
+        value, derivatives = penalty.derivatives()
+        for parameter, derivative in zip(parameters, derivatives, strict=True):
+            term = self.loss.gamma * derivative
+            self._hooks.append(parameter.register_hook(partial(torch.add, term)))  # type: ignore[no-untyped-call]
+        return value
 
     def _divergence(self, tokens: Tensor, logits: Float[Tensor, "batch context words"]) -> Float[Tensor, ""]:
         """KL(teacher | model) of the next token, nats times the temperature's square (Hinton, Vinyals and Dean,
