@@ -44,6 +44,7 @@ from headshare.units import Kind
 from machine import machine
 
 CONTROL = "deletion of units"
+CHEAPEST = "whatever costs least"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIES = (Form.QKVO, Form.FACTORED)  # removals are priced along with these
 SCALED = 0.999  # what scales leave of the bytes that deletion saves, and a little less
@@ -157,7 +158,7 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     """At no fewer bytes than sharing q,k,v saves: deletion of units; sharing with o factored; of these and of q,k,v,o
     with scales whatever costs least. Then q,k,v,o with scales at the bytes that deletion saved, less its scales, and
     with deletion only in layer 0, which has no donors; q,k,v alone, by output; the paper's pairs, and its recipients
-    with random donors."""
+    with random donors. And, neurons included, whatever costs least."""
     budget, units = f"{ratio:g}", units_at(ratio, bench.layout.units)
     least = estimate(bench.dense, ratio, parts="qkv").saved_bytes
 
@@ -176,6 +177,7 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     yield Cell(budget, CONTROL, lambda: saving(Form.REMOVE))
     yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED))
     yield Cell(budget, "sharing or deletion", lambda: saving(*TIES, Form.REMOVE))
+    yield Cell(budget, CHEAPEST, lambda: priced(plan_for_bytes(bench.both(), least)))
     yield Cell(budget, "sharing q,k,v,o with scales", scaled)
     yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
     yield Cell(budget, "sharing q,k,v, the paper's pairs", lambda: (paper(), None))
@@ -193,7 +195,7 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     yield Cell(budget, CONTROL, lambda: saving(bench.prices(TIES), Form.REMOVE))
     yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((Form.REMOVE,), Kind.FFN), Form.REMOVE))
     yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(TIES), Form.FACTORED))
-    yield Cell(budget, "whatever costs least", lambda: saving(bench.both(), *TIES, Form.REMOVE))
+    yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *TIES, Form.REMOVE))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:

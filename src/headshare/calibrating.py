@@ -44,7 +44,7 @@ _FORMS: dict[str, tuple[Form, ...]] = {
     "qkvo": (Form.QKVO,),
     "gateup": (Form.GATEUP,),
     "factored": (Form.FACTORED,),
-    AUTO: (Form.FACTORED,),
+    AUTO: (Form.QKVO, Form.FACTORED),
 }
 
 

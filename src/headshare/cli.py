@@ -123,8 +123,8 @@ CalibratedPartsOption = Annotated[
     str | None,
     typer.Option(
         help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, gateup, "
-        "factored (qkv, and o stored as a product), several joined by +, or auto (factored), the default with --save "
-        "and --allow."
+        "factored (qkv, and o stored as a product), several joined by +, or auto (qkvo+factored), the default with "
+        "--save and --allow."
     ),
 ]
 RefitFfnOption = Annotated[bool, typer.Option(help="Refit the feed-forward's readout too, not the attention's alone.")]

@@ -1,0 +1,276 @@
+"""PostShare and recovery against an equally trained dense model, and deletion of as many bytes: a table and curves.
+
+    python benchmarks/training.py MODEL --data TRAIN --text TEST --calibration VALIDATION --ratios 0.3 --out DIR
+
+Every trained row has as many steps on the same windows, and keeps the step that is best on windows of TRAIN that are
+held out; TEST is only measured on. `--text self` has the model write both. `--out` keeps each row as it is done, and
+what is there is not done again; the curves need matplotlib.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import headshare as hs
+from headshare.accounting import estimate, estimate_plan
+from headshare.budget import plan_for_bytes
+from headshare.calibration import Calibration, calibration_from
+from headshare.evaluation import Windows, perplexity, read_text, windows_of
+from headshare.models import load_model, load_tokenizer
+from headshare.paths import Form, Prices
+from headshare.plans import SharePlan
+from headshare.pricing import price_units
+from headshare.probing import probe_prices
+from headshare.progress import shown
+from headshare.training import TrainSettings, train
+from headshare.units import Kind
+from machine import machine
+
+TRAINED_DENSE = "dense, trained"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one ratio: perplexity on the test text, and what was logged on the way."""
+
+    ratio: float
+    method: str
+    saved_fraction: float
+    perplexity: float
+    best_step: int | None
+    seconds: float
+    curve: list[tuple[int, float]]
+
+
+class Bench:
+    """A model, its texts, and the folders of what was shared from it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        self.dense = hs.open_checkpoint(args.model)
+        self.windows = self._windows()
+        self.data = self._written() if args.data == "self" else args.data
+        self._calibration: Calibration | None = None
+        self._prices: Prices | None = None
+
+    def _windows(self) -> Windows:
+        args = self.args
+        if args.text == "self":
+            text = calibration_from("self", self.dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
+            return Windows(text.tokens, text.bos)
+        return windows_of(load_tokenizer(self.dense), read_text(args.text), window=args.window, limit=args.tokens)
+
+    def _written(self) -> str:
+        """A file that the model wrote: windows to train on, each a document."""
+        args, path = self.args, self.out / "written.jsonl"
+        if not path.is_file():
+            tokens = (args.steps * args.batch + args.held_out) * args.window
+            found = calibration_from("self", self.dense, tokens=tokens, window=args.window, seed=args.seed + 2)
+            texts = load_tokenizer(self.dense).batch_decode(found.tokens, skip_special_tokens=True)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return str(path)
+
+    @property
+    def calibration(self) -> Calibration:
+        """What is refitted on."""
+        if self._calibration is None:
+            tokens = self.args.calibration_tokens
+            self._calibration = calibration_from(
+                self.args.calibration, self.dense, tokens=tokens, window=self.args.window, seed=self.args.seed
+            )
+        return self._calibration
+
+    # ---- plans, and what is made of them without training
+
+    def plan(self, ratio: float) -> SharePlan:
+        """The pairs that PostShare pulls together: by the weights, as in the paper."""
+        return hs.make_plan(hs.score_units(self.dense), ratio)
+
+    def by_output(self, ratio: float, *forms: Form) -> SharePlan:
+        """Units in these forms that are worth as many bytes, where they cost predictions least."""
+        if self._prices is None:
+            rough = price_units(self.dense, self.calibration, [Form.QKVO, Form.FACTORED])
+            units = replace(rough, paths=tuple(path for path in rough.paths if path.kind is Kind.ATTENTION))
+            self._prices = probe_prices(self.dense, self.calibration, units)
+        least = estimate(self.dense, ratio, parts="qkv").saved_bytes
+        return plan_for_bytes(self._prices.only(forms), least).plan
+
+    def shared(self, name: str, plan: SharePlan, *, refit: bool) -> Path:
+        """A folder with this plan, refitted or not."""
+        folder = self.out / f"{name}{'-refit' if refit else ''}"
+        if not folder.is_dir():
+            found = hs.share(self.dense, plan)
+            (hs.refit_on(found, self.calibration) if refit else found).save(folder)
+        return folder
+
+    def settings(self, method: str, ratio: float, **loss: Any) -> TrainSettings:
+        """As many steps as all have."""
+        args = self.args
+        arguments = {
+            "max_steps": args.steps, "per_device_train_batch_size": args.batch, "learning_rate": args.rate,
+            "lr_scheduler_type": "cosine", "warmup_steps": args.steps // 10, "logging_steps": 10,
+            "use_cpu": args.device == "cpu",
+        }  # fmt: skip
+        text = {"data": self.data, "context": args.window, "held_out": args.held_out}
+        sharing = {} if method == "recover" else {"ratio": ratio}
+        return TrainSettings.made(
+            {"method": method, "text": text, "sharing": sharing, "loss": loss, "learning": {"arguments": arguments},
+             "seed": args.seed}
+        )  # fmt: skip
+
+    # ---- rows
+
+    def methods(self, ratio: float) -> Iterator[tuple[str, Callable[[], Path]]]:
+        """What makes each row's folder."""
+        name = f"{ratio:g}"
+
+        def direct(*, refit: bool) -> Path:
+            return self.shared(f"direct-{name}", self.plan(ratio), refit=refit)
+
+        def trained(row: str, model: Any, method: str, **loss: Any) -> Path:
+            folder = self.out / f"{row}-{name}"
+            if not folder.is_dir():
+                train(model, folder, self.settings(method, ratio, **loss))
+            return folder
+
+        def from_dense() -> Path:
+            return trained("dense", self.shared("dense", self.plan(0.0), refit=False), "recover")
+
+        yield TRAINED_DENSE, from_dense
+        yield "DirectShare", lambda: direct(refit=False)
+        yield "DirectShare + refit", lambda: direct(refit=True)
+        yield "PostShare", lambda: trained("postshare", self.dense.path, "postshare")
+        yield "DirectShare + PostShare", lambda: trained("both", self.dense.path, "both")
+        yield "refit + recover", lambda: trained("recover", direct(refit=True), "recover")
+        yield (
+            "refit + recover + distillation",
+            lambda: trained("distilled", direct(refit=True), "recover", distill=0.5, teacher=str(self.dense.path)),
+        )
+
+        def chosen(row: str, *forms: Form) -> Path:
+            return self.shared(f"{row}-{name}", self.by_output(ratio, *forms), refit=True)
+
+        def ties() -> Path:
+            return chosen("output", Form.QKVO, Form.FACTORED, Form.REMOVE)
+
+        yield "sharing by output + refit", ties
+        yield "sharing by output + refit + recover", lambda: trained("output-recover", ties(), "recover")
+        yield (
+            "sharing by output + refit + recover + distillation",
+            lambda: trained("output-distilled", ties(), "recover", distill=0.5, teacher=str(self.dense.path)),
+        )
+        yield "deletion + refit", lambda: chosen("deletion", Form.REMOVE)
+        yield (
+            "deletion + refit, trained",
+            lambda: trained("deletion-trained", chosen("deletion", Form.REMOVE), "recover"),
+        )
+
+    def measure(self, ratio: float, method: str, make: Callable[[], Path]) -> Row:
+        """The row of one method."""
+        begun = time.monotonic()
+        with hs.open_checkpoint(make()) as found:
+            record = found.path / "training.json"
+            run = json.loads(record.read_text()) if record.is_file() else {"curve": [], "best_step": None}
+            value = perplexity(load_model(found), self.windows).perplexity
+            saved = estimate_plan(self.dense, found.plan).saved_fraction if found.plan else 0.0
+        key = "eval_shared_loss" if any("eval_shared_loss" in one for one in run["curve"]) else "eval_loss"
+        curve = [(one["step"], one[key]) for one in run["curve"] if key in one]
+        return Row(ratio, method, saved, value, run["best_step"], round(time.monotonic() - begun, 1), curve)
+
+
+def table(rows: list[Row], dense: float) -> str:
+    """All rows as Markdown, against the dense model that was trained as long."""
+    control = {row.ratio: row.perplexity for row in rows if row.method == TRAINED_DENSE}
+    lines = [
+        "| ratio | method | saved | perplexity | against dense, trained | best step |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    lines.append(f"| | dense | | {dense:.3f} | | |")
+    for row in sorted(rows, key=lambda one: one.ratio):
+        against = f"{row.perplexity / control[row.ratio]:.4f}" if row.ratio in control else ""
+        best = "" if row.best_step is None else str(row.best_step)
+        values = f"{row.saved_fraction:.2%} | {row.perplexity:.3f} | {against} | {best}"
+        lines.append(f"| {row.ratio:g} | {row.method} | {values} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Loss on the windows held out against steps: the paper's figure 7."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        sys.stderr.write("no figure: pip install matplotlib\n")
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for row in (one for one in rows if one.curve):
+        axes.plot(*zip(*row.curve, strict=True), marker=".", label=f"{row.method}, {row.ratio:g}")
+    axes.set(xlabel="steps", ylabel="loss on windows held out, nats a token")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated numbers."""
+    return [float(word) for word in text.split(",") if word]
+
+
+def main() -> None:
+    """Train every row, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="text that is trained on")
+    parser.add_argument("--text", required=True, help="text that is measured on")
+    parser.add_argument("--calibration", required=True, help="text of the refit")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens of the test text")
+    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--ratios", type=numbers, default=[0.3])
+    parser.add_argument("--methods", help="only these rows, joined by ;")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
+    )
+    parser.add_argument("--out", type=Path, default=Path("training"))
+    args = parser.parse_args()
+    if args.products == "bfloat16":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / "rows.jsonl"
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    with shown():
+        bench = Bench(args)
+        for ratio in args.ratios:
+            for method, make in bench.methods(ratio):
+                done = any((row.ratio, row.method) == (ratio, method) for row in rows)
+                if done or (args.methods and method not in args.methods.split(";")):
+                    continue
+                rows.append(bench.measure(ratio, method, make))
+                with kept.open("a") as file:
+                    file.write(json.dumps(asdict(rows[-1])) + "\n")
+                sys.stderr.write(f"{rows[-1]}\n")
+        dense = perplexity(load_model(bench.dense), bench.windows).perplexity
+    words = [
+        json.dumps({**machine(), "products": args.products}),
+        f"{args.steps} steps of {args.batch} x {args.window} tokens of {Path(args.data).name}, rate {args.rate:g}; "
+        f"measured on {bench.windows.tokens.numel()} tokens",
+        table(rows, dense),
+    ]
+    (args.out / "table.md").write_text("\n\n".join(words) + "\n")
+    draw(rows, args.out / "curves.svg")
+    sys.stdout.write("\n\n".join(words) + "\n")
+
+
+if __name__ == "__main__":
+    main()
