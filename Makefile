@@ -23,7 +23,7 @@ demo: demo-output/smollm2-135m/config.json
 	$(BIN)/headshare demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu"
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ from headshare.demo import Row
 from headshare.table import HEADERS
 
 WEIGHTS = "model.safetensors"
-COMMANDS = ("bench", "estimate", "score", "plan", "share", "refit", "inspect", "verify", "expand", "eval", "demo")
+COMMANDS = ("bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "demo")
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
 

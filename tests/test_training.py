@@ -16,11 +16,15 @@ from transformers import TrainerCallback
 
 import headshare as hs
 import tiny
+from headshare.budget import plan_for_bytes
+from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
 from headshare.errors import PlanError, TrainingError
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
+from headshare.paths import Form
 from headshare.plans import SharePlan
+from headshare.pricing import price_units
 from headshare.training import Method, SharingTrainer, TrainSettings, train
 from headshare.training.texts import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
@@ -295,6 +299,24 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("form", [Form.QKVO, Form.FACTORED, Form.REMOVE])
+def test_scales_factors_and_what_removals_leave_are_trained_too(form: Form, model: Folder, tmp_path: Folder) -> None:
+    text = a_text(tmp_path / "text.txt", words=1200)
+    dense = hs.open_checkpoint(model)
+    calibration = calibration_from(text, dense, tokens=256, window=CONTEXT)
+    plan = plan_for_bytes(price_units(dense, calibration, [form]).only([form]), 5000).plan
+    shared = hs.refit_on(hs.share(dense, plan), calibration).save(tmp_path / "shared")
+    found = train(shared, tmp_path / "out", settings(text, "recover"))
+    assert found.best_step > 0
+    before, after = hs.open_checkpoint(shared), hs.open_checkpoint(tmp_path / "out")
+    assert before.shapes == after.shapes
+    assert not [name for name in before.tensors if before.read(name).equal(after.read(name))]
+    assert len([name for name in before.tensors if name.endswith(("scale", "factor_in", "factor_out"))]) == {
+        Form.QKVO: 1, Form.FACTORED: 2, Form.REMOVE: 0
+    }[form]  # fmt: skip
+    assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
+
+
 def test_lora_changes_only_matrices_that_are_not_shared(model: Folder, text: Folder, tmp_path: Folder) -> None:
     pytest.importorskip("peft")
     shared = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "shared")
@@ -352,6 +374,10 @@ def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
     assert not (tmp_path / "out").exists()
     with pytest.raises(TrainingError, match=r"another settings.*--restart"):
         train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-3}))
+    text.write_text(text.read_text().replace("w5 ", "w6 ", 1))
+    with pytest.raises(TrainingError, match="it had another text"):
+        train(model, tmp_path / "out", asked)
+    a_text(text, words=15 * 40)
     seen: list[int] = []
     real = SharingTrainer.compute_loss
     monkeypatch.setattr(SharingTrainer, "compute_loss", lambda self, model, *a, **k: (

@@ -151,7 +151,8 @@ class _Run:
         what = {
             "model": fingerprint(source),
             "plan": plan.digest,
-            "text held out": hashlib.sha256(held_out.tokens.numpy().tobytes()).hexdigest(),
+            "text": "" if isinstance(windows, Streamed) else _digest(windows),
+            "text held out": _digest(held_out),
             "settings": hashlib.sha256(settings.model_dump_json().encode()).hexdigest(),
         }
         if PartialState().is_main_process:
@@ -337,6 +338,10 @@ def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
 
 def _work_of(target: Path) -> Path:
     return target.absolute().parent / f".{target.name}.headshare-training"
+
+
+def _digest(windows: Packed) -> str:
+    return hashlib.sha256(windows.tokens.numpy().data).hexdigest()
 
 
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:

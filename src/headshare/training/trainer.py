@@ -89,6 +89,8 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         parameters = penalty.parameters()
         if not in_zero_parts(parameters[0]):
             return penalty()
+        if self.args.fp16:
+            raise TrainingError("float16 scales gradients, which ZeRO-3 hides from the penalty. Use bf16, or ZeRO-2.")
         value, derivatives = penalty.derivatives()
         for parameter, derivative in zip(parameters, derivatives, strict=True):
             term = self.loss.gamma * derivative
