@@ -32,7 +32,9 @@ from headshare.demo import Row
 from headshare.table import HEADERS
 
 WEIGHTS = "model.safetensors"
-COMMANDS = ("bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "demo")
+COMMANDS = (
+    "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "demo",
+)  # fmt: skip
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
 
