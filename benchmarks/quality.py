@@ -45,6 +45,8 @@ from machine import machine
 
 CONTROL = "deletion of units"
 CHEAPEST = "whatever costs least"
+PAPER, RANDOM = "sharing q,k,v, the paper's pairs", "sharing q,k,v, random donors"
+CONTROLS = (CONTROL, PAPER, RANDOM, "removal of neurons")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIES = (Form.QKVO, Form.FACTORED)  # removals are priced along with these
 SCALED = 0.999  # what scales leave of the bytes that deletion saves, and a little less
@@ -180,8 +182,8 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     yield Cell(budget, CHEAPEST, lambda: priced(plan_for_bytes(bench.both(), least)))
     yield Cell(budget, "sharing q,k,v,o with scales", scaled)
     yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
-    yield Cell(budget, "sharing q,k,v, the paper's pairs", lambda: (paper(), None))
-    yield Cell(budget, "sharing q,k,v, random donors", lambda: (with_random_donors(paper(), seed), None))
+    yield Cell(budget, PAPER, lambda: (paper(), None))
+    yield Cell(budget, RANDOM, lambda: (with_random_donors(paper(), seed), None))
 
 
 def at_share(bench: Bench, share: float) -> Iterator[Cell]:
@@ -229,7 +231,7 @@ def against(row: Row, control: Row | None) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Perplexity over dense against the bytes that are left, a line for each method."""
+    """Perplexity above dense against the bytes that are saved, a line for each method, controls dashed."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -238,10 +240,16 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for method in dict.fromkeys(row.method for row in rows):
         points = sorted((row.saved_fraction, row.against_dense) for row in rows if row.method == method)
-        axes.plot([100 * saved for saved, _ in points], [against for _, against in points], marker="o", label=method)
-    axes.set(xlabel="saved, % of the model's bytes", ylabel="perplexity / dense", yscale="log")
-    axes.legend()
+        style = "--" if method in CONTROLS else "-"
+        saved, above = [100 * one for one, _ in points], [100 * (against - 1) for _, against in points]
+        axes.plot(saved, above, style, marker="o", markersize=4, label=method)
+    axes.set(xlabel="saved, % of the model's bytes", ylabel="perplexity above dense, %", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend(fontsize="small")
     figure.savefig(path)
+    pyplot.close(figure)
 
 
 def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:

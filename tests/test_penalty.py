@@ -160,3 +160,33 @@ def test_a_plan_without_ties_and_a_plan_of_another_model_are_refused(tmp_path: F
         TiePenalty(model, SharePlan())
     with pytest.raises(PlanError, match="does not have"):
         TiePenalty(other, plan)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("llama-gqa", "qkv"), ("phi3", "qkv"), ("gpt2", "qkvo")])
+def test_closed_is_what_sharing_gives_and_then_everything_is_as_it_was(name: str, parts: str, tmp_path: Folder) -> None:
+    model, plan = made(name, tmp_path, parts)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    shared, _ = made(name, tmp_path / "again", parts)
+    overwrite_recipients(shared, plan)
+    penalty = TiePenalty(model, plan)
+    for failing in (False, True):
+        try:
+            with penalty.closed():
+                assert penalty.distances().max() == 0
+                assert all(value.equal(shared.state_dict()[key]) for key, value in model.state_dict().items())
+                if failing:
+                    raise RuntimeError
+        except RuntimeError:
+            assert failing
+        assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("distance", Distance)
+def test_derivatives_are_those_that_autograd_gives(distance: Distance, tmp_path: Folder) -> None:
+    model, plan = made("llama-gqa", tmp_path)
+    penalty = TiePenalty(model, plan, distance)
+    value, found = penalty.derivatives()
+    wanted = torch.autograd.grad(penalty(), penalty.parameters())
+    assert value.item() == pytest.approx(penalty().item(), rel=1e-12)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
