@@ -9,9 +9,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,73 +33,16 @@ from headshare.sharing import check_fits, check_shared, copy_other_files, share,
 from headshare.similarity import score_units
 from headshare.storage.owner import OwnerProjection
 from headshare.training.adapters import with_adapters, without_adapters
-from headshare.training.settings import RECIPE, Method, Sharing, TrainSettings
+from headshare.training.arguments import arguments_of
+from headshare.training.result import Closed, Trained
+from headshare.training.settings import Method, Sharing, TrainSettings
+from headshare.training.state import take_up, work_of
 from headshare.training.texts import Packed, Streamed, training_windows
 from headshare.training.trainer import SharingTrainer
-from headshare.units import Tie
 from headshare.workspace import fingerprint
 from headshare.writing import check_output, check_vacant
 
 RECORD = "training.json"
-_WHAT = "run.json"
-EVALUATIONS = 10
-
-
-@dataclass(frozen=True)
-class Closed:
-    """How far the two ends of a tie lay apart before training and after, summed over parts."""
-
-    tie: Tie
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run did. Losses are nats a token on the text held out.
-
-    `loss_before` and `loss_after` are the trained model's, before the first step and at the best; for PostShare,
-    `shared_before` and `shared_after` are the same with the plan's ties closed: what sharing gives without training,
-    and with it. `best_step` is 0 where no step was better than none. `curve` has all that was logged.
-    """
-
-    method: Method
-    steps: int
-    best_step: int
-    seconds: float
-    loss_before: float
-    loss_after: float
-    shared_before: float | None
-    shared_after: float | None
-    ties: tuple[Closed, ...]
-    curve: tuple[Mapping[str, float], ...]
-    settings: TrainSettings
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
-        return {**asdict(self), "settings": self.settings.model_dump(mode="json")}
-
-    def in_words(self) -> str:
-        """For the person at the keyboard."""
-        lines = [f"{self.steps} steps; the best on the text held out is {self.best_step}"]
-        lines.append(f"perplexity before training {_exp(self.loss_before)}, at that step {_exp(self.loss_after)}")
-        if self.shared_before is not None and self.shared_after is not None:
-            lines.append(
-                f"shared without training {_exp(self.shared_before)}, shared after it {_exp(self.shared_after)}"
-            )
-        if self.ties:
-            left = sorted(one.after / one.before if one.before else 1.0 for one in self.ties)
-            lines.append(
-                f"{len(left)} ties: left of their distance {left[len(left) // 2]:.1%} in the middle, "
-                f"{left[0]:.1%} to {left[-1]:.1%}"
-            )
-        if self.best_step == 0:
-            lines.append("no step was better than none, so the weights are those from before training")
-        return "\n".join(lines)
-
-
-def _exp(loss: float) -> str:
-    return f"{math.exp(min(loss, 700)):,.3f}"
 
 
 def train(
@@ -146,7 +89,7 @@ class _Run:
         """Check all that can be wrong before anything is loaded, and take up the state that is there."""
         plan = _plan(source, settings)
         windows, held_out = training_windows(source, settings.text)
-        arguments = _arguments(settings, _work_of(target))  # these say which processes there are, so they come first
+        arguments = arguments_of(settings, work_of(target))  # these say which processes there are, so they come first
         run = cls(source, plan, windows, held_out, target, settings, arguments)
         what = {
             "model": fingerprint(source),
@@ -156,14 +99,14 @@ class _Run:
             "settings": hashlib.sha256(settings.model_dump_json().encode()).hexdigest(),
         }
         if PartialState().is_main_process:
-            _take_up(run.work, what, restart=restart)
+            take_up(run.work, what, restart=restart)
         PartialState().wait_for_everyone()
         return run
 
     @property
     def work(self) -> Path:
         """The Trainer's folder."""
-        return _work_of(self.target)
+        return work_of(self.target)
 
     @property
     def pulls(self) -> bool:
@@ -214,7 +157,6 @@ class _Run:
 
     def _model(self) -> Any:
         options = {"dtype": getattr(torch, self.settings.dtype)}
-
         if self.settings.method is Method.BOTH:
             folder = self.work / "shared"
             if PartialState().is_main_process and not folder.is_dir():
@@ -256,9 +198,12 @@ class _Run:
     # ---- the end
 
     def write(self, found: Trained, *, overwrite: bool) -> None:
-        """The output: what was trained, shared, in the type that the model came in."""
-        code = next(info.dtype for info in self.source.tensors.values() if info.dtype in OUTPUT_DTYPES.values())
-        dtype = next(name for name, short in OUTPUT_DTYPES.items() if short == code)
+        """The output: what was trained, shared, in the type that most of the model's numbers came in."""
+        numbers = dict.fromkeys(OUTPUT_DTYPES, 0)
+        for info in self.source.tensors.values():
+            for name, code in OUTPUT_DTYPES.items():
+                numbers[name] += math.prod(info.shape) * (info.dtype == code)
+        dtype = max(numbers, key=numbers.__getitem__)
         with open_checkpoint(self.work / "trained") as trained:
             if self.pulls:
                 dense = self.source
@@ -308,38 +253,6 @@ def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
     return plan
 
 
-def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
-    """The Trainer's arguments: ours, the recipe's, and those that were given."""
-    given = dict(settings.learning.arguments)
-    own = {
-        "output_dir": str(work),
-        "seed": settings.seed,
-        "metric_for_best_model": "eval_shared_loss" if settings.method is Method.POSTSHARE else "eval_loss",
-        "greater_is_better": False,
-        "load_best_model_at_end": True,
-        "eval_on_start": True,
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-    if taken := sorted(own.keys() & given.keys()):
-        raise TrainingError(f"{', '.join(taken)} cannot be given: headshare sets it. Leave it out.")
-    part = given.get("eval_steps", 1 / EVALUATIONS)
-    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part}
-    steps = {"logging_steps": 10, "save_total_limit": 2, "per_device_eval_batch_size": 8}
-    if settings.text.stream and int(given.get("max_steps", -1)) < 1:
-        raise TrainingError("a stream has no known end: say how long to train, with max_steps.")
-    try:
-        return TrainingArguments(**{**RECIPE, **every, **steps, **given, **own})
-    except (TypeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split()).replace("TrainingArguments.__init__() got an", "there is an")
-        raise TrainingError(f"the Trainer does not take these arguments: {reason:.300}") from error
-
-
-def _work_of(target: Path) -> Path:
-    return target.absolute().parent / f".{target.name}.headshare-training"
-
-
 def _digest(windows: Packed) -> str:
     return hashlib.sha256(windows.tokens.numpy().data).hexdigest()
 
@@ -347,29 +260,6 @@ def _digest(windows: Packed) -> str:
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:
     after = penalty.distances().tolist() if moved else before
     return tuple(Closed(tie, *each) for (_, tie), *each in zip(penalty.ties, before, after, strict=True))
-
-
-def _take_up(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
-    """The folder of this run and no other."""
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
-    file = folder / _WHAT
-    if file.is_file():
-        try:
-            found = json.loads(file.read_bytes())
-        except ValueError:
-            found = {}
-        other = [key for key, value in what.items() if found.get(key) != value]
-        if other:
-            raise TrainingError(
-                f"{folder} holds the state of another run: it had another {' and another '.join(other)}. Go on with "
-                "what it had, or throw it away with --restart."
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise TrainingError(f"{folder} is in the way and is no state of a run. Move it, or write elsewhere.")
-    folder.mkdir(exist_ok=True)
-    write_whole(file, json.dumps(what).encode())
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""What a training run did, as one value: printed, compared, kept beside the weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headshare.training.settings import Method, TrainSettings
+from headshare.units import Tie
+
+
+@dataclass(frozen=True)
+class Closed:
+    """How far the two ends of a tie lay apart before training and after, summed over parts."""
+
+    tie: Tie
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did. Losses are nats a token on the text held out.
+
+    `loss_before` and `loss_after` are the trained model's, before the first step and at the best; for PostShare,
+    `shared_before` and `shared_after` are the same with the plan's ties closed: what sharing gives without training,
+    and with it. `best_step` is 0 where no step was better than none. `curve` has all that was logged.
+    """
+
+    method: Method
+    steps: int
+    best_step: int
+    seconds: float
+    loss_before: float
+    loss_after: float
+    shared_before: float | None
+    shared_after: float | None
+    ties: tuple[Closed, ...]
+    curve: tuple[Mapping[str, float], ...]
+    settings: TrainSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return {**asdict(self), "settings": self.settings.model_dump(mode="json")}
+
+    def in_words(self) -> str:
+        """For the person at the keyboard."""
+        lines = [f"{self.steps} steps; the best on the text held out is {self.best_step}"]
+        lines.append(f"perplexity before training {_exp(self.loss_before)}, at that step {_exp(self.loss_after)}")
+        if self.shared_before is not None and self.shared_after is not None:
+            lines.append(
+                f"shared without training {_exp(self.shared_before)}, shared after it {_exp(self.shared_after)}"
+            )
+        if self.ties:
+            left = sorted(one.after / one.before if one.before else 1.0 for one in self.ties)
+            lines.append(
+                f"{len(left)} ties: left of their distance {left[len(left) // 2]:.1%} in the middle, "
+                f"{left[0]:.1%} to {left[-1]:.1%}"
+            )
+        if self.best_step == 0:
+            lines.append("no step was better than none, so the weights are those from before training")
+        return "\n".join(lines)
+
+
+def _exp(loss: float) -> str:
+    return f"{math.exp(min(loss, 700)):,.3f}"
