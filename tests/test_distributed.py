@@ -1,5 +1,6 @@
 """Two processes train as one does: DDP, and FSDP2 through accelerate, over gloo on the CPU."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -26,7 +27,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 EXAMPLES = Folder(__file__).parent.parent / "examples"
 
 
-def in_two(work: Callable[[], None], folder: Folder) -> None:
+def in_two(work: Callable[[], object], folder: Folder) -> None:
     """Run this in two processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +42,7 @@ def in_two(work: Callable[[], None], folder: Folder) -> None:
     assert [child.exitcode for child in children] == [0, 0], "\n".join(errors)
 
 
-def _one_of_two(work: Callable[[], None], rank: int, port: int, folder: Folder) -> None:
+def _one_of_two(work: Callable[[], object], rank: int, port: int, folder: Folder) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     for state in (AcceleratorState, PartialState, GradientState):
@@ -67,9 +68,9 @@ def text(tmp_path: Folder) -> Folder:
     return a_text(tmp_path / "text.txt", words=15 * 40)
 
 
-def asked(text: Folder, method: str, size: int, **more: Any) -> Any:
+def asked(text: Folder, method: str, size: int, /, **more: Any) -> Any:
     arguments = {"per_device_train_batch_size": size, **({"ddp_backend": "gloo"} if size < 8 else {}), **more}
-    return settings(text, method, arguments=arguments)
+    return settings(text, method, arguments=arguments, **({"text": arguments.pop("text")} if "text" in more else {}))
 
 
 def engines_on_the_cpu() -> None:
@@ -95,6 +96,15 @@ def test_two_processes_give_what_one_gives(
     assert one.best_step > 1
     states_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_held_out_is_measured_once_by_two_processes_too(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    """Batches of eight would be filled up with windows from the beginning."""
+    held = {"data": str(text), "context": 16, "held_out": 5}
+    one = train(model, tmp_path / "one", asked(text, "both", 8, max_steps=1, text=held))
+    in_two(lambda: train(model, tmp_path / "two", asked(text, "both", 4, max_steps=1, text=held)), tmp_path)
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert two["loss_before"] == pytest.approx(one.loss_before, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path as Folder
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import TrainerCallback
@@ -19,13 +21,14 @@ import tiny
 from headshare.budget import plan_for_bytes
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
-from headshare.errors import PlanError, TrainingError
+from headshare.errors import OutputError, PlanError, TrainingError
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.paths import Form
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
 from headshare.training import Method, SharingTrainer, TrainSettings, train
+from headshare.training.state import checkpoints, taken_up
 from headshare.training.texts import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 
@@ -317,6 +320,39 @@ def test_scales_factors_and_what_removals_leave_are_trained_too(form: Form, mode
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_tensors_go_back_to_the_names_they_came_under(method: str, text: Folder, tmp_path: Folder) -> None:
+    """GPT-2 as its authors store it has no prefix; transformers saves one."""
+    dense = add_tokenizer(tiny.make("gpt2", tmp_path / "dense"))
+    file = dense / "model.safetensors"
+    save_file({name.removeprefix("transformer."): one for name, one in load_file(file).items()}, file, {"format": "pt"})
+    train(dense, tmp_path / "out", settings(text, method, arguments={"max_steps": 2}))
+    assert set(hs.open_checkpoint(tmp_path / "out").tensors) <= set(hs.open_checkpoint(dense).tensors)
+    config, before = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "out", dense))
+    assert config.pop("quantization_config")
+    assert {**config, "dtype": before["dtype"]} == before
+
+
+def test_experts_are_those_of_the_best_step_too(text: Folder, tmp_path: Folder) -> None:
+    """The Trainer would load its checkpoints' attention alone: files name experts otherwise than modules do."""
+    dense = add_tokenizer(tiny.make("mixtral", tmp_path / "dense"))
+    arguments = {"max_steps": 40, "learning_rate": 0.02, "optim": "adamw_torch", "eval_steps": 2}
+    found = train(dense, tmp_path / "out", settings(text, "both", arguments=arguments))
+    assert 0 < found.best_step < 40
+    _, held = training_windows(hs.open_checkpoint(dense), settings(text).text)
+    with torch.no_grad():
+        after = language_loss(hs.load(tmp_path / "out"), held.tokens.long()).item()
+    assert after == pytest.approx(found.loss_after, rel=1e-4)
+
+
+def test_lora_adapts_matrices_that_stand_the_other_way_round(text: Folder, tmp_path: Folder) -> None:
+    pytest.importorskip("peft")
+    dense = add_tokenizer(tiny.make("gpt2", tmp_path / "dense"))
+    found = train(dense, tmp_path / "out", settings(text, "both", learning={"lora": 2, "arguments": {
+        **PLAIN, "max_steps": 2, "learning_rate": 1.0}}))  # fmt: skip
+    assert found.steps == 2
+
+
 def test_lora_changes_only_matrices_that_are_not_shared(model: Folder, text: Folder, tmp_path: Folder) -> None:
     pytest.importorskip("peft")
     shared = hs.share(hs.open_checkpoint(model), plan_of(model)).save(tmp_path / "shared")
@@ -373,7 +409,7 @@ def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     with pytest.raises(TrainingError, match=r"another settings.*--restart"):
-        train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-3}))
+        train(model, tmp_path / "out", settings(text, arguments=LONGER, loss={"gamma": 0.1}))
     text.write_text(text.read_text().replace("w5 ", "w6 ", 1))
     with pytest.raises(TrainingError, match="it had another text"):
         train(model, tmp_path / "out", asked)
@@ -389,9 +425,64 @@ def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
     assert all(one.read(name).equal(other.read(name)) for name in one.tensors)
 
 
-def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
+def a_state(work: Folder, step: int, steps: int, content: str | None = None) -> Folder:
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    state = json.dumps({"global_step": step, "max_steps": steps}) if content is None else content
+    (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_checkpoints_that_are_half_written_or_after_the_last_step_are_not_gone_on_from(tmp_path: Folder) -> None:
+    """The Trainer would fail at the first, and take a step too many after the second."""
+    whole, early = a_state(tmp_path, 12, 20), a_state(tmp_path, 8, 20)
+    torn, last = a_state(tmp_path, 16, 20, '{"global_'), a_state(tmp_path, 20, 20)
+    (tmp_path / "checkpoint-18").mkdir()
+    (tmp_path / "run.json").write_text('{"model": "this"}')
+    with taken_up(tmp_path, {"model": "this"}, restart=False):
+        assert list(checkpoints(tmp_path)) == [(12, whole), (8, early)]
+        assert not torn.exists()
+        assert not last.exists()
+        assert not (tmp_path / "checkpoint-18").exists()
+        with pytest.raises(OutputError, match="another run is working"), taken_up(tmp_path, {}, restart=True):
+            pass
+
+
+def test_a_state_in_which_nothing_was_saved_does_not_stand_in_the_way(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
     work = tmp_path / ".out.headshare-training"
     work.mkdir()
+    (work / "run.json").write_text('{"model": "another"}')
+    train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    assert not work.exists()
+
+
+def test_a_run_stopped_after_its_last_step_takes_no_more_of_them(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(text, arguments=LONGER)
+    whole = train(model, tmp_path / "whole", asked)
+    with monkeypatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError, match="full"):
+            train(model, tmp_path / "out", asked)
+    again = train(model, tmp_path / "out", asked)
+    assert (again.steps, again.best_step, curve_of(again)) == (10, whole.best_step, curve_of(whole))
+
+
+def test_how_fast_it_learns_may_change_on_the_way(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    asked = settings(text, arguments=LONGER)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError):
+            train(model, tmp_path / "out", asked)
+    assert train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-4})).steps == 10
+
+
+def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    work = tmp_path / ".out.headshare-training"
+    a_state(work, 1, 10)
     (work / "run.json").write_text('{"model": "another"}')
     with pytest.raises(TrainingError, match="another model"):
         train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
@@ -400,10 +491,6 @@ def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Fo
 
 
 # ---- bad input
-
-
-def change(data: Mapping[str, Any], **more: Any) -> Mapping[str, Any]:
-    return {**data, **more}
 
 
 @pytest.mark.parametrize(
@@ -415,6 +502,10 @@ def change(data: Mapping[str, Any], **more: Any) -> Mapping[str, Any]:
         ({"text": {"stream": True}, "arguments": {"max_steps": -1}}, "no known end.*max_steps"),
         ({"arguments": {"learning_rat": 1}}, "does not take these arguments.*learning_rat"),
         ({"arguments": {"output_dir": "x"}}, "output_dir cannot be given"),
+        ({"arguments": {"save_steps": 5}}, "save_steps cannot be given"),
+        ({"arguments": {"learning_rate": "much"}}, "invalid float value: 'much'"),
+        ({"text": {"stream": True}, "arguments": {"dataloader_num_workers": 2}}, "read by one process"),
+        ({"loss": {"distill": 0.5, "teacher": "/nowhere"}, "method": "both"}, "nowhere"),
         ({"learning": {"lora": 2}}, "LoRA cannot move weights together"),
         ({"sharing": {"plan": "/nowhere.json"}}, "nowhere.json"),
     ],
@@ -422,9 +513,10 @@ def change(data: Mapping[str, Any], **more: Any) -> Mapping[str, Any]:
 def test_what_cannot_be_trained_is_one_error_and_leaves_nothing(
     more: dict[str, Any], message: str, model: Folder, text: Folder, tmp_path: Folder
 ) -> None:
-    with pytest.raises((TrainingError, PlanError), match=message):
-        train(model, tmp_path / "out", settings(text, **more))
+    with pytest.raises(hs.HeadshareError, match=message):
+        train(model, tmp_path / "out", settings(text, more.pop("method", "postshare"), **more))
     assert not (tmp_path / "out").exists()
+    train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
 
 
 @pytest.mark.parametrize("content", ["", "w5 " * 10, "w5 " * 15])
@@ -509,14 +601,27 @@ def test_a_stream_gives_what_the_file_gives_less_its_beginning(model: Folder, te
     streamed, first = training_windows(checkpoint, settings(text, text={"stream": True, "limit": 20}).text)
     every = torch.cat([whole.tokens, end.tokens])  # type: ignore[union-attr]
     assert first.tokens.equal(every[:4])
-    for _ in range(2):
-        found = torch.stack([one["input_ids"] for one in streamed])
-        assert found.equal(every[4:24].long())
+    found = torch.stack([one["input_ids"] for one in islice(streamed, 50)])
+    assert found.equal(torch.cat([every[4:24]] * 3)[:50].long())
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_limit_is_kept(held: bool, model: Folder, text: Folder, tmp_path: Folder) -> None:
+    other = {"held_out_data": str(a_text(tmp_path / "other.txt", words=100, seed=1))} if held else {}
+    checkpoint = hs.open_checkpoint(model)
+    kept, apart = training_windows(checkpoint, settings(text, text={"limit": 5, "held_out": 20, **other}).text)
+    every, _ = training_windows(checkpoint, settings(text).text)
+    assert isinstance(kept, Packed)
+    assert isinstance(every, Packed)
+    assert len(kept) == 5
+    assert kept.tokens.equal(every.tokens[:5])
+    assert len(apart) == (6 if held else 3)
 
 
 def test_a_stream_is_trained_on(model: Folder, text: Folder, tmp_path: Folder) -> None:
-    found = train(model, tmp_path / "out", settings(text, text={"stream": True}))
-    assert found.steps == 4
+    """Over and over: it has 36 windows, and 64 are taken."""
+    found = train(model, tmp_path / "out", settings(text, text={"stream": True}, arguments={"max_steps": 8}))
+    assert found.steps == 8
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
@@ -543,7 +648,7 @@ def test_the_command_trains_by_options_over_a_file_and_goes_on_to_json(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learnin_rate", "1"], "no option --learnin_rate"),
+        (["--learnin_rate", "1"], "has an option --learnin_rate"),
         (["--learning_rate", "much"], "invalid float value: 'much'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--ratio", "2"], "less than 1 at sharing.ratio"),

@@ -3,7 +3,6 @@
 What training needs is imported when it begins: the other commands should not wait for it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -133,6 +132,7 @@ def train(
 
     from headshare.training import TrainSettings
     from headshare.training import train as run
+    from headshare.training.arguments import trainer_arguments
 
     merged = _merged(config, chosen, trainer_arguments(context.args))
     settings = TrainSettings.made(merged, str(config) if config else "the options")
@@ -176,26 +176,3 @@ def _put(found: dict[str, Any], place: Sequence[str], value: Any) -> None:
         if not isinstance(found, dict):
             raise TrainingError(f"{step} holds settings of its own, by name; found {found!r:.60}.")
     found[last] = value
-
-
-def trainer_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """The Trainer's arguments among these words, by their names and in their types.
-
-    Raises:
-        TrainingError: if a word is none.
-    """
-    if not words:
-        return {}
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
-    try:
-        found, left = parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise TrainingError(f"{error}. The Trainer's arguments are written --name value.") from None
-    if left:
-        raise TrainingError(
-            f"there is no option {left[0]}, of headshare or of the Trainer. See headshare train --help."
-        )
-    named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    return {name: value for name, value in vars(found).items() if name in named}

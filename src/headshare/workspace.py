@@ -160,14 +160,14 @@ def workspace(folder: Path, what: Mapping[str, str], *, restart: bool = False) -
         work.close()
 
 
-def workspace_of(out: Path) -> Path:
-    """Where the state of a calibrated run to this output is kept until it is done."""
+def workspace_of(out: Path, what: str = "calibrating") -> Path:
+    """Where the state of a calibrated run to this output, or of another kind of run, is kept until it is done."""
     place = out.absolute()
     raw = os.fsencode(place.name)
     name = place.name
     if len(raw) > NAME_BYTES:  # a name can be too long with more added to it
         name = f"{os.fsdecode(raw[:NAME_BYTES])}-{hashlib.sha256(raw).hexdigest()[:16]}"
-    return place.parent / f".{name}.headshare-calibrating"
+    return place.parent / f".{name}.headshare-{what}"
 
 
 def settle(out: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from headshare.errors import TrainingError
 from headshare.models import quiet
@@ -20,10 +21,13 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     except ImportError:
         raise TrainingError("LoRA needs peft, which is not installed. Run: pip install 'headshare[train]'") from None
     names = plain_projections(model)
+    across = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
     if not names:
         raise TrainingError("every projection of this model is shared; train it in full, without LoRA.")
     with quiet():  # the two libraries' warnings to each other
-        adapted: nn.Module = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+        adapted: nn.Module = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=across)
+        )
     return adapted
 
 
@@ -33,10 +37,10 @@ def without_adapters(model: Any) -> Any:
 
 
 def plain_projections(model: nn.Module) -> list[str]:
-    """Linear modules within layers that lend nothing and take nothing."""
+    """Stock projections within layers that lend nothing and take nothing."""
     found = []
     for name, module in model.named_modules():
         within = any(step.isdigit() for step in name.split("."))
-        if within and isinstance(module, nn.Linear) and not isinstance(module, SharedProjection):
+        if within and isinstance(module, nn.Linear | Conv1D) and not isinstance(module, SharedProjection):
             found.append(name)
     return found

@@ -9,8 +9,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint, open_checkpoint
+from headshare.configuration import text_config
 from headshare.errors import PlanError, TrainingError
 from headshare.evaluation import is_causal
 from headshare.files import write_whole
@@ -33,16 +34,20 @@ from headshare.sharing import check_fits, check_shared, copy_other_files, share,
 from headshare.similarity import score_units
 from headshare.storage.owner import OwnerProjection
 from headshare.training.adapters import with_adapters, without_adapters
-from headshare.training.arguments import arguments_of
+from headshare.training.arguments import arguments_of, metric_of
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import Method, Sharing, TrainSettings
-from headshare.training.state import take_up, work_of
+from headshare.training.state import checkpoints, taken_up, work_of
 from headshare.training.texts import Packed, Streamed, training_windows
 from headshare.training.trainer import SharingTrainer
 from headshare.workspace import fingerprint
 from headshare.writing import check_output, check_vacant
 
 RECORD = "training.json"
+CHANGEABLE = (
+    "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "bf16", "logging_steps", "dataloader_num_workers", "save_total_limit",
+)  # fmt: skip
 
 
 def train(
@@ -62,13 +67,17 @@ def train(
     check_vacant(target, overwrite=overwrite)
     with open_checkpoint(model) as source:
         check_output(target, source.path, overwrite=overwrite)
-        run = _Run.begun(source, target, settings, restart=restart)
-        found = run.trained(begun)
-        if PartialState().is_main_process:
-            run.write(found, overwrite=overwrite)
-            write_whole(target / RECORD, json.dumps(found.to_dict(), indent=2, default=str).encode())
-            shutil.rmtree(run.work, ignore_errors=True)
-        PartialState().wait_for_everyone()
+        run = _Run.checked(source, target, settings)
+        processes = PartialState()  # the Trainer's arguments have said which there are
+        first = processes.is_main_process
+        with taken_up(run.work, run.identity(), restart=restart) if first else nullcontext():
+            processes.wait_for_everyone()
+            found = run.trained(begun)
+            if first:
+                run.write(found, overwrite=overwrite)
+                write_whole(target / RECORD, json.dumps(found.to_dict(), indent=2, default=str).encode())
+                shutil.rmtree(run.work, ignore_errors=True)
+        processes.wait_for_everyone()
     return found
 
 
@@ -85,23 +94,26 @@ class _Run:
     arguments: TrainingArguments
 
     @classmethod
-    def begun(cls, source: Checkpoint, target: Path, settings: TrainSettings, *, restart: bool) -> "_Run":
-        """Check all that can be wrong before anything is loaded, and take up the state that is there."""
+    def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_Run":
+        """Check all that can be wrong before anything is loaded."""
         plan = _plan(source, settings)
         windows, held_out = training_windows(source, settings.text)
-        arguments = arguments_of(settings, work_of(target))  # these say which processes there are, so they come first
-        run = cls(source, plan, windows, held_out, target, settings, arguments)
-        what = {
-            "model": fingerprint(source),
-            "plan": plan.digest,
-            "text": "" if isinstance(windows, Streamed) else _digest(windows),
-            "text held out": _digest(held_out),
+        arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
+        return cls(source, plan, windows, held_out, target, settings, arguments)
+
+    def identity(self) -> dict[str, str]:
+        """What makes it this run. Arguments that say how fast it learns, and in what pieces, may change on the way."""
+        learning = self.settings.learning
+        kept = {name: value for name, value in learning.arguments.items() if name not in CHANGEABLE}
+        settings = self.settings.model_copy(update={"learning": learning.model_copy(update={"arguments": kept})})
+        return {
+            "model": fingerprint(self.source),
+            "plan": self.plan.digest,
+            "text": "" if isinstance(self.windows, Streamed) else _digest(self.windows),
+            "text held out": _digest(self.held_out),
             "settings": hashlib.sha256(settings.model_dump_json().encode()).hexdigest(),
+            "number of processes": str(PartialState().num_processes),
         }
-        if PartialState().is_main_process:
-            take_up(run.work, what, restart=restart)
-        PartialState().wait_for_everyone()
-        return run
 
     @property
     def work(self) -> Path:
@@ -133,27 +145,41 @@ class _Run:
             teacher=self._teacher(),
             callbacks=callbacks,
         )
+        _check_engine(trainer, lora=bool(self.settings.learning.lora))
+        last = next(checkpoints(self.work), None)
+        trainer.args.eval_on_start = last is None
         with _room(), quiet():
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.work)))
-        measured = [one for one in trainer.state.log_history if math.isfinite(one.get("eval_loss", math.nan))]
-        if not measured:
-            raise TrainingError("nothing was measured on the text held out. Leave eval_strategy as it is.")
-        key = self.arguments.metric_for_best_model
-        best = min(measured, key=lambda one: one[key])
+            trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        first, best = self._measured(trainer)
         self._save(trainer)
         return Trained(
             method=self.settings.method,
             steps=trainer.state.global_step,
             best_step=best["step"],
             seconds=time.monotonic() - begun,
-            loss_before=measured[0]["eval_loss"],
+            loss_before=first["eval_loss"],
             loss_after=best["eval_loss"],
-            shared_before=measured[0].get("eval_shared_loss"),
+            shared_before=first.get("eval_shared_loss"),
             shared_after=best.get("eval_shared_loss"),
             ties=() if penalty is None else _closed(penalty, apart, moved=best["step"] > 0),
             curve=tuple(trainer.state.log_history),
             settings=self.settings,
         )
+
+    def _measured(self, trainer: SharingTrainer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """What was measured before the first step, and at the best, whose weights the Trainer has loaded again."""
+        key = metric_of(self.settings)
+        measured = [one for one in trainer.state.log_history if math.isfinite(one.get(key, math.nan))]
+        if not measured or measured[0]["step"]:
+            raise TrainingError("the loss on the text held out is no number before the first step. Train in float32.")
+        best = min(measured, key=lambda one: one[key])
+        kept = Path(trainer.state.best_model_checkpoint or "").name
+        if best["step"] and kept != f"checkpoint-{best['step']}":
+            raise TrainingError(
+                f"step {best['step']} was the best, and its checkpoint is not in {self.work} any more. Train again: "
+                "--restart"
+            )
+        return measured[0], best
 
     def _model(self) -> Any:
         options = {"dtype": getattr(torch, self.settings.dtype)}
@@ -179,7 +205,13 @@ class _Run:
         name = loss.teacher or (self.source.base_model if self.source.plan is not None else str(self.source.path))
         if name is None:
             raise TrainingError(f"{self.source.name} does not say which dense model it came from; name it as teacher.")
-        teacher: nn.Module = load_model(open_checkpoint(name), dtype=getattr(torch, self.settings.dtype))
+        if is_deepspeed_zero3_enabled():
+            raise TrainingError("ZeRO-3 would take the teacher apart too. Distil with FSDP2, ZeRO-2 or DDP.")
+        dense = open_checkpoint(name)
+        words = [text_config(one.config).get("vocab_size") for one in (self.source, dense)]
+        if words[0] != words[1]:
+            raise TrainingError(f"the teacher {name} has {words[1]} words and the model {words[0]}; name another.")
+        teacher: nn.Module = load_model(dense, dtype=getattr(torch, self.settings.dtype))
         return teacher
 
     def _save(self, trainer: SharingTrainer) -> None:
@@ -204,19 +236,26 @@ class _Run:
             for name, code in OUTPUT_DTYPES.items():
                 numbers[name] += math.prod(info.shape) * (info.dtype == code)
         dtype = max(numbers, key=numbers.__getitem__)
-        with open_checkpoint(self.work / "trained") as trained:
+        with open_checkpoint(self.work / "trained") as saved:
             if self.pulls:
-                dense = self.source
-                if found.best_step:
-                    config = {**self.source.config}
-                    dense = dataclasses.replace(trained, name=self.source.name, config=config)
-                share(dense, self.plan, dtype=dtype).save(self.target, overwrite=overwrite)
+                trained = _named_as(self.source, saved) if found.best_step else self.source
+                share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite)
                 return
-            origin = self.source.base_model if self.source.plan is not None else self.source.name
-            shared = trained
-            if not found.best_step:
-                shared = open_checkpoint(self.work / "shared") if self.source.plan is None else self.source
-            write_trained(shared, self.target, dtype=dtype, base_model=origin, overwrite=overwrite)
+            before = self.source if self.source.plan is not None else open_checkpoint(self.work / "shared")
+            trained = _named_as(before, saved) if found.best_step else before
+            origin = before.base_model if self.source.plan is not None else self.source.name
+            write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite)
+
+
+def _named_as(before: Checkpoint, trained: Checkpoint) -> Checkpoint:
+    """The trained checkpoint under the names and with the configuration that it had before: transformers saves a base
+    model's tensors with a prefix, and configurations as its own version writes them."""
+    tensors = {}
+    for name, info in trained.tensors.items():
+        _, _, short = name.partition(".")
+        kept = short if name not in before.tensors and short in before.tensors else name
+        tensors[kept] = dataclasses.replace(info, name=kept)
+    return dataclasses.replace(trained, name=before.name, tensors=tensors, config=dict(before.config))
 
 
 def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
@@ -262,6 +301,26 @@ def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[C
     return tuple(Closed(tie, *each) for (_, tie), *each in zip(penalty.ties, before, after, strict=True))
 
 
+def _check_engine(trainer: SharingTrainer, *, lora: bool) -> None:
+    """Refuse what an engine would only fail at when all is trained.
+
+    Raises:
+        TrainingError: saying what to set.
+    """
+    state = trainer.accelerator.state
+    in_parts = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+    if lora and in_parts:
+        raise TrainingError("LoRA's products cannot be added to weights that lie in parts. Use DDP, or train in full.")
+    if trainer.is_fsdp_enabled:
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
+            raise TrainingError("FSDP needs fsdp_version 2 and fsdp_state_dict_type FULL_STATE_DICT here; set both.")
+    if is_deepspeed_zero3_enabled():
+        key = "stage3_gather_16bit_weights_on_model_save"
+        if not state.deepspeed_plugin.deepspeed_config["zero_optimization"].get(key):
+            raise TrainingError(f"ZeRO-3 saves no whole weights unless {key} (zero3_save_16bit_model) is true; set it.")
+
+
 @contextmanager
 def _room() -> Iterator[None]:
     """Memory that is too small is an error that says what to lower."""
@@ -274,5 +333,5 @@ def _room() -> Iterator[None]:
         raise TrainingError(
             "there is not enough memory for this step. Lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps), lower the context, or set gradient_checkpointing or bf16. What was saved "
-            "before is kept: the same command goes on from there."
+            "before is kept: run again, and it goes on from there."
         ) from error

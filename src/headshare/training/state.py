@@ -1,43 +1,91 @@
-"""Where the state of a run lies until its output is written, and whose it is."""
+"""Where the state of a run lies until its output is written, whose it is, and where to go on from."""
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from headshare.errors import TrainingError
-from headshare.files import write_whole
+from headshare.errors import OutputError, TrainingError
+from headshare.files import explain, write_whole
+from headshare.workspace import workspace_of
 
 _WHAT = "run.json"
+_STATE = "trainer_state.json"
 
 
 def work_of(target: Path) -> Path:
     """The Trainer's folder for this output."""
-    return target.absolute().parent / f".{target.name}.headshare-training"
+    return workspace_of(target, "training")
 
 
-def take_up(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
-    """Make the folder of a run that is of this model, plan, text and settings; or take it up, if it is of no other.
+@contextmanager
+def taken_up(folder: Path, what: Mapping[str, str], *, restart: bool) -> Iterator[None]:
+    """The folder of a run that is of this model, plan, text and settings, locked: made, or taken up. One in which
+    nothing was saved yet is made anew.
 
     Raises:
         TrainingError: if it is of another run, naming what differs, or of none.
+        OutputError: if it cannot be made, or another run is working in it.
     """
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
-    file = folder / _WHAT
-    if file.is_file():
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(explain(error, folder)) from None
+    try:
         try:
-            found = json.loads(file.read_bytes())
-        except ValueError:
-            found = {}
-        other = [key for key, value in what.items() if found.get(key) != value]
-        if other:
-            raise TrainingError(
-                f"{folder} holds the state of another run: it had another {' and another '.join(other)}. Go on with "
-                "what it had, or throw it away with --restart."
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another run is working on the same output, in {folder}. Wait for it.") from None
+        _check(folder, what, restart=restart)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _check(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
+    others = [path for path in folder.iterdir() if not path.name.startswith(".headshare-partial")]
+    if others and not (folder / _WHAT).is_file():
         raise TrainingError(f"{folder} is in the way and is no state of a run. Move it, or write elsewhere.")
-    folder.mkdir(exist_ok=True)
-    write_whole(file, json.dumps(what).encode())
+    found = _read(folder / _WHAT) or {}
+    differs = [key for key, value in what.items() if found.get(key) != value]
+    if differs and not restart and next(checkpoints(folder), None):
+        raise TrainingError(
+            f"{folder} holds the state of another run: it had another {' and another '.join(differs)}. Go on with "
+            "what it had, or throw it away with --restart."
+        )
+    if restart or differs:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_whole(folder / _WHAT, json.dumps(what).encode())
+    remove_useless(folder)
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The Trainer's checkpoints that are whole and that there is something to do after, by step, the last first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda one: -int(one.name.removeprefix("checkpoint-"))):
+        state = _read(path / _STATE)
+        if state is not None and int(state["global_step"]) < int(state["max_steps"]):
+            yield int(state["global_step"]), path
+
+
+def remove_useless(folder: Path) -> None:
+    """Remove checkpoints that a kill left half-written; and one made after the last step, which the Trainer would train
+    beyond: the steps before it are taken again."""
+    useful = {path for _, path in checkpoints(folder)}
+    for path in folder.glob("checkpoint-*"):
+        if path not in useful:
+            shutil.rmtree(path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -36,13 +36,15 @@ class Packed(Dataset[dict[str, Tensor]]):
 
 
 class Streamed(IterableDataset[dict[str, Tensor]]):
-    """Windows that are read again at each pass, without the first few, which are held out."""
+    """Windows that are read over and over, without the first few, which are held out. It has no end, so that a run
+    which goes on finds its place by counting."""
 
     def __init__(self, windows: Callable[[], Iterator[Window]], held_out: int, limit: int | None) -> None:
         self.windows, self.first, self.last = windows, held_out, None if limit is None else held_out + limit
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return map(_example, islice(self.windows(), self.first, self.last))
+        while True:
+            yield from map(_example, islice(self.windows(), self.first, self.last))
 
 
 def _example(window: Window) -> dict[str, Tensor]:
@@ -69,13 +71,13 @@ def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Strea
             first = _first(read(), apart + 1, text.data)
             kept, found = Streamed(read, apart, text.limit), first[:apart]
         else:
-            windows = None if text.limit is None else text.limit + text.held_out
-            tokens = _first(read(), windows, text.data, least=1)
+            more = 0 if text.held_out_data else text.held_out
+            tokens = _first(read(), None if text.limit is None else text.limit + more, text.data, least=1)
             apart = 0 if text.held_out_data else _held_out(len(tokens), text)
-            kept, found = Packed(tokens[: len(tokens) - apart]), tokens[len(tokens) - apart :]
+            kept, found = Packed(tokens[: len(tokens) - apart][: text.limit]), tokens[len(tokens) - apart :]
         if text.held_out_data:
             found = _first(_reader(checkpoint, text, text.held_out_data)(), text.held_out, text.held_out_data, least=1)
-        check_vocabulary(checkpoint.config, found)
+        check_vocabulary(checkpoint.config, found if isinstance(kept, Streamed) else torch.cat([kept.tokens, found]))
     except (EvaluationError, CalibrationError) as error:
         raise TrainingError(str(error)) from error
     return kept, Packed(found)

@@ -3,8 +3,8 @@
 Everything else is the Trainer's: its arguments, logging, resuming, mixed precision and engines.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from headshare.errors import TrainingError
@@ -89,7 +89,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         parameters = penalty.parameters()
         if not in_zero_parts(parameters[0]):
             return penalty()
-        if self.args.fp16:
+        if self.accelerator.mixed_precision == "fp16":
             raise TrainingError("float16 scales gradients, which ZeRO-3 hides from the penalty. Use bf16, or ZeRO-2.")
         value, derivatives = penalty.derivatives()
         for parameter, derivative in zip(parameters, derivatives, strict=True):
@@ -113,13 +113,18 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         if not bool(torch.isfinite(loss.detach())):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Training stopped; what was saved "
-                f"before is in {self.args.output_dir}. Lower the learning rate, or train in float32."
+                f"before is in {self.args.output_dir}. Lower the learning rate, or train in float32, and run again: it "
+                "goes on from there."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
         """Save what the engine put together, of shared models too."""
-        quantizer = getattr(self.accelerator.unwrap_model(self.model), "hf_quantizer", None)
-        with quantizer.saving(state_dict) if isinstance(quantizer, HeadshareQuantizer) else nullcontext():
+        model = self.accelerator.unwrap_model(self.model)
+        quantizer = getattr(model, "hf_quantizer", None)
+        with (
+            quantizer.saving(state_dict) if isinstance(quantizer, HeadshareQuantizer) else nullcontext(),
+            _as_loaded(model) if str(output_dir).rpartition("/")[2].startswith("checkpoint-") else nullcontext(),
+        ):
             super()._save(output_dir, state_dict)
 
     # ---- measuring
@@ -140,6 +145,20 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
             found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
         return found
+
+
+@contextmanager
+def _as_loaded(model: Any) -> Iterator[None]:
+    """Within, `save_pretrained` keeps the names and shapes that modules have, which is how the Trainer loads its own
+    checkpoints again: of experts, a file's are others."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
