@@ -187,6 +187,7 @@ KEYS: dict[str, set[str]] = {
     "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "price_unit", "measured"},
     "share": SHARED,
     "refit": {"tensors", "text", "text_digest", "tokens", "window", "seed", "seconds", "out"},
+    "train": {"method", "steps", "best_step", "loss_before", "loss_after", "ties", "curve", "settings"},
     "inspect": {"model_type", "plan_digest", "ties", "selections", "removals", "factored", "stored_bytes", "refit"},
     "verify": {"ok", "max_logit_diff"},
     "expand": {"out", "bytes"},
@@ -208,6 +209,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "plan": [tmp_path / "scores"],
         "share": [model, "out"],
         "refit": [shared, "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 128],
+        "train": [model, "trained", "--data", text, "--context", 16, "--max_steps", 1, "--use_cpu", "true"],
         "inspect": [shared],
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
@@ -233,7 +235,7 @@ def test_words_are_for_people(command: str, valid: dict[str, list[object]], run:
     assert found.status == 0, found.err
     assert found.out.strip()
     assert not found.out.startswith("{")
-    assert found.err == "" or command == "demo"  # which says how far it is
+    assert found.err == "" or command in ("demo", "train")  # which say how far they are
 
 
 OPTIONS = ["", "--ratio 0.5 --parts qkvo+ffn", "--match separate", "--ratio 0", "--dtype bfloat16",

@@ -108,6 +108,7 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
     ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")
     ] = False,
@@ -136,7 +137,7 @@ def train(
 
     merged = _merged(config, chosen, trainer_arguments(context.args))
     settings = TrainSettings.made(merged, str(config) if config else "the options")
-    found = run(model, out, settings, overwrite=overwrite, restart=restart)
+    found = run(model, out, settings, overwrite=overwrite, restart=restart, revision=revision)
     if PartialState().is_main_process:
         words = f"{found.in_words()}\nWritten and checked in {found.seconds:.1f} s: {out}"
         sys.stdout.write((json.dumps(found.to_dict(), default=str) if as_json else words) + "\n")

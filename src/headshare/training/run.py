@@ -51,10 +51,16 @@ CHANGEABLE = (
 
 
 def train(
-    model: str | Path, out: str | Path, settings: TrainSettings, *, overwrite: bool = False, restart: bool = False
+    model: str | Path,
+    out: str | Path,
+    settings: TrainSettings,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    revision: str | None = None,
 ) -> Trained:
     """Train a model by these settings, and write the shared checkpoint. Stopped at any moment, the same call goes on
-    from the last of the Trainer's checkpoints; `restart` throws that away.
+    from the last of the Trainer's checkpoints; `restart` throws that away. `revision` is of a hub id.
 
     Under `accelerate launch` every process calls this; the first one writes.
 
@@ -65,7 +71,7 @@ def train(
     """
     begun, target = time.monotonic(), Path(out)
     check_vacant(target, overwrite=overwrite)
-    with open_checkpoint(model) as source:
+    with open_checkpoint(model, revision=revision) as source:
         check_output(target, source.path, overwrite=overwrite)
         run = _Run.checked(source, target, settings)
         processes = PartialState()  # the Trainer's arguments have said which there are
