@@ -22,7 +22,7 @@ import headshare as hs
 from headshare.accounting import estimate, estimate_plan
 from headshare.budget import plan_for_bytes
 from headshare.calibration import Calibration, calibration_from
-from headshare.evaluation import Windows, perplexity, read_text, windows_of
+from headshare.evaluation import perplexity
 from headshare.models import load_model, load_tokenizer
 from headshare.paths import Form, Prices
 from headshare.plans import SharePlan
@@ -32,6 +32,7 @@ from headshare.progress import shown
 from headshare.training import TrainSettings, train
 from headshare.units import Kind
 from machine import machine
+from quality import numbers, test_windows
 
 TRAINED_DENSE = "dense, trained"
 
@@ -55,17 +56,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out
         self.dense = hs.open_checkpoint(args.model)
-        self.windows = self._windows()
+        self.windows = test_windows(self.dense, args)
         self.data = self._written() if args.data == "self" else args.data
         self._calibration: Calibration | None = None
         self._prices: Prices | None = None
-
-    def _windows(self) -> Windows:
-        args = self.args
-        if args.text == "self":
-            text = calibration_from("self", self.dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
-            return Windows(text.tokens, text.bos)
-        return windows_of(load_tokenizer(self.dense), read_text(args.text), window=args.window, limit=args.tokens)
 
     def _written(self) -> str:
         """A file that the model wrote: windows to train on, each a document."""
@@ -214,11 +208,6 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.set(xlabel="steps", ylabel="loss on windows held out, nats a token")
     axes.legend(fontsize="small")
     figure.savefig(path)
-
-
-def numbers(text: str) -> list[float]:
-    """Comma-separated numbers."""
-    return [float(word) for word in text.split(",") if word]
 
 
 def main() -> None:

@@ -206,6 +206,7 @@ def test_a_mix_costs_no_more_than_each_form_of_each_half_alone(drawn: Any, share
     prices = made(drawn)
     wanted = int(share * most_bytes(prices))
     found = plan_for_bytes(prices, wanted)
+    assert found.saved_bytes == saved_by(taken_by(prices, found)) >= wanted
     for kind, forms in {(path.kind, path.forms) for path in prices.paths}:
         same = tuple(path for path in prices.paths if path.kind is kind and path.forms == forms)
         alone = replace(prices, paths=same)

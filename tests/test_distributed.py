@@ -18,10 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainingArguments
 
 import headshare as hs
-import tiny
 from headshare.training import TrainSettings, train
-from test_cli import a_text, add_tokenizer
-from test_training import settings, states_close
+from test_training import a_model, settings, some_text, states_close  # noqa: F401 - the fixtures model and text
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 EXAMPLES = Folder(__file__).parent.parent / "examples"
@@ -56,16 +54,6 @@ def _one_of_two(work: Callable[[], object], rank: int, port: int, folder: Folder
         os._exit(1)
     torch.distributed.destroy_process_group()
     os._exit(0)
-
-
-@pytest.fixture
-def model(tmp_path: Folder) -> Folder:
-    return add_tokenizer(tiny.make_llama(tmp_path / "model", initializer_range=0.2))
-
-
-@pytest.fixture
-def text(tmp_path: Folder) -> Folder:
-    return a_text(tmp_path / "text.txt", words=15 * 40)
 
 
 def asked(text: Folder, method: str, size: int, /, **more: Any) -> Any:

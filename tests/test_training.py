@@ -36,14 +36,14 @@ CONTEXT = 16
 PLAIN = {"use_cpu": True, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
 
 
-@pytest.fixture
-def model(tmp_path: Folder) -> Folder:
+@pytest.fixture(name="model")
+def a_model(tmp_path: Folder) -> Folder:
     """A tiny Llama with a tokenizer."""
     return add_tokenizer(tiny.make_llama(tmp_path / "model", initializer_range=0.2))
 
 
-@pytest.fixture
-def text(tmp_path: Folder) -> Folder:
+@pytest.fixture(name="text")
+def some_text(tmp_path: Folder) -> Folder:
     return a_text(tmp_path / "text.txt", words=15 * 40)
 
 

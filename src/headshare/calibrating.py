@@ -71,9 +71,9 @@ def budget_of(
 ) -> Budget:
     """Read what a person asks for. `save` is a share of the whole model's bytes, such as "10%", or a number of bytes.
 
-    Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (several parts, or removal
-    allowed) or of ranks (parts factored, which is what auto stands for), as many bytes as sharing q, k and v at this
-    ratio would save.
+    Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (several parts, as with
+    auto, or removal allowed) or of ranks (parts factored), as many bytes as sharing q, k and v at this ratio would
+    save.
 
     Raises:
         PlanError: if a word is not known, or the budget cannot be met by any plan.

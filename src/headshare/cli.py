@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,7 @@ from headshare.errors import CalibrationError, CheckpointError, HeadshareError, 
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
+from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
 from headshare.progress import shown
@@ -48,11 +49,6 @@ from headshare.units import Kind
 from headshare.verification import verify as verify_checkpoint
 from headshare.workspace import settle
 from headshare.writing import check_output, check_vacant
-
-if TYPE_CHECKING:
-    from typer import Context
-else:
-    Context = typer.Context.__base__  # what typer hands over is one of these, and no typer.Context
 
 app = typer.Typer(
     help="Make a pre-trained transformer smaller: heads of different layers share one stored copy of their weights.",
@@ -173,13 +169,7 @@ DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, 
 ProbeOption = Annotated[
     bool, typer.Option(help="Price what is given up by the measured predictions of the model, not of its layer alone.")
 ]
-RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
 DtypeOption = Annotated[DtypeName | None, typer.Option(help="Store all weights as this type. Default: as they are.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
 
 
 CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
@@ -189,14 +179,9 @@ CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "prote
 def _refuse_unused(context: Context, why: str, names: Iterable[str]) -> None:
     """Refuse options that were given and would do nothing."""
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = [options[name] for name in names if _is_given(context, name)]
+    given = [options[name] for name in names if is_given(context, name)]
     if given:
         raise PlanError(f"{' and '.join(given)} would not be used: {why}.")
-
-
-def _is_given(context: Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _check_share(context: Context, *, planned: bool, by_output: bool, refit: bool, calibrated: bool) -> None:
@@ -219,7 +204,7 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
 def _check_budget(context: Context, budget: Budget) -> None:
     """Refuse what does not apply where units are chosen by output."""
     _refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
-    if _is_given(context, "save"):
+    if is_given(context, "save"):
         _refuse_unused(context, "--save says how much is given up", ["ratio"])
     if not any(form.kind is Kind.FFN for form in budget.forms):
         _refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])

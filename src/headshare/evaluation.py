@@ -133,8 +133,8 @@ def cut(ids: Sequence[int], window: int, first: int | None) -> Int[Tensor, "wind
     return tokens if first is None else functional.pad(tokens, (1, 0), value=first)
 
 
-def check_window(window: int, longest: int | None = None) -> None:
-    """Refuse windows that predict nothing, or that are longer than the model reads.
+def check_window(window: int, longest: int | None = None, option: str = "--window") -> None:
+    """Refuse windows that predict nothing, or that are longer than the model reads. `option` is what says how long.
 
     Raises:
         EvaluationError: in these cases.
@@ -143,7 +143,7 @@ def check_window(window: int, longest: int | None = None) -> None:
         raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
     if longest is not None and window > longest:
         raise EvaluationError(
-            f"windows of {window} tokens are longer than the model's {longest}. Use --window {longest}."
+            f"windows of {window} tokens are longer than the model's {longest}. Use {option} {longest}."
         )
 
 

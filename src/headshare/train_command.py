@@ -8,16 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from headshare.errors import TrainingError
-
-if TYPE_CHECKING:
-    from typer import Context
-else:
-    Context = typer.Context.__base__
+from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given
+from headshare.penalty import Distance
 
 
 class MethodName(StrEnum):
@@ -26,14 +23,6 @@ class MethodName(StrEnum):
     POSTSHARE = "postshare"
     RECOVER = "recover"
     BOTH = "both"
-
-
-class DistanceName(StrEnum):
-    """How the two ends of a tie are compared."""
-
-    FROBENIUS = "frobenius"
-    SQUARED = "squared"
-    COSINE = "cosine"
 
 
 class TrainDtypeName(StrEnum):
@@ -88,8 +77,8 @@ def train(
     gamma: Annotated[float, typer.Option(help="Weight of the distance of tied pairs (equation 5).")] = 0.5,
     lm: Annotated[float, typer.Option(help="Weight of the language-model loss; the authors' code has 0.5.")] = 1.0,
     distance: Annotated[
-        DistanceName, typer.Option(help="How pairs are compared; frobenius is the paper's.")
-    ] = DistanceName.FROBENIUS,
+        Distance, typer.Option(help="How pairs are compared; frobenius is the paper's.")
+    ] = Distance.FROBENIUS,
     distill: Annotated[
         float, typer.Option(help="This part of the language-model loss is the divergence from the dense model.")
     ] = 0.0,
@@ -105,16 +94,10 @@ def train(
     dtype: Annotated[
         TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
     ] = TrainDtypeName.FLOAT32,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
-    ] = False,
+    restart: RestartOption = False,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """PostShare, or recovery training. Any argument of the Hugging Face Trainer can be added: --learning_rate 1e-4.
 
@@ -128,7 +111,7 @@ def train(
         "dtype": dtype,
     }  # fmt: skip
     names = {**dict.fromkeys(given), "context": "context_length"}
-    chosen = {name: value for name, value in given.items() if _is_given(context, names[name] or name)}
+    chosen = {name: value for name, value in given.items() if is_given(context, names[name] or name)}
     from accelerate import PartialState
 
     from headshare.training import TrainSettings
@@ -143,23 +126,13 @@ def train(
         sys.stdout.write((json.dumps(found.to_dict(), default=str) if as_json else words) + "\n")
 
 
-def _is_given(context: Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
 def _merged(config: Path | None, chosen: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML file's settings with the options in their places."""
-    import yaml
+    from headshare.training.settings import read_yaml
 
-    found: dict[str, Any] = {}
-    if config is not None:
-        try:
-            found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise TrainingError(f"{config} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
-        if not isinstance(found, dict):
-            raise TrainingError(f"{config} holds no settings but {found!r:.60}. See docs/training.md for an example.")
+    found = {} if config is None else read_yaml(config) or {}
+    if not isinstance(found, dict):
+        raise TrainingError(f"{config} holds no settings but {found!r:.60}. See docs/training.md for an example.")
     found.setdefault("method", MethodName.POSTSHARE)
     for name, value in chosen.items():
         _put(found, PLACES[name], value)

@@ -44,7 +44,7 @@ class Workspace:
 
     def __init__(self, folder: Path, what: Mapping[str, str] | None = None, *, restart: bool = False) -> None:
         self.folder = folder
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         try:
             if restart:
                 self._empty()
@@ -205,7 +205,7 @@ def _identity(path: Path) -> str:
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def _locked(folder: Path) -> int:
+def locked(folder: Path) -> int:
     """The folder, made if it is not there, opened and locked.
 
     Raises:

@@ -332,8 +332,8 @@ def _room() -> Iterator[None]:
     """Memory that is too small is an error that says what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        full = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not full and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise TrainingError(

@@ -105,11 +105,7 @@ class TrainSettings(_Settings):
         Raises:
             TrainingError: if it cannot be read, or says what no setting is.
         """
-        try:
-            return cls.made(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise TrainingError(f"{path} cannot be read as YAML: {reason:.200}") from None
+        return cls.made(read_yaml(path), str(path))
 
     @classmethod
     def made(cls, data: Any, where: str = "the settings") -> "TrainSettings":
@@ -124,3 +120,15 @@ class TrainSettings(_Settings):
             first = error.errors(include_url=False)[0]
             place = ".".join(str(step) for step in first["loc"]) or "the top"
             raise TrainingError(f"{where}: {first['msg']} at {place}; found {first['input']!r:.100}.") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        TrainingError: if it cannot be read.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrainingError(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None

@@ -1,6 +1,5 @@
 """Where the state of a run lies until its output is written, whose it is, and where to go on from."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headshare.errors import OutputError, TrainingError
-from headshare.files import explain, write_whole
-from headshare.workspace import workspace_of
+from headshare.errors import TrainingError
+from headshare.files import write_whole
+from headshare.workspace import locked, workspace_of
 
 _WHAT = "run.json"
 _STATE = "trainer_state.json"
@@ -31,16 +30,8 @@ def taken_up(folder: Path, what: Mapping[str, str], *, restart: bool) -> Iterato
         TrainingError: if it is of another run, naming what differs, or of none.
         OutputError: if it cannot be made, or another run is working in it.
     """
+    lock = locked(folder)
     try:
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(explain(error, folder)) from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"another run is working on the same output, in {folder}. Wait for it.") from None
         _check(folder, what, restart=restart)
         yield
     finally:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from headshare.checkpoints import Checkpoint
 from headshare.documents import DATA_SET, data_set_rows, documents_of, json_rows
 from headshare.errors import CalibrationError, EvaluationError, TrainingError
-from headshare.evaluation import check_vocabulary, ids_of, longest_window, opening_token
+from headshare.evaluation import check_vocabulary, check_window, ids_of, longest_window, opening_token
 from headshare.models import load_tokenizer
 from headshare.training.settings import Text
 
@@ -60,11 +60,7 @@ def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Strea
     """
     kept: Packed | Streamed
     try:
-        longest = longest_window(checkpoint.config)
-        if longest is not None and text.context > longest:
-            raise TrainingError(
-                f"a context of {text.context} tokens is longer than the model's {longest}. Use --context {longest}."
-            )
+        check_window(text.context, longest_window(checkpoint.config), "--context")
         read = _reader(checkpoint, text, text.data)
         if text.stream:
             apart = 0 if text.held_out_data else text.held_out
@@ -137,13 +133,12 @@ def _ids(source: str, tokenizer: Any, field: str | None) -> Iterator[list[int]]:
     if not source.startswith(DATA_SET) and Path(source).suffix != ".jsonl":
         yield from (ids_of(tokenizer, piece) for piece in _pieces(Path(source)))
         return
-    rows = data_set_rows(source) if source.startswith(DATA_SET) else json_rows(Path(source), 0, *_ends(source))
+    if source.startswith(DATA_SET):
+        rows = data_set_rows(source)
+    else:
+        size = Path(source).stat().st_size
+        rows = json_rows(Path(source), 0, size, size)
     yield from (ids_of(tokenizer, text) + end for text in documents_of(rows, field) if text.strip())
-
-
-def _ends(source: str) -> tuple[int, int]:
-    size = Path(source).stat().st_size
-    return size, size
 
 
 def _pieces(path: Path) -> Iterator[str]:

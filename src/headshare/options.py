@@ -1,0 +1,23 @@
+"""What several commands' options have in common."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from typer import Context as Context
+else:
+    Context = typer.Context.__base__  # what typer hands over is one of these, and no typer.Context
+
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
+
+
+def is_given(context: Context, name: str) -> bool:
+    """Whether the command line says so, and not a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
