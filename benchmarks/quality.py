@@ -4,22 +4,28 @@
     python benchmarks/quality.py MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
 
 At each ratio all rows save what sharing q, k and v of int(ratio x units) units saves, or a little more (the table says
-how much). Prices are nats a token. Every setting is chosen on the calibration text; the test text is only measured on.
+how much). Prices are nats a token. The divergence is that of the predictions on the test text from the dense model's,
+KL(dense | model), nats a token. Every setting is chosen on the calibration text; the test text is only measured on.
 `--text self` has the model write one, with the next seed; `--text articles` takes every sixth article out of the
-calibration text (of WikiText, where titles stand between equals signs), to choose methods by. `--out` keeps prices and
-each row as they are done, and what is there is not done again. The figure needs matplotlib.
+calibration text (of WikiText, where titles stand between equals signs), to choose methods by. `--out` keeps each row
+as it is done, `--kept` (the same folder unless given) prices and refits, and what is there is not done again: with
+another `--text` and `--out`, what is kept is measured on that text. The figure needs matplotlib.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import headshare as hs
 from headshare.accounting import estimate, estimate_plan
@@ -28,7 +34,7 @@ from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.controls import overwrite_recipients, with_random_donors
-from headshare.evaluation import Windows, perplexity, read_text, window_losses, windows_of
+from headshare.evaluation import Windows, losses_and_divergences, perplexity, read_text, windows_of
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model, load_tokenizer
 from headshare.paths import Form, Prices, paths_from_json, paths_to_json
@@ -55,7 +61,8 @@ EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget. `price` is what the planner predicted, where it did; `losses` those of each window."""
+    """One method at one budget. `price` is what the planner predicted, where it did; `losses` and `divergences` are
+    those of each window."""
 
     budget: str
     method: str
@@ -66,6 +73,12 @@ class Row:
     price: float | None
     refit_s: float
     losses: list[float]
+    divergences: list[float] = field(default_factory=list)  # none in rows from before they were measured
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """What it is a row of."""
+        return self.budget, self.method
 
 
 class Saved(dict[int, list[PricedPath]]):
@@ -98,15 +111,16 @@ class Bench:
         dense: Checkpoint,
         calibration: Calibration,
         windows: Windows,
-        out: Path,
+        kept: Path,
         *,
         ffn: bool,
         probe: bool,
         device: str,
     ) -> None:
         self.dense, self.calibration, self.windows, self.ffn, self.device = dense, calibration, windows, ffn, device
-        self.out, self.probe = out, probe
-        self.dense_perplexity = perplexity(load_model(dense), windows).perplexity
+        self.kept, self.probe = kept, probe
+        self.stock = load_model(dense)
+        self.dense_perplexity = perplexity(self.stock, windows).perplexity
         self.layout = attention_layout(text_config(dense.config), dense.shapes)
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
@@ -114,11 +128,11 @@ class Bench:
         """The prices of these forms, in nats, of one half of each layer; of removals too where ties follow those."""
         if (forms, kind) not in self._prices:
             words = "-".join(forms)
-            rough = Saved(self.out / f"priced-{words}.json")
+            rough = Saved(self.kept / f"priced-{words}.json")
             found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
-                fine = Saved(self.out / f"probed-{words}-{kind}.json")
+                fine = Saved(self.kept / f"probed-{words}-{kind}.json")
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
             self._prices[forms, kind] = found
         return self._prices[forms, kind]
@@ -131,9 +145,7 @@ class Bench:
     def measure(self, cell: Cell) -> Row:
         """Plan, refit, and the perplexity of a stock model with the same numbers in place."""
         plan, price = cell.plan()
-        begun = time.perf_counter()
-        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, device=self.device).tensors
-        seconds = time.perf_counter() - begun
+        tensors, seconds = self.refitted(cell, plan)
         model = load_model(self.dense)
         overwrite_recipients(model, plan)
         with torch.no_grad():
@@ -141,7 +153,8 @@ class Bench:
                 path, _, leaf = name.rpartition(".")
                 if leaf not in EXTRAS:
                     getattr(model.get_submodule(module_path(model, f"{path}.weight")), leaf).copy_(tensor)
-        losses, found = window_losses(model, self.windows), estimate_plan(self.dense, plan)
+        losses, divergences = losses_and_divergences(model, self.stock, self.windows)
+        found = estimate_plan(self.dense, plan)
         value = losses.mean().exp().item()
         return Row(
             cell.budget,
@@ -151,9 +164,26 @@ class Bench:
             value,
             value / self.dense_perplexity,
             price,
-            round(seconds, 1),
+            seconds,
             [round(loss, 6) for loss in losses.tolist()],
+            [round(one, 6) for one in divergences.tolist()],
         )
+
+    def refitted(self, cell: Cell, plan: SharePlan) -> tuple[Mapping[str, Tensor], float]:
+        """The readouts of this plan, refitted or as they were kept, and the seconds that took."""
+        words = re.sub(r"\W+", "-", f"{cell.budget} {cell.method}")
+        file, digest = self.kept / f"refit-{words}.safetensors", hashlib.sha256(plan.to_json().encode()).hexdigest()
+        if file.is_file():
+            with safe_open(file, "pt") as kept:
+                found = kept.metadata()
+            if found["plan"] == digest:
+                return load_file(file), float(found["seconds"])
+        begun = time.perf_counter()
+        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, device=self.device).tensors
+        seconds = round(time.perf_counter() - begun, 1)
+        named = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(named, file, {"plan": digest, "seconds": str(seconds)})
+        return tensors, seconds
 
 
 def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
@@ -206,28 +236,35 @@ def priced(found: Budgeted) -> tuple[SharePlan, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """All rows as Markdown, by budget, each against the control too: the mean of the differences of the same windows'
-    losses, and its standard error."""
+    """All rows as Markdown, by budget, each against the control too: means of the differences of the same windows'
+    losses and divergences, and their standard errors."""
     controls = {row.budget: row for row in rows if row.method == CONTROL}
     rows = sorted(rows, key=lambda row: float(row.budget.rstrip("%")))
     lines = [
-        f"| budget | method | saved | perplexity | against dense | loss against {CONTROL}, nats (error) | price |",
-        "|--:|---|--:|--:|--:|--:|--:|",
+        f"| budget | method | saved | perplexity | over dense | more loss than {CONTROL}, nats (error) | price | "
+        "divergence | more than that of deletion (error) |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {row.budget} | {row.method} | {row.saved_fraction:.2%} | {row.perplexity:.3f} | {row.against_dense:.4f} | "
-        f"{against(row, controls.get(row.budget))} | {'' if row.price is None else f'{row.price:.4f}'} |"
+        f"{more(row, controls.get(row.budget), 'losses')} | {'' if row.price is None else f'{row.price:.4f}'} | "
+        f"{mean(row.divergences)} | {more(row, controls.get(row.budget), 'divergences')} |"
         for row in rows
     ]
     return "\n".join(lines)
 
 
-def against(row: Row, control: Row | None) -> str:
-    """How much more a row loses than its control."""
-    if control is None or control is row:
+def mean(values: list[float]) -> str:
+    """As a cell; empty where there are none."""
+    return f"{sum(values) / len(values):.4f}" if values else ""
+
+
+def more(row: Row, control: Row | None, what: str) -> str:
+    """How much more a row loses, or diverges, than its control, and the standard error over windows."""
+    if control is None or control is row or not (getattr(row, what) and getattr(control, what)):
         return ""
-    more = torch.tensor(row.losses) - torch.tensor(control.losses)
-    return f"{more.mean().item():+.4f} ({more.std().item() / len(more) ** 0.5:.4f})"
+    found = torch.tensor(getattr(row, what)) - torch.tensor(getattr(control, what))
+    return f"{found.mean().item():+.4f} ({found.std().item() / len(found) ** 0.5:.4f})"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -257,7 +294,10 @@ def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:
     if args.text == "self":
         text = calibration_from("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
         return Windows(text.tokens, text.bos)
-    return windows_of(load_tokenizer(dense), read_text(args.text), window=args.window, limit=args.tokens)
+    text = read_text(args.text)
+    if Path(args.text).suffix == ".jsonl":
+        text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+    return windows_of(load_tokenizer(dense), text, window=args.window, limit=args.tokens)
 
 
 def split_articles(text: Path, out: Path) -> tuple[Path, Path]:
@@ -296,11 +336,14 @@ def main() -> None:
         "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
     )
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for rows, table and figure")
+    parser.add_argument("--kept", type=Path, help="folder for prices and refits; the same unless given")
     args = parser.parse_args()
     if args.products == "bfloat16":
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     dense = hs.open_checkpoint(args.model)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.kept = args.kept or args.out
+    for folder in (args.out, args.kept):
+        folder.mkdir(parents=True, exist_ok=True)
     if args.text == "articles":
         args.text, args.calibration = split_articles(Path(args.calibration), args.out)
     windows = test_windows(dense, args)
@@ -311,13 +354,13 @@ def main() -> None:
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     with shown():
         bench = Bench(
-            dense, calibration, windows, args.out, ffn=not args.attention_only, probe=args.probe, device=args.device
+            dense, calibration, windows, args.kept, ffn=not args.attention_only, probe=args.probe, device=args.device
         )
         cells = [cell for ratio in args.ratios for cell in at_ratio(bench, ratio, args.seed)]
         cells += [cell for share in args.saves for cell in at_share(bench, share)]
         wanted = args.methods.split(";") if args.methods else {cell.method for cell in cells}
         for cell in (one for one in cells if one.method in wanted):
-            if any((row.budget, row.method) == (cell.budget, cell.method) for row in rows):
+            if any(row.cell == (cell.budget, cell.method) for row in rows):
                 continue
             try:
                 rows.append(bench.measure(cell))

@@ -8,7 +8,7 @@ import torch
 
 import headshare as hs
 import tiny
-from headshare.evaluation import Windows, perplexity, window_losses
+from headshare.evaluation import Windows, losses_and_divergences, perplexity, window_losses
 from headshare.models import load_model
 
 
@@ -24,3 +24,18 @@ def test_each_windows_loss_is_the_one_that_the_model_gives_for_labels(tmp_path: 
     whole = perplexity(model, windows)
     assert math.log(whole.perplexity) == pytest.approx(sum(wanted) / 5, rel=1e-6)
     assert whole.tokens == 5 * 15
+
+
+def test_a_windows_divergence_is_the_sum_over_tokens_of_p_log_p_over_q(tmp_path: Folder) -> None:
+    dense = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "dense", initializer_range=0.2)))
+    other = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "other", initializer_range=0.2, seed=1)))
+    windows = Windows(tiny.tokens(16, 3), False)
+    losses, found = losses_and_divergences(other, dense, windows)
+    with torch.no_grad():
+        p, q = (model(input_ids=windows.tokens).logits[:, :-1].double().softmax(-1) for model in (dense, other))
+    wanted = (p * (p / q).log()).sum(-1).mean(-1)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert (found > 0.01).all()
+    assert torch.equal(losses, window_losses(other, windows))
+    assert losses_and_divergences(dense, dense, windows)[1].tolist() == pytest.approx([0.0] * 3, abs=1e-6)

@@ -182,19 +182,51 @@ def window_losses(model: Any, windows: Windows) -> Float[Tensor, " windows"]:
     Raises:
         EvaluationError: as `perplexity` does.
     """
+    _check_causal(model)
+    losses = [_loss(_logits(model, window), window) for window in track(windows.tokens, "windows", len(windows.tokens))]
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def losses_and_divergences(
+    model: Any, dense: Any, windows: Windows
+) -> tuple[Float[Tensor, " windows"], Float[Tensor, " windows"]]:
+    """The model's `window_losses`, and how far its predictions are from the dense model's in each window, nats a token:
+    KL(dense | model) of their next-token distributions. Loss says how well a text is predicted; divergence, how much
+    of the dense model is left, whatever the text says.
+
+    Raises:
+        EvaluationError: as `perplexity` does, for either.
+    """
+    _check_causal(model)
+    _check_causal(dense)
+    losses, divergences = [], []
+    for window in track(windows.tokens, "windows", len(windows.tokens)):
+        found = _logits(model, window)
+        losses.append(_loss(found, window))
+        wanted = _logits(dense, window).log_softmax(dim=-1).to(found.device)
+        apart = functional.kl_div(found.log_softmax(dim=-1), wanted, reduction="none", log_target=True)
+        divergences.append(apart.sum(dim=-1).double().mean().item())
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(divergences, dtype=torch.float64)
+
+
+def _check_causal(model: Any) -> None:
     if not is_causal(model):
         raise EvaluationError(
             f"{type(model).__name__} does not predict the next token, so it has no perplexity. "
             "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
         )
-    losses = torch.zeros(len(windows.tokens), dtype=torch.float64)
-    device = next(model.parameters()).device
-    for number, window in enumerate(track(windows.tokens, "windows", len(windows.tokens))):
-        tokens = window[None].to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-        check_finite(logits)
-        losses[number] = functional.cross_entropy(logits, tokens[0, 1:], reduction="none").double().mean()
-    return losses
+
+
+def _logits(model: Any, window: Int[Tensor, " window"]) -> Float[Tensor, "predicted words"]:
+    tokens = window[None].to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    check_finite(logits)
+    return logits
+
+
+def _loss(logits: Float[Tensor, "predicted words"], window: Int[Tensor, " window"]) -> float:
+    return functional.cross_entropy(logits, window[1:].to(logits.device), reduction="none").double().mean().item()
 
 
 def check_finite(logits: Tensor) -> None:
