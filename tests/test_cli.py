@@ -438,7 +438,7 @@ def windows_by_hand(folder: Path, text: Path, window: int, bos: bool, limit: int
 @pytest.mark.parametrize(("options", "window", "bos", "limit"), [
     (["--window", 32], 32, True, None), (["--window", 50, "--no-bos"], 50, False, None),
     (["--window", 2], 2, True, None), (["--window", 2, "--no-bos"], 2, False, None),
-    (["--window", 16, "--limit", 100], 16, True, 100), (["--window", 64, "--bos"], 64, True, None),
+    (["--window", 16, "--tokens", 100], 16, True, 100), (["--window", 64, "--bos"], 64, True, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("which", ["dense", "shared"])
 def test_perplexity_is_what_transformers_own_loss_gives(
@@ -711,9 +711,9 @@ eval model --text text --window 65                      | --window 64
 eval model --text text --window 1                       | window
 eval model --text text --window 0                       | window
 eval model --text text --window -8                      | window
-eval model --text text --window 32 --limit 8            | less than one window
-eval model --text text --window 32 --limit 0            | limit
-eval model --text text --window 32 --limit -50          | limit
+eval model --text text --window 32 --tokens 8           | less than one window
+eval model --text text --window 32 --tokens 0           | limit
+eval model --text text --window 32 --tokens -50         | limit
 eval bare --text text --window 32                       | no tokenizer
 eval odd-tokenizer --text text --window 32              | no tokenizer
 eval no-bos --text text --window 32 --bos               | beginning-of-text

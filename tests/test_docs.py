@@ -27,11 +27,14 @@ def test_the_readmes_commands_run_in_their_order(
     monkeypatch.chdir(tmp_path)
     a_text(tmp_path / "FILE", 1200)
     add_tokenizer(llama).rename(tmp_path / "MODEL")
+    (tmp_path / "DATA").mkdir()
+    for name in ("piqa", "boolq"):
+        (tmp_path / "DATA" / f"{name}.jsonl").write_text('{"query": "w4 w5", "choices": ["w6", "w7 w8"], "gold": 1}\n')
     seen = set()
     for words in commands():
         if words[:2] == ["headshare", "share"] and "--plan" in words:
             words[3] = "OUT2"
-        if words[1] == "eval":
+        if words[1] == "eval" and "--text" in words:
             words += ["--window", "32"]
         if "--calibration" in words:
             words += ["--calibration-window", "32", "--calibration-tokens", "512"]
@@ -71,7 +74,7 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
 def test_the_readmes_tree_lists_every_module() -> None:
     tree = README[README.index("## Files") : README.index("## Cite")]
     source = ROOT / "src" / "headshare"
-    paths = [path for folder in ("", "storage", "training") for path in (source / folder).glob("*.py")]
+    paths = [path for folder in ("", "storage", "training", "evaluating") for path in (source / folder).glob("*.py")]
     modules = {path.name for path in paths if not path.name.startswith("__")}
     assert {name for name in modules if name not in tree} == set()
     assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules

@@ -32,7 +32,8 @@ from headshare.calibration import TOKENS as CALIBRATION_TOKENS
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
-from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
+from headshare.eval_command import evaluate_command
+from headshare.evaluation import WINDOW, read_text
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
 from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given
@@ -564,37 +565,6 @@ def expand(
     _print({"out": str(dense), "bytes": size}, f"{size:,} bytes of weights in {dense}", as_json)
 
 
-@app.command("eval")
-def evaluate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_SHARED", help="A dense or a shared checkpoint.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
-    window: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = WINDOW,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many tokens of the text.")] = None,
-    bos: Annotated[
-        bool | None,
-        typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="For encoders: the dense model, to compare embeddings with.")
-    ] = None,
-    revision: RevisionOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Perplexity of a text in windows; for encoders, agreement of their embeddings with the dense model's."""
-    content = read_text(text)
-    other = None if against is None else open_checkpoint(against)
-    found = evaluate(
-        open_checkpoint(model, revision=revision), content, against=other, window=window, limit=limit, bos=bos
-    )
-    if isinstance(found, Agreement):
-        words = (
-            f"mean cosine with {against}: {found.cosine:.6f} over {found.tokens} tokens in windows of {found.window}"
-        )
-    else:
-        words = f"perplexity {found.perplexity:,.3f} over {found.tokens} tokens in windows of {found.window}"
-    _print(found.to_dict(), words, as_json)
-
-
 @app.command()
 def demo(
     model: Annotated[
@@ -666,6 +636,7 @@ def bench(
 
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command("eval")(evaluate_command)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

@@ -1,0 +1,90 @@
+"""`headshare eval`: perplexity of a text, agreement of encoders, and accuracy on tasks.
+
+What tasks need is imported when they begin: the other commands should not wait for it.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headshare.checkpoints import open_checkpoint
+from headshare.errors import EvaluationError
+from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
+from headshare.options import JsonOption, RevisionOption
+
+
+class EvalDtypeName(StrEnum):
+    """What models are run in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def evaluate_command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES", help="Tasks, joined by commas: ours, from --data-dir, or lm-eval's.")
+    ] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files: piqa.jsonl and so on.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many questions of each task, or subject.")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples before each question. Default: the task's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Options of questions run at once.")] = 16,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Type to run in; auto: as stored.")] = EvalDtypeName.AUTO,
+    device: Annotated[str, typer.Option(help="Where to run, such as cuda:0.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that keeps results.json; what it has is not measured again.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window of --text; windows do not overlap.")] = WINDOW,
+    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text.")] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="For encoders: the dense model, to compare embeddings with.")
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a text in windows, and accuracy on tasks; for encoders, agreement of their embeddings.
+
+    A folder that keeps results serves many models: each is measured once, and a run that is stopped goes on.
+    """
+    if text is not None and not (tasks or out or len(models) > 1):
+        content, other = read_text(text), None if against is None else open_checkpoint(against)
+        model = open_checkpoint(models[0], revision=revision)
+        found = evaluate(model, content, against=other, window=window, limit=tokens, bos=bos)
+        if isinstance(found, Agreement):
+            words = f"mean cosine with {against}: {found.cosine:.6f}"
+        else:
+            words = f"perplexity {found.perplexity:,.3f}"
+        _print(found.to_dict(), f"{words} over {found.tokens} tokens in windows of {found.window}", as_json)
+        return
+    if against is not None:
+        raise EvaluationError("--against compares one encoder with its dense model on --text. Leave the rest out.")
+    from headshare.evaluating import Settings, Text, measure, table_of
+    from headshare.evaluating.measuring import to_dict
+
+    rows = measure(
+        models,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        data=data_dir,
+        text=None if text is None else Text(text, window, tokens, bos),
+        settings=Settings(limit, few_shot, dtype.value, device, batch_size),
+        out=out,
+        revision=revision,
+    )
+    _print(to_dict(rows), table_of(rows), as_json)
+
+
+def _print(data: dict[str, Any], words: str, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(data) if as_json else words) + "\n")

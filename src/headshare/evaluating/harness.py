@@ -1,0 +1,291 @@
+"""Run tasks with lm-evaluation-harness: its own by name, and ours, which are given to it as tasks of its kind."""
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from headshare.checkpoints import Checkpoint
+from headshare.errors import EvaluationError
+from headshare.evaluating.questions import Question
+from headshare.evaluating.results import Measured, Metric
+from headshare.evaluating.tasks import TASKS, Part, digest_of
+from headshare.evaluation import is_causal, longest_window
+from headshare.models import load_model, load_tokenizer, quiet
+
+INSTALL = "pip install 'headshare[eval]'"
+SCORED = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are measured: the first `limit` questions of each (of each subject), with `few_shot` examples before
+    them (None: as the task says), by a model of this type on this device, so many options at once."""
+
+    limit: int | None = None
+    few_shot: int | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise EvaluationError(f"a limit of {self.limit} questions leaves nothing to measure; use at least 1.")
+        if self.few_shot is not None and self.few_shot < 0:
+            raise EvaluationError(f"{self.few_shot} examples cannot be shown; use 0 or more.")
+        if self.batch_size < 1:
+            raise EvaluationError(f"a batch of {self.batch_size} holds nothing; use at least 1.")
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those of them that results depend on."""
+        return {"limit": self.limit, "few_shot": self.few_shot, "dtype": self.dtype, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A task that is to be run. `parts` are the questions of ours; of the harness's it has none, and `digest` is its
+    version."""
+
+    name: str
+    digest: str
+    parts: Mapping[str, Part] | None = None
+
+    def key(self, model: str, settings: Settings) -> str:
+        """Tells this task of this model by these settings."""
+        what = [model, self.name, self.digest, harness_version(), settings.deciding]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:
+    """The tasks of these names, ours from the folder of data, where there is one, before the harness's.
+
+    Raises:
+        EvaluationError: if there is no such task, or a file of ours cannot be used.
+    """
+    found = []
+    for name in dict.fromkeys(names):
+        if name in TASKS and data is not None:
+            parts = TASKS[name].parts(data)
+            found.append(Chosen(name, digest_of(parts), parts))
+        else:
+            found.append(Chosen(name, _version_of(name, data)))
+    return found
+
+
+def harness_version() -> str:
+    """The harness's version.
+
+    Raises:
+        EvaluationError: if it is not installed.
+    """
+    try:
+        with quiet():
+            import lm_eval
+    except ImportError:
+        raise EvaluationError(f"tasks are run by lm-eval, which is not installed. Run: {INSTALL}") from None
+    return str(lm_eval.__version__)
+
+
+def _version_of(name: str, data: Path | None) -> str:
+    harness_version()
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        known = set(TaskManager().all_tasks)
+    if name in known:
+        return "harness"
+    if name in TASKS and data is None:
+        raise EvaluationError(
+            f"{name} is read from {TASKS[name].files[0]}. Name the folder it lies in with --data-dir."
+        )
+    near = difflib.get_close_matches(name, sorted(known | set(TASKS)), n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise EvaluationError(
+        f"there is no task {name!r:.100}.{hint} There are {', '.join(TASKS)}, from files, and all of lm-eval's."
+    )
+
+
+class Runner:
+    """A model that texts and tasks can be run on.
+
+    Raises:
+        EvaluationError: if it predicts no next token, or has no tokenizer.
+        CheckpointError: if it cannot be loaded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.name, self.settings = checkpoint.name, settings
+        self.tokenizer, self.longest = load_tokenizer(checkpoint), longest_window(checkpoint.config)
+        self.model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
+        if not is_causal(self.model):
+            name = type(self.model).__name__
+            raise EvaluationError(f"{name} does not predict the next token, so it cannot choose a text.")
+
+    @cached_property
+    def _for_harness(self) -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        size = self.settings.batch_size
+        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=size, max_length=self.longest)
+
+    def run(self, task: Chosen, key: str) -> Measured:
+        """Measure one task.
+
+        Raises:
+            EvaluationError: if the harness cannot run it, or a likelihood is not finite.
+        """
+        import lm_eval
+
+        with _explained(task.name), _hushed():
+            parts = None if task.parts is None else task.parts.items()
+            given = [task.name] if parts is None else [_as_task(task.name, *part) for part in parts]
+            found = lm_eval.simple_evaluate(
+                model=self._for_harness,
+                tasks=given,
+                num_fewshot=self.settings.few_shot,
+                limit=self.settings.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=self.settings.seed,
+                numpy_random_seed=self.settings.seed,
+                torch_random_seed=self.settings.seed,
+                fewshot_random_seed=self.settings.seed,
+            )
+        by_part: dict[str, list[dict[str, Any]]] = found["samples"]
+        samples = [sample for some in by_part.values() for sample in some]
+        _check_finite(samples, task.name)
+        options = [len(sample["arguments"]) for sample in samples]
+        shares = {name: (_share(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
+        chosen = all("acc" in sample for sample in samples)
+        return Measured(
+            model=self.name,
+            task=task.name,
+            key=key,
+            metrics=_averaged(samples) if chosen else _reported(found, task.name),
+            questions=len(samples),
+            chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
+            parts=shares if len(shares) > 1 else {},
+            settings={**self.settings.deciding, "batch_size": self.settings.batch_size, "device": self.settings.device,
+                      "lm_eval": harness_version()},
+        )  # fmt: skip
+
+
+def _share(samples: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(sample["acc"] for sample in samples)) / len(samples)
+
+
+def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Accuracies over all questions, whatever their subject, with sqrt(p (1 - p) / (n - 1))."""
+    found = {}
+    for name in SCORED:
+        if all(name in sample for sample in samples):
+            share, count = sum(sample[name] for sample in samples) / len(samples), len(samples)
+            found[name] = Metric(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None)
+    return found
+
+
+def _reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
+    """What the harness says of a task that is not one of choosing."""
+    row = found["results"][name]
+    return {
+        key.partition(",")[0]: Metric(_number(value), _number(row.get(key.replace(",", "_stderr,", 1))))
+        for key, value in row.items()
+        if "," in key and "_stderr" not in key and _number(value) is not None
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _check_finite(samples: Sequence[Mapping[str, Any]], name: str) -> None:
+    for sample in samples:
+        for answer in sample["filtered_resps"]:
+            value = answer[0] if isinstance(answer, list | tuple) else answer
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EvaluationError(
+                    f"a likelihood on {name} is {value}; the model's weights are damaged or overflow this dtype."
+                )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the harness raises is one error: it raises whatever what it is built on does."""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvaluationError(f"lm-eval cannot run {name}: {reason:.300}") from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """The harness's bars are for terminals, and what it logs is for those who write tasks."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet(), nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+# ---- ours as the harness's
+
+
+def _as_task(task: str, part: str, kept: Part) -> Any:
+    """A subject as a task of the harness's own kind."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    splits = {"test": Dataset.from_list([_document(one) for one in kept.questions])}
+    if kept.examples:
+        splits["shown"] = Dataset.from_list([_document(one) for one in kept.examples])
+    return ConfigurableTask(
+        config={
+            "task": part if part == task else f"{task}_{part}",
+            "custom_dataset": lambda **_: splits,
+            "test_split": "test",
+            "fewshot_split": "shown" if kept.examples else "test",
+            "output_type": "multiple_choice",
+            "description": kept.heading,
+            "doc_to_text": _text,
+            "doc_to_choice": _choices,
+            "doc_to_target": _target,
+            "target_delimiter": TASKS[task].space,
+            "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in SCORED],
+        }
+    )
+
+
+def _document(question: Question) -> dict[str, Any]:
+    return {"contexts": list(question.contexts), "endings": list(question.endings), "answer": question.answer}
+
+
+def _text(document: Mapping[str, Any]) -> str | int:
+    """The context; or, of several, which is right, as the harness has it."""
+    contexts = document["contexts"]
+    return contexts[0] if len(contexts) == 1 else int(document["answer"])
+
+
+def _choices(document: Mapping[str, Any]) -> list[str]:
+    found: list[str] = document["endings"] if len(document["contexts"]) == 1 else document["contexts"]
+    return found
+
+
+def _target(document: Mapping[str, Any]) -> str | int:
+    return int(document["answer"]) if len(document["contexts"]) == 1 else document["endings"][0]

@@ -1,0 +1,122 @@
+"""Measure models on a text and on tasks; what was measured before, by the same settings, is not measured again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.errors import EvaluationError
+from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
+from headshare.evaluating.results import Measured, Metric, Results
+from headshare.evaluation import WINDOW, check_vocabulary, check_window, perplexity, read_text, windows_of
+from headshare.progress import say
+from headshare.workspace import fingerprint
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose perplexity is measured: in windows of so many tokens, of at most so many tokens of it."""
+
+    path: Path
+    window: int = WINDOW
+    tokens: int | None = None
+    bos: bool | None = None
+    content: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", read_text(self.path))
+
+    @property
+    def name(self) -> str:
+        """What its column is called."""
+        return f"perplexity of {self.path.name}"
+
+    def key(self, model: str, settings: Settings) -> str:
+        """Tells this text on this model by these settings."""
+        text = hashlib.sha256(self.content.encode()).hexdigest()
+        what = [model, text, self.window, self.tokens, self.bos, settings.dtype]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def run(self, runner: Runner, key: str) -> Measured:
+        """Measure it.
+
+        Raises:
+            EvaluationError: as `perplexity` and `windows_of` do.
+        """
+        windows = windows_of(runner.tokenizer, self.content, window=self.window, limit=self.tokens, bos=self.bos)
+        check_window(self.window, runner.longest)
+        check_vocabulary(runner.model.config.to_dict(), windows.tokens)
+        found = perplexity(runner.model, windows).to_dict()
+        value = found.pop("perplexity")
+        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=found)
+
+
+def measure(
+    models: Sequence[str | Path],
+    *,
+    tasks: Sequence[str] = (),
+    data: Path | None = None,
+    text: Text | None = None,
+    settings: Settings | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+) -> list[Measured]:
+    """Every model, dense or shared, on the text and on every task: ours from files in the folder of data, or any of
+    lm-evaluation-harness's by name.
+
+    `out` is a folder whose results.json keeps each result as it is had; what is in it, of the same model, questions and
+    settings, is taken from there. So a run that is stopped goes on, and one dense run serves many comparisons.
+
+    Raises:
+        EvaluationError: if a task, a text or the kept results cannot be used, or a model is not one that predicts.
+        CheckpointError: if a model cannot be loaded.
+    """
+    settings = settings or Settings()
+    kept, chosen = Results(out), chosen_tasks(tasks, data)
+    if not chosen and text is None:
+        raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
+    with ExitStack() as opened:
+        checkpoints = [opened.enter_context(open_checkpoint(model, revision=revision)) for model in models]
+        return [row for one in checkpoints for row in _measured(one, chosen, text, settings, kept)]
+
+
+def _measured(
+    checkpoint: Checkpoint, tasks: Sequence[Chosen], text: Text | None, settings: Settings, kept: Results
+) -> Iterator[Measured]:
+    """One model's results. It is loaded once, if anything is missing."""
+    runner: Runner | None = None
+    for name, key, run in _jobs(fingerprint(checkpoint), tasks, text, settings):
+        found = kept.find(key)
+        if found is None:
+            runner = runner or Runner(checkpoint, settings)
+            found = run(runner)
+            kept.add(found)
+            say(f"{checkpoint.name}: {name}")
+        yield found
+
+
+_Job = tuple[str, str, Callable[[Runner], Measured]]
+
+
+def _jobs(model: str, tasks: Sequence[Chosen], text: Text | None, settings: Settings) -> Iterator[_Job]:
+    def of(one: Text | Chosen) -> _Job:
+        key = one.key(model, settings)
+        return one.name, key, partial(_run, one, key)
+
+    if text is not None:
+        yield of(text)
+    yield from map(of, tasks)
+
+
+def _run(one: Text | Chosen, key: str, runner: Runner) -> Measured:
+    return one.run(runner, key) if isinstance(one, Text) else runner.run(one, key)
+
+
+def to_dict(rows: Sequence[Measured]) -> dict[str, Any]:
+    """The same as `--json` prints it."""
+    return {"results": [asdict(row) for row in rows]}

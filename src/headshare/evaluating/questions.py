@@ -1,0 +1,125 @@
+"""Questions with given options, and files of them: one JSON object a line, or one CSV a subject, in a folder or zip."""
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from headshare.errors import EvaluationError
+
+FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Question:
+    """One context and several endings, or several contexts and one ending; which of them is right.
+
+    Raises:
+        EvaluationError: if there are fewer than two options or a blank one, or the answer is none of them.
+    """
+
+    contexts: tuple[str, ...]
+    endings: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        options = max(len(self.contexts), len(self.endings))
+        if options < 2 or min(len(self.contexts), len(self.endings)) != 1:
+            raise EvaluationError(f"a question needs two options or more; found {options}.")
+        if not 0 <= self.answer < options:
+            raise EvaluationError(f"the answer is option {self.answer}; options are 0 to {options - 1}.")
+        if not all(text.strip() for text in (*self.contexts, *self.endings)):
+            raise EvaluationError("an option, or what it follows, is blank; there is nothing to score.")
+
+    @property
+    def chance(self) -> float:
+        """The share of right answers that guessing gives."""
+        return 1 / max(len(self.contexts), len(self.endings))
+
+
+class Row(BaseModel):
+    """One row of a file; other fields than those that are named may stand there too."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+def json_lines(path: Path, kind: type[Row], task: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with where it stands.
+
+    Raises:
+        EvaluationError: if the file cannot be read, or a line is no row of this kind.
+    """
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, kind.model_validate_json(line)
+            except ValidationError as error:
+                raise _malformed(error, kind, task, where) from None
+
+
+def csv_rows(
+    path: Path, split: str, kind: type[Row], task: str, fields: Sequence[str] | None
+) -> dict[str, list[tuple[str, Any]]]:
+    """The rows of each subject's `SUBJECT_split.csv`, wherever in the folder or zip it lies; none where there is no
+    such file. `fields` names the columns of files that have no heading.
+
+    Raises:
+        EvaluationError: if the zip cannot be read, or a line is no row of this kind.
+    """
+    found = {}
+    for name, text in sorted(_members(path, f"_{split}.csv").items()):
+        subject = PurePosixPath(name).name.removesuffix(f"_{split}.csv")
+        found[subject] = [(f"{path}, {name}, line {number}", row) for number, row in _csv(text, fields)]
+    return {subject: [(where, _row(kind, row, task, where)) for where, row in rows] for subject, rows in found.items()}
+
+
+def _csv(text: str, fields: Sequence[str] | None) -> Iterator[tuple[int, Mapping[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=fields, strict=True)
+    try:
+        yield from ((reader.line_num, row) for row in reader)
+    except csv.Error as error:
+        raise EvaluationError(f"line {reader.line_num} is no CSV: {error}.") from None
+
+
+def _row(kind: type[Row], row: Mapping[str, str], task: str, where: str) -> Row:
+    try:
+        return kind.model_validate({name: value for name, value in row.items() if isinstance(name, str)})
+    except ValidationError as error:
+        raise _malformed(error, kind, task, where) from None
+
+
+def _malformed(error: ValidationError, kind: type[Row], task: str, where: str) -> EvaluationError:
+    first = error.errors(include_url=False)[0]
+    at, found = ".".join(str(step) for step in first["loc"]) or "the row", first["input"]
+    found = sorted(found) if isinstance(found, dict) else found
+    fields, what = ", ".join(kind.model_fields), first["msg"].replace(" at line 1 ", " at ")
+    return EvaluationError(f"{where} is no row of {task}, which has {fields}. At {at}: {what}; found {found!r:.100}.")
+
+
+def _members(path: Path, ending: str) -> dict[str, str]:
+    """The texts in a folder, at any depth, or in a zip, whose names end so."""
+    if path.is_dir():
+        return {str(one.relative_to(path)): _text(one) for one in path.rglob(f"*{ending}") if one.is_file()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            chosen = [one for one in archive.infolist() if one.filename.endswith(ending) and not one.is_dir()]
+            if sum(one.file_size for one in chosen) > FILE_BYTES:
+                raise EvaluationError(f"{path} unpacks to more than {FILE_BYTES:,} bytes. Name the right file.")
+            return {one.filename: archive.read(one).decode("utf-8-sig") for one in chosen}
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, RuntimeError) as error:
+        raise EvaluationError(f"{path} cannot be read as a zip of CSV files: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > FILE_BYTES:
+            raise EvaluationError(f"{path} is larger than {FILE_BYTES:,} bytes. Name the right file.")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as UTF-8 text: {error}") from None

@@ -1,0 +1,129 @@
+"""What was measured, as values: kept in one file, gone on with after a kill, printed as one table."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from headshare.errors import EvaluationError
+from headshare.files import write_whole
+
+RESULTS = "results.json"
+MAIN = ("acc", "exact_match", "perplexity")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number, and its standard error where it has one."""
+
+    value: float | None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives.
+
+    `key` tells the model, the questions and the settings; of a task of several subjects, `parts` has each one's
+    accuracy and number of questions.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: str
+    task: str
+    key: str
+    metrics: Mapping[str, Metric]
+    questions: int
+    chance: float | None = None
+    parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> tuple[str, Metric]:
+        """The metric that tables show, and its name."""
+        name = next((one for one in MAIN if one in self.metrics), next(iter(self.metrics)))
+        return name, self.metrics[name]
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the accuracy is within two standard errors of what guessing gives."""
+        name, metric = self.main
+        if self.chance is None or name != "acc" or metric.value is None:
+            return False
+        return abs(metric.value - self.chance) <= 2 * (metric.error or math.inf)
+
+
+_RESULTS: TypeAdapter[list[Measured]] = TypeAdapter(list[Measured])
+
+
+class Results:
+    """All that was measured so far, and the file that keeps it, if any.
+
+    Raises:
+        EvaluationError: if the file is there and holds something else.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.file = None if folder is None else folder / RESULTS
+        self.rows: list[Measured] = []
+        if self.file is not None and self.file.is_file():
+            self.rows = read_results(self.file)
+
+    def find(self, key: str) -> Measured | None:
+        """What was measured of this model, task and settings."""
+        return next((row for row in self.rows if row.key == key), None)
+
+    def add(self, row: Measured) -> None:
+        """Keep it, in the file too."""
+        self.rows.append(row)
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, json.dumps([asdict(one) for one in self.rows], indent=1).encode())
+
+
+def read_results(file: Path) -> list[Measured]:
+    """The rows of a file that `Results` wrote.
+
+    Raises:
+        EvaluationError: if it holds something else.
+    """
+    try:
+        return _RESULTS.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        what = str(error).splitlines()[0]
+        raise EvaluationError(
+            f"{file} holds no results of `headshare eval` ({what}). Move it, or write elsewhere."
+        ) from None
+
+
+def table_of(rows: Sequence[Measured]) -> str:
+    """Markdown: models down, tasks across, chance in a row of its own, in percent with standard errors. A tilde marks
+    what cannot be told from guessing."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    first = {row.task: row for row in reversed(rows)}
+    heads = [f"{task} ({first[task].questions})" for task in tasks]
+    lines = ["| model | " + " | ".join(heads) + " |", "|---" + "|--:" * len(tasks) + "|"]
+    if any(first[task].chance is not None for task in tasks):
+        guesses = ("" if (chance := first[task].chance) is None else f"{100 * chance:.1f}" for task in tasks)
+        lines.append("| guessing | " + " | ".join(guesses) + " |")
+    for model in dict.fromkeys(row.model for row in rows):
+        found = {row.task: row for row in rows if row.model == model}
+        lines.append(f"| {model} | " + " | ".join(_cell(found.get(task)) for task in tasks) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Measured | None) -> str:
+    if row is None:
+        return ""
+    name, metric = row.main
+    if metric.value is None:
+        return "?"
+    if name != "acc":
+        return f"{metric.value:,.3f}" if name == "perplexity" else f"{name} {metric.value:.4g}"
+    error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
+    return f"{'~' if row.at_chance else ''}{100 * metric.value:.1f} ± {error}"

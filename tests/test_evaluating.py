@@ -1,0 +1,533 @@
+"""Tasks: prompts and likelihoods beside the harness's own, accuracies by hand, files that are wrong, runs that stop."""
+
+import csv
+import io
+import json
+import math
+import statistics
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import headshare as hs
+import tiny
+from headshare.errors import EvaluationError
+from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks
+from headshare.evaluating.measuring import Text, measure
+from headshare.evaluating.questions import Question
+from headshare.evaluating.results import Measured, Metric, Results, read_results, table_of
+from headshare.evaluating.tasks import TASKS, Part
+from headshare.evaluation import perplexity, windows_of
+from headshare.models import load_tokenizer
+
+SENTENCES = [
+    "the guinea pig went to the house because the cat was there",
+    "Question: does the river freeze in winter?\nAnswer: yes",
+    "Article: a kite flies when the wind is strong, and falls when it is not.",
+]
+OPTIONS = ["wind.", "rain.", "snow.", "ice."]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "piqa": [
+        {"query": "Question: warm the house \n", "choices": ["light a fire", "open all of the windows"], "gold": 0},
+        {"query": "Question: the Question: again\n", "choices": ["it\u2019s so", "it was never so"], "gold": 1},
+    ],
+    "openbook_qa": [
+        {"query": "A cat eats", "choices": ["fish", "winter", "the wind", "a house"], "gold": 0},
+        {"query": "When it is cold the river", "choices": ["flies", "freezes", "sings", "falls"], "gold": 1},
+    ],
+    "openbook_qa_fact": [
+        {"fact1": "cats eat fish", "query": "A cat eats", "choices": ["fish", "winter", "the wind", "it"], "gold": 0},
+    ],
+    "winogrande": [
+        {
+            "context_options": ["The cat saw the pig and the cat", "The cat saw the pig and the pig"],
+            "continuation": "went away.",
+            "gold": 1,
+        },
+    ],
+    "boolq": [
+        {
+            "query": "Passage: Pigs fly.\nQuestion: or do they\nQuestion: do pigs fly?",
+            "choices": ["no", "yes"],
+            "gold": 1,
+        },
+        {"query": "Passage: Cats sing.\nQuestion: do cats sing?", "choices": ["no", "yes"], "gold": 0},
+    ],
+    "race_middle": [
+        {"example_id": "middle1", "article": "Kites fly.", "question": question, "options": OPTIONS, "answer": answer}
+        for question, answer in (("What do kites need?", "A"), ("Kites need  _  .", "B"), ("And we need  _", "C"))
+    ]
+    + [{"example_id": "b", "article": "Pigs fly.", "question": "Do pigs?", "options": OPTIONS, "answer": "D"}],
+    "rte": [
+        {"premise": "The river froze.", "hypothesis": "It was cold.", "label": "entailment", "idx": 0},
+        {"premise": "The cat sat.", "hypothesis": "The pig sat.", "label": "not_entailment", "idx": 1},
+    ],
+    "ax_g": [{"premise": "He sat.", "hypothesis": "She sat.", "label": "not_entailment"}],
+    "ax_b": [{"sentence1": "He sat.", "sentence2": "She sat.", "label": "entailment", "logic": "x"}],
+    "cmnli": [
+        {"sentence1": "\u732b\u5750\u7740", "sentence2": "\u732b\u7ad9\u7740", "label": "contradiction"},
+        {"sentence1": "\u732b\u5750\u7740", "sentence2": "\u732b\u7ad9\u7740", "label": "-"},
+        {"sentence1": "\u732b\u5750\u7740", "sentence2": "\u732b\u5728", "label": "entailment"},
+    ],
+    "ocnli": [{"sentence1": "\u732b", "sentence2": "\u72d7", "label": "neutral", "id": 3}],
+    "tnews": [{"sentence": "\u80a1\u5e02", "label_desc": "news_stock", "label": 114}],
+    "csl": [{"abst": "\u6458\u8981", "keyword": ["\u4e00", "\u4e8c"], "label": "1", "id": 3}],
+}
+EXAM = {
+    "dev/history_dev.csv": [["Who was first?", "a cat", "a pig", "a kite", "a river", "B"]],
+    "test/history_test.csv": [["What was there?", "wind", "rain", "snow", "ice", "A"],
+                              ['With "quotes", and\na line', "1", "2", "3", "4", "D"]],
+    "test/river_law_test.csv": [["Who rules?", "winter", "wind", "pigs", "cats", "C"]],
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a file for every task."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in ROWS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = [{**ROWS["race_middle"][3], "example_id": f"{level}7"} for level in ("high", "middle")]
+    (folder / "race_sample.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample))
+    zipped(folder / "mmlu.zip", EXAM)
+    heading = ["id", "question", "A", "B", "C", "D", "answer"]
+    zipped(folder / "ceval.zip", {"val/art_val.csv": [heading, ["0", "\u8c01", "1", "2", "3", "4", "B"]]})
+    return folder
+
+
+def zipped(path: Path, members: dict[str, list[list[str]]]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, rows in members.items():
+            text = io.StringIO()
+            csv.writer(text).writerows(rows)
+            archive.writestr(name, text.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose logits are far from uniform, with a byte-level tokenizer."""
+    folder = tiny.make_llama(
+        tmp_path_factory.mktemp("evaluated") / "model", vocab_size=340, max_position_embeddings=256,
+        initializer_range=0.3,
+    )  # fmt: skip
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(SENTENCES, trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def runner(model: Path) -> Runner:
+    return Runner(hs.open_checkpoint(model), Settings(batch_size=3))
+
+
+def measured(runner: Runner, data: Path, *names: str) -> list[Measured]:
+    return [runner.run(one, one.name) for one in chosen_tasks(names, data)]
+
+
+# ---- prompts and likelihoods, beside the harness's own tasks
+
+
+def as_published(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the columns of the data set that the harness's own task reads."""
+    match name:
+        case "piqa":
+            goal = row["query"][len("Question: ") : -1]
+            return {"goal": goal, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["gold"]}
+        case "openbook_qa":
+            choices = {"text": row["choices"], "label": list("ABCD")}
+            return {"question_stem": row["query"], "choices": choices, "answerKey": "ABCD"[row["gold"]]}
+        case "winogrande":
+            one, other = row["context_options"]
+            return {"sentence": f"_ {row['continuation']}", "option1": one, "option2": other,
+                    "answer": str(row["gold"] + 1)}  # fmt: skip
+        case "boolq":
+            passage, _, question = row["query"].rpartition("\nQuestion: ")
+            return {"passage": passage[len("Passage: ") :], "question": question[:-1], "label": row["gold"]}
+    return {**row, "label": int(row["label"] != "entailment")}
+
+
+def race(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["article"], []).append({key: row[key] for key in ("question", "options", "answer")})
+    return [{"article": article, "problems": repr(problems)} for article, problems in found.items()]
+
+
+FILES = {
+    "piqa": "piqa/piqa.yaml",
+    "openbook_qa": "openbookqa/openbookqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "race_middle": "race/race.yaml",
+    "rte": "super_glue/rte/default.yaml",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_task_asks_and_scores_as_the_harnesss_own_does(name: str, runner: Runner, data: Path) -> None:
+    rows = race(ROWS[name]) if name == "race_middle" else [as_published(name, row) for row in ROWS[name]]
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / FILES[name])
+    split = config.get("test_split") or config["validation_split"]
+    unused = dict.fromkeys(("dataset_path", "dataset_name", "training_split", "validation_split", "test_split"))
+    given = {"task": name, "test_split": split, "custom_dataset": lambda **_: {split: Dataset.from_list(rows)}}
+    (chosen,) = chosen_tasks([name], data)
+    with _hushed():
+        theirs = ConfigurableTask(config={**config, **unused, **given})
+        ours = _as_task(name, *next(iter((chosen.parts or {}).items())))
+        samples = [
+            lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0)["samples"][name]
+            for task in (ours, theirs)
+        ]
+    assert [one["arguments"] for one in samples[0]] == [one["arguments"] for one in samples[1]]
+    assert [one["filtered_resps"] for one in samples[0]] == [one["filtered_resps"] for one in samples[1]]
+    assert [one["acc"] for one in samples[0]] == [one["acc"] for one in samples[1]]
+    assert len(samples[0]) == len(rows)
+
+
+def test_exams_ask_as_the_harness_does_with_examples_of_their_own_subject(runner: Runner, data: Path) -> None:
+    (chosen,) = chosen_tasks(["mmlu"], data)
+    parts = chosen.parts or {}
+    assert parts.keys() == {"history", "river_law"}
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    own = load_yaml(folder / "mmlu_high_school_us_history.yaml")["description"]
+    assert parts["river_law"].heading == own.replace("high school us history", "river law")
+    with _hushed():
+        task = _as_task("mmlu", "history", parts["history"])
+        found = lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], num_fewshot=1, bootstrap_iters=0)
+    prompt = found["samples"]["mmlu_history"][0]["arguments"][0][0]
+    assert prompt == (
+        "The following are multiple choice questions (with answers) about history.\n\n"
+        "Who was first?\nA. a cat\nB. a pig\nC. a kite\nD. a river\nAnswer: B\n\n"
+        "What was there?\nA. wind\nB. rain\nC. snow\nD. ice\nAnswer:"
+    )
+    assert [one.answer for one in parts["history"].questions] == [0, 3]
+
+
+def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data: Path) -> None:
+    for name in ("cmnli", "ocnli", "tnews", "csl", "ceval"):
+        (chosen,) = chosen_tasks([name], data)
+        with _hushed():
+            task = _as_task(name, *next(iter((chosen.parts or {}).items())))
+            samples = lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0)["samples"]
+        (found,) = samples.values()
+        for context, ending in found[0]["arguments"]:
+            assert not context.endswith(" ")
+            assert ending == ending.strip()
+        assert "\uff1a" in found[0]["arguments"][0][0]
+
+
+def test_rows_on_which_annotators_did_not_agree_are_left_out(data: Path) -> None:
+    parts = TASKS["cmnli"].parts(data)
+    assert [one.answer for one in parts["cmnli"].questions] == [1, 0]
+
+
+def test_race_is_taken_apart_by_level(data: Path) -> None:
+    assert len(TASKS["race_high"].parts(data)["race_high"].questions) == 1
+    assert len(TASKS["race_middle"].parts(data)["race_middle"].questions) == 2
+    (data / "race_middle.jsonl").unlink()
+    assert len(TASKS["race_middle"].parts(data)["race_middle"].questions) == 1
+
+
+@torch.inference_mode()
+def token_by_token(model: Any, tokenizer: Any, context: str, ending: str) -> float:
+    """The log-likelihood by its definition: one call of the model for each token, in float64."""
+    before = tokenizer.encode(context)
+    tokens = before + tokenizer.encode(context + ending)[len(before) :]
+    total = 0.0
+    for at in range(len(before), len(tokens)):
+        logits = model(input_ids=torch.tensor([tokens[:at]])).logits[0, -1].double()
+        total += (logits[tokens[at]] - logits.logsumexp(0)).item()
+    return total
+
+
+def test_the_likeliest_ending_is_chosen_and_accuracy_has_its_standard_error(runner: Runner, data: Path) -> None:
+    rows = [
+        {"query": f"Question: {text}\n", "choices": ["the cat was there", "the river", "winter"], "gold": gold}
+        for text in ("does the pig fly", "who went", "why is it", "where was the cat", "what falls")
+        for gold in (0, 1, 2, 2)
+    ]
+    (data / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right, normalised = [], []
+    for row in rows:
+        context = f"{row['query'].strip()}\nAnswer:"
+        found = [token_by_token(runner.model, runner.tokenizer, context, f" {text}") for text in row["choices"]]
+        right.append(found.index(max(found)) == row["gold"])
+        each = [value / len(text) for value, text in zip(found, row["choices"], strict=True)]
+        normalised.append(each.index(max(each)) == row["gold"])
+    (one,) = measured(runner, data, "piqa")
+    for name, wanted in (("acc", right), ("acc_norm", normalised)):
+        assert one.metrics[name].value == pytest.approx(sum(wanted) / 20)
+        assert one.metrics[name].error == pytest.approx(statistics.stdev(map(float, wanted)) / math.sqrt(20))
+    assert (one.questions, one.chance) == (20, pytest.approx(1 / 3))
+    assert 5 <= sum(right) <= 10
+
+
+def test_subjects_count_by_their_questions_and_are_reported_each(runner: Runner, data: Path) -> None:
+    (one,) = measured(runner, data, "mmlu")
+    assert one.questions == 3
+    assert {name: count for name, (_, count) in one.parts.items()} == {"mmlu_history": 2, "mmlu_river_law": 1}
+    total = sum(share * count for share, count in one.parts.values()) / 3
+    assert one.metrics["acc"].value == pytest.approx(total)
+    assert one.chance == 0.25
+
+
+def test_a_shared_model_is_measured_as_its_expanded_twin(model: Path, data: Path, tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(model)
+    shared = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5)).save(tmp_path / "shared")
+    twin = hs.expand(hs.open_checkpoint(shared), tmp_path / "twin")
+    one, other = (
+        measured(Runner(hs.open_checkpoint(folder), Settings()), data, "mmlu", "openbook_qa")
+        for folder in (shared, twin)
+    )
+    assert [row.metrics for row in one] == [row.metrics for row in other]
+
+
+# ---- runs
+
+
+def test_what_was_measured_is_not_measured_again_and_a_stopped_run_goes_on(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = Runner.run, list[str]()
+
+    def counted(self: Runner, task: Any, key: str) -> Measured:
+        if task.name == "rte" and "rte" not in ran:
+            ran.append("rte")
+            raise KeyboardInterrupt
+        ran.append(task.name)
+        return run(self, task, key)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    wanted, out = {"tasks": ["piqa", "rte", "boolq"], "data": data}, tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        measure([model], **wanted, out=out)
+    assert [row.task for row in read_results(out / "results.json")] == ["piqa"]
+    rows = measure([model], **wanted, out=out)
+    assert [row.task for row in rows] == ["piqa", "rte", "boolq"]
+    assert ran == ["piqa", "rte", "rte", "boolq"]
+    assert measure([model], **wanted, out=out) == rows
+    assert len(ran) == 4
+    assert measure([model], **wanted) == rows
+    assert len(ran) == 7
+
+
+@pytest.mark.parametrize("change", ["model", "question", "limit", "few-shot", "dtype"])
+def test_results_of_other_questions_models_or_settings_are_not_taken(
+    change: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    measure([model], tasks=["boolq"], data=data, out=out)
+    settings, other = Settings(), model
+    match change:
+        case "model":
+            dense = hs.open_checkpoint(model)
+            other = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5)).save(tmp_path / "shared")
+        case "question":
+            (data / "boolq.jsonl").write_text(json.dumps(ROWS["boolq"][0]) + "\n")
+        case "limit":
+            settings = Settings(limit=1)
+        case "few-shot":
+            settings = Settings(few_shot=1)
+        case "dtype":
+            settings = Settings(dtype="bfloat16")
+    measure([other], tasks=["boolq"], data=data, out=out, settings=settings)
+    assert len(read_results(out / "results.json")) == 2
+
+
+def test_a_text_and_tasks_of_several_models_make_one_table(model: Path, data: Path, tmp_path: Path) -> None:
+    dense, text = hs.open_checkpoint(model), " ".join(SENTENCES * 9)
+    twin = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.25)).save(tmp_path / "twin")
+    (tmp_path / "text").write_text(text)
+    rows = measure([model, twin], tasks=["piqa"], data=data, text=Text(tmp_path / "text", 32))
+    windows = windows_of(load_tokenizer(dense), text, window=32)
+    assert rows[0].metrics["perplexity"].value == pytest.approx(perplexity(hs.load(model), windows).perplexity)
+    lines = table_of(rows).splitlines()
+    assert [line.count("|") for line in lines] == [4] * 5
+    assert lines[2] == "| guessing |  | 50.0 |"
+
+
+def test_what_cannot_be_told_from_guessing_is_marked() -> None:
+    def row(value: float, error: float) -> Measured:
+        return Measured("m", "t", f"{value}", {"acc": Metric(value, error)}, 9, chance=0.5)
+
+    assert row(0.58, 0.05).at_chance
+    assert row(0.42, 0.05).at_chance
+    assert not row(0.61, 0.05).at_chance
+    assert "| ~58.0 ± 5.0 |" in table_of([row(0.58, 0.05)])
+    assert "| 61.0 ± 5.0 |" in table_of([row(0.61, 0.05)])
+
+
+def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    kept = Results(tmp_path / "new")
+    row = Measured("m", "t", "k", {"acc": Metric(0.1 + 0.2, None)}, 9, 0.25, {"a": (1 / 3, 4)}, {"limit": None})
+    kept.add(row)
+    assert Results(tmp_path / "new").find("k") == row
+    assert Results(tmp_path / "new").find("other") is None
+
+
+# ---- what is wrong
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ('{"query": "q", "choices": ["a", "b"]}', "gold"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": "1"}', "gold"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": 2}', "the answer is option 2"),
+    ('{"query": "q", "choices": ["a", "b"], "gold": -1}', "the answer is option -1"),
+    ('{"query": "q", "choices": ["a"], "gold": 0}', "two options"),
+    ('{"query": "q", "choices": ["a", " "], "gold": 0}', "blank"),
+    ('{"query": "q", "choices"', "EOF"),
+    ("[1]", "no row of piqa"),
+])  # fmt: skip
+def test_a_malformed_row_is_one_error_that_says_where(line: str, says: str, data: Path) -> None:
+    good = json.dumps(ROWS["piqa"][0])
+    (data / "piqa.jsonl").write_text(f"{good}\n\n{line}\n")
+    with pytest.raises(EvaluationError, match=r"piqa\.jsonl, line 3") as found:
+        chosen_tasks(["piqa"], data)
+    assert says in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_class_that_is_none_is_named(data: Path) -> None:
+    (data / "tnews.jsonl").write_text(json.dumps({**ROWS["tnews"][0], "label_desc": "news_cats"}))
+    with pytest.raises(EvaluationError, match=r"line 1: there is no class 'news_cats'"):
+        chosen_tasks(["tnews"], data)
+
+
+def spoil(data: Path, how: str) -> str:
+    """Make something wrong with the files; the task that reads it."""
+    match how:
+        case "missing":
+            (data / "piqa.jsonl").unlink()
+        case "empty":
+            (data / "piqa.jsonl").write_text("\n")
+        case "not text":
+            (data / "piqa.jsonl").write_bytes(b"\xff\xfe\x00")
+        case "no zip":
+            (data / "mmlu.zip").write_text("no")
+        case "no subjects":
+            zipped(data / "mmlu.zip", {"test/other.csv": [["q", "a", "b", "c", "d", "A"]]})
+        case "short row":
+            zipped(data / "mmlu.zip", {"test/a_test.csv": [["q", "a", "b", "c"]]})
+    return "piqa" if (data / "mmlu.zip").stat().st_size > 300 and how in ("missing", "empty", "not text") else "mmlu"
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ("missing", "--data-dir"), ("empty", "no question"), ("not text", "UTF-8"), ("no zip", "zip"),
+    ("no subjects", "SUBJECT_test.csv"), ("short row", "line 1 is no row of mmlu"),
+])  # fmt: skip
+def test_files_that_cannot_be_used_are_one_error(how: str, says: str, data: Path) -> None:
+    name = spoil(data, how)
+    with pytest.raises(EvaluationError, match=says):
+        chosen_tasks([name], data)
+
+
+def test_a_zip_that_unpacks_to_too_much_is_not_unpacked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headshare.evaluating.questions.FILE_BYTES", 20)
+    with pytest.raises(EvaluationError, match="more than 20 bytes"):
+        chosen_tasks(["mmlu"], data)
+
+
+def test_a_folder_serves_as_well_as_a_zip(data: Path) -> None:
+    before = TASKS["mmlu"].parts(data)
+    with zipfile.ZipFile(data / "mmlu.zip") as archive:
+        archive.extractall(data / "mmlu")
+    (data / "mmlu.zip").unlink()
+    assert TASKS["mmlu"].parts(data) == before
+
+
+def test_a_wrong_name_is_told_which_are_near(data: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no task 'piqqa'\. Did you mean piqa"):
+        chosen_tasks(["piqqa"], data)
+    with pytest.raises(EvaluationError, match=r"cmnli is read from cmnli\.jsonl"):
+        chosen_tasks(["cmnli"], None)
+
+
+def test_the_harnesss_own_tasks_go_by_their_names(data: Path) -> None:
+    own, theirs = chosen_tasks(["boolq", "hellaswag"], data)
+    assert own.parts is not None
+    assert theirs.parts is None
+    assert chosen_tasks(["boolq"], None)[0].parts is None
+
+
+def test_models_that_choose_nothing_and_settings_that_mean_nothing_are_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    from test_cli import add_tokenizer
+
+    encoder = add_tokenizer(tiny.make("bert", tmp_path / "bert"))
+    with pytest.raises(EvaluationError, match="does not predict the next token"):
+        measure([encoder], tasks=["piqa"], data=data)
+    with pytest.raises(EvaluationError, match="nothing to measure"):
+        measure([model])
+    for wrong in ({"limit": 0}, {"few_shot": -1}, {"batch_size": 0}):
+        with pytest.raises(EvaluationError):
+            Settings(**wrong)
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(runner: Runner, data: Path) -> None:
+    with torch.no_grad():
+        runner.model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(EvaluationError, match="damaged or overflow"):
+        measured(runner, data, "piqa")
+
+
+def test_a_folder_with_other_results_is_refused_and_left(model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"accuracy": 1}')
+    with pytest.raises(EvaluationError, match="holds no results"):
+        measure([model], tasks=["piqa"], data=data, out=tmp_path)
+    assert (tmp_path / "results.json").read_text() == '{"accuracy": 1}'
+
+
+def test_a_question_is_one_context_or_one_ending() -> None:
+    for contexts, endings in ((("a", "b"), ("c", "d")), ((), ("c", "d")), (("a",), ())):
+        with pytest.raises(EvaluationError):
+            Question(contexts, endings, 0)
+    assert Part((Question(("a", "b"), ("c",), 1),)).questions[0].chance == 0.5
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The command, as its status and what it wrote."""
+    from headshare.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_prints_a_table_or_one_object(model: Path, data: Path, run: Callable, tmp_path: Path) -> None:
+    words = ["eval", model, "--tasks", "piqa, rte", "--data-dir", data, "--limit", 1, "--out", tmp_path / "out"]
+    status, out, _ = run(*words)
+    assert status == 0
+    assert out.splitlines()[0] == "| model | piqa (1) | rte (1) |"
+    status, out, _ = run(*words, "--json")
+    assert [row["task"] for row in json.loads(out)["results"]] == ["piqa", "rte"]
+    status, out, err = run("eval", model, "--tasks", "cats", "--data-dir", data)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: there is no task 'cats'.")
+    status, out, err = run("eval", model, "--tasks", "piqa", "--data-dir", data, "--against", model)
+    assert (status, out) == (1, "")
+    assert "--against" in err
