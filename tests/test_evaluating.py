@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
-from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks
+from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
 from headshare.evaluating.results import Measured, Metric, Results, read_results, table_of
@@ -35,6 +35,7 @@ SENTENCES = [
     "Question: does the river freeze in winter?\nAnswer: yes",
     "Article: a kite flies when the wind is strong, and falls when it is not.",
 ]
+NONE = tasks_of_harness(any_at_all=False)
 OPTIONS = ["wind.", "rain.", "snow.", "ice."]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "piqa": [
@@ -194,7 +195,9 @@ def test_a_task_asks_and_scores_as_the_harnesss_own_does(name: str, runner: Runn
         theirs = ConfigurableTask(config={**config, **unused, **given})
         ours = _as_task(name, *next(iter((chosen.parts or {}).items())))
         samples = [
-            lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0)["samples"][name]
+            lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0, task_manager=NONE)[
+                "samples"
+            ][name]
             for task in (ours, theirs)
         ]
     assert [one["arguments"] for one in samples[0]] == [one["arguments"] for one in samples[1]]
@@ -212,7 +215,9 @@ def test_exams_ask_as_the_harness_does_with_examples_of_their_own_subject(runner
     assert parts["river_law"].heading == own.replace("high school us history", "river law")
     with _hushed():
         task = _as_task("mmlu", "history", parts["history"])
-        found = lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], num_fewshot=1, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            model=runner._for_harness, tasks=[task], num_fewshot=1, bootstrap_iters=0, task_manager=NONE
+        )
     prompt = found["samples"]["mmlu_history"][0]["arguments"][0][0]
     assert prompt == (
         "The following are multiple choice questions (with answers) about history.\n\n"
@@ -227,7 +232,9 @@ def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data
         (chosen,) = chosen_tasks([name], data)
         with _hushed():
             task = _as_task(name, *next(iter((chosen.parts or {}).items())))
-            samples = lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0)["samples"]
+            samples = lm_eval.simple_evaluate(
+                model=runner._for_harness, tasks=[task], bootstrap_iters=0, task_manager=NONE
+            )["samples"]
         (found,) = samples.values()
         for context, ending in found[0]["arguments"]:
             assert not context.endswith(" ")

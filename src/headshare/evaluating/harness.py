@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,7 @@ def harness_version() -> str:
 
 def _version_of(name: str, data: Path | None) -> str:
     harness_version()
-    from lm_eval.tasks import TaskManager
-
-    with quiet():
-        known = set(TaskManager().all_tasks)
+    known = set(tasks_of_harness().all_tasks)
     if name in known:
         return "harness"
     if name in TASKS and data is None:
@@ -114,6 +111,15 @@ def _version_of(name: str, data: Path | None) -> str:
     raise EvaluationError(
         f"there is no task {name!r:.100}.{hint} There are {', '.join(TASKS)}, from files, and all of lm-eval's."
     )
+
+
+@cache
+def tasks_of_harness(*, any_at_all: bool = True) -> Any:
+    """What finds the harness's own tasks by their names, which takes seconds; or finds none."""
+    from lm_eval.tasks import TaskManager
+
+    with _hushed():
+        return TaskManager(include_defaults=any_at_all)
 
 
 class Runner:
@@ -153,6 +159,7 @@ class Runner:
             found = lm_eval.simple_evaluate(
                 model=self._for_harness,
                 tasks=given,
+                task_manager=tasks_of_harness(any_at_all=parts is None),
                 num_fewshot=self.settings.few_shot,
                 limit=self.settings.limit,
                 bootstrap_iters=0,
