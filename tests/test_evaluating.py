@@ -16,12 +16,14 @@ import torch
 import transformers
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
+from headshare.evaluating import harness
 from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
@@ -473,6 +475,30 @@ def test_the_harnesss_own_tasks_go_by_their_names(data: Path) -> None:
     assert own.parts is not None
     assert theirs.parts is None
     assert chosen_tasks(["boolq"], None)[0].parts is None
+
+
+def test_a_task_of_the_harness_that_does_not_choose_reports_its_own_metrics(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
+    (tmp_path / "task.yaml").write_text(
+        "task: bits\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
+    )
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+    (one,) = measured(runner, data, "bits")
+    nats = 0.0
+    for text in SENTENCES:
+        tokens = [runner.tokenizer.eos_token_id, *runner.tokenizer.encode(text)]
+        logits = runner.model(input_ids=torch.tensor([tokens])).logits[0, :-1].double().log_softmax(-1)
+        nats -= sum(row[token].item() for row, token in zip(logits, tokens[1:], strict=True))
+    size = sum(len(text.encode()) for text in SENTENCES)
+    assert one.metrics["bits_per_byte"].value == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert (one.questions, one.chance) == (3, None)
+    assert "bits_per_byte" in table_of([one]) or "word_perplexity" in table_of([one])
 
 
 def test_models_that_choose_nothing_and_settings_that_mean_nothing_are_refused(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from headshare.checkpoints import Checkpoint
 from headshare.errors import EvaluationError
@@ -152,8 +153,11 @@ class Runner:
             EvaluationError: if the harness cannot run it, or a likelihood is not finite.
         """
         import lm_eval
+        from lm_eval import evaluator
 
-        with _explained(task.name), _hushed():
+        # outside a repository git would complain past the harness, on standard error
+        no_commit = patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True)
+        with _explained(task.name), _hushed(), no_commit:
             parts = None if task.parts is None else task.parts.items()
             given = [task.name] if parts is None else [_as_task(task.name, *part) for part in parts]
             found = lm_eval.simple_evaluate(
