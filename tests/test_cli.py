@@ -33,7 +33,8 @@ from headshare.table import HEADERS
 
 WEIGHTS = "model.safetensors"
 COMMANDS = (
-    "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "demo",
+    "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "compare",
+    "demo",
 )  # fmt: skip
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
@@ -192,6 +193,7 @@ KEYS: dict[str, set[str]] = {
     "verify": {"ok", "max_logit_diff"},
     "expand": {"out", "bytes"},
     "eval": {"perplexity", "tokens", "window"},
+    "compare": {"cells", "verdict"},
     "demo": {"rows", "sentence"},
     "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
 }
@@ -214,6 +216,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
         "eval": [model, "--text", text, "--window", 32],
+        "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
         "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
         "demo": [long, "--text", a_text(tmp_path / "long.txt", 2200), "--tokens", 1022],
     }
@@ -235,7 +238,7 @@ def test_words_are_for_people(command: str, valid: dict[str, list[object]], run:
     assert found.status == 0, found.err
     assert found.out.strip()
     assert not found.out.startswith("{")
-    assert found.err == "" or command in ("demo", "train")  # which say how far they are
+    assert found.err == "" or command in ("demo", "train", "compare")  # which say how far they are
 
 
 OPTIONS = ["", "--ratio 0.5 --parts qkvo+ffn", "--match separate", "--ratio 0", "--dtype bfloat16",

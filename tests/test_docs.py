@@ -34,7 +34,7 @@ def test_the_readmes_commands_run_in_their_order(
     for words in commands():
         if words[:2] == ["headshare", "share"] and "--plan" in words:
             words[3] = "OUT2"
-        if words[1] == "eval" and "--text" in words:
+        if words[1] in ("eval", "compare") and "--text" in words:
             words += ["--window", "32"]
         if "--calibration" in words:
             words += ["--calibration-window", "32", "--calibration-tokens", "512"]
@@ -53,6 +53,7 @@ def test_the_readmes_commands_run_in_their_order(
         "inspect",
         "verify",
         "eval",
+        "compare",
         "bench",
         "expand",
         "score",
@@ -74,7 +75,11 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
 def test_the_readmes_tree_lists_every_module() -> None:
     tree = README[README.index("## Files") : README.index("## Cite")]
     source = ROOT / "src" / "headshare"
-    paths = [path for folder in ("", "storage", "training", "evaluating") for path in (source / folder).glob("*.py")]
+    paths = [
+        path
+        for folder in ("", "storage", "training", "evaluating", "comparing")
+        for path in (source / folder).glob("*.py")
+    ]
     modules = {path.name for path in paths if not path.name.startswith("__")}
     assert {name for name in modules if name not in tree} == set()
     assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules

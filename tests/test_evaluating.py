@@ -139,7 +139,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runner(model: Path) -> Runner:
-    return Runner(hs.open_checkpoint(model), Settings(batch_size=3))
+    return Runner.of(hs.open_checkpoint(model), Settings(batch_size=3))
 
 
 def measured(runner: Runner, data: Path, *names: str) -> list[Measured]:
@@ -304,7 +304,7 @@ def test_a_shared_model_is_measured_as_its_expanded_twin(model: Path, data: Path
     shared = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5)).save(tmp_path / "shared")
     twin = hs.expand(hs.open_checkpoint(shared), tmp_path / "twin")
     one, other = (
-        measured(Runner(hs.open_checkpoint(folder), Settings()), data, "mmlu", "openbook_qa")
+        measured(Runner.of(hs.open_checkpoint(folder), Settings()), data, "mmlu", "openbook_qa")
         for folder in (shared, twin)
     )
     assert [row.metrics for row in one] == [row.metrics for row in other]

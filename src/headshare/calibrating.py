@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import CalibrationError, HeadshareError, PlanError
 from headshare.evaluation import WINDOW, Windows, finite_or_null, is_causal, longest_window, perplexity
 from headshare.models import load_model
-from headshare.paths import Form
+from headshare.paths import Form, Prices
 from headshare.planning import checked_recipients
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
@@ -32,7 +32,7 @@ from headshare.refits import RefitRecord
 from headshare.refitting import Refitter, Step
 from headshare.sharing import SharedCheckpoint, check_fits, check_shared, check_written_again, share, write_refitted
 from headshare.similarity import layouts_of
-from headshare.units import Parts
+from headshare.units import Kind, Parts
 from headshare.workspace import SavedPaths, Workspace, damaged, fingerprint, settle, workspace, workspace_of
 from headshare.writing import check_output
 
@@ -133,27 +133,54 @@ def plan_on(
         CalibrationError: if the text is too short to probe with.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
-    dense.require_dense("plan")
-    probe = probe and predicts(dense)
-    if probe:
-        check_windows(calibration)  # before hours of work
-    what = budget.forms, budget.ffn_groups, budget.protect
-    prices = price_units(
+    prices = prices_on(
         dense,
         calibration,
         budget.forms,
         ffn_groups=budget.ffn_groups,
         protect=budget.protect,
+        probe=probe,
         device=device,
-        done=_saved_paths(workspace, *what),
-    )
-    if probe:
-        prices = probe_prices(dense, calibration, prices, device=device, done=_saved_paths(workspace, "probed", *what))
-    prices = prices.only(budget.forms)
+        workspace=workspace,
+    ).only(budget.forms)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
     return plan_for_bytes(prices, budget.saved_bytes)
+
+
+def prices_on(
+    dense: Checkpoint,
+    calibration: Calibration,
+    forms: tuple[Form, ...],
+    *,
+    ffn_groups: int = 1,
+    protect: tuple[int, ...] = (),
+    kinds: Collection[Kind] = tuple(Kind),
+    probe: bool = True,
+    device: str = "cpu",
+    workspace: Workspace | None = None,
+) -> Prices:
+    """What these halves of all layers could give up in these forms, and what that costs: `price_units`, and with
+    `probe` `probe_prices`, where the model predicts anything.
+
+    Raises:
+        PlanError: if the model can have none of the forms.
+        CalibrationError: if the text is too short to probe with.
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+    """
+    dense.require_dense("plan")
+    probe = probe and predicts(dense)
+    if probe:
+        check_windows(calibration)  # before hours of work
+    what = forms, ffn_groups, protect
+    done = _saved_paths(workspace, *what)
+    prices = price_units(dense, calibration, forms, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
+    prices = replace(prices, paths=tuple(path for path in prices.paths if path.kind in kinds))
+    if probe:
+        known = _saved_paths(workspace, "probed", sorted(kinds), *what)
+        prices = probe_prices(dense, calibration, prices, device=device, done=known)
+    return prices
 
 
 def refit_on(

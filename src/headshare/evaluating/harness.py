@@ -123,21 +123,31 @@ def tasks_of_harness(*, any_at_all: bool = True) -> Any:
         return TaskManager(include_defaults=any_at_all)
 
 
+@dataclass(frozen=True)
 class Runner:
-    """A model that texts and tasks can be run on.
+    """A model that texts and tasks can be run on, and what it is called."""
 
-    Raises:
-        EvaluationError: if it predicts no next token, or has no tokenizer.
-        CheckpointError: if it cannot be loaded.
-    """
+    name: str
+    model: Any
+    tokenizer: Any
+    longest: int | None
+    settings: Settings
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.name, self.settings = checkpoint.name, settings
-        self.tokenizer, self.longest = load_tokenizer(checkpoint), longest_window(checkpoint.config)
-        self.model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
-        if not is_causal(self.model):
-            name = type(self.model).__name__
-            raise EvaluationError(f"{name} does not predict the next token, so it cannot choose a text.")
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, settings: Settings, *, name: str | None = None) -> "Runner":
+        """A checkpoint's model, loaded.
+
+        Raises:
+            EvaluationError: if it predicts no next token, or has no tokenizer.
+            CheckpointError: if it cannot be loaded.
+        """
+        tokenizer = load_tokenizer(checkpoint)
+        model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
+        if not is_causal(model):
+            raise EvaluationError(
+                f"{type(model).__name__} does not predict the next token, so it cannot choose a text."
+            )
+        return cls(name or checkpoint.name, model, tokenizer, longest_window(checkpoint.config), settings)
 
     @cached_property
     def _for_harness(self) -> Any:

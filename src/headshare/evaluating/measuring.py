@@ -93,11 +93,17 @@ def _measured(
     for name, key, run in _jobs(fingerprint(checkpoint), tasks, text, settings):
         found = kept.find(key)
         if found is None:
-            runner = runner or Runner(checkpoint, settings)
+            runner = runner or Runner.of(checkpoint, settings)
             found = run(runner)
             kept.add(found)
             say(f"{checkpoint.name}: {name}")
         yield found
+
+
+def measured_by(runner: Runner, tasks: Sequence[Chosen], text: Text | None) -> Iterator[Measured]:
+    """One model's results on a text and on tasks, all measured now. They belong to whatever model it is."""
+    for _, _, run in _jobs(runner.name, tasks, text, runner.settings):
+        yield run(runner)
 
 
 _Job = tuple[str, str, Callable[[Runner], Measured]]

@@ -57,6 +57,17 @@ class Measured:
             return False
         return abs(metric.value - self.chance) <= 2 * (metric.error or math.inf)
 
+    @property
+    def in_cell(self) -> str:
+        """Its main metric as a table shows it: accuracies in percent with their standard errors."""
+        name, metric = self.main
+        if metric.value is None:
+            return "?"
+        if name != "acc":
+            return f"{metric.value:,.3f}" if name == "perplexity" else f"{name} {metric.value:.4g}"
+        error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
+        return f"{'~' if self.at_chance else ''}{100 * metric.value:.1f} ± {error}"
+
 
 _RESULTS: TypeAdapter[list[Measured]] = TypeAdapter(list[Measured])
 
@@ -113,17 +124,7 @@ def table_of(rows: Sequence[Measured]) -> str:
         lines.append("| guessing | " + " | ".join(guesses) + " |")
     for model in dict.fromkeys(row.model for row in rows):
         found = {row.task: row for row in rows if row.model == model}
-        lines.append(f"| {model} | " + " | ".join(_cell(found.get(task)) for task in tasks) + " |")
+        lines.append(
+            f"| {model} | " + " | ".join(found[task].in_cell if task in found else "" for task in tasks) + " |"
+        )
     return "\n".join(lines)
-
-
-def _cell(row: Measured | None) -> str:
-    if row is None:
-        return ""
-    name, metric = row.main
-    if metric.value is None:
-        return "?"
-    if name != "acc":
-        return f"{metric.value:,.3f}" if name == "perplexity" else f"{name} {metric.value:.4g}"
-    error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
-    return f"{'~' if row.at_chance else ''}{100 * metric.value:.1f} ± {error}"

@@ -1,0 +1,6 @@
+"""Methods side by side, at equal stored bytes: sharing, its controls, and what others do."""
+
+from headshare.comparing.grid import Compared, Grid, compare
+from headshare.comparing.methods import METHODS
+
+__all__ = ["METHODS", "Compared", "Grid", "compare"]

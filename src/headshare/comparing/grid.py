@@ -1,0 +1,312 @@
+"""Every method at every ratio, cell after cell; each is kept when it is done, so that a stopped grid goes on."""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from headshare.accounting import estimate_plan, parameter_infos
+from headshare.calibrating import refit_on
+from headshare.calibration import Calibration
+from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, Case, Edit
+from headshare.errors import EvaluationError, HeadshareError
+from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
+from headshare.evaluating.measuring import Text, measured_by
+from headshare.evaluating.results import Measured
+from headshare.files import write_whole
+from headshare.models import unique_parameter_bytes
+from headshare.plans import SharePlan
+from headshare.progress import say, track
+from headshare.sharing import share
+from headshare.workspace import Workspace, fingerprint
+
+CELLS = "cells.json"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared: methods (with `+refit` where that is wanted) at ratios, on a text and on tasks."""
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    text: Text | None = None
+    settings: Settings = field(default_factory=Settings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            method = METHODS.get(name.removesuffix(REFIT))
+            if method is None:
+                raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
+            if name.endswith(REFIT) and not method.refits:
+                raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
+        if not self.methods or not self.ratios:
+            raise EvaluationError("there is nothing to compare: name methods and ratios.")
+        if wrong := [ratio for ratio in self.ratios if not 0 < ratio < 1]:
+            raise EvaluationError(f"a ratio of {wrong[0]} leaves nothing, or nothing to do; use one between 0 and 1.")
+        if not self.tasks and self.text is None:
+            raise EvaluationError("there is nothing to measure by: give --text FILE, or --tasks and --data-dir.")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method at one ratio. Bytes on disk are those of the weights' files as they were written, in memory those of
+    the loaded model's parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `failed`
+    says why there is nothing else."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    key: str
+    method: str
+    ratio: float
+    saved_bytes: int = 0
+    saved_fraction: float = 0.0
+    disk_bytes: int | None = None
+    memory_bytes: int | None = None
+    seconds: float = 0.0
+    note: str = ""
+    failed: str = ""
+    results: tuple[Measured, ...] = ()
+
+
+_CELLS: TypeAdapter[list[Compared]] = TypeAdapter(list[Compared])
+
+
+class _Kept:
+    """The cells that are done, and the file that keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / CELLS
+        self.cells: list[Compared] = []
+        if self.file.is_file():
+            try:
+                self.cells = _CELLS.validate_json(self.file.read_bytes())
+            except ValidationError as error:
+                what = str(error).splitlines()[0]
+                raise EvaluationError(f"{self.file} holds no cells of `headshare compare` ({what}). Move it.") from None
+
+    def find(self, key: str) -> Compared | None:
+        """The cell of this key."""
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+    def add(self, cell: Compared) -> None:
+        """Keep it, in the file too."""
+        self.cells.append(cell)
+        write_whole(self.file, _CELLS.dump_json(self.cells, indent=1))
+
+
+def compare(
+    dense: Checkpoint,
+    grid: Grid,
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+) -> list[Compared]:
+    """Measure every cell, the dense model first, and write `table.md`, `cells.csv` and `cells.json` into `out`.
+
+    Cells that are there, of the same model, text, questions and settings, are not measured again. A method that cannot
+    be had of this model, or not at this ratio, is a row that says why.
+
+    Raises:
+        EvaluationError: if a task, a text or the folder's cells cannot be used.
+        CheckpointError: if the model cannot be loaded.
+    """
+    dense.require_dense("compare with it")
+    chosen = chosen_tasks(grid.tasks, grid.data)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = _Kept(out)
+    work = Workspace(out / "work", _what(dense, calibration, device), restart=restart)
+    try:
+        bench = _Bench(dense, grid, chosen, calibration, work, out / "model", device)
+        cells = [(DENSE, 0.0), *((name, ratio) for ratio in grid.ratios for name in grid.methods)]
+        found = []
+        for name, ratio in track(cells, "cells", len(cells)):
+            key = bench.key(name, ratio)
+            cell = kept.find(key)
+            if cell is None:
+                cell = bench.cell(name, ratio, key)
+                kept.add(cell)
+                say(f"{name} at {ratio:g}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
+            found.append(cell)
+    finally:
+        shutil.rmtree(out / "model", ignore_errors=True)
+        work.close()
+    write_whole(out / "table.md", f"{table(found)}\n\n{verdict(found)}\n".encode())
+    write_whole(out / "cells.csv", as_csv(found).encode())
+    return found
+
+
+def _what(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
+    return {
+        "headshare": version("headshare"),
+        "model": fingerprint(dense),
+        "text": "" if calibration is None else f"{calibration.digest} {calibration.seed}",
+        "device": device,
+    }
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all cells have in common."""
+
+    dense: Checkpoint
+    grid: Grid
+    tasks: Sequence[Chosen]
+    calibration: Calibration | None
+    work: Workspace
+    folder: Path
+    device: str
+
+    def key(self, name: str, ratio: float) -> str:
+        """Tells this cell from all others."""
+        model, settings = fingerprint(self.dense), self.grid.settings
+        measured = [task.key(model, settings) for task in self.tasks]
+        measured += [self.grid.text.key(model, settings)] if self.grid.text else []
+        text = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
+        what = [name, ratio, measured, text if name != DENSE else None, self.grid.seed, version("headshare")]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def cell(self, name: str, ratio: float, key: str) -> Compared:
+        """Make the model, write it where it is smaller, and measure it."""
+        begun = time.monotonic()
+        if name == DENSE:
+            return self._measured(Compared(key, name, ratio), self.dense)
+        case = Case(self.dense, ratio, self.grid.seed, self.calibration, self.work, self.device)
+        try:
+            made = METHODS[name.removesuffix(REFIT)].make(case)
+            if isinstance(made, Edit):
+                return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
+            return self._written(Compared(key, name, ratio), made, case, begun)
+        except HeadshareError as error:
+            if isinstance(error, EvaluationError) and self.calibration is None:
+                raise
+            return Compared(key, name, ratio, failed=str(error))
+
+    def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
+        shared = share(self.dense, plan)
+        if cell.method.endswith(REFIT):
+            shared = refit_on(shared, case.text, device=self.device)
+        folder = shared.save(self.folder, overwrite=True)
+        seconds, found = time.monotonic() - begun, estimate_plan(self.dense, plan)
+        with open_checkpoint(folder) as written:
+            return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
+
+    def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:
+        runner = Runner.of(self.dense, self.grid.settings, name=cell.method)
+        saved = edit.change(runner.model)
+        return self._filled(cell, runner, saved=saved, seconds=time.monotonic() - begun)
+
+    def _measured(self, cell: Compared, checkpoint: Checkpoint, *, saved: int = 0, seconds: float = 0.0) -> Compared:
+        runner = Runner.of(checkpoint, self.grid.settings, name=cell.method)
+        disk = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
+        memory = unique_parameter_bytes(runner.model)
+        return self._filled(cell, runner, saved=saved, seconds=seconds, disk=disk, memory=memory)
+
+    def _filled(
+        self, cell: Compared, runner: Runner, *, saved: int, seconds: float, disk: int | None = None,
+        memory: int | None = None,
+    ) -> Compared:  # fmt: skip
+        whole = sum(info.nbytes for info in parameter_infos(self.dense).values())
+        results = tuple(measured_by(runner, self.tasks, self.grid.text))
+        return replace(
+            cell,
+            saved_bytes=saved,
+            saved_fraction=saved / whole,
+            disk_bytes=disk,
+            memory_bytes=memory,
+            seconds=round(seconds, 1),
+            results=results,
+        )
+
+
+# ---- what is printed
+
+
+def table(cells: Sequence[Compared]) -> str:
+    """Markdown: a row a cell, by ratio; bytes in MiB, accuracies in percent with standard errors, a tilde where they
+    cannot be told from guessing."""
+    tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
+    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", *tasks, "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:|---" + "|--:" * (len(heads) - 2) + "|"]
+    chances = {row.task: row.chance for cell in cells for row in cell.results if row.chance is not None}
+    if chances:
+        guesses = (f"{100 * chances[task]:.1f}" if task in chances else "" for task in tasks)
+        lines.append("| | guessing | | | | " + " | ".join(guesses) + " | |")
+    for cell in cells:
+        if cell.failed:
+            lines.append(f"| {cell.ratio:g} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
+            continue
+        by_task = {row.task: row for row in cell.results}
+        sizes = ("" if one is None else f"{one / 2**20:,.1f}" for one in (cell.disk_bytes, cell.memory_bytes))
+        ratio = "" if cell.method == DENSE else f"{cell.ratio:g}"
+        values = [ratio, cell.method, f"{cell.saved_fraction:.2%}", *sizes]
+        values += [by_task[task].in_cell if task in by_task else "" for task in tasks]
+        lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
+    notes = dict.fromkeys(f"{cell.method}: {cell.note}." for cell in cells if cell.note)
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def verdict(cells: Sequence[Compared]) -> str:
+    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and what the best
+    one is worth beside the best that only deletes."""
+    lines = []
+    for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.method != DENSE):
+        found = {cell.method: value for cell in cells if cell.ratio == ratio and (value := _perplexity(cell))}
+        order = sorted(found, key=found.__getitem__)
+        if not order:
+            continue
+        words = ", ".join(f"{name} ({found[name]:,.4g})" for name in order)
+        lines.append(f"At {ratio:g}, by perplexity, best first: {words}.")
+        deleting = [name for name in order if name.removesuffix(REFIT) in DELETING]
+        sharing = [name for name in order if name.removesuffix(REFIT) in SHARING]
+        if deleting and sharing:
+            better = found[sharing[0]] < found[deleting[0]]
+            lines.append(
+                f"The best that shares, {sharing[0]}, is {'ahead of' if better else 'not ahead of'} the best that only "
+                f"deletes, {deleting[0]}: {found[sharing[0]]:,.4g} against {found[deleting[0]]:,.4g}."
+            )
+    return "\n".join(lines)
+
+
+def _perplexity(cell: Compared) -> float | None:
+    row = next((row for row in cell.results if "perplexity" in row.metrics), None)
+    return None if row is None or cell.method == DENSE else row.metrics["perplexity"].value
+
+
+def as_csv(cells: Sequence[Compared]) -> str:
+    """A line a cell and metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("method", "ratio", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
+    writer.writerow([*names, "task", "metric", "value", "standard_error", "chance", "questions"])
+    for row in _rows(cells):
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
+    for cell in cells:
+        start = [cell.method, cell.ratio, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        for row in cell.results:
+            for name, metric in row.metrics.items():
+                yield [*start, row.task, name, metric.value, metric.error, row.chance, row.questions]
+
+
+def to_dict(cells: Sequence[Compared]) -> Mapping[str, Any]:
+    """The same as `--json` prints it."""
+    return {"cells": [asdict(cell) for cell in cells], "verdict": verdict(cells)}

@@ -1,0 +1,231 @@
+"""The methods that are compared: ways to save so many bytes of a model, and controls. Each is a function of a case.
+
+A method gives a plan, or an edit of a stock model that says what it would save. Plans can be refitted: of a name
+`deletion` there is also `deletion+refit`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from headshare.accounting import estimate, estimate_plan
+from headshare.baselines import (
+    attention_of,
+    magnitudes,
+    overwrite_with_mean,
+    removal_prices,
+    round_to_integers,
+    taylor,
+    zero_smallest,
+)
+from headshare.budget import plan_for_bytes, plan_for_units
+from headshare.calibrating import prices_on
+from headshare.calibration import Calibration
+from headshare.checkpoints import Checkpoint
+from headshare.controls import with_random_donors
+from headshare.errors import EvaluationError
+from headshare.paths import Form, Prices
+from headshare.planning import make_plan, units_at
+from headshare.plans import Removal, SharePlan
+from headshare.similarity import score_units
+from headshare.units import HeadUnit, Kind
+from headshare.workspace import Workspace
+
+REFIT = "+refit"
+TIES = (Form.QKVO, Form.FACTORED)
+SHARING = ("directshare", "output", "auto")
+DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner")
+GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a method: at least the bytes that sharing q, k and v of int(ratio x units) units saves.
+
+    `work` keeps prices, which all ratios share.
+    """
+
+    dense: Checkpoint
+    ratio: float
+    seed: int
+    calibration: Calibration | None
+    work: Workspace
+    device: str = "cpu"
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """At least so many are to be saved."""
+        return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text.
+
+        Raises:
+            EvaluationError: if there is none.
+        """
+        if self.calibration is None:
+            raise EvaluationError("this method looks at a text: name one with --calibration FILE, or self.")
+        return self.calibration
+
+    def units(self, *forms: Form) -> Prices:
+        """What attention could give up in these forms, in nats: measured once, and of removals too where ties follow
+        those."""
+        return prices_on(self.dense, self.text, forms, kinds=(Kind.ATTENTION,), device=self.device, workspace=self.work)
+
+    def neurons(self) -> Prices:
+        """What removing neurons costs, in nats, measured once."""
+        return prices_on(
+            self.dense, self.text, (Form.REMOVE,), kinds=(Kind.FFN,), device=self.device, workspace=self.work
+        )
+
+    def saving(self, prices: Prices) -> SharePlan:
+        """The plan that saves the bytes at the least price."""
+        return plan_for_bytes(prices, self.saved_bytes).plan
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A stock model changed in memory: `change` does it and returns the bytes that it would save, stored as it could
+    be. `note` says what is to be known of that."""
+
+    change: Callable[[Any], int]
+    note: str
+
+
+Make = Callable[[Case], SharePlan | Edit]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to save bytes. `summary` is its line in a table; `refits` says whether there is a refit of it."""
+
+    name: str
+    summary: str
+    make: Make
+    refits: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, summary: str, *, refits: bool = True) -> Callable[[Make], Make]:
+    """Register a method under this name."""
+
+    def register(make: Make) -> Make:
+        METHODS[name] = Method(name, summary, make, refits)
+        return make
+
+    return register
+
+
+# ---- sharing
+
+
+@method("directshare", "DirectShare: the paper's pairs, by cosine of q and k")
+def _directshare(case: Case) -> SharePlan:
+    return make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+
+
+@method("output", "q,k,v shared, pairs by what they do to their layer's output")
+def _output(case: Case) -> SharePlan:
+    units = units_at(case.ratio, attention_of(case.dense).units)
+    return plan_for_units(case.units(Form.QKV), units).plan
+
+
+@method("auto", "ties with scales, with products of small rank, or removal of units, whichever costs least")
+def _auto(case: Case) -> SharePlan:
+    return case.saving(case.units(*TIES))
+
+
+@method("cheapest", "the same, and removal of neurons")
+def _cheapest(case: Case) -> SharePlan:
+    units, neurons = case.units(*TIES), case.neurons()
+    return case.saving(
+        replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
+    )
+
+
+# ---- controls and baselines
+
+
+@method("random-donors", "DirectShare's recipients, each tied to a random kept unit of an earlier layer")
+def _random_donors(case: Case) -> SharePlan:
+    return with_random_donors(make_plan(score_units(case.dense, "qk", "qkv"), case.ratio), case.seed)
+
+
+@method("mean-unit", "DirectShare's recipients, all with the mean of the units that stay", refits=False)
+def _mean_unit(case: Case) -> Edit:
+    plan = make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+    unit = case.saved_bytes // plan.ties if plan.ties else 0
+
+    def change(model: Any) -> int:
+        overwrite_with_mean(model, plan)
+        return case.saved_bytes - unit
+
+    return Edit(change, "computed in a stock model; what is saved is counted: one unit less than sharing saves")
+
+
+@method("deletion", "attention units deleted, those that cost predictions least")
+def _deletion(case: Case) -> SharePlan:
+    return case.saving(case.units(*TIES).only({Form.REMOVE}))
+
+
+@method("deletion-same", "DirectShare's recipients deleted, as many as save the bytes")
+def _deletion_same(case: Case) -> SharePlan:
+    plan = make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+    layout, removed = attention_of(case.dense), dict[int, list[int]]()
+    units = [tie.recipient for selection in plan.selections for tie in selection.ties]
+    found = SharePlan()
+    for unit in _with_one_kept(units, layout.groups):
+        removed.setdefault(unit.layer, []).append(unit.group)
+        found = SharePlan(model_type=plan.model_type, removals=(Removal(layout=layout, removed=removed),))
+        if estimate_plan(case.dense, found).saved_bytes >= case.saved_bytes:
+            break
+    return found
+
+
+def _with_one_kept(units: list[HeadUnit], groups: int) -> list[HeadUnit]:
+    """The units, in order, without the last of a layer that would lose all."""
+    left: dict[int, int] = {}
+    kept = []
+    for unit in units:
+        left[unit.layer] = left.get(unit.layer, groups) - 1
+        if left[unit.layer]:
+            kept.append(unit)
+    return kept
+
+
+@method("neurons", "feed-forward neurons removed, those that cost predictions least")
+def _neurons(case: Case) -> SharePlan:
+    return case.saving(case.neurons())
+
+
+@method("magnitude", "attention units deleted, those of the smallest weights")
+def _magnitude(case: Case) -> SharePlan:
+    return case.saving(removal_prices(case.dense, magnitudes(case.dense)))
+
+
+@method("llm-pruner", "attention units deleted, by LLM-Pruner's importance")
+def _llm_pruner(case: Case) -> SharePlan:
+    some = replace(case.text, tokens=case.text.mixed().tokens[:GRADIENT_WINDOWS])
+    importance = taylor(case.dense, some, device=case.device)
+    return case.saving(removal_prices(case.dense, importance))
+
+
+@method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
+def _magnitude_zeros(case: Case) -> Edit:
+    layout = attention_of(case.dense)
+    item = case.dense.tensors[next(iter(layout.parts.values())).name(0)].torch_dtype.itemsize
+
+    def change(model: Any) -> int:
+        zero_smallest(model, layout, -(-case.saved_bytes // item))
+        return 0
+
+    return Edit(change, f"{case.saved_bytes:,} bytes of zeros, all of them stored")
+
+
+@method("int8", "every layer's matrices rounded to 8 bits, a scale an output, whatever the ratio", refits=False)
+def _int8(_: Case) -> Edit:
+    return Edit(round_to_integers, "computed with the rounded numbers as dense ones; what is saved is counted")

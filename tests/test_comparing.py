@@ -1,0 +1,229 @@
+"""The grid of methods: equal bytes, cells that are kept, rows that say why there is nothing, errors."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import headshare as hs
+import tiny
+from headshare.accounting import estimate
+from headshare.calibration import calibration_from
+from headshare.comparing import METHODS, Compared, Grid, compare
+from headshare.comparing.grid import as_csv, table, verdict
+from headshare.comparing.methods import DELETING, REFIT, SHARING
+from headshare.errors import EvaluationError
+from headshare.evaluating import Measured, Metric, Text
+from headshare.evaluation import evaluate
+from headshare.models import load_model, unique_parameter_bytes
+from test_cli import a_text, add_tokenizer
+
+EDITS = [name for name, method in METHODS.items() if not method.refits]
+PLANS = [name for name in METHODS if name not in EDITS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a text to measure on and one to calibrate on."""
+    folder = tmp_path_factory.mktemp("compared")
+    add_tokenizer(tiny.make_llama(folder / "model", initializer_range=0.2))
+    a_text(folder / "test", 200, seed=1)
+    a_text(folder / "calibration", 1200, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(place: Path) -> dict[str, Compared]:
+    """Every method, plain and refitted, at a half."""
+    names = [*METHODS, *(f"{name}{REFIT}" for name in PLANS)]
+    cells = run(place, place / "all", *names, ratios=(0.5,))
+    return {cell.method: cell for cell in cells}
+
+
+def run(place: Path, out: Path, *methods: str, ratios: tuple[float, ...] = (0.25,), **more: Any) -> list[Compared]:
+    dense = hs.open_checkpoint(place / "model")
+    text = calibration_from(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
+    grid = Grid(methods, ratios, text=Text(place / "test", 32))
+    return compare(dense, grid, out, **{"calibration": text, **more})
+
+
+def value(cell: Compared) -> float:
+    found = cell.results[0].metrics["perplexity"].value
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_method_saves_at_least_the_bytes_that_sharing_saves(
+    name: str, compared: dict[str, Compared], place: Path
+) -> None:
+    dense = hs.open_checkpoint(place / "model")
+    wanted, cell, plain = estimate(dense, 0.5, parts="qkv").saved_bytes, compared[name], compared["dense"]
+    assert not cell.failed
+    assert wanted <= cell.saved_bytes < 1.4 * wanted
+    assert plain.memory_bytes is not None
+    assert cell.memory_bytes == plain.memory_bytes - cell.saved_bytes
+    assert plain.disk_bytes is not None
+    assert cell.disk_bytes is not None
+    assert abs(plain.disk_bytes - cell.disk_bytes - cell.saved_bytes) < 8192  # headers
+    assert value(cell) != value(plain)
+
+
+def test_the_dense_row_is_the_dense_model(compared: dict[str, Compared], place: Path) -> None:
+    checkpoint = hs.open_checkpoint(place / "model")
+    found = evaluate(checkpoint, (place / "test").read_text(), window=32)
+    assert value(compared["dense"]) == pytest.approx(found.perplexity)
+    assert compared["dense"].memory_bytes == unique_parameter_bytes(load_model(checkpoint))
+    assert compared["dense"].disk_bytes == (place / "model" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_refit_changes_what_is_measured_and_no_bytes(name: str, compared: dict[str, Compared]) -> None:
+    plain, refitted = compared[name], compared[f"{name}{REFIT}"]
+    assert value(plain) != value(refitted)
+    assert (plain.saved_bytes, plain.memory_bytes) == (refitted.saved_bytes, refitted.memory_bytes)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_say_what_is_to_be_known_of_their_bytes(name: str, compared: dict[str, Compared]) -> None:
+    cell = compared[name]
+    assert cell.note
+    assert (cell.disk_bytes, cell.memory_bytes) == (None, None)
+    assert (cell.saved_bytes == 0) == (name == "magnitude-zeros")
+    assert value(cell) != value(compared["dense"])
+    assert cell.note in table([cell])
+
+
+def test_every_cell_is_measured_once_and_a_stopped_grid_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, stop = list[str](), [True]
+    for name in ("directshare", "magnitude", "random-donors"):
+        monkeypatch.setitem(METHODS, name, counted(METHODS[name], made, stop))
+    names = ("directshare", "magnitude", "random-donors")
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path, *names)
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert [cell["method"] for cell in kept] == ["dense", "directshare"]
+    assert not (tmp_path / "table.md").exists()
+    cells = run(place, tmp_path, *names)
+    assert made == ["directshare", "magnitude", "magnitude", "random-donors"]
+    assert run(place, tmp_path, *names) == cells
+    assert len(made) == 4
+    more = run(place, tmp_path, *names, ratios=(0.25, 0.5))
+    assert [cell.ratio for cell in more] == [0.0, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5]
+    assert len(made) == 7
+    assert not (tmp_path / "model").exists()
+
+
+def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
+    def make(case: Any) -> Any:
+        made.append(method.name)
+        if method.name == "magnitude" and stop.pop() if stop else False:
+            raise KeyboardInterrupt
+        return method.make(case)
+
+    return type(method)(method.name, method.summary, make, method.refits)
+
+
+def test_another_text_or_model_is_another_cell(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path, "directshare")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "test").write_text((place / "test").read_text() + " w4 w5" * 40)
+    (other / "model").symlink_to(place / "model")
+    (other / "calibration").symlink_to(place / "calibration")
+    run(other, tmp_path, "directshare")
+    assert len(json.loads((tmp_path / "cells.json").read_text())) == 4
+
+
+def test_a_method_that_this_model_cannot_have_is_a_row_that_says_why(place: Path, tmp_path: Path) -> None:
+    found = run(place, tmp_path, "magnitude", "directshare", ratios=(0.9,))
+    assert {cell.method for cell in found if cell.failed} == {"magnitude", "directshare"}
+    assert all(cell.failed.split(".")[0] in table(found) for cell in found)
+
+
+@pytest.mark.parametrize(("grid", "says"), [
+    ({"methods": ("cats",)}, "no method 'cats'"),
+    ({"methods": ("int8+refit",)}, "no readout"),
+    ({"methods": ()}, "nothing to compare"),
+    ({"ratios": ()}, "nothing to compare"),
+    ({"ratios": (0.1, 1.0)}, "ratio of 1.0"),
+    ({"text": None}, "nothing to measure by"),
+])  # fmt: skip
+def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, place: Path) -> None:
+    given = {"methods": ("directshare",), "ratios": (0.1,), "text": Text(place / "test", 32), **grid}
+    with pytest.raises(EvaluationError, match=says):
+        Grid(**given)
+
+
+def test_methods_that_look_at_a_text_ask_for_one(place: Path, tmp_path: Path) -> None:
+    for name in ("auto", "llm-pruner", "directshare+refit"):
+        with pytest.raises(EvaluationError, match="--calibration"):
+            run(place, tmp_path, name, calibration=None)
+    assert not run(place, tmp_path, "directshare", calibration=None)[1].failed
+
+
+def test_a_folder_with_other_cells_is_refused_and_left(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "cells.json").write_text('{"a": 1}')
+    with pytest.raises(EvaluationError, match="holds no cells"):
+        run(place, tmp_path, "directshare")
+    assert (tmp_path / "cells.json").read_text() == '{"a": 1}'
+
+
+def cell(method: str, perplexity: float, ratio: float = 0.3) -> Compared:
+    row = Measured(method, "t", "k", {"perplexity": Metric(perplexity)}, 9)
+    return Compared(f"{method}{ratio}", method, ratio, results=(row,))
+
+
+def test_the_verdict_follows_from_the_numbers() -> None:
+    cells = [cell("dense", 1.0, 0.0), cell("auto+refit", 2.0), cell("deletion+refit", 3.0), cell("int8", 1.5)]
+    words = verdict(cells)
+    assert words.splitlines()[0] == "At 0.3, by perplexity, best first: int8 (1.5), auto+refit (2), deletion+refit (3)."
+    assert "auto+refit, is ahead of the best that only deletes, deletion+refit: 2 against 3" in words
+    words = verdict([cell("auto+refit", 3.0), cell("deletion", 2.0), cell("deletion+refit", 2.5)])
+    assert "auto+refit, is not ahead of the best that only deletes, deletion: 3 against 2" in words
+    assert set(SHARING) | set(DELETING) <= set(METHODS)
+
+
+def test_the_tables_hold_every_cell(compared: dict[str, Compared]) -> None:
+    cells = list(compared.values())
+    lines = table(cells).split("\n\n")[0].splitlines()
+    assert len(lines) == len(cells) + 2
+    assert len({line.count("|") for line in lines}) == 1
+    rows = list(csv.DictReader(io.StringIO(as_csv(cells))))
+    assert [row["method"] for row in rows] == [one.method for one in cells]
+    assert [float(row["value"]) for row in rows] == [value(one) for one in cells]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    from headshare.cli import main
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return command
+
+
+def test_the_command_compares(command: Callable, place: Path, tmp_path: Path) -> None:
+    methods = "directshare, deletion-same"
+    words = ["compare", place / "model", "--out", tmp_path, "--methods", methods, "--ratios", "0.5"]
+    words += ["--text", place / "test", "--window", 32]
+    status, out, _ = command(*words)
+    assert status == 0
+    assert (tmp_path / "table.md").read_text() == out
+    status, out, _ = command(*words, "--json")
+    assert [one["method"] for one in json.loads(out)["cells"]] == ["dense", "directshare", "deletion-same"]
+    for wrong, says in ((["--methods", "cats"], "no method"), (["--ratios", "2"], "ratio of 2.0")):
+        status, out, err = command(*words, *wrong)
+        assert (status, out) == (1, "")
+        assert says in err
+    assert command(*words, "--ratios", "half")[0] == 1
