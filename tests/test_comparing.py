@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from headshare.comparing import METHODS, Compared, Grid, compare
 from headshare.comparing.grid import as_csv, table, verdict
 from headshare.comparing.methods import DELETING, REFIT, SHARING
 from headshare.errors import EvaluationError
-from headshare.evaluating import Measured, Metric, Text
+from headshare.evaluating import Text
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
 from test_cli import a_text, add_tokenizer
@@ -52,9 +53,8 @@ def run(place: Path, out: Path, *methods: str, ratios: tuple[float, ...] = (0.25
 
 
 def value(cell: Compared) -> float:
-    found = cell.results[0].metrics["perplexity"].value
-    assert found is not None
-    return found
+    assert cell.perplexity is not None
+    return cell.perplexity
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -175,19 +175,34 @@ def test_a_folder_with_other_cells_is_refused_and_left(place: Path, tmp_path: Pa
     assert (tmp_path / "cells.json").read_text() == '{"a": 1}'
 
 
-def cell(method: str, perplexity: float, ratio: float = 0.3) -> Compared:
-    row = Measured(method, "t", "k", {"perplexity": Metric(perplexity)}, 9)
-    return Compared(f"{method}{ratio}", method, ratio, results=(row,))
+def cell(method: str, *losses: float, ratio: float = 0.3) -> Compared:
+    return Compared(f"{method}{ratio}", method, ratio, losses=losses, divergences=losses)
 
 
 def test_the_verdict_follows_from_the_numbers() -> None:
-    cells = [cell("dense", 1.0, 0.0), cell("auto+refit", 2.0), cell("deletion+refit", 3.0), cell("int8", 1.5)]
-    words = verdict(cells)
-    assert words.splitlines()[0] == "At 0.3, by perplexity, best first: int8 (1.5), auto+refit (2), deletion+refit (3)."
-    assert "auto+refit, is ahead of the best that only deletes, deletion+refit: 2 against 3" in words
-    words = verdict([cell("auto+refit", 3.0), cell("deletion", 2.0), cell("deletion+refit", 2.5)])
-    assert "auto+refit, is not ahead of the best that only deletes, deletion: 3 against 2" in words
+    cells = [
+        cell("dense", 0.0, 0.0, 0.0, ratio=0.0),
+        cell("auto+refit", 1.0, 2.0, 3.0),
+        cell("deletion+refit", 1.5, 2.4, 3.6),
+    ]
+    cells.append(cell("int8", 0.1, 0.2, 0.3))
+    words = verdict(cells).splitlines()
+    assert words[0] == ("At 0.3, by perplexity, best first: int8 (1.221), auto+refit (7.389), deletion+refit (12.18).")
+    error = statistics.stdev([0.5, 0.4, 0.6]) / 3**0.5
+    assert words[1].startswith(
+        "The best that shares, auto+refit, is ahead of the best that only deletes, deletion+refit"
+    )
+    assert words[1].endswith(f": -0.5000 nats a token (standard error {error:.4f}).")
+    assert "is behind" in verdict([cell("auto", 1.5, 2.4, 3.6), cell("deletion", 1.0, 2.0, 3.0)])
+    assert "is level with" in verdict([cell("auto", 1.5, 1.4, 3.6), cell("deletion", 1.0, 2.0, 3.0)])
     assert set(SHARING) | set(DELETING) <= set(METHODS)
+
+
+def test_divergence_is_from_the_dense_model_and_zero_for_itself(compared: dict[str, Compared]) -> None:
+    assert max(map(abs, compared["dense"].divergences)) < 1e-6
+    for name in ("directshare", "deletion", "int8"):
+        assert min(compared[name].divergences) > 0
+    assert sum(compared["int8"].divergences) < sum(compared["directshare"].divergences)
 
 
 def test_the_tables_hold_every_cell(compared: dict[str, Compared]) -> None:
@@ -196,8 +211,10 @@ def test_the_tables_hold_every_cell(compared: dict[str, Compared]) -> None:
     assert len(lines) == len(cells) + 2
     assert len({line.count("|") for line in lines}) == 1
     rows = list(csv.DictReader(io.StringIO(as_csv(cells))))
-    assert [row["method"] for row in rows] == [one.method for one in cells]
-    assert [float(row["value"]) for row in rows] == [value(one) for one in cells]
+    measured = [row for row in rows if row["metric"] == "perplexity"]
+    assert [row["method"] for row in measured] == [one.method for one in cells]
+    assert [float(row["value"]) for row in measured] == [value(one) for one in cells]
+    assert len(rows) == 2 * len(cells)
 
 
 @pytest.fixture

@@ -4,10 +4,13 @@ import csv
 import hashlib
 import io
 import json
+import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, Case, Edit
 from headshare.errors import EvaluationError, HeadshareError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
-from headshare.evaluating.measuring import Text, measured_by
+from headshare.evaluating.measuring import Text
 from headshare.evaluating.results import Measured
+from headshare.evaluation import losses_and_divergences
 from headshare.files import write_whole
 from headshare.models import unique_parameter_bytes
 from headshare.plans import SharePlan
@@ -64,8 +68,9 @@ class Grid:
 @dataclass(frozen=True)
 class Compared:
     """One method at one ratio. Bytes on disk are those of the weights' files as they were written, in memory those of
-    the loaded model's parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `failed`
-    says why there is nothing else."""
+    the loaded model's parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `losses` and
+    `divergences` are those of the text's windows, nats a token: what predictions lose, and how far they are from the
+    dense model's. `failed` says why there is nothing else."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -80,6 +85,18 @@ class Compared:
     note: str = ""
     failed: str = ""
     results: tuple[Measured, ...] = ()
+    losses: tuple[float, ...] = ()
+    divergences: tuple[float, ...] = ()
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the text, if there is one."""
+        return math.exp(min(statistics.mean(self.losses), 700)) if self.losses else None
+
+    def loses_more_than(self, other: "Compared") -> tuple[float, float]:
+        """By how many nats a token, and the standard error over windows, which are the same."""
+        more = [one - two for one, two in zip(self.losses, other.losses, strict=True)]
+        return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
 
 
 _CELLS: TypeAdapter[list[Compared]] = TypeAdapter(list[Compared])
@@ -222,7 +239,8 @@ class _Bench:
         memory: int | None = None,
     ) -> Compared:  # fmt: skip
         whole = sum(info.nbytes for info in parameter_infos(self.dense).values())
-        results = tuple(measured_by(runner, self.tasks, self.grid.text))
+        losses, divergences = self._on_text(runner)
+        results = tuple(runner.run(task, cell.key) for task in self.tasks)
         return replace(
             cell,
             saved_bytes=saved,
@@ -231,61 +249,85 @@ class _Bench:
             memory_bytes=memory,
             seconds=round(seconds, 1),
             results=results,
+            losses=losses,
+            divergences=divergences,
         )
+
+    def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.grid.text is None:
+            return (), ()
+        stock = self._stock
+        found = losses_and_divergences(runner.model, stock.model, self.grid.text.windows(stock))
+        losses, divergences = (tuple(round(value, 7) for value in one.tolist()) for one in found)
+        return losses, divergences
+
+    @cached_property
+    def _stock(self) -> Runner:
+        """The dense model, which predictions are compared with."""
+        return Runner.of(self.dense, self.grid.settings)
 
 
 # ---- what is printed
 
 
 def table(cells: Sequence[Compared]) -> str:
-    """Markdown: a row a cell, by ratio; bytes in MiB, accuracies in percent with standard errors, a tilde where they
-    cannot be told from guessing."""
+    """Markdown: a row a cell; bytes in MiB, divergences in nats a token and accuracies in percent, both with standard
+    errors, a tilde where an accuracy cannot be told from guessing."""
     tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
-    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", *tasks, "seconds"]
+    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", "perplexity", "divergence", *tasks, "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|--:|---" + "|--:" * (len(heads) - 2) + "|"]
     chances = {row.task: row.chance for cell in cells for row in cell.results if row.chance is not None}
     if chances:
-        guesses = (f"{100 * chances[task]:.1f}" if task in chances else "" for task in tasks)
-        lines.append("| | guessing | | | | " + " | ".join(guesses) + " | |")
+        guesses = [f"{100 * chances[task]:.1f}" if task in chances else "" for task in tasks]
+        lines.append("| | guessing | | | | | | " + " | ".join(guesses) + " | |")
     for cell in cells:
-        if cell.failed:
-            lines.append(f"| {cell.ratio:g} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
-            continue
-        by_task = {row.task: row for row in cell.results}
-        sizes = ("" if one is None else f"{one / 2**20:,.1f}" for one in (cell.disk_bytes, cell.memory_bytes))
         ratio = "" if cell.method == DENSE else f"{cell.ratio:g}"
-        values = [ratio, cell.method, f"{cell.saved_fraction:.2%}", *sizes]
-        values += [by_task[task].in_cell if task in by_task else "" for task in tasks]
+        if cell.failed:
+            lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
+            continue
+        by_task = {row.task: row.in_cell for row in cell.results}
+        values = [ratio, cell.method, f"{cell.saved_fraction:.2%}", *map(_mib, (cell.disk_bytes, cell.memory_bytes))]
+        values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
+        values += [by_task.get(task, "") for task in tasks]
         lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
     notes = dict.fromkeys(f"{cell.method}: {cell.note}." for cell in cells if cell.note)
     return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
 
 
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
+
+
+def _with_error(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
+
+
 def verdict(cells: Sequence[Compared]) -> str:
-    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and what the best
-    one is worth beside the best that only deletes."""
+    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
+    shares beside the best that only deletes, with the standard error of the difference over windows."""
     lines = []
     for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.method != DENSE):
-        found = {cell.method: value for cell in cells if cell.ratio == ratio and (value := _perplexity(cell))}
-        order = sorted(found, key=found.__getitem__)
-        if not order:
+        some = [cell for cell in cells if cell.ratio == ratio and cell.losses and cell.method != DENSE]
+        some.sort(key=lambda cell: statistics.mean(cell.losses))
+        if not some:
             continue
-        words = ", ".join(f"{name} ({found[name]:,.4g})" for name in order)
+        words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
         lines.append(f"At {ratio:g}, by perplexity, best first: {words}.")
-        deleting = [name for name in order if name.removesuffix(REFIT) in DELETING]
-        sharing = [name for name in order if name.removesuffix(REFIT) in SHARING]
-        if deleting and sharing:
-            better = found[sharing[0]] < found[deleting[0]]
+        sharing, deleting = (
+            next((cell for cell in some if cell.method.removesuffix(REFIT) in names), None)
+            for names in (SHARING, DELETING)
+        )
+        if sharing and deleting:
+            more, error = sharing.loses_more_than(deleting)
+            word = "ahead of" if more < -2 * error else "behind" if more > 2 * error else "level with"
             lines.append(
-                f"The best that shares, {sharing[0]}, is {'ahead of' if better else 'not ahead of'} the best that only "
-                f"deletes, {deleting[0]}: {found[sharing[0]]:,.4g} against {found[deleting[0]]:,.4g}."
+                f"The best that shares, {sharing.method}, is {word} the best that only deletes, {deleting.method}: "
+                f"{more:+.4f} nats a token (standard error {error:.4f})."
             )
     return "\n".join(lines)
-
-
-def _perplexity(cell: Compared) -> float | None:
-    row = next((row for row in cell.results if "perplexity" in row.metrics), None)
-    return None if row is None or cell.method == DENSE else row.metrics["perplexity"].value
 
 
 def as_csv(cells: Sequence[Compared]) -> str:
@@ -302,6 +344,9 @@ def as_csv(cells: Sequence[Compared]) -> str:
 def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
     for cell in cells:
         start = [cell.method, cell.ratio, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        if cell.losses:
+            yield [*start, "text", "perplexity", cell.perplexity, "", "", len(cell.losses)]
+            yield [*start, "text", "divergence", statistics.mean(cell.divergences), "", "", len(cell.divergences)]
         for row in cell.results:
             for name, metric in row.metrics.items():
                 yield [*start, row.task, name, metric.value, metric.error, row.chance, row.questions]

@@ -13,7 +13,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.results import Measured, Metric, Results
-from headshare.evaluation import WINDOW, check_vocabulary, check_window, perplexity, read_text, windows_of
+from headshare.evaluation import WINDOW, Windows, check_vocabulary, check_window, perplexity, read_text, windows_of
 from headshare.progress import say
 from headshare.workspace import fingerprint
 
@@ -48,12 +48,20 @@ class Text:
         Raises:
             EvaluationError: as `perplexity` and `windows_of` do.
         """
+        found = perplexity(runner.model, self.windows(runner)).to_dict()
+        value = found.pop("perplexity")
+        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=found)
+
+    def windows(self, runner: Runner) -> Windows:
+        """Its windows for this model.
+
+        Raises:
+            EvaluationError: as `windows_of` does, or if the model cannot read them.
+        """
         windows = windows_of(runner.tokenizer, self.content, window=self.window, limit=self.tokens, bos=self.bos)
         check_window(self.window, runner.longest)
         check_vocabulary(runner.model.config.to_dict(), windows.tokens)
-        found = perplexity(runner.model, windows).to_dict()
-        value = found.pop("perplexity")
-        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=found)
+        return windows
 
 
 def measure(
@@ -98,12 +106,6 @@ def _measured(
             kept.add(found)
             say(f"{checkpoint.name}: {name}")
         yield found
-
-
-def measured_by(runner: Runner, tasks: Sequence[Chosen], text: Text | None) -> Iterator[Measured]:
-    """One model's results on a text and on tasks, all measured now. They belong to whatever model it is."""
-    for _, _, run in _jobs(runner.name, tasks, text, runner.settings):
-        yield run(runner)
 
 
 _Job = tuple[str, str, Callable[[Runner], Measured]]
