@@ -34,7 +34,7 @@ from headshare.table import HEADERS
 WEIGHTS = "model.safetensors"
 COMMANDS = (
     "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "compare",
-    "demo",
+    "generate", "demo",
 )  # fmt: skip
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
@@ -194,6 +194,7 @@ KEYS: dict[str, set[str]] = {
     "expand": {"out", "bytes"},
     "eval": {"perplexity", "tokens", "window"},
     "compare": {"cells", "verdict"},
+    "generate": {"prompts", "texts"},
     "demo": {"rows", "sentence"},
     "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
 }
@@ -216,6 +217,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
         "eval": [model, "--text", text, "--window", 32],
+        "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
         "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
         "demo": [long, "--text", a_text(tmp_path / "long.txt", 2200), "--tokens", 1022],

@@ -40,6 +40,8 @@ def test_the_readmes_commands_run_in_their_order(
             words += ["--calibration-window", "32", "--calibration-tokens", "512"]
         if words[1] == "train":
             words += ["--context", "32", "--use_cpu", "true", "--max_steps", "1"]
+        if words[1] == "generate":
+            words += ["--tokens", "2"]
         if words[1] == "bench":
             words += ["--repeats", "2", "--loads", "1"]
         monkeypatch.setattr(sys, "argv", words)
@@ -54,6 +56,7 @@ def test_the_readmes_commands_run_in_their_order(
         "verify",
         "eval",
         "compare",
+        "generate",
         "bench",
         "expand",
         "score",

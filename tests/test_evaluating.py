@@ -1,6 +1,7 @@
 """Tasks: prompts and likelihoods beside the harness's own, accuracies by hand, files that are wrong, runs that stop."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 import lm_eval
 import pytest
+import sacrebleu
 import torch
 import transformers
 from datasets import Dataset
@@ -24,6 +26,7 @@ import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
 from headshare.evaluating import harness
+from headshare.evaluating.generating import Parallel, Writing, bleu_and_meteor, continuations
 from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
@@ -564,3 +567,97 @@ def test_the_command_prints_a_table_or_one_object(model: Path, data: Path, run: 
     status, out, err = run("eval", model, "--tasks", "piqa", "--data-dir", data, "--against", model)
     assert (status, out) == (1, "")
     assert "--against" in err
+
+
+# ---- what models write
+
+
+def test_what_is_written_in_company_is_what_is_written_alone(runner: Runner) -> None:
+    prompts = ["the cat", "Question: does the river freeze in winter?\nAnswer:", "a kite", "when it is cold the pig"]
+    together = continuations(dataclasses.replace(runner, settings=Settings(batch_size=3)), prompts, Writing(9))
+    assert together == [continuations(runner, [one], Writing(9))[0] for one in prompts]
+    for prompt, text in zip(prompts, together, strict=True):
+        tokens = runner.tokenizer.encode(prompt)
+        for _ in range(9):
+            with torch.inference_mode():
+                tokens.append(int(runner.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == runner.tokenizer.eos_token_id:
+                break
+        assert text == runner.tokenizer.decode(tokens[len(runner.tokenizer.encode(prompt)) :], skip_special_tokens=True)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_on_nothing_else(runner: Runner) -> None:
+    def drawn(prompts: list[str], seed: int) -> list[str]:
+        return continuations(runner, prompts, Writing(8, None, 1.0, seed))
+
+    assert drawn(["the cat", "a kite"], 3) == [drawn(["the cat"], 3)[0], drawn(["a kite"], 3)[0]]
+    assert drawn(["the cat"], 3) != drawn(["the cat"], 4)
+
+
+def test_what_is_written_ends_before_the_stop(runner: Runner) -> None:
+    (whole,) = continuations(runner, ["the cat"], Writing(12))
+    stop = whole[len(whole) // 2]
+    assert continuations(runner, ["the cat"], Writing(12, stop)) == [whole.partition(stop)[0]]
+
+
+def test_translations_are_measured_as_sacrebleu_and_nltk_measure_them(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "en").write_text("the cat was there\nthe pig went\n")
+    written = continuations(runner, ["the cat was there\n", "the pig went\n"], Writing(64, "\n"))
+    (tmp_path / "fr").write_text(f"{written[0].strip()}\nand {' '.join(written[1].split()[:3])} so\n")
+    references = (tmp_path / "fr").read_text().rstrip("\n").split("\n")
+    parallel = Parallel(tmp_path / "en", tmp_path / "fr")
+    one = parallel.run(runner, "key")
+    wanted = sacrebleu.corpus_bleu([text.strip() for text in written], [references]).score
+    assert one.metrics["bleu"].value == pytest.approx(wanted)
+    assert one.questions == 2
+    assert "bleu" in one.in_cell
+    assert "meteor" in one.in_cell
+
+
+def test_meteor_rewards_order_and_stems_and_needs_no_dictionary() -> None:
+    def meteor(written: str, reference: str) -> float:
+        return bleu_and_meteor([written], [reference])["meteor"].value or 0.0
+
+    assert meteor("a b c d e f", "a b c d e f") == pytest.approx(100 * (1 - 0.5 / 6**3), rel=1e-6)
+    assert meteor("a b c d", "a b c d") > meteor("d c b a", "a b c d") > 0
+    assert meteor("cats", "cat") > 0
+    assert meteor("dog", "cat") == 0
+
+
+def test_parallel_texts_and_prompts_that_do_not_fit_are_refused(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("a\nb\n")
+    (tmp_path / "other").write_text("a\n")
+    with pytest.raises(EvaluationError, match=r"2 lines and .* 1"):
+        Parallel(tmp_path / "one", tmp_path / "other")
+    with pytest.raises(EvaluationError, match=r"put \{source\} there"):
+        Parallel(tmp_path / "one", tmp_path / "one", prompt="translate")
+    with pytest.raises(EvaluationError, match="has no tokens"):
+        continuations(runner, [""], Writing(4))
+    with pytest.raises(EvaluationError, match="more than the model's 256"):
+        continuations(runner, ["the cat"], Writing(256))
+    for wrong in ({"tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(EvaluationError):
+            Writing(**wrong)
+
+
+def test_the_command_writes_side_by_side(model: Path, run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("the cat\n\na | kite\n")
+    words = ["generate", model, model, "--prompts", tmp_path / "prompts", "--prompt", "the river", "--tokens", 4]
+    status, out, _ = run(*words)
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith("**")] == [
+        "**the river**",
+        "**the cat**",
+        "**a \\| kite**",
+    ]
+    assert len([line for line in out.splitlines() if line.startswith(f"| {model} |")]) == 6
+    data = json.loads(run(*words, "--json")[1])
+    assert data["prompts"] == ["the river", "the cat", "a | kite"]
+    status, out, err = run("generate", model)
+    assert (status, out) == (1, "")
+    assert "--prompt" in err
+    (tmp_path / "en").write_text("the cat\n")
+    status, out, _ = run("eval", model, "--source", tmp_path / "en", "--reference", tmp_path / "en", "--limit", 1)
+    assert status == 0
+    assert "translation of en (1)" in out
+    assert run("eval", model, "--source", tmp_path / "en")[0] == 1

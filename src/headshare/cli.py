@@ -33,7 +33,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.compare_command import compare_command
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
-from headshare.eval_command import evaluate_command
+from headshare.eval_command import evaluate_command, generate_command
 from headshare.evaluation import WINDOW, read_text
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
@@ -638,6 +638,7 @@ def bench(
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command("eval")(evaluate_command)
+app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 
 

@@ -33,7 +33,9 @@ def evaluate_command(
         str, typer.Option(metavar="NAMES", help="Tasks, joined by commas: ours, from --data-dir, or lm-eval's.")
     ] = "",
     data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files: piqa.jsonl and so on.")] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many questions of each task, or subject.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first so many questions of each task, or subject, and lines of --source.")
+    ] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="Examples before each question. Default: the task's own.")
     ] = None,
@@ -49,6 +51,11 @@ def evaluate_command(
         bool | None,
         typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
     ] = None,
+    source: Annotated[Path | None, typer.Option(help="A text to be translated, line by line: BLEU and METEOR.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Its translation.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the model is given for a line of --source, which stands in the place of {source}.")
+    ] = "{source}\n",
     against: Annotated[
         str | None, typer.Option(help="For encoders: the dense model, to compare embeddings with.")
     ] = None,
@@ -59,7 +66,7 @@ def evaluate_command(
 
     A folder that keeps results serves many models: each is measured once, and a run that is stopped goes on.
     """
-    if text is not None and not (tasks or out or len(models) > 1):
+    if text is not None and not (tasks or out or source or len(models) > 1):
         content, other = read_text(text), None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
         found = evaluate(model, content, against=other, window=window, limit=tokens, bos=bos)
@@ -71,7 +78,9 @@ def evaluate_command(
         return
     if against is not None:
         raise EvaluationError("--against compares one encoder with its dense model on --text. Leave the rest out.")
-    from headshare.evaluating import Settings, Text, measure, table_of
+    if (source is None) != (reference is None):
+        raise EvaluationError("a translation needs both --source and --reference.")
+    from headshare.evaluating import Parallel, Settings, Text, measure, table_of
     from headshare.evaluating.measuring import to_dict
 
     rows = measure(
@@ -79,11 +88,39 @@ def evaluate_command(
         tasks=[name.strip() for name in tasks.split(",") if name.strip()],
         data=data_dir,
         text=None if text is None else Text(text, window, tokens, bos),
+        parallel=None if source is None or reference is None else Parallel(source, reference, prompt, limit),
         settings=Settings(limit, few_shot, dtype.value, device, batch_size),
         out=out,
         revision=revision,
     )
     _print(to_dict(rows), table_of(rows), as_json)
+
+
+def generate_command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to go on from; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with a prompt a line.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0: the likeliest token each time.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Type to run in; auto: as stored.")] = EvalDtypeName.AUTO,
+    device: Annotated[str, typer.Option(help="Where to run, such as cuda:0.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """What models write after the same prompts, side by side."""
+    from headshare.evaluating import Runner, Settings, Writing, continuations, samples_of
+
+    given = [*(prompt or []), *([] if prompts is None else read_text(prompts).splitlines())]
+    given = [one for one in given if one.strip()]
+    if not given:
+        raise EvaluationError("there is nothing to go on from: give --prompt TEXT, or --prompts FILE.")
+    writing, settings = Writing(tokens, None, temperature, seed), Settings(dtype=dtype.value, device=device)
+    texts = []
+    for model in models:
+        with open_checkpoint(model) as checkpoint:
+            texts.append((model, continuations(Runner.of(checkpoint, settings), given, writing)))
+    data = {"prompts": given, "texts": dict(texts), "temperature": temperature, "seed": seed}
+    _print(data, samples_of(texts, given), as_json)
 
 
 def _print(data: dict[str, Any], words: str, as_json: bool) -> None:

@@ -55,8 +55,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A task that is to be run. `parts` are the questions of ours; of the harness's it has none, and `digest` is its
-    version."""
+    """A task that is to be run, by its name. `parts` are the questions of ours; of the harness's it has none, and
+    `digest` is its version."""
 
     name: str
     digest: str
@@ -66,6 +66,10 @@ class Chosen:
         """Tells this task of this model by these settings."""
         what = [model, self.name, self.digest, harness_version(), settings.deciding]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def run(self, runner: "Runner", key: str) -> Measured:
+        """Measure it, as `Runner.run` does."""
+        return runner.run(self, key)
 
 
 def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:

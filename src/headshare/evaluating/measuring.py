@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
-from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
+from headshare.evaluating.generating import Parallel
+from headshare.evaluating.harness import Runner, Settings, chosen_tasks
 from headshare.evaluating.results import Measured, Metric, Results
 from headshare.evaluation import WINDOW, Windows, check_vocabulary, check_window, perplexity, read_text, windows_of
 from headshare.progress import say
@@ -70,12 +70,13 @@ def measure(
     tasks: Sequence[str] = (),
     data: Path | None = None,
     text: Text | None = None,
+    parallel: Parallel | None = None,
     settings: Settings | None = None,
     out: Path | None = None,
     revision: str | None = None,
 ) -> list[Measured]:
-    """Every model, dense or shared, on the text and on every task: ours from files in the folder of data, or any of
-    lm-evaluation-harness's by name.
+    """Every model, dense or shared, on the text, on every task (ours from files in the folder of data, or any of
+    lm-evaluation-harness's by name), and on the translation of a parallel text.
 
     `out` is a folder whose results.json keeps each result as it is had; what is in it, of the same model, questions and
     settings, is taken from there. So a run that is stopped goes on, and one dense run serves many comparisons.
@@ -86,43 +87,44 @@ def measure(
     """
     settings = settings or Settings()
     kept, chosen = Results(out), chosen_tasks(tasks, data)
-    if not chosen and text is None:
+    jobs: list[_Job] = [one for one in (text, *chosen, parallel) if one is not None]
+    if not jobs:
         raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(open_checkpoint(model, revision=revision)) for model in models]
-        return [row for one in checkpoints for row in _measured(one, chosen, text, settings, kept)]
+        return [row for one in checkpoints for row in _measured(one, jobs, settings, kept)]
 
 
-def _measured(
-    checkpoint: Checkpoint, tasks: Sequence[Chosen], text: Text | None, settings: Settings, kept: Results
-) -> Iterator[Measured]:
+def _measured(checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Results) -> Iterator[Measured]:
     """One model's results. It is loaded once, if anything is missing."""
     runner: Runner | None = None
-    for name, key, run in _jobs(fingerprint(checkpoint), tasks, text, settings):
+    model = fingerprint(checkpoint)
+    for job in jobs:
+        key = job.key(model, settings)
         found = kept.find(key)
         if found is None:
             runner = runner or Runner.of(checkpoint, settings)
-            found = run(runner)
+            found = job.run(runner, key)
             kept.add(found)
-            say(f"{checkpoint.name}: {name}")
+            say(f"{checkpoint.name}: {job.name}")
         yield found
 
 
-_Job = tuple[str, str, Callable[[Runner], Measured]]
+class _Job(Protocol):
+    """What a model can be measured by."""
 
+    @property
+    def name(self) -> str:
+        """What its column is called."""
+        ...
 
-def _jobs(model: str, tasks: Sequence[Chosen], text: Text | None, settings: Settings) -> Iterator[_Job]:
-    def of(one: Text | Chosen) -> _Job:
-        key = one.key(model, settings)
-        return one.name, key, partial(_run, one, key)
+    def key(self, model: str, settings: Settings) -> str:
+        """Tells this model on this by these settings."""
+        ...
 
-    if text is not None:
-        yield of(text)
-    yield from map(of, tasks)
-
-
-def _run(one: Text | Chosen, key: str, runner: Runner) -> Measured:
-    return one.run(runner, key) if isinstance(one, Text) else runner.run(one, key)
+    def run(self, runner: Runner, key: str) -> Measured:
+        """Measure it."""
+        ...
 
 
 def to_dict(rows: Sequence[Measured]) -> dict[str, Any]:

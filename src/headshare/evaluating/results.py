@@ -13,7 +13,7 @@ from headshare.errors import EvaluationError
 from headshare.files import write_whole
 
 RESULTS = "results.json"
-MAIN = ("acc", "exact_match", "perplexity")
+MAIN = ("acc", "exact_match", "perplexity", "bleu")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Measured:
         if metric.value is None:
             return "?"
         if name != "acc":
-            return f"{metric.value:,.3f}" if name == "perplexity" else f"{name} {metric.value:.4g}"
+            others = ", ".join(
+                f"{one} {found.value:.1f}" for one, found in self.metrics.items() if found.value is not None
+            )
+            return {"perplexity": f"{metric.value:,.3f}", "bleu": others}.get(name, f"{name} {metric.value:.4g}")
         error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
         return f"{'~' if self.at_chance else ''}{100 * metric.value:.1f} ± {error}"
 

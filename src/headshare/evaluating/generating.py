@@ -1,0 +1,189 @@
+"""Text that models write after a prompt: samples side by side, and translations with their BLEU and METEOR."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headshare.errors import EvaluationError
+from headshare.evaluating.harness import INSTALL, Runner, Settings
+from headshare.evaluating.results import Measured, Metric
+from headshare.evaluation import read_text
+from headshare.models import quiet
+from headshare.progress import track
+
+SOURCE = "{source}"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How text is written: at most so many tokens, up to `stop` where that comes, the likeliest token each time or,
+    with a temperature, drawn by the seed."""
+
+    tokens: int = 64
+    stop: str | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise EvaluationError(f"{self.tokens} tokens say nothing; write at least 1.")
+        if self.temperature < 0:
+            raise EvaluationError(
+                f"a temperature of {self.temperature} draws nothing; use 0 for the likeliest, or more."
+            )
+
+
+def continuations(runner: Runner, prompts: Sequence[str], writing: Writing) -> list[str]:
+    """What the model writes after each prompt, without it, cut before `stop`.
+
+    Prompts of like length are written on together, padded on the left; what is drawn does not depend on the others.
+
+    Raises:
+        EvaluationError: if a prompt has no tokens, or more than leave room for what is to be written.
+    """
+    encoded = [_encoded(runner, prompt, writing) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    size = 1 if writing.temperature else runner.settings.batch_size
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    found = [""] * len(prompts)
+    for batch in track(batches, "batches", len(batches)):
+        for number, text in zip(batch, _written(runner, [encoded[one] for one in batch], writing), strict=True):
+            found[number] = text
+    return found
+
+
+def _encoded(runner: Runner, prompt: str, writing: Writing) -> list[int]:
+    with quiet():
+        tokens: list[int] = runner.tokenizer(prompt)["input_ids"]
+    if not tokens:
+        raise EvaluationError(f"the prompt {prompt!r:.60} has no tokens; there is nothing to go on from.")
+    if runner.longest is not None and len(tokens) + writing.tokens > runner.longest:
+        raise EvaluationError(
+            f"a prompt of {len(tokens)} tokens and {writing.tokens} to be written are more than the model's "
+            f"{runner.longest}. Shorten it, or write fewer."
+        )
+    return tokens
+
+
+@torch.inference_mode()
+def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> Iterator[str]:
+    longest = max(map(len, prompts))
+    device = next(runner.model.parameters()).device
+    tokens = torch.tensor([[0] * (longest - len(one)) + one for one in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    end = runner.tokenizer.eos_token_id
+    padding = 0 if end is None else end
+    chosen: dict[str, Any] = {"do_sample": False}
+    if writing.temperature:
+        chosen = {"do_sample": True, "temperature": writing.temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(writing.seed)
+    stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
+    with quiet():
+        out = runner.model.generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=writing.tokens, pad_token_id=padding,
+            **chosen, **stop,
+        )  # fmt: skip
+    for row in out[:, longest:]:
+        text: str = runner.tokenizer.decode(row, skip_special_tokens=True)
+        yield text.partition(writing.stop)[0] if writing.stop else text
+
+
+def samples_of(texts: Sequence[tuple[str, Sequence[str]]], prompts: Sequence[str]) -> str:
+    """Markdown: below each prompt what every model wrote. `texts` are the models' names and what they wrote."""
+    lines = []
+    for number, prompt in enumerate(prompts):
+        lines += [f"**{_one_line(prompt)}**", "", "| model | writes |", "|---|---|"]
+        lines += [f"| {name} | {_one_line(written[number])} |" for name, written in texts]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _one_line(text: str) -> str:
+    return text.strip().replace("|", "\\|").replace("\n", "<br>")
+
+
+# ---- translation
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A text and its translation, line by line. The model is given `prompt` with a line in the place of {source}, and
+    writes up to the end of the line.
+
+    Raises:
+        EvaluationError: if a file cannot be read, they have different numbers of lines, or the prompt has no {source}.
+    """
+
+    source: Path
+    reference: Path
+    prompt: str = SOURCE + "\n"
+    limit: int | None = None
+    tokens: int = 64
+    pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if SOURCE not in self.prompt:
+            raise EvaluationError(
+                f"the prompt {self.prompt!r:.60} does not say where the text goes: put {SOURCE} there."
+            )
+        sides = [read_text(path).rstrip("\n").split("\n") for path in (self.source, self.reference)]
+        if len(sides[0]) != len(sides[1]):
+            raise EvaluationError(
+                f"{self.source} has {len(sides[0])} lines and {self.reference} {len(sides[1])}; each line must have "
+                "its translation."
+            )
+        object.__setattr__(self, "pairs", tuple(zip(*sides, strict=True))[: self.limit])
+
+    @property
+    def name(self) -> str:
+        """What its column is called."""
+        return f"translation of {self.source.name}"
+
+    def key(self, model: str, settings: Settings) -> str:
+        """Tells this translation by this model and these settings."""
+        what = [model, self.pairs, self.prompt, self.tokens, settings.dtype]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def run(self, runner: Runner, key: str) -> Measured:
+        """Translate every line and measure all.
+
+        Raises:
+            EvaluationError: as `continuations` does, or if sacrebleu or nltk are not installed.
+        """
+        prompts = [self.prompt.replace(SOURCE, line) for line, _ in self.pairs]
+        written = continuations(runner, prompts, Writing(self.tokens, stop="\n"))
+        found = bleu_and_meteor([text.strip() for text in written], [reference for _, reference in self.pairs])
+        settings = {"prompt": self.prompt, "tokens": self.tokens, "limit": self.limit}
+        return Measured(runner.name, self.name, key, found, len(self.pairs), settings=settings)
+
+
+def bleu_and_meteor(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+    """Corpus BLEU as sacrebleu computes it, in percent, and the mean of METEOR over lines (Banerjee and Lavie,
+    "METEOR", 2005), in percent, with exact and stemmed matches; synonyms are English alone, and left out.
+
+    Raises:
+        EvaluationError: if sacrebleu or nltk are not installed.
+    """
+    try:
+        from nltk.translate.meteor_score import meteor_score
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
+    bleu = corpus_bleu(list(written), [list(references)]).score
+    scores = [
+        meteor_score([reference.split()], text.split(), wordnet=_NoSynonyms())
+        for text, reference in zip(written, references, strict=True)
+    ]
+    return {"bleu": Metric(float(bleu)), "meteor": Metric(100 * sum(scores) / len(scores))}
+
+
+class _NoSynonyms:
+    """In the place of a dictionary."""
+
+    def synsets(self, _: str) -> list[object]:
+        return []
