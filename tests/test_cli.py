@@ -497,6 +497,16 @@ def test_embeddings_of_an_encoder_are_compared_as_transformers_computes_them(
             cosines.append(functional.cosine_similarity(one, other, dim=0).item())
     assert data["cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
     assert data["cosine"] < 0.9999
+    with torch.inference_mode():
+        for judge, found in ((ours, data["retrieved"]), (theirs, data["dense_retrieved"])):
+            halves = [
+                [judge(part[None]).last_hidden_state[0].mean(dim=0) for part in (row[:16], row[16:])] for row in rows
+            ]
+            right = 0
+            for number, (query, _) in enumerate(halves):
+                near = [functional.cosine_similarity(query, answer, dim=0).item() for _, answer in halves]
+                right += near.index(max(near)) == number
+            assert found == pytest.approx(right / len(rows))
     assert data["tokens"] == rows.numel()
     assert "mean cosine" in run("eval", "out", *words).out
 

@@ -71,7 +71,10 @@ def evaluate_command(
         model = open_checkpoint(models[0], revision=revision)
         found = evaluate(model, content, against=other, window=window, limit=tokens, bos=bos)
         if isinstance(found, Agreement):
-            words = f"mean cosine with {against}: {found.cosine:.6f}"
+            words = (
+                f"mean cosine with {against}: {found.cosine:.6f}; first halves that find their second halves: "
+                f"{found.retrieved:.1%} (dense {found.dense_retrieved:.1%}),"
+            )
         else:
             words = f"perplexity {found.perplexity:,.3f}"
         _print(found.to_dict(), f"{words} over {found.tokens} tokens in windows of {found.window}", as_json)

@@ -57,9 +57,16 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Mean cosine between two models' mean-pooled last hidden states, over the windows of a text."""
+    """How an encoder compares with its dense model, over the windows of a text, by mean-pooled last hidden states.
+
+    `cosine` is the mean one between the two models' embeddings of each window. `retrieved` is the share of windows
+    whose first half finds its own second half, which is nearer to it by cosine than all others' second halves; and
+    `dense_retrieved` the same of the dense model.
+    """
 
     cosine: float
+    retrieved: float
+    dense_retrieved: float
     tokens: int
     window: int
 
@@ -253,12 +260,29 @@ def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
 
 @torch.inference_mode()
 def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
-    """How alike two encoders' sentence embeddings (mean over tokens of the last hidden state) are."""
-    cosines = []
-    for window in track(windows.tokens, "windows", len(windows.tokens)):
-        one, other = (hidden_states(m, window[None])[0].float().mean(dim=0) for m in (model, dense))
-        cosines.append(functional.cosine_similarity(one, other, dim=0).item())
-    return Agreement(sum(cosines) / len(cosines), windows.tokens.numel(), windows.length)
+    """How alike two encoders' sentence embeddings (mean over tokens of the last hidden state) are, and how well each
+    finds a window's second half by its first."""
+    half = windows.length // 2
+    pieces = slice(None), slice(half), slice(half, None)
+    found = [
+        [torch.stack([_embedding(one, window[piece]) for one in (model, dense)]) for piece in pieces]
+        for window in track(windows.tokens, "windows", len(windows.tokens))
+    ]
+    whole, first, second = (torch.stack([window[piece] for window in found]).unbind(1) for piece in range(3))
+    cosine = functional.cosine_similarity(whole[0], whole[1], dim=-1).double().mean().item()
+    retrieved, dense_retrieved = (_retrieved(one, other) for one, other in zip(first, second, strict=True))
+    return Agreement(cosine, retrieved, dense_retrieved, windows.tokens.numel(), windows.length)
+
+
+def _embedding(model: Any, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " hidden"]:
+    found: Tensor = hidden_states(model, tokens[None])[0].float().mean(dim=0).cpu()
+    return found
+
+
+def _retrieved(first: Float[Tensor, "windows hidden"], second: Float[Tensor, "windows hidden"]) -> float:
+    """The share of first halves whose nearest second half is their own."""
+    alike = functional.normalize(first, dim=-1) @ functional.normalize(second, dim=-1).T
+    return (alike.argmax(dim=1) == torch.arange(len(alike))).double().mean().item()
 
 
 def hidden_states(model: Any, tokens: Int[Tensor, "batch tokens"]) -> Tensor:

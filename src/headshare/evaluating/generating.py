@@ -81,9 +81,9 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
     chosen: dict[str, Any] = {"do_sample": False}
     if writing.temperature:
         chosen = {"do_sample": True, "temperature": writing.temperature, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(writing.seed)
     stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
-    with quiet():
+    with quiet(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(writing.seed)
         out = runner.model.generate(
             input_ids=tokens, attention_mask=mask, max_new_tokens=writing.tokens, pad_token_id=padding,
             **chosen, **stop,
