@@ -14,11 +14,12 @@ import headshare as hs
 import tiny
 from headshare.accounting import estimate
 from headshare.calibration import calibration_from
-from headshare.comparing import METHODS, Compared, Grid, compare
+from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
 from headshare.comparing.grid import as_csv, table, verdict
 from headshare.comparing.methods import DELETING, REFIT, SHARING
 from headshare.errors import EvaluationError
 from headshare.evaluating import Text
+from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
 from test_cli import a_text, add_tokenizer
@@ -244,3 +245,39 @@ def test_the_command_compares(command: Callable, place: Path, tmp_path: Path) ->
         assert (status, out) == (1, "")
         assert says in err
     assert command(*words, "--ratios", "half")[0] == 1
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_methods_and_tasks_that_there_are(path: Path, place: Path) -> None:
+    recipe = Recipe.load(path, {"text": place / "test"})
+    grid = recipe.grid()
+    assert set(grid.tasks) <= set(TASKS)
+    assert f"recipes/{path.name}" in path.read_text().splitlines()[0]
+    assert recipe.title
+
+
+def test_a_recipe_is_run_and_options_go_before_it(command: Callable, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {place / 'model'}\nmethods: [directshare, magnitude]\nratios: [0.25]\n"
+        f"window: 32\ntext: {place / 'test'}\n"
+    )
+    words = ["compare", "--config", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json"]
+    assert [one["method"] for one in json.loads(command(*words)[1])["cells"]] == ["dense", "directshare", "magnitude"]
+    found = json.loads(command(*words, "--methods", "magnitude", "--ratios", "0.5")[1])["cells"]
+    assert [(one["method"], one["ratio"]) for one in found] == [("dense", 0.0), ("magnitude", 0.5)]
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("methods: directshare\n", "methods"), ("cats: 1\n", "cats"), ("- 1\n", "no settings"), ("a: [", "YAML"),
+    ("methods: [directshare]\n", "no model"),
+])  # fmt: skip
+def test_a_recipe_that_is_none_is_one_error(content: str, says: str, command: Callable, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    status, out, err = command("compare", "--config", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert (status, out) == (1, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

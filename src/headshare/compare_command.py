@@ -1,4 +1,4 @@
-"""`headshare compare`: methods side by side at equal bytes.
+"""`headshare compare`: methods side by side at equal bytes; its options, over those of a YAML file.
 
 What it needs is imported when it begins: the other commands should not wait for it.
 """
@@ -6,25 +6,32 @@ What it needs is imported when it begins: the other commands should not wait for
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from headshare.calibration import TOKENS, calibration_from
+from headshare.calibration import TOKENS
 from headshare.checkpoints import open_checkpoint
+from headshare.errors import EvaluationError
 from headshare.eval_command import EvalDtypeName
 from headshare.evaluation import WINDOW
-from headshare.options import JsonOption, RestartOption, RevisionOption
+from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given
 
-LIGHT = "directshare,random-donors,mean-unit,deletion-same,magnitude,magnitude-zeros,int8"
+LISTS = ("methods", "ratios", "tasks")
 
 
 def compare_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder for cells.json, cells.csv and table.md; a stopped grid goes on.")],
+    context: Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A dense checkpoint, unless --config names one.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for cells.json, cells.csv and table.md; a stopped grid goes on.")
+    ] = Path("compared"),
+    config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options that are given go before it.")] = None,
     methods: Annotated[
         str, typer.Option(metavar="NAMES", help="Methods, joined by commas; with +refit for a refit: deletion+refit.")
-    ] = LIGHT,
+    ] = "",
     ratios: Annotated[str, typer.Option(metavar="NUMBERS", help="Shares of all units, joined by commas.")] = "0.1,0.3",
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text.")] = None,
@@ -50,36 +57,28 @@ def compare_command(
 
     docs/evaluating.md lists the methods. Every cell is kept when it is done.
     """
-    from headshare.comparing import Grid, compare
+    given: dict[str, Any] = {
+        "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
+        "tasks": tasks, "data_dir": data_dir, "limit": limit, "few_shot": few_shot, "batch_size": batch_size,
+        "dtype": dtype.value, "calibration": calibration, "calibration_tokens": calibration_tokens,
+        "calibration_window": calibration_window, "seed": seed, "device": device,
+    }  # fmt: skip
+    chosen = {
+        name: _list(value) if name in LISTS else value for name, value in given.items() if is_given(context, name)
+    }
+    from headshare.comparing import Recipe, compare
     from headshare.comparing.grid import table, to_dict, verdict
-    from headshare.evaluating import Settings, Text
 
-    grid = Grid(
-        methods=_words(methods),
-        ratios=_numbers(ratios),
-        tasks=_words(tasks),
-        data=data_dir,
-        text=None if text is None else Text(text, window, tokens),
-        settings=Settings(limit, few_shot, dtype.value, device, batch_size),
-        seed=seed,
-    )
-    with open_checkpoint(model, revision=revision) as dense:
-        given = None
-        if calibration is not None:
-            given = calibration_from(
-                calibration, dense, tokens=calibration_tokens, window=calibration_window, seed=seed, device=device
-            )
-        cells = compare(dense, grid, out, calibration=given, device=device, restart=restart)
+    recipe = Recipe.load(config, chosen)
+    if recipe.model is None:
+        raise EvaluationError("there is no model to make smaller: name one, or a --config that does.")
+    grid = recipe.grid()
+    with open_checkpoint(recipe.model, revision=revision) as dense:
+        text_of = recipe.calibration_on(dense)
+        cells = compare(dense, grid, out, calibration=text_of, device=recipe.device, restart=restart)
     words = f"{table(cells)}\n\n{verdict(cells)}"
     sys.stdout.write((json.dumps(to_dict(cells)) if as_json else words.rstrip()) + "\n")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError:
-        raise typer.BadParameter(f"'{text}' is not a list of numbers such as 0.1,0.3") from None
+def _list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -2,5 +2,6 @@
 
 from headshare.comparing.grid import Compared, Grid, compare
 from headshare.comparing.methods import METHODS
+from headshare.comparing.recipe import Recipe
 
-__all__ = ["METHODS", "Compared", "Grid", "compare"]
+__all__ = ["METHODS", "Compared", "Grid", "Recipe", "compare"]

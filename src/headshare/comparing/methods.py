@@ -34,7 +34,8 @@ from headshare.workspace import Workspace
 
 REFIT = "+refit"
 TIES = (Form.QKVO, Form.FACTORED)
-SHARING = ("directshare", "output", "auto")
+MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
+SHARING = ("directshare", "output", "auto", *(f"match-{name}" for name in MATCHES))
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner")
 GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
@@ -145,6 +146,14 @@ def _cheapest(case: Case) -> SharePlan:
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
     )
+
+
+def _matched(name: str) -> Make:
+    return lambda case: make_plan(score_units(case.dense, name, "qkv"), case.ratio)
+
+
+for _name in MATCHES:
+    method(f"match-{_name}", f"DirectShare with pairs by cosine of {_name}")(_matched(_name))
 
 
 # ---- controls and baselines

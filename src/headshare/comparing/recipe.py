@@ -1,0 +1,98 @@
+"""A comparison as one value: from YAML, from the command line, or both."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headshare.calibration import TOKENS, Calibration, calibration_from
+from headshare.checkpoints import Checkpoint
+from headshare.comparing.grid import Grid
+from headshare.errors import EvaluationError
+from headshare.evaluating import Settings, Text
+from headshare.evaluation import WINDOW
+
+LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
+
+
+class Recipe(BaseModel):
+    """What is compared, on what model, by what. `title` says what it is for; no other field changes what it means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = ""
+    model: str | None = None
+    methods: tuple[str, ...] = LIGHT
+    ratios: tuple[float, ...] = (0.1, 0.3)
+    text: Path | None = None
+    tokens: int | None = None
+    window: Annotated[int, Field(ge=2)] = WINDOW
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    limit: int | None = None
+    few_shot: int | None = None
+    batch_size: int = 16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    calibration: str | None = None
+    calibration_tokens: int = TOKENS
+    calibration_window: int = WINDOW
+    seed: int = 0
+    device: str = "cpu"
+
+    @classmethod
+    def load(cls, path: Path | None, options: Mapping[str, Any]) -> "Recipe":
+        """A YAML file's settings, with those of the command line in their place.
+
+        Raises:
+            EvaluationError: if the file cannot be read, or a setting is none.
+        """
+        found: Any = {}
+        if path is not None:
+            try:
+                found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise EvaluationError(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
+        if not isinstance(found, dict):
+            raise EvaluationError(f"{path} holds no settings but {found!r:.60}. See recipes/ for examples.")
+        try:
+            return cls.model_validate({**found, **options})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(step) for step in first["loc"]) or "the top"
+            where = path or "the options"
+            raise EvaluationError(f"{where}: {first['msg']} at {place}; found {first['input']!r:.100}.") from None
+
+    def grid(self) -> Grid:
+        """The cells that it asks for.
+
+        Raises:
+            EvaluationError: as `Grid` does.
+        """
+        return Grid(
+            methods=self.methods,
+            ratios=self.ratios,
+            tasks=self.tasks,
+            data=self.data_dir,
+            text=None if self.text is None else Text(self.text, self.window, self.tokens),
+            settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
+            seed=self.seed,
+        )
+
+    def calibration_on(self, dense: Checkpoint) -> Calibration | None:
+        """The calibration text, if there is one.
+
+        Raises:
+            CalibrationError: if it cannot be had.
+        """
+        if self.calibration is None:
+            return None
+        return calibration_from(
+            self.calibration,
+            dense,
+            tokens=self.calibration_tokens,
+            window=self.calibration_window,
+            seed=self.seed,
+            device=self.device,
+        )
