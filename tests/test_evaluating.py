@@ -6,6 +6,7 @@ import io
 import json
 import math
 import statistics
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -661,3 +662,14 @@ def test_the_command_writes_side_by_side(model: Path, run: Callable, tmp_path: P
     assert status == 0
     assert "translation of en (1)" in out
     assert run("eval", model, "--source", tmp_path / "en")[0] == 1
+
+
+def test_without_the_harness_texts_are_measured_and_tasks_say_what_to_install(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    (tmp_path / "text").write_text(" ".join(SENTENCES * 9))
+    assert measure([model], text=Text(tmp_path / "text", 32))[0].metrics["perplexity"].value is not None
+    for folder in (data, None):
+        with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install 'headshare\[eval\]'"):
+            measure([model], tasks=["boolq"], data=folder)
