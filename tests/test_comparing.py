@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,3 +284,23 @@ def test_a_recipe_that_is_none_is_one_error(content: str, says: str, command: Ca
     assert says in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_grid_goes_on(place: Path, tmp_path: Path, command: Callable) -> None:
+    names = [f"match-{name}" for name in ("q", "k", "v", "qkv")] + ["directshare", "random-donors", "magnitude"]
+    words = [*("compare", place / "model", "--out", tmp_path, "--methods", ",".join(names), "--ratios", "0.25,0.5"),
+             *("--text", place / "test", "--window", 32)]  # fmt: skip
+    cells = tmp_path / "cells.json"
+    process = subprocess.Popen([sys.executable, "-m", "headshare", *map(str, words)], stderr=subprocess.DEVNULL)
+    while not cells.is_file():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = json.loads(cells.read_text())
+    assert 1 <= len(before) < 15
+    status, out, err = command(*words, "--json")
+    assert status == 0
+    assert json.loads(out)["cells"][: len(before)] == before
+    assert len(json.loads(out)["cells"]) == 15
+    assert err.count("saved") == 15 - len(before)
