@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import headshare as hs
+from headshare.baselines import attention_of
 from headshare.calibration import calibration_from
 from headshare.configuration import text_config
 from headshare.costs import Fit
@@ -29,7 +30,6 @@ from headshare.layout import Layout
 from headshare.precision import short_products
 from headshare.pricing import HELD_OUT, fitted_windows, looked_at
 from headshare.progress import shown, track
-from headshare.recognition import attention_layout
 from headshare.streams import Layers
 from headshare.units import HeadUnit, Kind, Part
 from machine import machine
@@ -225,7 +225,7 @@ def main() -> None:
     dense = hs.open_checkpoint(args.model)
     calibration = calibration_from(args.calibration, dense, tokens=args.tokens, window=args.window, seed=args.seed)
     calibration = calibration.mixed()
-    layout, layers = attention_layout(text_config(dense.config), dense.shapes), Layers(dense)
+    layout, layers = attention_of(dense), Layers(dense)
     weights, found = Weights(dense, layout), dict[str, list[tuple[float, float]]]()
     fitted = fitted_windows(calibration, args.tokens, HELD_OUT) * args.window
     with shown(), short_products():

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import headshare as hs
+from headshare.baselines import attention_of
 from headshare.calibration import Calibration, calibration_from
 from headshare.configuration import text_config
 from headshare.controls import recipients_of
@@ -28,7 +29,6 @@ from headshare.evaluation import Windows, window_losses
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.progress import shown, track
-from headshare.recognition import attention_layout
 from headshare.units import Kind, Part
 from machine import machine
 
@@ -41,7 +41,7 @@ class Gated:
 
     def __init__(self, checkpoint: hs.Checkpoint) -> None:
         self.model = load_model(checkpoint, storage="owner").eval().requires_grad_(False)
-        layout = attention_layout(text_config(checkpoint.config), checkpoint.shapes)
+        layout = attention_of(checkpoint)
         place = layout.parts[Part.O]
         self.readouts = [
             self.model.get_submodule(module_path(self.model, place.name(layer)).removesuffix(".weight"))
@@ -100,7 +100,7 @@ class Slopes:
 
 def gates_of(checkpoint: hs.Checkpoint) -> dict[str, Float[Tensor, "gates layers channels"]]:
     """Which channels each gate is over: a head's, or a tied unit's."""
-    layout = attention_layout(text_config(checkpoint.config), checkpoint.shapes)
+    layout = attention_of(checkpoint)
     rows = layout.parts[Part.O].rows
     width = rows * layout.groups
     head = text_config(checkpoint.config).get("head_dim") or layout.parts[Part.K].rows

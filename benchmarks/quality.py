@@ -13,7 +13,6 @@ another `--text` and `--out`, what is kept is measured on that text. The figure 
 """
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -29,10 +28,10 @@ from torch import Tensor
 
 import headshare as hs
 from headshare.accounting import estimate, estimate_plan
+from headshare.baselines import attention_of
 from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
 from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
-from headshare.configuration import text_config
 from headshare.controls import overwrite_recipients, with_random_donors
 from headshare.evaluation import Windows, losses_and_divergences, perplexity, read_text, windows_of
 from headshare.integrations.transformers import module_path
@@ -44,7 +43,6 @@ from headshare.plans import SharePlan
 from headshare.pricing import price_units
 from headshare.probing import probe_prices
 from headshare.progress import shown
-from headshare.recognition import attention_layout
 from headshare.refitting import refit
 from headshare.units import Kind
 from machine import machine
@@ -121,7 +119,7 @@ class Bench:
         self.kept, self.probe = kept, probe
         self.stock = load_model(dense)
         self.dense_perplexity = perplexity(self.stock, windows).perplexity
-        self.layout = attention_layout(text_config(dense.config), dense.shapes)
+        self.layout = attention_of(dense)
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
     def prices(self, forms: tuple[Form, ...], kind: Kind = Kind.ATTENTION) -> Prices:
@@ -172,7 +170,7 @@ class Bench:
     def refitted(self, cell: Cell, plan: SharePlan) -> tuple[Mapping[str, Tensor], float]:
         """The readouts of this plan, refitted or as they were kept, and the seconds that took."""
         words = re.sub(r"\W+", "-", f"{cell.budget} {cell.method}")
-        file, digest = self.kept / f"refit-{words}.safetensors", hashlib.sha256(plan.to_json().encode()).hexdigest()
+        file, digest = self.kept / f"refit-{words}.safetensors", plan.digest
         if file.is_file():
             with safe_open(file, "pt") as kept:
                 found = kept.metadata()

@@ -5,6 +5,7 @@ model in memory, which write nothing and say what they would store.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
-from headshare.integrations.transformers import module_path
+from headshare.controls import weight_of
 from headshare.layerprices import saved_bytes
 from headshare.layout import Layout, Place
 from headshare.models import load_model
@@ -37,16 +38,20 @@ def attention_of(dense: Checkpoint) -> Layout:
 
 def magnitudes(dense: Checkpoint) -> Importance:
     """The Euclidean norm of each unit's weights, q, k, v and o together: structured magnitude pruning, by unit."""
-    layout = attention_of(dense)
+    return _summed(attention_of(dense), lambda name: dense.read(name).double().square()).sqrt()
+
+
+def _summed(layout: Layout, numbers: Callable[[str], Tensor]) -> Importance:
+    """The sums over each unit's parts of numbers that stand in the places of its weights, by tensor's name."""
     found = torch.zeros(layout.units, dtype=torch.float64)
     for place in layout.parts.values():
         for layer in range(layout.layers):
-            weight = dense.read(place.name(layer)).double().square()
+            whole = numbers(place.name(layer))
             for group in range(layout.groups):
                 start, stop = place.span(group)
-                index = layout.index(HeadUnit(layer, group))
-                found[index] += weight.narrow(place.axis, start, stop - start).sum()
-    return found.sqrt()
+                part = whole.narrow(place.axis, start, stop - start)
+                found[layout.index(HeadUnit(layer, group))] += part.double().sum().cpu()
+    return found
 
 
 def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") -> Importance:
@@ -59,24 +64,20 @@ def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") 
     layout = attention_of(dense)
     model = load_model(dense, dtype=torch.float32, device_map=device).requires_grad_(False)
     weights = {
-        place.name(layer): _weight(model, place.name(layer)).requires_grad_()
+        place.name(layer): weight_of(model, place.name(layer)).requires_grad_()
         for place in layout.parts.values()
         for layer in range(layout.layers)
     }
     for window in track(calibration.tokens, "gradients", len(calibration.tokens)):
         tokens = window[None].to(device)
         (model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(calibration.tokens)).backward()
-    found = torch.zeros(layout.units, dtype=torch.float64)
-    for place in layout.parts.values():
-        for layer in range(layout.layers):
-            weight = weights[place.name(layer)]
-            assert weight.grad is not None
-            salience = (weight.detach() * weight.grad).abs()
-            for group in range(layout.groups):
-                start, stop = place.span(group)
-                index = layout.index(HeadUnit(layer, group))
-                found[index] += salience.narrow(place.axis, start, stop - start).double().sum().cpu()
-    return found
+
+    def salience(name: str) -> Tensor:
+        weight = weights[name]
+        assert weight.grad is not None
+        return (weight.detach() * weight.grad).abs()
+
+    return _summed(layout, salience)
 
 
 def removal_prices(dense: Checkpoint, importance: Importance) -> Prices:
@@ -106,7 +107,7 @@ def zero_smallest(model: nn.Module, layout: Layout, numbers: int) -> None:
 
     Of numbers as large as the last that goes, those that come first do.
     """
-    weights = [_weight(model, place.name(layer)) for layer in range(layout.layers) for place in _distinct(layout)]
+    weights = [weight_of(model, place.name(layer)) for layer in range(layout.layers) for place in _distinct(layout)]
     sizes = torch.cat([weight.flatten().abs().float() for weight in weights])
     gone = torch.zeros_like(sizes, dtype=torch.bool)
     gone[sizes.argsort(stable=True)[:numbers]] = True
@@ -132,7 +133,7 @@ def overwrite_with_mean(model: nn.Module, plan: SharePlan) -> None:
                 continue
             slices = {}
             for layer in range(layout.layers):
-                weight = _weight(model, place.name(layer))
+                weight = weight_of(model, place.name(layer))
                 for group in range(layout.groups):
                     start, stop = place.span(group)
                     slices[HeadUnit(layer, group)] = weight.narrow(place.axis, start, stop - start)
@@ -161,9 +162,3 @@ def round_to_integers(model: nn.Module, *, bits: int = 8) -> int:
         item = weight.element_size()
         saved += weight.numel() * (item - bits / 8) - scale.numel() * item
     return math.floor(saved)
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(module_path(model, name)).weight
-    assert isinstance(weight, Tensor)
-    return weight

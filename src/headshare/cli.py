@@ -3,7 +3,6 @@
 Results go to standard output, everything else to standard error. Exit status 1 and one line say what was wrong.
 """
 
-import json
 import os
 import sys
 import time
@@ -37,7 +36,15 @@ from headshare.eval_command import evaluate_command, generate_command
 from headshare.evaluation import WINDOW, read_text
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
-from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given
+from headshare.options import (
+    Context,
+    JsonOption,
+    OverwriteOption,
+    RestartOption,
+    RevisionOption,
+    is_given,
+    print_result,
+)
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
 from headshare.progress import shown
@@ -251,10 +258,6 @@ def _numbers(text: str | None) -> list[int]:
         raise typer.BadParameter(f"'{text}' is not a list of whole numbers such as 1,2,29") from None
 
 
-def _print(data: dict[str, Any], words: str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(data) if as_json else words.rstrip()) + "\n")
-
-
 @app.command()
 def estimate(
     model: ModelArgument,
@@ -272,7 +275,7 @@ def estimate(
     found = estimate_bytes(
         checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
     )
-    _print(found.to_dict(), found.in_words(), as_json)
+    print_result(found.to_dict(), found.in_words(), as_json)
 
 
 @app.command()
@@ -303,7 +306,7 @@ def score(
         "digest": scores.digest,
         "seconds": seconds,
     }
-    _print(data, f"Scored {units} units in {seconds:.1f} s: {output}", as_json)
+    print_result(data, f"Scored {units} units in {seconds:.1f} s: {output}", as_json)
 
 
 @app.command()
@@ -360,7 +363,7 @@ def plan(
             found = plan_calibrated(dense, budget, setting, output, measured=measure)
         made, more, words = found.chosen.plan, found.to_dict(), f"{found.in_words()}\n"
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
-    _print(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
+    print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
 
 
 _OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
@@ -450,7 +453,7 @@ def share(
         f"Written and checked in {seconds:.1f} s: {out}",
         f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
     ]
-    _print(data, "\n".join(lines), as_json)
+    print_result(data, "\n".join(lines), as_json)
 
 
 @app.command()
@@ -489,7 +492,7 @@ def refit(
         record = refit_checkpoint(checkpoint, origin, setting, target, ffn=refit_ffn, overwrite=overwrite)
     seconds = time.monotonic() - begun
     data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}
-    _print(data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json)
+    print_result(data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json)
 
 
 @app.command()
@@ -507,7 +510,7 @@ def inspect(
         if split is not None:
             raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
         made = SharePlan.load(shared)
-        _print(describe(made), picture(made), as_json)
+        print_result(describe(made), picture(made), as_json)
         return
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     made = plan_of(checkpoint)
@@ -524,7 +527,7 @@ def inspect(
     if split is not None:
         data["split"] = describe_split(checkpoint, split)
         words += f"\n{picture_split(data['split'])}"
-    _print(data, words, as_json)
+    print_result(data, words, as_json)
 
 
 @app.command()
@@ -545,7 +548,7 @@ def verify(
         lines.append(f"{found.tensors_checked} tensors compared with {against}")
     if found.max_logit_diff is not None:
         lines.append(f"largest difference of a logit from the stock model: {found.max_logit_diff}")
-    _print(found.to_dict(), "\n".join([*lines, *found.notes, *found.problems]), as_json)
+    print_result(found.to_dict(), "\n".join([*lines, *found.notes, *found.problems]), as_json)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -563,7 +566,7 @@ def expand(
     with open_checkpoint(shared, revision=revision) as checkpoint:
         expand_checkpoint(checkpoint, dense, overwrite=overwrite)
     size = sum(info.nbytes for info in open_checkpoint(dense).tensors.values())
-    _print({"out": str(dense), "bytes": size}, f"{size:,} bytes of weights in {dense}", as_json)
+    print_result({"out": str(dense), "bytes": size}, f"{size:,} bytes of weights in {dense}", as_json)
 
 
 @app.command()
@@ -596,7 +599,7 @@ def demo(
         f"perplexity on {text or 'the Python language reference'}: {first.tokens} tokens, windows of {first.window}"
     )
     data = {"rows": [row.to_dict() for row in rows], "text": str(text or "pydoc_data.topics"), "sentence": sentence}
-    _print(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json)
+    print_result(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json)
 
 
 @app.command()
@@ -633,7 +636,9 @@ def bench(
         subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
         found = run_bench(subjects, tokens=_numbers(tokens) or None, repeats=repeats, loads=loads, cold=cold, **options)
     counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
-    _print(found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json)
+    print_result(
+        found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json
+    )
 
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

@@ -3,8 +3,6 @@
 What it needs is imported when it begins: the other commands should not wait for it.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +13,7 @@ from headshare.checkpoints import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.eval_command import EvalDtypeName
 from headshare.evaluation import WINDOW
-from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given
+from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given, print_result
 
 LISTS = ("methods", "ratios", "tasks")
 
@@ -76,8 +74,7 @@ def compare_command(
     with open_checkpoint(recipe.model, revision=revision) as dense:
         text_of = recipe.calibration_on(dense)
         cells = compare(dense, grid, out, calibration=text_of, device=recipe.device, restart=restart)
-    words = f"{table(cells)}\n\n{verdict(cells)}"
-    sys.stdout.write((json.dumps(to_dict(cells)) if as_json else words.rstrip()) + "\n")
+    print_result(to_dict(cells), f"{table(cells)}\n\n{verdict(cells)}", as_json)
 
 
 def _list(text: str) -> list[str]:

@@ -20,8 +20,8 @@ def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
     for selection in plan.selections:
         for place in selection.layout.parts.values():
             for recipient, donor in selection.ties:
-                into = weights.setdefault(place.name(recipient.layer), _weight(model, place.name(recipient.layer)))
-                taken = weights.setdefault(place.name(donor.layer), _weight(model, place.name(donor.layer)))
+                into = weights.setdefault(place.name(recipient.layer), weight_of(model, place.name(recipient.layer)))
+                taken = weights.setdefault(place.name(donor.layer), weight_of(model, place.name(donor.layer)))
                 start, stop = place.span(recipient.group)
                 source, end = place.span(donor.group)
                 into.narrow(place.axis, start, stop - start).copy_(taken.narrow(place.axis, source, end - source))
@@ -43,7 +43,7 @@ def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> Non
     place = layout.parts[part]
     for layer, group in units:
         start, stop = place.span(group)
-        _weight(model, place.name(layer)).narrow(place.axis, start, stop - start).zero_()
+        weight_of(model, place.name(layer)).narrow(place.axis, start, stop - start).zero_()
 
 
 def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
@@ -75,7 +75,8 @@ def recipients_of(plan: SharePlan) -> dict[Kind, list[HeadUnit]]:
     return {kind: sorted(units) for kind, units in found.items()}
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """A stock model's weight, by its tensor's name in the checkpoint."""
     weight = model.get_submodule(module_path(model, name)).weight
     assert isinstance(weight, Tensor)
     return weight

@@ -3,18 +3,16 @@
 What tasks need is imported when they begin: the other commands should not wait for it.
 """
 
-import json
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headshare.checkpoints import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
-from headshare.options import JsonOption, RevisionOption
+from headshare.options import JsonOption, RevisionOption, print_result
 
 
 class EvalDtypeName(StrEnum):
@@ -77,7 +75,7 @@ def evaluate_command(
             )
         else:
             words = f"perplexity {found.perplexity:,.3f}"
-        _print(found.to_dict(), f"{words} over {found.tokens} tokens in windows of {found.window}", as_json)
+        print_result(found.to_dict(), f"{words} over {found.tokens} tokens in windows of {found.window}", as_json)
         return
     if against is not None:
         raise EvaluationError("--against compares one encoder with its dense model on --text. Leave the rest out.")
@@ -96,7 +94,7 @@ def evaluate_command(
         out=out,
         revision=revision,
     )
-    _print(to_dict(rows), table_of(rows), as_json)
+    print_result(to_dict(rows), table_of(rows), as_json)
 
 
 def generate_command(
@@ -123,8 +121,4 @@ def generate_command(
         with open_checkpoint(model) as checkpoint:
             texts.append((model, continuations(Runner.of(checkpoint, settings), given, writing)))
     data = {"prompts": given, "texts": dict(texts), "temperature": temperature, "seed": seed}
-    _print(data, samples_of(texts, given), as_json)
-
-
-def _print(data: dict[str, Any], words: str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(data) if as_json else words) + "\n")
+    print_result(data, samples_of(texts, given), as_json)

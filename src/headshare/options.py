@@ -1,6 +1,8 @@
-"""What several commands' options have in common."""
+"""What several commands have in common: options, and how a result is printed."""
 
-from typing import TYPE_CHECKING, Annotated
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,3 +23,8 @@ def is_given(context: Context, name: str) -> bool:
     """Whether the command line says so, and not a default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def print_result(data: dict[str, Any], words: str, as_json: bool) -> None:
+    """A command's result on standard output: words for people, or one JSON object."""
+    sys.stdout.write((json.dumps(data) if as_json else words.rstrip()) + "\n")

@@ -1,14 +1,12 @@
 """Every method at every ratio, cell after cell; each is kept when it is done, so that a stopped grid goes on."""
 
 import csv
-import hashlib
 import io
-import json
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -21,12 +19,12 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, Case, Edit
+from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, Case, Common, Edit
 from headshare.errors import EvaluationError, HeadshareError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
-from headshare.evaluating.results import Measured
-from headshare.evaluation import losses_and_divergences
+from headshare.evaluating.results import Measured, key_of
+from headshare.evaluation import Windows, losses_and_divergences
 from headshare.files import write_whole
 from headshare.models import unique_parameter_bytes
 from headshare.plans import SharePlan
@@ -195,15 +193,14 @@ class _Bench:
         measured = [task.key(model, settings) for task in self.tasks]
         measured += [self.grid.text.key(model, settings)] if self.grid.text else []
         text = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
-        what = [name, ratio, measured, text if name != DENSE else None, self.grid.seed, version("headshare")]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return key_of(name, ratio, measured, text if name != DENSE else None, self.grid.seed, version("headshare"))
 
     def cell(self, name: str, ratio: float, key: str) -> Compared:
         """Make the model, write it where it is smaller, and measure it."""
         begun = time.monotonic()
         if name == DENSE:
             return self._measured(Compared(key, name, ratio), self.dense)
-        case = Case(self.dense, ratio, self.grid.seed, self.calibration, self.work, self.device)
+        case = Case(self._common, ratio, self.grid.seed)
         try:
             made = METHODS[name.removesuffix(REFIT)].make(case)
             if isinstance(made, Edit):
@@ -217,7 +214,7 @@ class _Bench:
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
         if cell.method.endswith(REFIT):
-            shared = refit_on(shared, case.text, device=self.device)
+            shared = refit_on(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
         seconds, found = time.monotonic() - begun, estimate_plan(self.dense, plan)
         with open_checkpoint(folder) as written:
@@ -256,10 +253,19 @@ class _Bench:
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.grid.text is None:
             return (), ()
-        stock = self._stock
-        found = losses_and_divergences(runner.model, stock.model, self.grid.text.windows(stock))
+        found = losses_and_divergences(runner.model, self._stock.model, self._windows)
         losses, divergences = (tuple(round(value, 7) for value in one.tolist()) for one in found)
         return losses, divergences
+
+    @cached_property
+    def _common(self) -> Common:
+        return Common(self.dense, self.calibration, self.work, self.device)
+
+    @cached_property
+    def _windows(self) -> Windows:
+        """The text's, the same for every cell."""
+        assert self.grid.text is not None
+        return self.grid.text.windows(self._stock)
 
     @cached_property
     def _stock(self) -> Runner:
@@ -352,6 +358,6 @@ def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
                 yield [*start, row.task, name, metric.value, metric.error, row.chance, row.questions]
 
 
-def to_dict(cells: Sequence[Compared]) -> Mapping[str, Any]:
+def to_dict(cells: Sequence[Compared]) -> dict[str, Any]:
     """The same as `--json` prints it."""
     return {"cells": [asdict(cell) for cell in cells], "verdict": verdict(cells)}

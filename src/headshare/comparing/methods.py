@@ -5,12 +5,13 @@ A method gives a plan, or an edit of a stock model that says what it would save.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from headshare.accounting import estimate, estimate_plan
 from headshare.baselines import (
+    Importance,
     attention_of,
     magnitudes,
     overwrite_with_mean,
@@ -28,6 +29,7 @@ from headshare.errors import EvaluationError
 from headshare.paths import Form, Prices
 from headshare.planning import make_plan, units_at
 from headshare.plans import Removal, SharePlan
+from headshare.scores import Scores
 from headshare.similarity import score_units
 from headshare.units import HeadUnit, Kind
 from headshare.workspace import Workspace
@@ -41,23 +43,15 @@ GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is asked of a method: at least the bytes that sharing q, k and v of int(ratio x units) units saves.
-
-    `work` keeps prices, which all ratios share.
-    """
+class Common:
+    """What all cases look at: the dense model, the text, and what is worked out of them once, whatever the ratio.
+    `work` keeps prices for later runs too."""
 
     dense: Checkpoint
-    ratio: float
-    seed: int
     calibration: Calibration | None
     work: Workspace
     device: str = "cpu"
-
-    @cached_property
-    def saved_bytes(self) -> int:
-        """At least so many are to be saved."""
-        return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
+    _scores: dict[str, Scores] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def text(self) -> Calibration:
@@ -70,6 +64,23 @@ class Case:
             raise EvaluationError("this method looks at a text: name one with --calibration FILE, or self.")
         return self.calibration
 
+    def scores(self, match: str) -> Scores:
+        """How alike units are, by this match function."""
+        if match not in self._scores:
+            self._scores[match] = score_units(self.dense, match, "qkv")
+        return self._scores[match]
+
+    @cached_property
+    def magnitudes(self) -> Importance:
+        """How large each unit's weights are."""
+        return magnitudes(self.dense)
+
+    @cached_property
+    def taylor(self) -> Importance:
+        """LLM-Pruner's importance of each unit."""
+        some = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
+        return taylor(self.dense, some, device=self.device)
+
     def units(self, *forms: Form) -> Prices:
         """What attention could give up in these forms, in nats: measured once, and of removals too where ties follow
         those."""
@@ -80,6 +91,29 @@ class Case:
         return prices_on(
             self.dense, self.text, (Form.REMOVE,), kinds=(Kind.FFN,), device=self.device, workspace=self.work
         )
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a method: at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
+
+    common: Common
+    ratio: float
+    seed: int
+
+    @property
+    def dense(self) -> Checkpoint:
+        """The dense model."""
+        return self.common.dense
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """At least so many are to be saved."""
+        return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
+
+    def directshare(self, match: str = "qk") -> SharePlan:
+        """The pairs by a match function; the paper's, unless another is named."""
+        return make_plan(self.common.scores(match), self.ratio)
 
     def saving(self, prices: Prices) -> SharePlan:
         """The plan that saves the bytes at the least price."""
@@ -126,30 +160,30 @@ def method(name: str, summary: str, *, refits: bool = True) -> Callable[[Make], 
 
 @method("directshare", "DirectShare: the paper's pairs, by cosine of q and k")
 def _directshare(case: Case) -> SharePlan:
-    return make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+    return case.directshare()
 
 
 @method("output", "q,k,v shared, pairs by what they do to their layer's output")
 def _output(case: Case) -> SharePlan:
     units = units_at(case.ratio, attention_of(case.dense).units)
-    return plan_for_units(case.units(Form.QKV), units).plan
+    return plan_for_units(case.common.units(Form.QKV), units).plan
 
 
 @method("auto", "ties with scales, with products of small rank, or removal of units, whichever costs least")
 def _auto(case: Case) -> SharePlan:
-    return case.saving(case.units(*TIES))
+    return case.saving(case.common.units(*TIES))
 
 
 @method("cheapest", "the same, and removal of neurons")
 def _cheapest(case: Case) -> SharePlan:
-    units, neurons = case.units(*TIES), case.neurons()
+    units, neurons = case.common.units(*TIES), case.common.neurons()
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
     )
 
 
 def _matched(name: str) -> Make:
-    return lambda case: make_plan(score_units(case.dense, name, "qkv"), case.ratio)
+    return lambda case: case.directshare(name)
 
 
 for _name in MATCHES:
@@ -161,12 +195,12 @@ for _name in MATCHES:
 
 @method("random-donors", "DirectShare's recipients, each tied to a random kept unit of an earlier layer")
 def _random_donors(case: Case) -> SharePlan:
-    return with_random_donors(make_plan(score_units(case.dense, "qk", "qkv"), case.ratio), case.seed)
+    return with_random_donors(case.directshare(), case.seed)
 
 
 @method("mean-unit", "DirectShare's recipients, all with the mean of the units that stay", refits=False)
 def _mean_unit(case: Case) -> Edit:
-    plan = make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+    plan = case.directshare()
     unit = case.saved_bytes // plan.ties if plan.ties else 0
 
     def change(model: Any) -> int:
@@ -178,12 +212,12 @@ def _mean_unit(case: Case) -> Edit:
 
 @method("deletion", "attention units deleted, those that cost predictions least")
 def _deletion(case: Case) -> SharePlan:
-    return case.saving(case.units(*TIES).only({Form.REMOVE}))
+    return case.saving(case.common.units(*TIES).only({Form.REMOVE}))
 
 
 @method("deletion-same", "DirectShare's recipients deleted, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
-    plan = make_plan(score_units(case.dense, "qk", "qkv"), case.ratio)
+    plan = case.directshare()
     layout, removed = attention_of(case.dense), dict[int, list[int]]()
     units = [tie.recipient for selection in plan.selections for tie in selection.ties]
     found = SharePlan()
@@ -208,19 +242,17 @@ def _with_one_kept(units: list[HeadUnit], groups: int) -> list[HeadUnit]:
 
 @method("neurons", "feed-forward neurons removed, those that cost predictions least")
 def _neurons(case: Case) -> SharePlan:
-    return case.saving(case.neurons())
+    return case.saving(case.common.neurons())
 
 
 @method("magnitude", "attention units deleted, those of the smallest weights")
 def _magnitude(case: Case) -> SharePlan:
-    return case.saving(removal_prices(case.dense, magnitudes(case.dense)))
+    return case.saving(removal_prices(case.dense, case.common.magnitudes))
 
 
 @method("llm-pruner", "attention units deleted, by LLM-Pruner's importance")
 def _llm_pruner(case: Case) -> SharePlan:
-    some = replace(case.text, tokens=case.text.mixed().tokens[:GRADIENT_WINDOWS])
-    importance = taylor(case.dense, some, device=case.device)
-    return case.saving(removal_prices(case.dense, importance))
+    return case.saving(removal_prices(case.dense, case.common.taylor))
 
 
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)

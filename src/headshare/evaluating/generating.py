@@ -1,7 +1,5 @@
 """Text that models write after a prompt: samples side by side, and translations with their BLEU and METEOR."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +9,7 @@ import torch
 
 from headshare.errors import EvaluationError
 from headshare.evaluating.harness import INSTALL, Runner, Settings
-from headshare.evaluating.results import Measured, Metric
+from headshare.evaluating.results import Measured, Metric, key_of
 from headshare.evaluation import read_text
 from headshare.models import quiet
 from headshare.progress import track
@@ -146,8 +144,7 @@ class Parallel:
 
     def key(self, model: str, settings: Settings) -> str:
         """Tells this translation by this model and these settings."""
-        what = [model, self.pairs, self.prompt, self.tokens, settings.dtype]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return key_of(model, self.pairs, self.prompt, self.tokens, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> Measured:
         """Translate every line and measure all.

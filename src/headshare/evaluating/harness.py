@@ -1,9 +1,7 @@
 """Run tasks with lm-evaluation-harness: its own by name, and ours, which are given to it as tasks of its kind."""
 
 import difflib
-import hashlib
 import io
-import json
 import logging
 import math
 import sys
@@ -18,7 +16,7 @@ from unittest.mock import patch
 from headshare.checkpoints import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.questions import Question
-from headshare.evaluating.results import Measured, Metric
+from headshare.evaluating.results import Measured, Metric, key_of
 from headshare.evaluating.tasks import TASKS, Part, digest_of
 from headshare.evaluation import is_causal, longest_window
 from headshare.models import load_model, load_tokenizer, quiet
@@ -64,8 +62,7 @@ class Chosen:
 
     def key(self, model: str, settings: Settings) -> str:
         """Tells this task of this model by these settings."""
-        what = [model, self.name, self.digest, harness_version(), settings.deciding]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return key_of(model, self.name, self.digest, harness_version(), settings.deciding)
 
     def run(self, runner: "Runner", key: str) -> Measured:
         """Measure it, as `Runner.run` does."""

@@ -1,7 +1,6 @@
 """Measure models on a text and on tasks; what was measured before, by the same settings, is not measured again."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Runner, Settings, chosen_tasks
-from headshare.evaluating.results import Measured, Metric, Results
+from headshare.evaluating.results import Measured, Metric, Results, key_of
 from headshare.evaluation import WINDOW, Windows, check_vocabulary, check_window, perplexity, read_text, windows_of
 from headshare.progress import say
 from headshare.workspace import fingerprint
@@ -39,8 +38,7 @@ class Text:
     def key(self, model: str, settings: Settings) -> str:
         """Tells this text on this model by these settings."""
         text = hashlib.sha256(self.content.encode()).hexdigest()
-        what = [model, text, self.window, self.tokens, self.bos, settings.dtype]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return key_of(model, text, self.window, self.tokens, self.bos, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> Measured:
         """Measure it.

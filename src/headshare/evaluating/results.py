@@ -1,5 +1,6 @@
 """What was measured, as values: kept in one file, gone on with after a kill, printed as one table."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,11 @@ class Measured:
 
 
 _RESULTS: TypeAdapter[list[Measured]] = TypeAdapter(list[Measured])
+
+
+def key_of(*what: Any) -> str:
+    """Tells one measurement from all others, by what it depends on."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 class Results:
