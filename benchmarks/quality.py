@@ -112,10 +112,12 @@ class Bench:
         kept: Path,
         *,
         ffn: bool,
+        steps: int,
         probe: bool,
         device: str,
     ) -> None:
-        self.dense, self.calibration, self.windows, self.ffn, self.device = dense, calibration, windows, ffn, device
+        self.dense, self.calibration, self.windows, self.device = dense, calibration, windows, device
+        self.ffn, self.steps = ffn, steps
         self.kept, self.probe = kept, probe
         self.stock = load_model(dense)
         self.dense_perplexity = perplexity(self.stock, windows).perplexity
@@ -169,7 +171,7 @@ class Bench:
 
     def refitted(self, cell: Cell, plan: SharePlan) -> tuple[Mapping[str, Tensor], float]:
         """The readouts of this plan, refitted or as they were kept, and the seconds that took."""
-        words = re.sub(r"\W+", "-", f"{cell.budget} {cell.method}")
+        words = re.sub(r"\W+", "-", f"{cell.budget} {cell.method}" + (f" {self.steps} steps" if self.steps else ""))
         file, digest = self.kept / f"refit-{words}.safetensors", plan.digest
         if file.is_file():
             with safe_open(file, "pt") as kept:
@@ -177,7 +179,7 @@ class Bench:
             if found["plan"] == digest:
                 return load_file(file), float(found["seconds"])
         begun = time.perf_counter()
-        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, device=self.device).tensors
+        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device).tensors
         seconds = round(time.perf_counter() - begun, 1)
         named = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, file, {"plan": digest, "seconds": str(seconds)})
@@ -327,6 +329,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention-only", action="store_true", help="refit W_o alone")
     parser.add_argument(
+        "--reconstruct", type=int, default=0, help="gradient steps a layer after the refit, for all rows"
+    )
+    parser.add_argument(
         "--probe", action=argparse.BooleanOptionalAction, default=True, help="price by measured predictions"
     )
     parser.add_argument("--device", default="cpu")
@@ -352,7 +357,14 @@ def main() -> None:
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     with shown():
         bench = Bench(
-            dense, calibration, windows, args.kept, ffn=not args.attention_only, probe=args.probe, device=args.device
+            dense,
+            calibration,
+            windows,
+            args.kept,
+            ffn=not args.attention_only,
+            steps=args.reconstruct,
+            probe=args.probe,
+            device=args.device,
         )
         cells = [cell for ratio in args.ratios for cell in at_ratio(bench, ratio, args.seed)]
         cells += [cell for share in args.saves for cell in at_share(bench, share)]

@@ -1,5 +1,6 @@
 """Calibrated runs: killed at any moment they go on to the same bytes, and never from another run's state."""
 
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import headshare.calibrating
 import headshare.cli
 import headshare.pricing
 import headshare.probing
+import headshare.reconstruction
 import headshare.sharing
 import headshare.workspace
 import headshare.writing
@@ -314,7 +316,7 @@ def test_a_state_of_another_model_is_refused(stopped: Path, things: Path, run: R
 
 @pytest.mark.parametrize(
     "words",
-    [["--parts", "qk"], ["--protect", "2"], ["--no-probe"], ["--no-refit-ffn"]],
+    [["--parts", "qk"], ["--protect", "2"], ["--no-probe"], ["--no-refit-ffn"], ["--reconstruct", "4"]],
     ids=" ".join,
 )
 def test_another_plan_or_setting_of_the_same_text_does_not_mix_with_what_was_done(
@@ -624,6 +626,25 @@ def test_a_second_refit_starts_from_the_first_and_remembers_what_that_changed(th
     assert run("refit", "once", *REFIT[2:], "--calibration", "other", "--no-refit-ffn").status == 0  # in place
     assert contents(things / "once") == contents(things / "twice")
     assert left_behind(things) == []
+
+
+def test_gradient_steps_change_more_than_readouts_and_the_record_says_which(
+    things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = itertools.count(1)  # every look is better than the last: the text is too short for real ones
+    monkeypatch.setattr(headshare.reconstruction, "_held_out", lambda *_: 1 / next(errors))
+    share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--reconstruct", "8"]
+    assert run(*share).status == 0
+    assert run(*REFIT, "--reconstruct", "8", "--out", "again").status == 0
+    for name in ("stepped", "again"):
+        named = set(entry_of(things / name)["refit"]["tensors"])
+        assert any(tensor.endswith("up_proj.weight") for tensor in named)
+        found = verify(hs.open_checkpoint(name), hs.open_checkpoint("model"))
+        assert found.ok, found.problems
+        assert found.tensors_checked  # embeddings, norms, and layers before the first that gives something up
+    found = run(*REFIT, "--reconstruct", "-1")
+    assert found.status != 0
+    assert "--reconstruct" in found.err
 
 
 def test_a_record_and_the_dense_models_name_survive_loading_and_saving(things: Path, run: Run) -> None:

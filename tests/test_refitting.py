@@ -24,9 +24,10 @@ from headshare.gaps import gapped_tensors, scale_name
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.plans import Factored, Removal, Selection, SharePlan
+from headshare.readouts import token_weights
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.refits import RefitRecord
-from headshare.refitting import Refit, Refitter, Step, _weights, refit
+from headshare.refitting import Refit, Refitter, Step, refit
 from headshare.residuals import residual_of, watched
 from headshare.streams import Layers
 from headshare.units import HeadUnit, Kind, Part, Tie
@@ -695,4 +696,4 @@ def test_fewer_tokens_than_inputs_are_fitted(tmp_path: Path) -> None:
 def test_tokens_weigh_one_over_their_squared_size_and_nothing_where_that_is_zero() -> None:
     hidden = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [float("inf"), 0.0], [1e18, 1e18]]])
     expected = torch.tensor([[1 / 25, 0, 0, 0, 5e-37]])
-    torch.testing.assert_close(_weights(hidden), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(token_weights(hidden), expected, rtol=1e-5, atol=0)

@@ -188,17 +188,18 @@ def refit_on(
     calibration: Calibration,
     *,
     ffn: bool = True,
+    steps: int = 0,
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> SharedCheckpoint:
     """The same with its readouts refitted to the calibration text: W_o, and with `ffn` W_down, from the first layer on
-    that gives something up.
+    that gives something up; and with `steps` the other matrices of those layers, by so many gradient steps each.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
-    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, device=device)
-    run_refit(refitter, workspace, _digest(shared.plan.digest, ffn))
+    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, steps=steps, device=device)
+    run_refit(refitter, workspace, _digest(shared.plan.digest, ffn, steps))
     tensors = refitter.result.tensors
     return shared.with_refit(record_of(calibration, tensors), tensors)
 
@@ -316,9 +317,9 @@ class Run:
         """`plan_on` this run's tokens."""
         return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=self.work)
 
-    def refit(self, shared: SharedCheckpoint, *, ffn: bool = True) -> SharedCheckpoint:
+    def refit(self, shared: SharedCheckpoint, *, ffn: bool = True, steps: int = 0) -> SharedCheckpoint:
         """`refit_on` this run's tokens."""
-        return refit_on(shared, self.calibration, ffn=ffn, device=self.device, workspace=self.work)
+        return refit_on(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=self.work)
 
     def measure(self, shared: Path) -> "Measured":
         """Perplexity of the dense model and of the shared one in this folder, on the windows held out of the fits."""
@@ -482,11 +483,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be done with calibration: a plan, or a budget to choose one under; a refit of it; a measurement."""
+    """What is to be done with calibration: a plan, or a budget to choose one under; a refit of it, with gradient
+    `steps` a layer after it; a measurement."""
 
     plan: SharePlan | Budget
     refit: bool = True
     ffn: bool = True
+    steps: int = 0
     measure: bool = False
     dtype: str | None = None
 
@@ -506,14 +509,21 @@ def share_calibrated(
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
         shared = share(dense, plan, dtype=wanted.dtype)
         if wanted.refit:
-            shared = run.refit(shared, ffn=wanted.ffn)
+            shared = run.refit(shared, ffn=wanted.ffn, steps=wanted.steps)
         run.work.note_writing(out)
         shared.save(out, overwrite=overwrite)
     return Outcome(shared, chosen, run.measure(out) if wanted.measure else None)
 
 
 def refit_checkpoint(
-    shared: Checkpoint, dense: Checkpoint, setting: Setting, out: Path, *, ffn: bool = True, overwrite: bool = False
+    shared: Checkpoint,
+    dense: Checkpoint,
+    setting: Setting,
+    out: Path,
+    *,
+    ffn: bool = True,
+    steps: int = 0,
+    overwrite: bool = False,
 ) -> RefitRecord:
     """Refit a checkpoint that was shared before, whatever became of its other weights since, and write it to `out`,
     which may be its own folder: that is replaced when the new one is whole.
@@ -529,12 +539,12 @@ def refit_checkpoint(
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
     finished = settle(out)
-    what = {"shared model": fingerprint(shared), "--refit-ffn": str(ffn)}
+    what = {"shared model": fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
     with calibrated_run(dense, out, setting, **what) as run:
         if finished and shared.refit and _is_same(finished, _what(dense, run.calibration, run.device, what)):
             return shared.refit  # a run that was stopped had replaced the folder already
-        refitter = Refitter(dense, plan, run.calibration, ffn=ffn, device=run.device, shared=shared)
-        run_refit(refitter, run.work, _digest(plan.digest, ffn))
+        refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
+        run_refit(refitter, run.work, _digest(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, shared.refit)
         run.work.note_writing(out)
         base = shared.base_model or dense.name

@@ -96,6 +96,13 @@ class NormalEquations:
         return self.lost(weight) / (self.target or 1.0)
 
 
+def token_weights(hidden: Float[Tensor, "batch window hidden"]) -> Float[Tensor, "batch window"]:
+    """One over each token's squared size, so that the few tokens with enormous activations do not rule the fit; none
+    for a token of size zero."""
+    square = hidden.square().sum(dim=-1)
+    return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
+
+
 def _finite_rows(*tensors: Float[Tensor, "tokens _"]) -> Bool[Tensor, " tokens"]:
     rows = [torch.isfinite(tensor).all(dim=1) for tensor in tensors]
     return torch.stack(rows).all(dim=0)

@@ -3,6 +3,8 @@
 Two streams of hidden states are kept over the calibration tokens, the dense model's h_t and the shared model's h_s. At
 each readout, with Z its inputs in the shared model, the target is Y = (h_t + out_t) - h_s: the output that would bring
 the shared stream back to the dense one. Then both streams advance. Layers before the first tie stay as they are.
+
+With `steps`, a layer's other weights follow by gradient steps before the streams advance (`reconstruction.py`).
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -10,19 +12,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CalibrationError, CheckpointError, PlanError
 from headshare.factors import join_columns, split_columns
 from headshare.gaps import bias_name, factor_names, gapped_tensors, scale_name
 from headshare.plans import Selection, SharePlan
 from headshare.progress import track
-from headshare.readouts import Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
+from headshare.readouts import Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout, token_weights
+from headshare.reconstruction import Wanted, reconstruct
 from headshare.residuals import Residual, residual_of, watched
-from headshare.streams import Batch, Layers, Stream
+from headshare.streams import Layers, Stream
 from headshare.units import Part
 from headshare.whole import WholeTensors
 
@@ -31,9 +34,11 @@ HELD_OUT = 0.125
 
 @dataclass(frozen=True)
 class Step:
-    """One readout refitted. Errors are squared, on held-out tokens, as parts of the target's own size.
+    """One readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as parts of the
+    target's own size.
 
-    `ridge` is None where the readout was kept as it was; `note` says why, or what else is to be known.
+    `ridge` is None where nothing was solved, or the readout was kept as it was; `note` says why, or what else is to be
+    known.
     """
 
     tensor: str
@@ -65,16 +70,23 @@ class _Streams:
 
 
 def refit(
-    dense: Checkpoint, plan: SharePlan, calibration: Calibration, *, ffn: bool = True, device: str = "cpu"
+    dense: Checkpoint,
+    plan: SharePlan,
+    calibration: Calibration,
+    *,
+    ffn: bool = True,
+    steps: int = 0,
+    device: str = "cpu",
 ) -> Refit:
-    """The readouts that make up for a plan's ties: W_o of every layer from the first tie on, and with `ffn` W_down too.
+    """The readouts that make up for a plan's ties: W_o of every layer from the first tie on, and with `ffn` W_down too;
+    and after so many gradient `steps` a layer, every weight matrix there.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
         PlanError: if the plan is for another model.
         CalibrationError: if the calibration has fewer than two windows.
     """
-    refitter = Refitter(dense, plan, calibration, ffn=ffn, device=device)
+    refitter = Refitter(dense, plan, calibration, ffn=ffn, steps=steps, device=device)
     for _ in track(refitter.advance(), "refitting", refitter.layers.count):
         pass
     return refitter.result
@@ -90,7 +102,7 @@ class Refitter:
     Raises:
         CheckpointError, ArchitectureError: if a model cannot be walked layer by layer.
         PlanError: if the plan is for another model, or not that of the shared checkpoint.
-        CalibrationError: if the calibration has fewer than two windows.
+        CalibrationError: if the calibration has fewer than two windows, or `steps` is below zero.
     """
 
     def __init__(
@@ -100,11 +112,14 @@ class Refitter:
         calibration: Calibration,
         *,
         ffn: bool = True,
+        steps: int = 0,
         device: str = "cpu",
         shared: Checkpoint | None = None,
         layers: Layers | None = None,
     ) -> None:
         dense.require_dense("refit it")
+        if steps < 0:
+            raise CalibrationError(f"a layer cannot be reconstructed in {steps} steps. Ask for 0 or more.")
         if shared is not None and shared.plan != plan:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
         planned = WholeTensors.planned(dense, plan)
@@ -114,7 +129,7 @@ class Refitter:
         self.plan, self.gapped = plan, gapped_tensors(plan)
         fit, held = calibration.split(HELD_OUT)
         self.tokens, self.fitted_windows = torch.cat([fit.tokens, held.tokens]), len(fit.tokens)
-        self.ffn = ffn and self.layers.ffn is not None
+        self.ffn, self.steps, self.seed = ffn and self.layers.ffn is not None, steps, calibration.seed
         self.first, self.next = _first_changed(plan, self.layers.count), 0
         self.result = Refit()
         self._streams: _Streams | None = None
@@ -177,7 +192,10 @@ class Refitter:
             return
         if streams.shared is streams.dense:
             streams.shared = streams.dense.clone()
-        self.shared_layers.run_over(self._fitted(layer, streams), layer, streams.shared, self._batches())
+        module = self._fitted(layer, streams)
+        if self.steps:
+            self._reconstruct(layer, module, Wanted(streams.shared, streams.dense, self.fitted_windows))
+        self.shared_layers.run_over(module, layer, streams.shared, self._batches())
 
     def _fitted(self, layer: int, streams: _Streams) -> nn.Module:
         """The shared model's layer with its readouts fitted. The dense stream advances over it, the shared does not."""
@@ -219,7 +237,7 @@ class Refitter:
             residual = residual or residual_of(self.layers, entered, left, seen)
             inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
             carried = residual.carried(entered, seen)
-            weights = _weights(entered if carried is None else carried)
+            weights = token_weights(entered if carried is None else carried)
             sums[at.start >= self.fitted_windows].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
             if target is not None:
                 target[at] = residual.target(entered, seen).cpu()
@@ -238,7 +256,7 @@ class Refitter:
             own = streams.shared[at].to(self.layers.device)
             seen = self.shared_layers.run_to(shared, layer, own, path, before)
             wanted = residual.wanted_of_down(target[at].to(self.layers.device), own, seen)
-            weights = _weights(streams.dense[at].to(self.layers.device))
+            weights = token_weights(streams.dense[at].to(self.layers.device))
             sums[at.start >= self.fitted_windows].add(seen.inputs[path], wanted, weights)
         self._solve(layer, Part.DOWN, shared, sums)
 
@@ -312,6 +330,45 @@ class Refitter:
         if scales.numel():
             stored[scale_name(name)] = scales
         self.result.tensors.update({key: value.cpu() for key, value in stored.items()})
+
+    # ---- the gradient steps of a layer
+
+    def _reconstruct(self, layer: int, module: nn.Module, wanted: Wanted) -> None:
+        """Change the layer's weight matrices, put them into it as they will be stored, and keep them."""
+        weights = self._matrices(layer, module)
+        found = reconstruct(
+            self.shared_layers, layer, module, wanted, weights, self._own, steps=self.steps, seed=self.seed
+        )
+        if found.step:
+            for name, weight in found.weights.items():
+                own, rounded = self._own(name, weight), weight.to(self._dtype(name))
+                self.result.tensors[name] = rounded.cpu()
+                weights[name].copy_(torch.where(own, rounded.to(weight), weights[name]))
+        base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
+        note = f"{self.steps} gradient steps" + (f", best after {found.step}" if found.step else ", none was better")
+        self.result.steps.append(Step(base, None, found.error_before, found.error_after, note))
+
+    def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of a built layer's parts, by name."""
+        layouts = [self.layers.attention] + ([self.layers.ffn] if self.layers.ffn is not None else [])
+        found = {}
+        for part in (part for layout in layouts for part in layout.parts):
+            weight = module.get_submodule(self.layers.path(part)).weight
+            assert isinstance(weight, nn.Parameter)
+            found[self.layers.tensor(part, layer)] = weight
+        return found
+
+    def _own(self, name: str, weight: Tensor) -> Bool[Tensor, "..."]:
+        """Which of a weight's numbers it stores and nobody borrows: not those of donors or recipients, nor what is
+        removed or a product."""
+        if name not in self.gapped:
+            return torch.ones_like(weight, dtype=torch.bool)
+        own, tensor = torch.zeros_like(weight, dtype=torch.bool), self.gapped[name]
+        for start, stop in tensor.kept():
+            own.narrow(tensor.axis, start, stop - start).fill_(value=True)
+        for gap in (gap for other in self.gapped.values() for gap in other.gaps if gap.donor == name):
+            own.narrow(tensor.axis, gap.donor_start, gap.stop - gap.start).fill_(value=False)
+        return own
 
     # ---- what the plan says of a readout
 
@@ -394,10 +451,3 @@ def _step(name: str, found: Fitted, left_out: int) -> Step:
         notes.append(f"{left_out} tokens whose numbers are not finite were left out")
     ridge = None if found.why_kept else found.ridge
     return Step(name, ridge, found.error_before, found.error_after, "; ".join(notes))
-
-
-def _weights(hidden: Batch) -> Float[Tensor, "batch window"]:
-    """One over each token's squared size, so that the few tokens with enormous activations do not rule the fit; none
-    for a token of size zero."""
-    square = hidden.square().sum(dim=-1)
-    return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)

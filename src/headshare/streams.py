@@ -225,6 +225,7 @@ class Layers:
         """
         return torch.cat([self._enter(tokens[at]).cpu() for at in self.batches(range(len(tokens)), tokens.shape[1])])
 
+    @torch.no_grad()
     def _enter(self, tokens: Int[Tensor, "batch window"]) -> Batch:
         """What enters layer 0 for these tokens. How each layer was called is kept for batches of this shape."""
         with self._recorded() as (entered, calls):
@@ -299,7 +300,8 @@ class Layers:
             self._tuples = isinstance(first(hidden, *call.args, **call.kwargs), tuple)
         return self._tuples
 
-    def _call(self, module: nn.Module, layer: int, hidden: Batch) -> Batch:
+    def call(self, module: nn.Module, layer: int, hidden: Batch) -> Batch:
+        """What this built layer makes of a batch, on `device`; with gradients, where those are wanted."""
         shape = hidden.shape[0], hidden.shape[1]
         if shape not in self._calls:
             self._enter(torch.ones(shape, dtype=torch.long))  # calls do not depend on what the tokens are
@@ -313,7 +315,7 @@ class Layers:
         `device`."""
         seen = Seen()
         with _watching(module, watch, seen):
-            return self._call(module, layer, hidden), seen.in_windows(hidden)
+            return self.call(module, layer, hidden), seen.in_windows(hidden)
 
     def run_over(self, module: nn.Module, layer: int, stream: Stream, batches: Iterable[slice] | None = None) -> Stream:
         """Turn what enters this built layer into what leaves it, in place."""
@@ -331,7 +333,7 @@ class Layers:
         seen = Seen()
         with _watching(module, watch, seen), _stopping(module, path, seen):
             try:
-                self._call(module, layer, hidden)
+                self.call(module, layer, hidden)
             except _ReachedError:
                 return seen.in_windows(hidden)
         raise ArchitectureError(f"the layer never calls its {path}; headshare cannot calibrate this model.")

@@ -23,7 +23,6 @@ from headshare.plans import SharePlan
 from headshare.progress import track
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.sharing import check_fits, check_shared, expand, same_numbers, tensors_of, write_overwritten
-from headshare.units import Part
 from headshare.writing import MANIFEST, file_digest
 
 PROBE_TOKENS = 48
@@ -111,7 +110,7 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
-    for name in sorted(refitted - _readouts(dense)):
+    for name in sorted(refitted - _refittable(dense)):
         result.fail(f"the record of the refit names {name}, which no refit changes")
     common = [name for name in common if name not in refitted]
     for name in track(common, "numbers", len(common)):
@@ -128,15 +127,13 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
 
-def _readouts(dense: Checkpoint) -> frozenset[str]:
-    """The weights and biases that a refit may change: those of W_o and of W_down."""
+def _refittable(dense: Checkpoint) -> frozenset[str]:
+    """What a refit may change: weights and biases of W_o and W_down, and where steps followed those of all parts."""
     config = text_config(dense.config)
     layouts = [attention_layout(config, dense.shapes)]
     with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
         layouts.append(ffn_layout(config, dense.shapes))
-    places = [
-        (layout, layout.parts[part]) for layout in layouts for part in (Part.O, Part.DOWN) if part in layout.parts
-    ]
+    places = [(layout, place) for layout in layouts for place in layout.parts.values()]
     names = [place.name(layer) for layout, place in places for layer in range(layout.layers)]
     return frozenset([*names, *map(bias_name, names)])
 
