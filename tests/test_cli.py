@@ -34,7 +34,7 @@ from headshare.table import HEADERS
 WEIGHTS = "model.safetensors"
 COMMANDS = (
     "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "compare",
-    "generate", "demo",
+    "report", "generate", "demo",
 )  # fmt: skip
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
@@ -182,6 +182,17 @@ SHARED = ESTIMATED | {
     "refitted_tensors",
     "measured",
 }
+
+
+def a_finished_comparison(folder: Path) -> Path:
+    """What `compare` leaves, of no cells."""
+    folder.mkdir()
+    about = {"title": "None", "model": "m", "text": "", "calibration": "", "training": "", "limit": None}
+    (folder / "about.json").write_text(json.dumps({**about, "versions": {}, "keys": []}))
+    (folder / "cells.json").write_text("[]")
+    return folder
+
+
 KEYS: dict[str, set[str]] = {
     "estimate": ESTIMATED,
     "score": {"output", "units", "tables", "digest", "seconds"},
@@ -194,6 +205,7 @@ KEYS: dict[str, set[str]] = {
     "expand": {"out", "bytes"},
     "eval": {"perplexity", "tokens", "window"},
     "compare": {"cells", "verdict"},
+    "report": {"tables"},
     "generate": {"prompts", "texts"},
     "demo": {"rows", "sentence"},
     "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
@@ -219,6 +231,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "eval": [model, "--text", text, "--window", 32],
         "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
+        "report": [a_finished_comparison(tmp_path / "finished")],
         "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
         "demo": [long, "--text", a_text(tmp_path / "long.txt", 2200), "--tokens", 1022],
     }

@@ -19,16 +19,17 @@ from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
 from headshare.comparing.grid import as_csv, table, verdict
-from headshare.comparing.methods import DELETING, REFIT, SHARING
+from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED
 from headshare.errors import EvaluationError
 from headshare.evaluating import Text
 from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
+from headshare.training import Sharing, TrainSettings, train
 from test_cli import a_text, add_tokenizer
 
-EDITS = [name for name, method in METHODS.items() if not method.refits]
-PLANS = [name for name in METHODS if name not in EDITS]
+EDITS = [name for name, method in METHODS.items() if not method.refits and name not in TRAINED]
+PLANS = [name for name, method in METHODS.items() if method.refits]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compared(place: Path) -> dict[str, Compared]:
     """Every method, plain and refitted, at a half."""
-    names = [*METHODS, *(f"{name}{REFIT}" for name in PLANS)]
+    names = [*EDITS, *PLANS, *(f"{name}{REFIT}" for name in PLANS)]
     cells = run(place, place / "all", *names, ratios=(0.5,))
     return {cell.method: cell for cell in cells}
 
@@ -158,6 +159,7 @@ def test_a_method_that_this_model_cannot_have_is_a_row_that_says_why(place: Path
     ({"ratios": ()}, "nothing to compare"),
     ({"ratios": (0.1, 1.0)}, "ratio of 1.0"),
     ({"text": None}, "nothing to measure by"),
+    ({"methods": ("postshare",)}, "postshare trains: say on what"),
 ])  # fmt: skip
 def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, place: Path) -> None:
     given = {"methods": ("directshare",), "ratios": (0.1,), "text": Text(place / "test", 32), **grid}
@@ -221,6 +223,51 @@ def test_the_tables_hold_every_cell(compared: dict[str, Compared]) -> None:
     assert len(rows) == 2 * len(cells)
 
 
+def training(place: Path, **more: Any) -> TrainSettings:
+    """Four large steps."""
+    arguments = {"use_cpu": True, "learning_rate": 0.1, "optim": "sgd", "max_steps": 4, **more}
+    text = {"data": str(place / "calibration"), "context": 16, "held_out": 4}
+    return TrainSettings.made({"method": "postshare", "text": text, "learning": {"arguments": arguments}})
+
+
+def test_methods_that_train_are_measured_as_they_are_written(place: Path, tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(place / "model")
+    grid = Grid(("directshare", *TRAINED), (0.5,), text=Text(place / "test", 32), training=training(place))
+    cells = {one.method: one for one in compare(dense, grid, tmp_path)}
+    plain, pulled, recovered = (cells[name] for name in ("directshare", *TRAINED))
+    assert not [one.failed for one in cells.values() if one.failed]
+    assert plain.saved_bytes == pulled.saved_bytes == recovered.saved_bytes
+    assert plain.memory_bytes == pulled.memory_bytes == recovered.memory_bytes
+    assert len({value(plain), value(pulled), value(recovered)}) == 3
+    settings = training(place).model_copy(update={"sharing": Sharing(ratio=0.5)})
+    train(place / "model", tmp_path / "apart", settings)
+    with hs.open_checkpoint(tmp_path / "apart") as apart:
+        assert value(pulled) == pytest.approx(evaluate(apart, (place / "test").read_text(), window=32).perplexity)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("apart")) == [
+        "about.json", "cells.csv", "cells.json", "table.md",
+    ]  # fmt: skip
+
+
+def test_other_settings_of_training_are_other_cells_and_only_of_those_that_train(place: Path, tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(place / "model")
+    for steps in (2, 3):
+        trained = training(place, max_steps=steps)
+        compare(
+            dense, Grid(("directshare", "postshare"), (0.5,), text=Text(place / "test", 32), training=trained), tmp_path
+        )
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert [one["method"] for one in kept] == ["dense", "directshare", "postshare", "postshare"]
+
+
+def test_training_that_fails_is_a_row_that_says_why(place: Path, tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(place / "model")
+    settings = training(place, learning_rate=1e30)
+    grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=settings)
+    found = compare(dense, grid, tmp_path)[1]
+    assert found.failed
+    assert not found.losses
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     from headshare.cli import main
@@ -255,7 +302,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_methods_and_tasks_that_there_are(path: Path, place: Path) -> None:
-    recipe = Recipe.load(path, {"text": place / "test"})
+    given = {"text": place / "test", "train": {"text": {"data": "a text"}}}
+    recipe = Recipe.load(path, {name: one for name, one in given.items() if f"\n{name}:" not in path.read_text()})
     grid = recipe.grid()
     assert set(grid.tasks) <= set(TASKS)
     assert f"recipes/{path.name}" in path.read_text().splitlines()[0]

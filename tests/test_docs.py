@@ -56,6 +56,7 @@ def test_the_readmes_commands_run_in_their_order(
         "verify",
         "eval",
         "compare",
+        "report",
         "generate",
         "bench",
         "expand",

@@ -29,7 +29,7 @@ from headshare.calibrating import (
 )
 from headshare.calibration import TOKENS as CALIBRATION_TOKENS
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.compare_command import compare_command
+from headshare.compare_command import compare_command, report_command
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
 from headshare.eval_command import evaluate_command, generate_command
@@ -658,6 +658,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command("eval")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
+app.command("report")(report_command)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

@@ -1,4 +1,5 @@
-"""`headshare compare`: methods side by side at equal bytes; its options, over those of a YAML file.
+"""`headshare compare`: methods side by side at equal bytes; its options, over those of a YAML file. And `headshare
+report`: a page of what it found.
 
 What it needs is imported when it begins: the other commands should not wait for it.
 """
@@ -13,6 +14,7 @@ from headshare.checkpoints import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.eval_command import EvalDtypeName
 from headshare.evaluation import WINDOW
+from headshare.files import write_whole
 from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given, print_result
 
 LISTS = ("methods", "ratios", "tasks")
@@ -45,6 +47,10 @@ def compare_command(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = TOKENS,
     calibration_window: Annotated[int, typer.Option(help="Tokens in a window of it.")] = WINDOW,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="Settings of `headshare train` in YAML (text, learning, ...), for methods that train."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random donors, and of what is held out.")] = 0,
     device: Annotated[str, typer.Option(help="Where to calibrate and measure: cpu, cuda:0.")] = "cpu",
     restart: RestartOption = False,
@@ -66,6 +72,10 @@ def compare_command(
     }
     from headshare.comparing import Recipe, compare
     from headshare.comparing.grid import table, to_dict, verdict
+    from headshare.training.settings import read_yaml
+
+    if train is not None:
+        chosen["train"] = read_yaml(train)
 
     recipe = Recipe.load(config, chosen)
     if recipe.model is None:
@@ -73,9 +83,30 @@ def compare_command(
     grid = recipe.grid()
     with open_checkpoint(recipe.model, revision=revision) as dense:
         text_of = recipe.calibration_on(dense)
-        cells = compare(dense, grid, out, calibration=text_of, device=recipe.device, restart=restart)
+        cells = compare(
+            dense, grid, out, calibration=text_of, device=recipe.device, restart=restart, title=recipe.title
+        )
     print_result(to_dict(cells), f"{table(cells)}\n\n{verdict(cells)}", as_json)
 
 
 def _list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="What `compare --out` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Write the page here too, in place of what is there.")] = None,
+    paper: Annotated[
+        Path | None,
+        typer.Option(help="Published figures in YAML, such as recipes/published/2402.11819.yaml, to put beside ours."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One page in Markdown from finished comparisons: their tables, and what becomes of the paper's claims."""
+    from headshare.comparing.report import Measured, published, report
+
+    measured = [Measured.load(folder) for folder in folders]
+    page = report(measured, published(paper) if paper else ())
+    if out is not None:
+        write_whole(out, page.encode())
+    print_result({"tables": [one.to_dict() for one in measured]}, page, as_json)

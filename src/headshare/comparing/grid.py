@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import shutil
 import statistics
@@ -19,7 +20,7 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, Case, Common, Edit
+from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, TRAINED, Case, Common, Edit
 from headshare.errors import EvaluationError, HeadshareError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
@@ -30,8 +31,11 @@ from headshare.models import unique_parameter_bytes
 from headshare.plans import SharePlan
 from headshare.progress import say, track
 from headshare.sharing import share
+from headshare.training import TrainSettings, train
+from headshare.training.run import RECORD as TRAINING_RECORD
 from headshare.workspace import Workspace, fingerprint
 
+ABOUT = "about.json"
 CELLS = "cells.json"
 DENSE = "dense"
 
@@ -47,6 +51,7 @@ class Grid:
     text: Text | None = None
     settings: Settings = field(default_factory=Settings)
     seed: int = 0
+    training: TrainSettings | None = None
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -55,6 +60,8 @@ class Grid:
                 raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
             if name.endswith(REFIT) and not method.refits:
                 raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
+        if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
+            raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
         if not self.methods or not self.ratios:
             raise EvaluationError("there is nothing to compare: name methods and ratios.")
         if wrong := [ratio for ratio in self.ratios if not 0 < ratio < 1]:
@@ -100,18 +107,25 @@ class Compared:
 _CELLS: TypeAdapter[list[Compared]] = TypeAdapter(list[Compared])
 
 
+def read_cells(file: Path) -> list[Compared]:
+    """The cells of a file.
+
+    Raises:
+        EvaluationError: if it holds none.
+    """
+    try:
+        return _CELLS.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        what = str(error).splitlines()[0]
+        raise EvaluationError(f"{file} holds no cells of `headshare compare` ({what}). Move it.") from None
+
+
 class _Kept:
     """The cells that are done, and the file that keeps them."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / CELLS
-        self.cells: list[Compared] = []
-        if self.file.is_file():
-            try:
-                self.cells = _CELLS.validate_json(self.file.read_bytes())
-            except ValidationError as error:
-                what = str(error).splitlines()[0]
-                raise EvaluationError(f"{self.file} holds no cells of `headshare compare` ({what}). Move it.") from None
+        self.cells = read_cells(self.file) if self.file.is_file() else []
 
     def find(self, key: str) -> Compared | None:
         """The cell of this key."""
@@ -131,8 +145,10 @@ def compare(
     calibration: Calibration | None = None,
     device: str = "cpu",
     restart: bool = False,
+    title: str = "",
 ) -> list[Compared]:
-    """Measure every cell, the dense model first, and write `table.md`, `cells.csv` and `cells.json` into `out`.
+    """Measure every cell, the dense model first, and write `table.md`, `cells.csv`, `cells.json` and `about.json` (what
+    was compared on what, by which versions) into `out`.
 
     Cells that are there, of the same model, text, questions and settings, are not measured again. A method that cannot
     be had of this model, or not at this ratio, is a row that says why.
@@ -163,7 +179,40 @@ def compare(
         work.close()
     write_whole(out / "table.md", f"{table(found)}\n\n{verdict(found)}\n".encode())
     write_whole(out / "cells.csv", as_csv(found).encode())
+    about = About.of(dense, grid, calibration, title, tuple(cell.key for cell in found))
+    write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())
     return found
+
+
+@dataclass(frozen=True)
+class About:
+    """What a table of cells is of: names without folders, numbers of tokens, versions; and the keys of its cells."""
+
+    title: str
+    model: str
+    text: str
+    calibration: str
+    training: str
+    limit: int | None
+    versions: dict[str, str]
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, dense: Checkpoint, grid: Grid, calibration: Calibration | None, title: str, keys: tuple[str, ...]
+    ) -> "About":
+        """Of a grid that was measured."""
+        text, trained = grid.text, grid.training
+        return cls(
+            title,
+            Path(dense.name).name,
+            "" if text is None else f"{text.path.name}, windows of {text.window}, {text.tokens or 'all'} tokens",
+            "" if calibration is None else f"{Path(calibration.source).name}, {calibration.tokens.numel()} tokens",
+            "" if trained is None else f"{Path(trained.text.data).name}, {dict(trained.learning.arguments)}",
+            grid.settings.limit,
+            {name: version(name) for name in ("headshare", "torch", "transformers")},
+            keys,
+        )
 
 
 def _what(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
@@ -192,8 +241,10 @@ class _Bench:
         model, settings = fingerprint(self.dense), self.grid.settings
         measured = [task.key(model, settings) for task in self.tasks]
         measured += [self.grid.text.key(model, settings)] if self.grid.text else []
-        text = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
-        return key_of(name, ratio, measured, text if name != DENSE else None, self.grid.seed, version("headshare"))
+        made: object = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
+        if name in TRAINED and self.grid.training is not None:
+            made = self.grid.training.model_dump_json()
+        return key_of(name, ratio, measured, made if name != DENSE else None, self.grid.seed, version("headshare"))
 
     def cell(self, name: str, ratio: float, key: str) -> Compared:
         """Make the model, write it where it is smaller, and measure it."""
@@ -203,6 +254,8 @@ class _Bench:
         case = Case(self._common, ratio, self.grid.seed)
         try:
             made = METHODS[name.removesuffix(REFIT)].make(case)
+            if isinstance(made, TrainSettings):
+                return self._trained(Compared(key, name, ratio), made, begun)
             if isinstance(made, Edit):
                 return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
             return self._written(Compared(key, name, ratio), made, case, begun)
@@ -219,6 +272,19 @@ class _Bench:
         seconds, found = time.monotonic() - begun, estimate_plan(self.dense, plan)
         with open_checkpoint(folder) as written:
             return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
+
+    def _trained(self, cell: Compared, settings: TrainSettings, begun: float) -> Compared:
+        """In a folder of its own, so that a training run that was stopped goes on and no other one's is in the way."""
+        folder = self.folder.parent / f"{self.folder.name}-{cell.key[:16]}"
+        if not (folder / TRAINING_RECORD).is_file():
+            train(self.dense.path, folder, settings, overwrite=True)
+        seconds = time.monotonic() - begun
+        with open_checkpoint(folder) as written:
+            assert written.plan is not None
+            saved = estimate_plan(self.dense, written.plan).saved_bytes
+            found = self._measured(cell, written, saved=saved, seconds=seconds)
+        shutil.rmtree(folder)
+        return found
 
     def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:
         runner = Runner.of(self.dense, self.grid.settings, name=cell.method)
@@ -259,7 +325,7 @@ class _Bench:
 
     @cached_property
     def _common(self) -> Common:
-        return Common(self.dense, self.calibration, self.work, self.device)
+        return Common(self.dense, self.calibration, self.work, self.device, self.grid.training)
 
     @cached_property
     def _windows(self) -> Windows:

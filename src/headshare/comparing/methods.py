@@ -1,7 +1,7 @@
 """The methods that are compared: ways to save so many bytes of a model, and controls. Each is a function of a case.
 
-A method gives a plan, or an edit of a stock model that says what it would save. Plans can be refitted: of a name
-`deletion` there is also `deletion+refit`.
+A method gives a plan, an edit of a stock model that says what it would save, or the settings of a training run that
+shares. Plans can be refitted: of a name `deletion` there is also `deletion+refit`.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,15 @@ from headshare.planning import make_plan, units_at
 from headshare.plans import Removal, SharePlan
 from headshare.scores import Scores
 from headshare.similarity import score_units
+from headshare.training import Method as Training
+from headshare.training import Sharing, TrainSettings
 from headshare.units import HeadUnit, Kind
 from headshare.workspace import Workspace
 
 REFIT = "+refit"
 TIES = (Form.QKVO, Form.FACTORED)
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
+TRAINED = ("postshare", "recover")
 SHARING = ("directshare", "output", "auto", *(f"match-{name}" for name in MATCHES))
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner")
 GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
@@ -45,12 +48,13 @@ GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 @dataclass(frozen=True)
 class Common:
     """What all cases look at: the dense model, the text, and what is worked out of them once, whatever the ratio.
-    `work` keeps prices for later runs too."""
+    `work` keeps prices for later runs too. `training` says how methods train that do, but for the plan."""
 
     dense: Checkpoint
     calibration: Calibration | None
     work: Workspace
     device: str = "cpu"
+    training: TrainSettings | None = None
     _scores: dict[str, Scores] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -115,6 +119,12 @@ class Case:
         """The pairs by a match function; the paper's, unless another is named."""
         return make_plan(self.common.scores(match), self.ratio)
 
+    def trained(self, method: Training) -> TrainSettings:
+        """The training run of this ratio's DirectShare plan."""
+        found = self.common.training
+        assert found is not None
+        return found.model_copy(update={"method": method, "sharing": Sharing(ratio=self.ratio), "seed": self.seed})
+
     def saving(self, prices: Prices) -> SharePlan:
         """The plan that saves the bytes at the least price."""
         return plan_for_bytes(prices, self.saved_bytes).plan
@@ -129,7 +139,7 @@ class Edit:
     note: str
 
 
-Make = Callable[[Case], SharePlan | Edit]
+Make = Callable[[Case], SharePlan | Edit | TrainSettings]
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,16 @@ def _cheapest(case: Case) -> SharePlan:
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
     )
+
+
+@method("postshare", "PostShare: DirectShare's pairs pulled together by training, then shared", refits=False)
+def _postshare(case: Case) -> TrainSettings:
+    return case.trained(Training.POSTSHARE)
+
+
+@method("recover", "DirectShare, then trained as long", refits=False)
+def _recover(case: Case) -> TrainSettings:
+    return case.trained(Training.BOTH)
 
 
 def _matched(name: str) -> Make:

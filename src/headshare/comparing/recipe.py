@@ -13,12 +13,14 @@ from headshare.comparing.grid import Grid
 from headshare.errors import EvaluationError
 from headshare.evaluating import Settings, Text
 from headshare.evaluation import WINDOW
+from headshare.training import TrainSettings
 
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
 
 
 class Recipe(BaseModel):
-    """What is compared, on what model, by what. `title` says what it is for; no other field changes what it means."""
+    """What is compared, on what model, by what. `title` says what it is for; `train` holds the settings of `headshare
+    train`, but for the method and the plan, for methods that train."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +40,7 @@ class Recipe(BaseModel):
     calibration: str | None = None
     calibration_tokens: int = TOKENS
     calibration_window: int = WINDOW
+    train: dict[str, Any] | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -69,6 +72,7 @@ class Recipe(BaseModel):
 
         Raises:
             EvaluationError: as `Grid` does.
+            TrainingError: if `train` is not what training settings are.
         """
         return Grid(
             methods=self.methods,
@@ -78,6 +82,7 @@ class Recipe(BaseModel):
             text=None if self.text is None else Text(self.text, self.window, self.tokens),
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
+            training=None if self.train is None else TrainSettings.made({"method": "postshare", **self.train}),
         )
 
     def calibration_on(self, dense: Checkpoint) -> Calibration | None:

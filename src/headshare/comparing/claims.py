@@ -1,0 +1,118 @@
+"""What the paper says of its methods that can be checked on any model: each claim against the cells of one grid."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from headshare.comparing.grid import DENSE, Compared
+
+ERRORS = 2.0  # standard errors that a difference must be, to be one
+PAPERS = "directshare"
+ACCURACY = "acc"
+
+
+class Says(StrEnum):
+    """What the numbers say of a claim."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    OPEN = "cannot be told"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A claim at one ratio, or of one method: what the numbers say, and which numbers."""
+
+    claim: str
+    where: str
+    says: Says
+    evidence: str
+
+
+def checked(cells: Sequence[Compared]) -> list[Checked]:
+    """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
+    errors; without a text the mean accuracy does."""
+    done = [cell for cell in cells if not cell.failed and cell.method != DENSE]
+    return [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(done)]
+
+
+def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
+    """By how much the first is worse, the standard error, and both in words."""
+    if one.losses and other.losses:
+        more, error = one.loses_more_than(other)
+        return more, error, f"{one.method} {one.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
+    first, second = accuracy(one), accuracy(other)
+    if first is None or second is None:
+        return math.nan, math.nan, ""
+    words = f"{one.method} {100 * first[0]:.1f} %, {other.method} {100 * second[0]:.1f} %"
+    return second[0] - first[0], math.hypot(first[1], second[1]), words
+
+
+def accuracy(cell: Compared) -> tuple[float, float] | None:
+    """The mean over tasks, and its standard error; None without tasks."""
+    found = [row.metrics[ACCURACY] for row in cell.results if ACCURACY in row.metrics]
+    values = [metric.value for metric in found if metric.value is not None]
+    if not values:
+        return None
+    return statistics.mean(values), math.hypot(*(metric.error or 0.0 for metric in found)) / len(values)
+
+
+def _says(more: float, error: float, *, if_more: Says, if_less: Says, if_level: Says) -> Says:
+    if math.isnan(more) or math.isnan(error):
+        return Says.OPEN
+    return if_more if more > ERRORS * error else if_less if more < -ERRORS * error else if_level
+
+
+def _by_ratio(cells: Iterable[Compared]) -> dict[float, dict[str, Compared]]:
+    found: dict[float, dict[str, Compared]] = {}
+    for cell in cells:
+        found.setdefault(cell.ratio, {})[cell.method] = cell
+    return dict(sorted(found.items()))
+
+
+def _best_match(cells: Sequence[Compared]) -> Iterator[Checked]:
+    for ratio, by_name in _by_ratio(cells).items():
+        others = [cell for name, cell in by_name.items() if name.startswith("match-")]
+        if PAPERS not in by_name or not others:
+            continue
+        best = min(others, key=lambda cell: _more_loss(cell, others[0])[0])
+        more, error, words = _more_loss(by_name[PAPERS], best)
+        says = _says(more, error, if_more=Says.FAILS, if_less=Says.HOLDS, if_level=Says.HOLDS)
+        yield Checked("q and k together are the best to match by, or level with it", f"{ratio:g}", says, words)
+
+
+def _pairs(first: str, second: str, claim: str) -> Callable[[Sequence[Compared]], Iterator[Checked]]:
+    """The first method is worse than the second."""
+
+    def check(cells: Sequence[Compared]) -> Iterator[Checked]:
+        for ratio, by_name in _by_ratio(cells).items():
+            if first in by_name and second in by_name:
+                more, error, words = _more_loss(by_name[first], by_name[second])
+                says = _says(more, error, if_more=Says.HOLDS, if_less=Says.FAILS, if_level=Says.OPEN)
+                yield Checked(claim, f"{ratio:g}", says, words)
+
+    return check
+
+
+_separate = _pairs("match-separate", PAPERS, "matching q, k and v each by itself is worse")
+_postshare = _pairs(PAPERS, "postshare", "PostShare is above DirectShare")
+
+
+def _decay(cells: Sequence[Compared]) -> Iterator[Checked]:
+    for name in dict.fromkeys(cell.method for cell in cells):
+        some = sorted((cell for cell in cells if cell.method == name), key=lambda cell: cell.ratio)
+        if len(some) < 2 or len({cell.saved_bytes for cell in some}) < 2:
+            continue
+        steps = [_more_loss(later, before) for before, later in itertools.pairwise(some)]
+        each = [_says(m, e, if_more=Says.HOLDS, if_less=Says.FAILS, if_level=Says.OPEN) for m, e, _ in steps]
+        says = Says.FAILS if Says.FAILS in each else Says.OPEN if Says.OPEN in each else Says.HOLDS
+        yield Checked("more sharing, less quality", name, says, ", ".join(_figure(cell) for cell in some))
+
+
+def _figure(cell: Compared) -> str:
+    found = accuracy(cell)
+    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else f"{100 * found[0]:.1f} %"
+    return f"{value} at {cell.ratio:g}"

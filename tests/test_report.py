@@ -1,0 +1,131 @@
+"""Claims follow from numbers, and the page holds what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import headshare as hs
+from headshare.comparing import METHODS, Compared, Grid, compare
+from headshare.comparing.claims import Checked, Says, checked
+from headshare.comparing.grid import About
+from headshare.comparing.report import Measured, Published, published, report
+from headshare.errors import EvaluationError
+from headshare.evaluating import Text
+from headshare.evaluating.results import Measured as Row
+from headshare.evaluating.results import Metric
+from headshare.evaluating.tasks import TASKS
+from test_comparing import command, place  # noqa: F401 - fixtures
+
+PUBLISHED = Path(__file__).parents[1] / "recipes" / "published" / "2402.11819.yaml"
+
+
+def cell(method: str, ratio: float, *losses: float, failed: str = "") -> Compared:
+    saved = int(1000 * ratio)
+    return Compared(f"{method}{ratio}", method, ratio, saved, losses=losses, divergences=losses, failed=failed)
+
+
+def scored(method: str, ratio: float, share: float, error: float) -> Compared:
+    row = Row(method, "piqa", "k", {"acc": Metric(share, error)}, 100, 0.5)
+    return Compared(f"{method}{ratio}", method, ratio, int(1000 * ratio), results=(row,))
+
+
+def says(cells: list[Compared], words: str) -> list[tuple[str, Says]]:
+    return [(one.where, one.says) for one in checked(cells) if words in one.claim]
+
+
+def test_the_papers_match_holds_where_no_other_is_better_by_two_errors() -> None:
+    worse, level, better = (2.0, 2.2, 2.1), (1.0, 1.3, 1.1), (0.5, 0.61, 0.6)
+    paper = cell("directshare", 0.3, 1.0, 1.2, 1.1)
+    for others, wanted in (([worse], Says.HOLDS), ([worse, level], Says.HOLDS), ([worse, better], Says.FAILS)):
+        cells = [paper, *(cell(f"match-{name}", 0.3, *one) for name, one in zip("kv", others, strict=False))]
+        assert says(cells, "to match by") == [("0.3", wanted)]
+    assert says([paper], "to match by") == says([cell("match-k", 0.3, 1.0, 2.0)], "to match by") == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [("match-separate", "directshare", "by itself is worse"), ("directshare", "postshare", "PostShare is above")],
+)
+def test_a_method_that_is_said_to_be_worse_must_be_so_by_two_errors(first: str, second: str, words: str) -> None:
+    for losses, wanted in (((2.0, 2.1, 2.2), Says.HOLDS), ((0.1, 0.2, 0.2), Says.FAILS), ((1.2, 1.0, 1.1), Says.OPEN)):
+        assert says([cell(first, 0.1, *losses), cell(second, 0.1, 1.0, 1.2, 1.1)], words) == [("0.1", wanted)]
+    for share, wanted in ((0.4, Says.HOLDS), (0.6, Says.FAILS), (0.49, Says.OPEN)):
+        assert says([scored(first, 0.1, share, 0.02), scored(second, 0.1, 0.5, 0.02)], words) == [("0.1", wanted)]
+    assert says([cell(first, 0.1, 2.0), cell(second, 0.1, 1.0)], words) == [
+        ("0.1", Says.OPEN)
+    ]  # no error of one window
+
+
+def test_decay_is_of_each_method_over_its_ratios_in_order() -> None:
+    cells = [cell("auto", 0.3, 2.0, 2.1), cell("auto", 0.1, 1.0, 1.1), cell("int8", 0.1, 1.0, 1.1)]
+    assert says(cells, "less quality") == [("auto", Says.HOLDS)]
+    cells.append(cell("auto", 0.5, 1.5, 1.61))
+    assert says(cells, "less quality") == [("auto", Says.FAILS)]
+    assert [one.evidence for one in checked(cells)] == ["2.858 at 0.1, 7.768 at 0.3, 4.735 at 0.5"]
+    failed = cell("auto", 0.5, failed="no")
+    assert says([*cells[:2], failed], "less quality") == [("auto", Says.HOLDS)]
+
+
+def about(model: str = "Llama-2-7b-hf", *cells: Compared) -> About:
+    return About("A title", model, "test.txt", "", "", 200, {"headshare": "1"}, tuple(one.key for one in cells))
+
+
+def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -> None:
+    cells = [cell("dense", 0.0, 0.1, 0.1), scored("directshare", 0.1, 0.4, 0.02), scored("postshare", 0.1, 0.5, 0.02)]
+    tables = [
+        Published(table="3", model="llama-2-7B-hf", tasks=("piqa", "rte"), rows={"directshare 0.1": (61.25, 50.0)}),
+        Published(table="10", model="another", tasks=("piqa",), rows={"directshare 0.1": (99.0,)}),
+    ]
+    page = report([Measured(about("Llama-2-7b-hf", *cells), cells)], tables)
+    assert "## A title" in page
+    assert "the first 200 questions" in page
+    assert "| directshare 0.1 | 40.00 / 61.25 |" in page
+    assert "rte" not in page
+    assert "99.0" not in page
+    assert "| PostShare is above DirectShare | Llama-2-7b-hf | holds: 1 |" in page
+    assert "| PostShare is above DirectShare | 0.1 | holds | directshare 40.0 %, postshare 50.0 % |" in page
+    assert "No claim" in report([Measured(about(), cells[:1])])
+
+
+def test_the_published_figures_are_of_methods_and_tasks_that_there_are() -> None:
+    found = published(PUBLISHED)
+    assert {one.table for one in found} == {"1", "2", "3", "4", "7", "8", "9", "10", "12"}
+    for one in found:
+        assert set(one.tasks) <= set(TASKS)
+        assert {name.partition(" ")[0] for name in one.rows} <= {"dense", *METHODS}
+
+
+def test_the_command_writes_the_page_of_finished_comparisons(command, place: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    grid = Grid(("directshare", "match-separate"), (0.25, 0.5), text=Text(place / "test", 32))
+    compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "done", title="Matches")
+    status, out, _ = command("report", tmp_path / "done", "--out", tmp_path / "page.md", "--paper", PUBLISHED)
+    assert status == 0
+    assert (tmp_path / "page.md").read_text() == out
+    assert (tmp_path / "done" / "table.md").read_text().split("\n\n")[0] in out
+    assert "matching q, k and v each by itself is worse" in out
+    assert str(tmp_path) not in out
+    found = json.loads(command("report", tmp_path / "done", "--json")[1])["tables"]
+    assert [one["title"] for one in found] == ["Matches"]
+    assert {one["says"] for one in found[0]["claims"]} <= {"holds", "does not hold", "cannot be told"}
+
+
+def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    assert command("report", tmp_path)[0] == 1
+    grid = Grid(("directshare",), (0.5,), text=Text(place / "test", 32))
+    compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "done")
+    (tmp_path / "bad.yaml").write_text("- table: 1\n")
+    status, out, err = command("report", tmp_path / "done", "--paper", tmp_path / "bad.yaml")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "holds no tables" in err
+    (tmp_path / "short.yaml").write_text('- {table: "1", model: m, tasks: [piqa, rte], rows: {dense: [1.0]}}\n')
+    assert "another number in dense" in command("report", tmp_path / "done", "--paper", tmp_path / "short.yaml")[2]
+    cells = json.loads((tmp_path / "done" / "cells.json").read_text())
+    (tmp_path / "done" / "cells.json").write_text(json.dumps(cells[:1]))
+    with pytest.raises(EvaluationError, match="lacks 1 cells"):
+        Measured.load(tmp_path / "done")
+
+
+def test_evidence_names_both_sides() -> None:
+    found = checked([cell("directshare", 0.1, 1.0, 1.1), cell("match-k", 0.1, 2.0, 2.1)])
+    assert found == [Checked(found[0].claim, "0.1", Says.HOLDS, "directshare 2.858, match-k 7.768")]
