@@ -1,10 +1,15 @@
 """Other ways to make attention smaller, beside loops that do the same by their definitions."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch_pruning.pruner import function
+from torch_pruning.pruner.importance import GroupTaylorImportance
 
 import headshare as hs
 import tiny
@@ -68,6 +73,39 @@ def test_taylors_importance_is_weight_times_gradient_element_by_element(dense: h
                 projection.weight.data = projection.kept
         assert found[unit].item() == pytest.approx(wanted, rel=1e-4)
     assert found.max() > 1.2 * found.min()
+
+
+class Item(NamedTuple):
+    """What Torch-Pruning's groups are made of, as its importance reads them."""
+
+    dep: Any
+    idxs: list[int]
+    root_idxs: list[int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dep, self.idxs))
+
+
+def test_taylors_importance_is_torch_prunings_of_the_same_group(dense: hs.Checkpoint) -> None:
+    """Its scorer of one group of coupled channels, which LLM-Pruner builds on: q, k and v by outputs, o by inputs."""
+    tokens = tiny.tokens(16, 5)
+    found, model = taylor(dense, Calibration(tokens, False, "test", 0)), load_model(dense)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    scorer = GroupTaylorImportance(group_reduction="sum", normalizer=None)
+    for unit in range(8):
+        attention, group = model.model.layers[unit // 2].self_attn, unit % 2
+        queries, keys = list(range(16 * group, 16 * group + 16)), list(range(8 * group, 8 * group + 8))
+        coupled = [
+            (attention.q_proj, function.prune_linear_out_channels, queries),
+            (attention.k_proj, function.prune_linear_out_channels, keys),
+            (attention.v_proj, function.prune_linear_out_channels, keys),
+            (attention.o_proj, function.prune_linear_in_channels, queries),
+        ]
+        items = [
+            Item(SimpleNamespace(target=SimpleNamespace(module=module), handler=handler), idxs, list(range(len(idxs))))
+            for module, handler, idxs in coupled
+        ]
+        assert found[unit].item() == pytest.approx(scorer(items).sum().item(), rel=1e-4)
 
 
 def test_the_least_important_go_first_and_every_layer_keeps_one(dense: hs.Checkpoint) -> None:
