@@ -28,7 +28,7 @@ from headshare.models import load_model, unique_parameter_bytes
 from headshare.training import Sharing, TrainSettings, train
 from test_cli import a_text, add_tokenizer
 
-EDITS = [name for name, method in METHODS.items() if not method.refits and name not in TRAINED]
+EDITS = [name for name, method in METHODS.items() if not method.refits and name not in (*TRAINED, "gptq4")]
 PLANS = [name for name, method in METHODS.items() if method.refits]
 
 

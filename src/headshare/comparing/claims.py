@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from headshare.comparing.grid import DENSE, Compared
+from headshare.comparing.methods import ROUNDED
 
 ERRORS = 2.0  # standard errors that a difference must be, to be one
 PAPERS = "directshare"
@@ -35,8 +36,11 @@ class Checked:
 def checked(cells: Sequence[Compared]) -> list[Checked]:
     """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
     errors; without a text the mean accuracy does."""
-    done = [cell for cell in cells if not cell.failed and cell.method != DENSE]
-    return [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(done)]
+    done = [cell for cell in cells if not cell.failed]
+    made = [cell for cell in done if cell.method != DENSE]
+    claims = [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(made)]
+    dense = next((cell for cell in done if cell.method == DENSE and cell.losses), None)
+    return claims + ([] if dense is None else list(_four_bits(dense, made)))
 
 
 def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
@@ -116,3 +120,17 @@ def _figure(cell: Compared) -> str:
     found = accuracy(cell)
     value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else f"{100 * found[0]:.1f} %"
     return f"{value} at {cell.ratio:g}"
+
+
+def _four_bits(dense: Compared, cells: Sequence[Compared]) -> Iterator[Checked]:
+    for ratio, by_name in _by_ratio(cells).items():
+        for name, rounded in by_name.items():
+            plain = by_name.get(name.removesuffix(ROUNDED))
+            if plain is None or plain is rounded or not (plain.losses and rounded.losses):
+                continue
+            each = zip(dense.losses, plain.losses, rounded.losses, strict=True)
+            more = [(last - shared) - (shared - first) for first, shared, last in each]
+            error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
+            says = _says(statistics.mean(more), error, if_more=Says.FAILS, if_less=Says.HOLDS, if_level=Says.OPEN)
+            words = ", ".join(f"{cell.method} {cell.perplexity:,.4g}" for cell in (dense, plain, rounded))
+            yield Checked("4 bits on top lose less than sharing did", f"{ratio:g}", says, words)

@@ -20,7 +20,19 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.methods import DELETING, METHODS, REFIT, SHARING, TRAINED, Case, Common, Edit
+from headshare.comparing.methods import (
+    DELETING,
+    METHODS,
+    REFIT,
+    ROUNDED,
+    SHARING,
+    TRAINED,
+    Case,
+    Common,
+    Edit,
+    base_of,
+    rounding,
+)
 from headshare.errors import EvaluationError, HeadshareError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
@@ -30,7 +42,7 @@ from headshare.files import write_whole
 from headshare.models import unique_parameter_bytes
 from headshare.plans import SharePlan
 from headshare.progress import say, track
-from headshare.sharing import share
+from headshare.sharing import expand, share
 from headshare.training import TrainSettings, train
 from headshare.training.run import RECORD as TRAINING_RECORD
 from headshare.workspace import Workspace, fingerprint
@@ -55,11 +67,13 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            method = METHODS.get(name.removesuffix(REFIT))
+            method = METHODS.get(base_of(name))
             if method is None:
                 raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
-            if name.endswith(REFIT) and not method.refits:
+            if REFIT in name and not method.refits:
                 raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
+            if name.endswith(ROUNDED) and method.name not in SHARING:
+                raise EvaluationError(f"{method.name} shares nothing that could be rounded after. Leave out {ROUNDED}.")
         if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
             raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
         if not self.methods or not self.ratios:
@@ -175,7 +189,8 @@ def compare(
                 say(f"{name} at {ratio:g}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
             found.append(cell)
     finally:
-        shutil.rmtree(out / "model", ignore_errors=True)
+        for folder in (out / "model", out / "stock"):
+            shutil.rmtree(folder, ignore_errors=True)
         work.close()
     write_whole(out / "table.md", f"{table(found)}\n\n{verdict(found)}\n".encode())
     write_whole(out / "cells.csv", as_csv(found).encode())
@@ -253,7 +268,7 @@ class _Bench:
             return self._measured(Compared(key, name, ratio), self.dense)
         case = Case(self._common, ratio, self.grid.seed)
         try:
-            made = METHODS[name.removesuffix(REFIT)].make(case)
+            made = METHODS[base_of(name)].make(case)
             if isinstance(made, TrainSettings):
                 return self._trained(Compared(key, name, ratio), made, begun)
             if isinstance(made, Edit):
@@ -266,11 +281,16 @@ class _Bench:
 
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
-        if cell.method.endswith(REFIT):
+        if REFIT in cell.method:
             shared = refit_on(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
-        seconds, found = time.monotonic() - begun, estimate_plan(self.dense, plan)
+        found = estimate_plan(self.dense, plan)
         with open_checkpoint(folder) as written:
+            if cell.method.endswith(ROUNDED):
+                stock = open_checkpoint(expand(written, self.folder.with_name("stock"), overwrite=True))
+                edit = rounding(written, case.common.text, self.device, already=found.saved_bytes)
+                return self._edited(replace(cell, note=edit.note), edit, begun, of=stock)
+            seconds = time.monotonic() - begun
             return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
 
     def _trained(self, cell: Compared, settings: TrainSettings, begun: float) -> Compared:
@@ -286,8 +306,9 @@ class _Bench:
         shutil.rmtree(folder)
         return found
 
-    def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:
-        runner = Runner.of(self.dense, self.grid.settings, name=cell.method)
+    def _edited(self, cell: Compared, edit: Edit, begun: float, of: Checkpoint | None = None) -> Compared:
+        """An edit of a stock model: the dense one, unless it is another's."""
+        runner = Runner.of(of or self.dense, self.grid.settings, name=cell.method)
         saved = edit.change(runner.model)
         return self._filled(cell, runner, saved=saved, seconds=time.monotonic() - begun)
 
@@ -389,8 +410,7 @@ def verdict(cells: Sequence[Compared]) -> str:
         words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
         lines.append(f"At {ratio:g}, by perplexity, best first: {words}.")
         sharing, deleting = (
-            next((cell for cell in some if cell.method.removesuffix(REFIT) in names), None)
-            for names in (SHARING, DELETING)
+            next((cell for cell in some if base_of(cell.method) in names), None) for names in (SHARING, DELETING)
         )
         if sharing and deleting:
             more, error = sharing.loses_more_than(deleting)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from headshare.accounting import estimate, estimate_plan
 from headshare.baselines import (
     Importance,
@@ -24,8 +26,9 @@ from headshare.budget import plan_for_bytes, plan_for_units
 from headshare.calibrating import prices_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
-from headshare.controls import with_random_donors
+from headshare.controls import weight_of, with_random_donors
 from headshare.errors import EvaluationError
+from headshare.fewbits import round_by_gptq
 from headshare.paths import Form, Prices
 from headshare.planning import make_plan, units_at
 from headshare.plans import Removal, SharePlan
@@ -37,6 +40,7 @@ from headshare.units import HeadUnit, Kind
 from headshare.workspace import Workspace
 
 REFIT = "+refit"
+ROUNDED = "+gptq4"
 TIES = (Form.QKVO, Form.FACTORED)
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 TRAINED = ("postshare", "recover")
@@ -153,6 +157,25 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+
+
+def base_of(name: str) -> str:
+    """A method's name without what is done after it."""
+    return name.removesuffix(ROUNDED).removesuffix(REFIT)
+
+
+def rounding(checkpoint: Checkpoint, text: Calibration, device: str, *, already: int = 0) -> Edit:
+    """The edit of a checkpoint's stock model that rounds its layers' matrices to four bits by GPTQ, shared units once;
+    so many bytes are saved `already`."""
+
+    @torch.no_grad()
+    def change(model: Any) -> int:
+        found = round_by_gptq(checkpoint, text, device=device)
+        for name, tensor in found.tensors.items():
+            weight_of(model, name).copy_(tensor)
+        return already + found.saved_bytes
+
+    return Edit(change, "computed with the rounded numbers as dense ones; what is saved is counted")
 
 
 def method(name: str, summary: str, *, refits: bool = True) -> Callable[[Make], Make]:
@@ -290,3 +313,8 @@ def _magnitude_zeros(case: Case) -> Edit:
 @method("int8", "every layer's matrices rounded to 8 bits, a scale an output, whatever the ratio", refits=False)
 def _int8(_: Case) -> Edit:
     return Edit(round_to_integers, "computed with the rounded numbers as dense ones; what is saved is counted")
+
+
+@method("gptq4", "every layer's matrices rounded to 4 bits by GPTQ, whatever the ratio", refits=False)
+def _gptq4(case: Case) -> Edit:
+    return rounding(case.dense, case.common.text, case.common.device)
