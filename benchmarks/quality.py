@@ -353,7 +353,7 @@ def main() -> None:
     calibration = calibration_from(
         args.calibration, dense, tokens=args.calibration_tokens, window=args.window, seed=args.seed
     )
-    kept = args.out / "rows.jsonl"
+    kept = args.out / (f"rows-{args.reconstruct}-steps.jsonl" if args.reconstruct else "rows.jsonl")
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     with shown():
         bench = Bench(

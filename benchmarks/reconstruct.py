@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import headshare as hs
-from headshare import reconstruction
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
 from headshare.evaluation import Windows, losses_and_divergences
@@ -80,7 +79,7 @@ def main() -> None:
         for name, steps, rate in cells:
             begun = time.perf_counter()
             one = Chosen(dense, plan, fitted, steps=steps)
-            one.parts, reconstruction.RATE = TRAINED.get(name, ()), rate
+            one.parts, one.rate = TRAINED.get(name, ()), rate
             for _ in track(one.advance(), name, one.layers.count):
                 pass
             seconds = time.perf_counter() - begun
@@ -119,7 +118,7 @@ def put(model: nn.Module, tensors: dict[str, Float[Tensor, "..."]]) -> None:
 def difference(found: Tensor, base: Tensor) -> str:
     """The mean of paired differences and its standard error."""
     more = found - base
-    return "" if more is base else f"{more.mean():+.4f} ({more.std() / len(more) ** 0.5:.4f})"
+    return "" if found is base else f"{more.mean():+.4f} ({more.std() / len(more) ** 0.5:.4f})"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
 from headshare.comparing.grid import as_csv, table, verdict
 from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, TrainingError
 from headshare.evaluating import Text
 from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
@@ -259,13 +259,31 @@ def test_other_settings_of_training_are_other_cells_and_only_of_those_that_train
     assert [one["method"] for one in kept] == ["dense", "directshare", "postshare", "postshare"]
 
 
-def test_training_that_fails_is_a_row_that_says_why(place: Path, tmp_path: Path) -> None:
-    dense = hs.open_checkpoint(place / "model")
-    settings = training(place, learning_rate=1e30)
-    grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=settings)
-    found = compare(dense, grid, tmp_path)[1]
-    assert found.failed
-    assert not found.losses
+def test_training_that_fails_stops_the_grid_and_is_tried_again(place: Path, tmp_path: Path) -> None:
+    dense, text = hs.open_checkpoint(place / "model"), Text(place / "test", 32)
+    with pytest.raises(TrainingError):
+        compare(dense, Grid(("postshare",), (0.5,), text=text, training=training(place, learning_rate=1e30)), tmp_path)
+    assert [one["method"] for one in json.loads((tmp_path / "cells.json").read_text())] == ["dense"]
+    found = compare(dense, Grid(("postshare",), (0.5,), text=text, training=training(place)), tmp_path)
+    assert found[1].losses
+
+
+def test_another_training_text_under_the_same_name_is_another_cell(place: Path, tmp_path: Path) -> None:
+    dense, text = hs.open_checkpoint(place / "model"), Text(place / "test", 32)
+    settings, own = training(place, max_steps=1), tmp_path / "own"
+    settings = settings.model_copy(update={"text": settings.text.model_copy(update={"data": str(own)})})
+    for words in (400, 500):
+        a_text(own, words)
+        compare(dense, Grid(("postshare",), (0.5,), text=text, training=settings), tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "cells.json").read_text())
+    assert [one["method"] for one in kept] == ["dense", "postshare", "postshare"]
+
+
+def test_settings_of_training_that_would_not_be_used_are_refused(place: Path) -> None:
+    for name, value_ in (("method", "both"), ("sharing", {"ratio": 0.1}), ("seed", 3)):
+        given = {"text": place / "test", "methods": ["postshare"], "train": {"text": {"data": "x"}, name: value_}}
+        with pytest.raises(EvaluationError, match=f"{name} in `train` would not be used"):
+            Recipe.load(None, given).grid()
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def refit_on(
     refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, steps=steps, device=device)
     run_refit(refitter, workspace, _digest(shared.plan.digest, ffn, steps))
     tensors = refitter.result.tensors
-    return shared.with_refit(record_of(calibration, tensors), tensors)
+    return shared.with_refit(record_of(calibration, tensors, steps=steps), tensors)
 
 
 def device_named(name: str) -> str:
@@ -270,7 +270,9 @@ def _streams_after(key: str, layer: int) -> str:
     return f"refit-{key}-{layer}.safetensors"
 
 
-def record_of(calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None) -> RefitRecord:
+def record_of(
+    calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None, *, steps: int = 0
+) -> RefitRecord:
     """What a checkpoint says of its refit, and of what an earlier one changed."""
     fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
     return RefitRecord.of(
@@ -279,6 +281,7 @@ def record_of(calibration: Calibration, tensors: Collection[str], before: RefitR
         calibration.digest,
         windows=tuple(calibration.tokens.shape),
         seed=calibration.seed,
+        steps=max(steps, before.steps if before else 0),
     )
 
 
@@ -545,7 +548,7 @@ def refit_checkpoint(
             return shared.refit  # a run that was stopped had replaced the folder already
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.work, _digest(plan.digest, ffn, steps))
-        record = record_of(run.calibration, refitter.result.tensors, shared.refit)
+        record = record_of(run.calibration, refitter.result.tensors, shared.refit, steps=steps)
         run.work.note_writing(out)
         base = shared.base_model or dense.name
         write_refitted(shared, record, refitter.result.tensors, out, base_model=base, overwrite=overwrite)

@@ -4,6 +4,7 @@ Nothing is read but headers until a tensor is asked for, and then only its rows 
 are opened: a pickle can run code. A hub id works wherever a folder does.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -290,7 +291,8 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     try:
         if weights:
             ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
-            return _open_folder(Path(hub.snapshot_download(model, revision=revision, ignore_patterns=ignored)))
+            folder = Path(hub.snapshot_download(model, revision=revision, ignore_patterns=ignored))
+            return dataclasses.replace(_open_folder(folder), name=model)
         config = hub.hf_hub_download(model, "config.json", revision=revision)
         metadata = hub.get_safetensors_metadata(model, revision=revision)
     except CheckpointError:

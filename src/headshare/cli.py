@@ -138,8 +138,8 @@ ReconstructOption = Annotated[
     typer.Option(
         metavar="STEPS",
         min=0,
-        help="After the refit, so many gradient steps for each layer, on all its weights that it does not share, "
-        "towards what the dense layer gives. 200 are a good number; they take several times as long as the refit.",
+        help="After the refit, so many gradient steps for each layer, on the weights of its attention and feed-forward "
+        "that it does not share, towards what the dense layer gives. They take several times as long as the refit.",
     ),
 ]
 MeasureOption = Annotated[

@@ -156,12 +156,14 @@ def fit_readout(
     *,
     prior: Float[Tensor, "outputs inputs"] | None = None,
     largest: float = float("inf"),
+    all_tokens: bool = True,
 ) -> Fitted:
     """argmin_W sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over the free columns of W, the mean
     being over inputs that are not removed.
 
     `start` is the readout as it is, of which only free columns are looked at; the prior is the start unless given. The
-    ridge is the one with the least error on held-out tokens; the result is then fitted on all tokens. Scales of lent
+    ridge is the one with the least error on held-out tokens; the result is then fitted on `all_tokens`, or
+    on those that are not held out, so that these can still judge what follows. Scales of lent
     columns are pulled to zero, or to what they were, and solved in turn with the free columns; the scales' own Gram
     matrix is the inputs' times, number by number, that of the donors' columns, whose mean diagonal scales their ridge.
     Columns of `narrow` inputs are the best of their rank, in closed form: what is left of inputs and targets once the
@@ -180,7 +182,7 @@ def fit_readout(
         why = "no ridge did better on held-out tokens" if found < float("inf") else "the equations cannot be solved"
         return Fitted(kept, scales, float("inf"), before, before, why)
     after = found / (held.target or 1.0)
-    solver = _Solver(fit + held, prior, free, lent, narrow, largest)
+    solver = _Solver(fit + held if all_tokens else fit, prior, free, lent, narrow, largest)
     for larger in RIDGES[RIDGES.index(ridge) :]:
         solved = solver.solve(larger)
         if solved is not None:

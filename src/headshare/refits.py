@@ -45,13 +45,21 @@ class RefitRecord(BaseModel):
     tokens: Count
     window: Count
     seed: Seed
+    steps: Count = 0
 
     @classmethod
     def of(
-        cls, tensors: Collection[str], text: str, digest: str, *, windows: tuple[int, ...], seed: int
+        cls,
+        tensors: Collection[str],
+        text: str,
+        digest: str,
+        *,
+        windows: tuple[int, ...],
+        seed: int,
+        steps: int = 0,
     ) -> "RefitRecord":
-        """The record of these tensors, fitted on so many windows of so many tokens; what cannot be shown of the text's
-        name is left out."""
+        """The record of these tensors, fitted on so many windows of so many tokens, and by so many gradient steps a
+        layer; what cannot be shown of the text's name is left out."""
         shown = _CONTROL.sub("?", text)[:MAX_TEXT]
         count, window = windows
         return cls(
@@ -61,6 +69,7 @@ class RefitRecord(BaseModel):
             tokens=count * window,
             window=window,
             seed=seed,
+            steps=steps,
         )
 
     @classmethod
@@ -79,4 +88,5 @@ class RefitRecord(BaseModel):
 
     def in_words(self) -> str:
         """One clause for the person who reads what a checkpoint is."""
-        return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}"
+        how = f", {self.steps} gradient steps a layer" if self.steps else ""
+        return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{how}"

@@ -4,7 +4,8 @@ Two streams of hidden states are kept over the calibration tokens, the dense mod
 each readout, with Z its inputs in the shared model, the target is Y = (h_t + out_t) - h_s: the output that would bring
 the shared stream back to the dense one. Then both streams advance. Layers before the first tie stay as they are.
 
-With `steps`, a layer's other weights follow by gradient steps before the streams advance (`reconstruction.py`).
+With `steps`, a layer's other matrices follow by gradient steps before the streams advance (`reconstruction.py`); the
+readouts are then fitted on the tokens that are not held out, so that those can say how many steps are best.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -23,7 +24,7 @@ from headshare.gaps import bias_name, factor_names, gapped_tensors, scale_name
 from headshare.plans import Selection, SharePlan
 from headshare.progress import track
 from headshare.readouts import Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout, token_weights
-from headshare.reconstruction import Wanted, reconstruct
+from headshare.reconstruction import RATE, Wanted, reconstruct
 from headshare.residuals import Residual, residual_of, watched
 from headshare.streams import Layers, Stream
 from headshare.units import Part
@@ -79,7 +80,8 @@ def refit(
     device: str = "cpu",
 ) -> Refit:
     """The readouts that make up for a plan's ties: W_o of every layer from the first tie on, and with `ffn` W_down too;
-    and after so many gradient `steps` a layer, every weight matrix there.
+    and after so many gradient `steps` a layer, the other weight matrices of its attention and, with `ffn`, of its
+    feed-forward.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
@@ -124,12 +126,12 @@ class Refitter:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
         planned = WholeTensors.planned(dense, plan)
         self.weights = planned if shared is None else WholeTensors.of(shared)
-        self.layers = layers or Layers(dense, device=device)
+        self.layers, self.rate = layers or Layers(dense, device=device), RATE
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
         self.plan, self.gapped = plan, gapped_tensors(plan)
         fit, held = calibration.split(HELD_OUT)
         self.tokens, self.fitted_windows = torch.cat([fit.tokens, held.tokens]), len(fit.tokens)
-        self.ffn, self.steps, self.seed = ffn and self.layers.ffn is not None, steps, calibration.seed
+        self.ffn, self.gradient_steps, self.seed = ffn and self.layers.ffn is not None, steps, calibration.seed
         self.first, self.next = _first_changed(plan, self.layers.count), 0
         self.result = Refit()
         self._streams: _Streams | None = None
@@ -193,7 +195,7 @@ class Refitter:
         if streams.shared is streams.dense:
             streams.shared = streams.dense.clone()
         module = self._fitted(layer, streams)
-        if self.steps:
+        if self.gradient_steps:
             self._reconstruct(layer, module, Wanted(streams.shared, streams.dense, self.fitted_windows))
         self.shared_layers.run_over(module, layer, streams.shared, self._batches())
 
@@ -285,7 +287,9 @@ class Refitter:
         if self.shared_layers is self.layers:
             prior[:, self._borrowed_features(layer, part)] = 0
         largest = torch.finfo(self._dtype(name)).max
-        found = fit_readout(*sums, start, free, lent, narrow, prior=prior, largest=largest)
+        found = fit_readout(
+            *sums, start, free, lent, narrow, prior=prior, largest=largest, all_tokens=not self.gradient_steps
+        )
         if lent or not found.why_kept:
             rounded = found.scales.to(self._dtype(name))
             exact = assembled(found.weight.to(self._dtype(name)).double(), free, lent, rounded.double())
@@ -336,8 +340,9 @@ class Refitter:
     def _reconstruct(self, layer: int, module: nn.Module, wanted: Wanted) -> None:
         """Change the layer's weight matrices, put them into it as they will be stored, and keep them."""
         weights = self._matrices(layer, module)
+        steps, seed, rate = self.gradient_steps, self.seed, self.rate
         found = reconstruct(
-            self.shared_layers, layer, module, wanted, weights, self._own, steps=self.steps, seed=self.seed
+            self.shared_layers, layer, module, wanted, weights, self._own, steps=steps, seed=seed, rate=rate
         )
         if found.step:
             for name, weight in found.weights.items():
@@ -345,12 +350,12 @@ class Refitter:
                 self.result.tensors[name] = rounded.cpu()
                 weights[name].copy_(torch.where(own, rounded.to(weight), weights[name]))
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
-        note = f"{self.steps} gradient steps" + (f", best after {found.step}" if found.step else ", none was better")
+        note = f"{steps} gradient steps, " + (f"best after {found.step}" if found.step else "none was better")
         self.result.steps.append(Step(base, None, found.error_before, found.error_after, note))
 
     def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a built layer's parts, by name."""
-        layouts = [self.layers.attention] + ([self.layers.ffn] if self.layers.ffn is not None else [])
+        layouts = [self.layers.attention] + ([self.layers.ffn] if self.ffn and self.layers.ffn is not None else [])
         found = {}
         for part in (part for layout in layouts for part in layout.parts):
             weight = module.get_submodule(self.layers.path(part)).weight

@@ -24,6 +24,7 @@ from headshare.families import FAMILIES
 from headshare.integrations.transformers import module_path
 from headshare.layout import Layout
 from headshare.models import load_model, quiet
+from headshare.precision import full_float32
 from headshare.recognition import attention_layout, ffn_layout
 from headshare.units import Part
 from headshare.whole import WholeTensors
@@ -228,7 +229,7 @@ class Layers:
     @torch.no_grad()
     def _enter(self, tokens: Int[Tensor, "batch window"]) -> Batch:
         """What enters layer 0 for these tokens. How each layer was called is kept for batches of this shape."""
-        with self._recorded() as (entered, calls):
+        with self._recorded() as (entered, calls), full_float32():  # what layers are called with serves all their runs
             try:
                 with suppress(_ReachedError), quiet():
                     self._model(input_ids=tokens.to(self.device))

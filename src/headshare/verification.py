@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint, read_json
 from headshare.configuration import text_config
 from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
 from headshare.evaluation import longest_window
-from headshare.gaps import bias_name, extra_tensors, scale_names
+from headshare.gaps import READOUTS, GappedTensor, bias_name, extra_tensors, scale_names
 from headshare.models import load_model
 from headshare.plans import SharePlan
 from headshare.progress import track
@@ -110,8 +110,9 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
-    for name in sorted(refitted - _refittable(dense)):
+    for name in sorted(refitted - _refittable(dense, stepped=bool(shared.refit and shared.refit.steps))):
         result.fail(f"the record of the refit names {name}, which no refit changes")
+    _check_lent(shared, dense, refitted, tensors, result)
     common = [name for name in common if name not in refitted]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
@@ -127,15 +128,43 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
 
-def _refittable(dense: Checkpoint) -> frozenset[str]:
-    """What a refit may change: weights and biases of W_o and W_down, and where steps followed those of all parts."""
+def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
+    """What a refit may change: weights and biases of W_o and W_down; with gradient steps the weights of all parts."""
     config = text_config(dense.config)
     layouts = [attention_layout(config, dense.shapes)]
     with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
         layouts.append(ffn_layout(config, dense.shapes))
-    places = [(layout, place) for layout in layouts for place in layout.parts.values()]
-    names = [place.name(layer) for layout, place in places for layer in range(layout.layers)]
-    return frozenset([*names, *map(bias_name, names)])
+    found: set[str] = set()
+    for layout in layouts:
+        for part, place in layout.parts.items():
+            names = [place.name(layer) for layer in range(layout.layers)]
+            if part in READOUTS:
+                found.update(names, map(bias_name, names))
+            elif stepped:
+                found.update(names)
+    return frozenset(found)
+
+
+def _check_lent(
+    shared: Checkpoint,
+    dense: Checkpoint,
+    refitted: frozenset[str],
+    tensors: Mapping[str, GappedTensor],
+    result: Verification,
+) -> None:
+    """What other layers borrow of q, k, v, gate and up is the dense model's, whatever a refit did to the rest."""
+    readouts = _refittable(dense, stepped=False)
+    lent: dict[str, set[tuple[int, int]]] = {}
+    for gap in (gap for tensor in tensors.values() for gap in tensor.gaps):
+        if gap.donor in refitted - readouts:
+            lent.setdefault(gap.donor, set()).add((gap.donor_start, gap.stop - gap.start))
+    for name, spans in lent.items():
+        tensor, whole, kept = tensors[name], dense.read(name), shared.read(name)
+        for start, size in spans:
+            own = kept.narrow(tensor.axis, tensor.stored_index(start), size)
+            if not torch.equal(own, whole.narrow(tensor.axis, start, size).to(own.dtype)):
+                result.fail(f"{name} lends numbers that are not the dense model's, which no refit changes")
+                break
 
 
 def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verification) -> None:

@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from headshare.comparing.methods import (
     base_of,
     rounding,
 )
-from headshare.errors import EvaluationError, HeadshareError
+from headshare.errors import EvaluationError, HeadshareError, OutputError, TrainingError
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
 from headshare.evaluating.results import Measured, key_of
@@ -46,6 +46,7 @@ from headshare.sharing import expand, share
 from headshare.training import TrainSettings, train
 from headshare.training.run import RECORD as TRAINING_RECORD
 from headshare.workspace import Workspace, fingerprint
+from headshare.writing import file_digest
 
 ABOUT = "about.json"
 CELLS = "cells.json"
@@ -127,6 +128,8 @@ def read_cells(file: Path) -> list[Compared]:
     Raises:
         EvaluationError: if it holds none.
     """
+    if not file.is_file():
+        raise EvaluationError(f"there is no {file}. `headshare compare` writes it.")
     try:
         return _CELLS.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
@@ -223,7 +226,7 @@ class About:
             Path(dense.name).name,
             "" if text is None else f"{text.path.name}, windows of {text.window}, {text.tokens or 'all'} tokens",
             "" if calibration is None else f"{Path(calibration.source).name}, {calibration.tokens.numel()} tokens",
-            "" if trained is None else f"{Path(trained.text.data).name}, {dict(trained.learning.arguments)}",
+            "" if trained is None else f"{Path(trained.text.data).name}{_shown(trained.learning.arguments)}",
             grid.settings.limit,
             {name: version(name) for name in ("headshare", "torch", "transformers")},
             keys,
@@ -237,6 +240,12 @@ def _what(dense: Checkpoint, calibration: Calibration | None, device: str) -> di
         "text": "" if calibration is None else f"{calibration.digest} {calibration.seed}",
         "device": device,
     }
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    """The Trainer's arguments that say how long it learnt, and how fast."""
+    named = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate")
+    return "".join(f", {name} {arguments[name]}" for name in named if name in arguments)
 
 
 @dataclass(frozen=True)
@@ -258,7 +267,8 @@ class _Bench:
         measured += [self.grid.text.key(model, settings)] if self.grid.text else []
         made: object = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
         if name in TRAINED and self.grid.training is not None:
-            made = self.grid.training.model_dump_json()
+            data = Path(self.grid.training.text.data)
+            made = [self.grid.training.model_dump_json(), file_digest(data) if data.is_file() else ""]
         return key_of(name, ratio, measured, made if name != DENSE else None, self.grid.seed, version("headshare"))
 
     def cell(self, name: str, ratio: float, key: str) -> Compared:
@@ -275,7 +285,8 @@ class _Bench:
                 return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
             return self._written(Compared(key, name, ratio), made, case, begun)
         except HeadshareError as error:
-            if isinstance(error, EvaluationError) and self.calibration is None:
+            ours = isinstance(error, EvaluationError) and self.calibration is None
+            if ours or isinstance(error, TrainingError | OutputError):  # not the method's: it may go well next time
                 raise
             return Compared(key, name, ratio, failed=str(error))
 

@@ -43,7 +43,7 @@ REFIT = "+refit"
 ROUNDED = "+gptq4"
 TIES = (Form.QKVO, Form.FACTORED)
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
-TRAINED = ("postshare", "recover")
+TRAINED = ("postshare", "both")
 SHARING = ("directshare", "output", "auto", *(f"match-{name}" for name in MATCHES))
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner")
 GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
@@ -220,8 +220,8 @@ def _postshare(case: Case) -> TrainSettings:
     return case.trained(Training.POSTSHARE)
 
 
-@method("recover", "DirectShare, then trained as long", refits=False)
-def _recover(case: Case) -> TrainSettings:
+@method("both", "DirectShare, then trained as long", refits=False)
+def _both(case: Case) -> TrainSettings:
     return case.trained(Training.BOTH)
 
 

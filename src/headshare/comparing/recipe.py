@@ -82,8 +82,15 @@ class Recipe(BaseModel):
             text=None if self.text is None else Text(self.text, self.window, self.tokens),
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
-            training=None if self.train is None else TrainSettings.made({"method": "postshare", **self.train}),
+            training=self._training(),
         )
+
+    def _training(self) -> TrainSettings | None:
+        if self.train is None:
+            return None
+        if set_here := sorted({"method", "sharing", "seed"} & self.train.keys()):
+            raise EvaluationError(f"{set_here[0]} in `train` would not be used: the comparison sets it. Leave it out.")
+        return TrainSettings.made({"method": "postshare", **self.train})
 
     def calibration_on(self, dense: Checkpoint) -> Calibration | None:
         """The calibration text, if there is one.

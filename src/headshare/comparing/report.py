@@ -8,25 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from headshare.comparing.claims import ACCURACY, Checked, checked
 from headshare.comparing.grid import ABOUT, CELLS, About, Compared, read_cells, table, verdict
 from headshare.errors import EvaluationError
+from headshare.refits import is_shown
 
 _ABOUT: TypeAdapter[About] = TypeAdapter(About)
 MAX_TABLES = 100
 
 
+Word = Annotated[str, AfterValidator(lambda text: _shown(text))]
+
+
+def _shown(text: str) -> str:
+    """A text that can stand in a table and on a terminal."""
+    if not is_shown(text) or "|" in text:
+        raise ValueError(f"{text!a:.60} cannot be shown in a table")
+    return text
+
+
 class Published(BaseModel):
     """A table of the paper: percent, by row (a method and its ratio, as `directshare 0.3`), in the order of `tasks`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    table: str
-    model: str
-    tasks: tuple[str, ...]
-    rows: dict[str, tuple[float, ...]]
+    table: Word
+    model: Word
+    tasks: tuple[Word, ...]
+    rows: dict[Word, tuple[float, ...]]
 
 
 _PUBLISHED: TypeAdapter[list[Published]] = TypeAdapter(Annotated[list[Published], Field(max_length=MAX_TABLES)])
@@ -48,12 +59,18 @@ class Measured:
         """
         try:
             about = _ABOUT.validate_json((folder / ABOUT).read_bytes())
-        except (OSError, ValidationError) as error:
+            for text in (about.title, about.model, about.text, about.calibration, about.training, *about.versions):
+                _shown(text)
+        except (OSError, ValueError) as error:
             raise EvaluationError(
                 f"{folder} holds no finished comparison ({' '.join(str(error).split()):.100}). Run headshare compare "
                 f"with --out {folder} first."
             ) from None
         by_key = {cell.key: cell for cell in read_cells(folder / CELLS)}
+        if len({len(cell.losses) for cell in by_key.values() if cell.key in about.keys and cell.losses}) > 1:
+            raise EvaluationError(
+                f"{folder / CELLS} has cells of one text with other numbers of windows. Compare again."
+            )
         if missing := [key for key in about.keys if key not in by_key]:
             raise EvaluationError(f"{folder / CELLS} lacks {len(missing)} cells that {ABOUT} names. Compare again.")
         return cls(about, [by_key[key] for key in about.keys])
@@ -71,7 +88,7 @@ def published(path: Path) -> list[Published]:
     """
     try:
         found = _PUBLISHED.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise EvaluationError(f"{path} holds no tables of figures: {' '.join(str(error).split()):.200}") from None
     for one in found:
         if wrong := [name for name, values in one.rows.items() if len(values) != len(one.tasks)]:
