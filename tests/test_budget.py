@@ -20,7 +20,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import PlanError
 from headshare.layout import Layout, Place
 from headshare.paths import Form, Path, Prices, Step
-from headshare.plans import Choice, SharePlan
+from headshare.plans import Choice, Removal, SharePlan
 from headshare.pricing import price_units
 from headshare.units import HeadUnit, Kind, Part
 
@@ -595,3 +595,15 @@ def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path
 def saved_in(plan: SharePlan, checkpoint: Checkpoint) -> int:
     estimate = estimate_plan(checkpoint, plan)
     return estimate.dense_bytes - estimate.shared_bytes
+
+
+def test_the_words_say_where_removal_is_cheaper_than_sharing() -> None:
+    removals = (
+        Removal(layout=LAYOUTS[Kind.ATTENTION], removed={0: [1]}),
+        Removal(layout=SINGLE, removed={1: [0, 5], 2: [3]}),
+    )
+    both, one = SharePlan(model_type="llama", removals=removals), SharePlan(model_type="llama", removals=removals[:1])
+    words = "; removal costs less than sharing for attention units in 1 layer"
+    assert Budgeted(both, 1, 0.5).in_words().endswith(f"{words} and for neurons in 2 layers")
+    assert Budgeted(one, 1, 0.5, in_nats=True).in_words().endswith(words)
+    assert "removal" not in Budgeted(SharePlan(), 1, 0.5).in_words()

@@ -31,13 +31,19 @@ class Budgeted:
     in_nats: bool = False
 
     def in_words(self) -> str:
-        """The price, for the person at the keyboard."""
+        """The price, and where removal is cheaper than sharing, for the person at the keyboard."""
         if not self.in_nats:
-            return f"predicted price {self.price:.6g} (sum of squared relative errors)"
+            return f"predicted price {self.price:.6g} (sum of squared relative errors){self._removals()}"
         return (
             f"predicted divergence from the dense model {self.price:.4g} nats a token (the sum of what each layer "
-            "costs alone; the refit of later layers makes up for part)"
+            f"costs alone; the refit of later layers makes up for part){self._removals()}"
         )
+
+    def _removals(self) -> str:
+        layers = {one.layout.kind: len(one.removed) for one in self.plan.removals if one.removed}
+        words = {Kind.ATTENTION: "attention units", Kind.FFN: "neurons"}
+        found = [f"{words[kind]} in {count} layer{'s'[: count != 1]}" for kind, count in layers.items()]
+        return f"; removal costs less than sharing for {' and for '.join(found)}" if found else ""
 
 
 def plan_for_units(prices: Prices, units: int, *, choice: Choice | None = None) -> Budgeted:
