@@ -51,9 +51,9 @@ def rounded(checkpoint: hs.Checkpoint, text: Calibration) -> Rounded:
     return round_by_gptq(checkpoint, text, bits=BITS, group=GROUP)
 
 
-def inputs_of(checkpoint: hs.Checkpoint, text: Calibration) -> dict[str, Tensor]:
-    """What enters each linear module of the stock model, by the name of its weight."""
-    model, seen = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize(), dict[str, Tensor]()
+def inputs_of(model: Any, text: Calibration) -> dict[str, Tensor]:
+    """What enters each linear module of a stock model, by the name of its weight."""
+    seen = dict[str, Tensor]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({f"{name}.weight": args[0]}))
@@ -85,7 +85,7 @@ def by_the_library(weight: Tensor, *inputs: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_dense_models_matrices_are_rounded_on_their_own_inputs(dense: hs.Checkpoint, text: Calibration) -> None:
-    found, seen = rounded(dense, text), inputs_of_dense(dense, text)
+    found, seen = rounded(dense, text), inputs_of(load_model(dense, dtype=torch.float32), text)
     assert len(found.tensors) == 4 * 7
     for name, tensor in found.tensors.items():
         torch.testing.assert_close(tensor, by_the_library(dense.read(name), seen[name]), rtol=1e-4, atol=1e-5)
@@ -98,19 +98,10 @@ def test_a_dense_models_matrices_are_rounded_on_their_own_inputs(dense: hs.Check
     assert found.saved_bytes == pytest.approx(numbers * (4 - BITS / 8) - rows * (2 + BITS / 8), abs=30)
 
 
-def inputs_of_dense(dense: hs.Checkpoint, text: Calibration) -> dict[str, Tensor]:
-    model, seen = load_model(dense, dtype=torch.float32), dict[str, Tensor]()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({f"{name}.weight": args[0]}))
-    with torch.no_grad():
-        model(input_ids=text.tokens)
-    return seen
-
-
 @pytest.mark.usefixtures("gptqmodel")
 def test_shared_rows_are_rounded_once_on_what_all_their_users_give(shared: hs.Checkpoint, text: Calibration) -> None:
-    found, seen = rounded(shared, text), inputs_of(shared, text)
+    stock = load_model(shared, storage="owner", dtype=torch.float32).dequantize()
+    found, seen = rounded(shared, text), inputs_of(stock, text)
     assert shared.plan is not None
     (selection,) = shared.plan.selections
     donors = {tie.donor for tie in selection.ties}

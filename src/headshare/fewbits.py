@@ -65,7 +65,7 @@ def round_by_gptq(
     if layers.in_out:
         raise CheckpointError(f"{checkpoint.name} holds its matrices as (input, output), which are not rounded yet.")
     make = _maker(bits, group)
-    result, names = Rounded(), _names(layers)
+    result, names = Rounded(), [layers.tensors_of(layer) for layer in range(layers.count)]
     pieces = [piece for layer in names for name in layer for piece in _pieces(name, tensors, shapes)]
     users: dict[str, list[_Piece]] = {}
     for piece in pieces:
@@ -123,13 +123,6 @@ class _Piece:
         groups = inputs // group if inputs % group == 0 else 1
         packed = rows * inputs * bits / 8 + rows * groups * (SCALE_BYTES + bits / 8)
         result.saved_bytes += int(rows * inputs * kept.element_size() - packed)
-
-
-def _names(layers: Layers) -> list[dict[str, str]]:
-    """The matrices of each layer: paths of modules by the names of tensors."""
-    layouts = [one for one in (layers.attention, layers.ffn) if one is not None]
-    parts = [part for layout in layouts for part in layout.parts]
-    return [{layers.tensor(part, layer): layers.path(part) for part in parts} for layer in range(layers.count)]
 
 
 def _pieces(name: str, tensors: Mapping[str, GappedTensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:

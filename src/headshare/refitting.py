@@ -355,12 +355,11 @@ class Refitter:
 
     def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a built layer's parts, by name."""
-        layouts = [self.layers.attention] + ([self.layers.ffn] if self.ffn and self.layers.ffn is not None else [])
         found = {}
-        for part in (part for layout in layouts for part in layout.parts):
-            weight = module.get_submodule(self.layers.path(part)).weight
+        for name, path in self.layers.tensors_of(layer, ffn=self.ffn).items():
+            weight = module.get_submodule(path).weight
             assert isinstance(weight, nn.Parameter)
-            found[self.layers.tensor(part, layer)] = weight
+            found[name] = weight
         return found
 
     def _own(self, name: str, weight: Tensor) -> Bool[Tensor, "..."]:

@@ -137,6 +137,12 @@ class Layers:
         assert layout is not None
         return layout.parts[part].name(layer)
 
+    def tensors_of(self, layer: int, *, ffn: bool = True) -> dict[str, str]:
+        """The weights of this layer's attention and, unless it has none or is left out, feed-forward: paths of modules
+        by the tensors' names; fused parts are one."""
+        layouts = [one for one in (self.attention, self.ffn if ffn else None) if one is not None]
+        return {self.tensor(part, layer): self.path(part) for layout in layouts for part in layout.parts}
+
     def _base(self, layer: int) -> str:
         """What stands before the names of one layer's tensors in the checkpoint, such as `model.layers.7.`"""
         template = self.attention.parts[Part.O].tensor
