@@ -30,6 +30,11 @@ def test_quartiles_show_the_spread() -> None:
     assert found.low < found.ratio < found.high
 
 
+# What the allocator and the reading itself take comes and goes by some MiB: far less than what is told apart here,
+# which is whether so many bytes count never, once or twice.
+SLACK = 16 * 2**20
+
+
 def test_pss_counts_the_memory_of_a_tensor_once_it_is_written(tmp_path: Path) -> None:
     give_back_freed()
     before = pss_bytes(tmp_path)
@@ -37,23 +42,23 @@ def test_pss_counts_the_memory_of_a_tensor_once_it_is_written(tmp_path: Path) ->
     after = pss_bytes(tmp_path)
     assert before is not None
     assert after is not None
-    assert abs(after - before - held.numel()) < 4 * 2**20
+    assert abs(after - before - held.numel()) < SLACK
     del held
     give_back_freed()
-    assert abs((pss_bytes(tmp_path) or 0) - before) < 4 * 2**20
+    assert abs((pss_bytes(tmp_path) or 0) - before) < SLACK
 
 
 def test_pss_counts_files_of_the_models_folder_and_of_no_other(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_bytes(bytes(32 * 2**20))
+        (tmp_path / name / "file").write_bytes(bytes(64 * 2**20))
     before = pss_bytes(tmp_path / "ours") or 0
     mapped = [
-        torch.from_file(str(tmp_path / name / "file"), size=32 * 2**20, dtype=torch.uint8)
+        torch.from_file(str(tmp_path / name / "file"), size=64 * 2**20, dtype=torch.uint8)
         for name in ("ours", "theirs")
     ]
     assert all(int(tensor.sum()) == 0 for tensor in mapped)
-    assert abs((pss_bytes(tmp_path / "ours") or 0) - before - 32 * 2**20) < 4 * 2**20
+    assert abs((pss_bytes(tmp_path / "ours") or 0) - before - 64 * 2**20) < SLACK
 
 
 def test_loading_is_measured_in_processes_of_their_own(shared: Path) -> None:
