@@ -30,7 +30,7 @@ from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.progress import shown, track
 from headshare.units import Kind, Part
-from machine import machine
+from machine import machine, parsed
 
 BATCH = 4
 DAMPINGS = (10.0, 1.0, 0.1)
@@ -123,10 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=114_688)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--products", choices=["float32", "bfloat16"], default="float32")
-    args = parser.parse_args()
-    if args.products == "bfloat16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    args = parsed(parser)
     checkpoint = hs.open_checkpoint(args.model)
     calibration = calibration_from(
         args.calibration, checkpoint, tokens=args.tokens, window=args.window, seed=args.seed

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import headshare as hs
 from headshare.accounting import estimate, estimate_plan
@@ -45,7 +45,7 @@ from headshare.probing import probe_prices
 from headshare.progress import shown
 from headshare.refitting import refit
 from headshare.units import Kind
-from machine import machine
+from machine import machine, parsed
 
 CONTROL = "deletion of units"
 CHEAPEST = "whatever costs least"
@@ -148,11 +148,7 @@ class Bench:
         tensors, seconds = self.refitted(cell, plan)
         model = load_model(self.dense)
         overwrite_recipients(model, plan)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                path, _, leaf = name.rpartition(".")
-                if leaf not in EXTRAS:
-                    getattr(model.get_submodule(module_path(model, f"{path}.weight")), leaf).copy_(tensor)
+        put(model, tensors)
         losses, divergences = losses_and_divergences(model, self.stock, self.windows)
         found = estimate_plan(self.dense, plan)
         value = losses.mean().exp().item()
@@ -289,6 +285,15 @@ def draw(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+@torch.no_grad()
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy refitted tensors into a stock model by their names in the checkpoint; what a plan adds is left out."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in EXTRAS:
+            getattr(model.get_submodule(module_path(model, f"{path}.weight")), leaf).copy_(tensor)
+
+
 def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:
     """What is measured on."""
     if args.text == "self":
@@ -335,14 +340,9 @@ def main() -> None:
         "--probe", action=argparse.BooleanOptionalAction, default=True, help="price by measured predictions"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
-    )
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder for rows, table and figure")
     parser.add_argument("--kept", type=Path, help="folder for prices and refits; the same unless given")
-    args = parser.parse_args()
-    if args.products == "bfloat16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    args = parsed(parser)
     dense = hs.open_checkpoint(args.model)
     args.kept = args.kept or args.out
     for folder in (args.out, args.kept):

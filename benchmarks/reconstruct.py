@@ -11,23 +11,20 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 import headshare as hs
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
 from headshare.evaluation import Windows, losses_and_divergences
-from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.plans import SharePlan
 from headshare.progress import shown, track
 from headshare.refitting import Refitter
 from headshare.units import Part
-from machine import machine
+from machine import machine, parsed
+from quality import put
 
-EXTRAS = ("tie_scale", "factor_in", "factor_out")
 TRAINED = {"v": (Part.V, Part.O), "all": tuple(Part)}
 
 
@@ -56,10 +53,7 @@ def main() -> None:
     parser.add_argument("--rates", default="1e-4", help="comma-separated")
     parser.add_argument("--train", default="v,all", help="comma-separated: v, all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--products", choices=["float32", "bfloat16"], default="float32")
-    args = parser.parse_args()
-    if args.products == "bfloat16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    args = parsed(parser)
     dense, plan = hs.open_checkpoint(args.model), SharePlan.load(args.plan)
 
     def calibration(source: str, tokens: int, seed: int):  # type: ignore[no-untyped-def]
@@ -104,15 +98,6 @@ def main() -> None:
     print("| trained | rate | less error a layer | loss, nats | against refit | divergence | against refit | seconds |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     print("\n".join(rows))
-
-
-@torch.no_grad()
-def put(model: nn.Module, tensors: dict[str, Float[Tensor, "..."]]) -> None:
-    """Copy tensors into a stock model by their names in the checkpoint."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if leaf not in EXTRAS:
-            getattr(model.get_submodule(module_path(model, f"{path}.weight")), leaf).copy_(tensor)
 
 
 def difference(found: Tensor, base: Tensor) -> str:
