@@ -22,7 +22,7 @@ import headshare as hs
 from headshare.accounting import estimate, estimate_plan
 from headshare.budget import plan_for_bytes
 from headshare.calibration import Calibration, calibration_from
-from headshare.evaluation import perplexity
+from headshare.evaluation import Windows, opening_token, perplexity
 from headshare.models import load_model, load_tokenizer
 from headshare.paths import Form, Prices
 from headshare.plans import SharePlan
@@ -30,8 +30,10 @@ from headshare.pricing import price_units
 from headshare.probing import probe_prices
 from headshare.progress import shown
 from headshare.training import TrainSettings, train
+from headshare.training.settings import Text
+from headshare.training.texts import Packed, training_windows
 from headshare.units import Kind
-from machine import machine
+from machine import machine, parsed
 from quality import numbers, test_windows
 
 TRAINED_DENSE = "dense, trained"
@@ -56,20 +58,31 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out
         self.dense = hs.open_checkpoint(args.model)
-        self.windows = test_windows(self.dense, args)
-        self.data = self._written() if args.data == "self" else args.data
+        steps = args.steps * args.batch
+        self.data = self._written("train", steps + args.held_out, 2) if args.data == "self" else args.data
+        self.windows = self._own_windows() if args.text == "self" else test_windows(self.dense, args)
         self._calibration: Calibration | None = None
         self._prices: Prices | None = None
 
-    def _written(self) -> str:
-        """A file that the model wrote: windows to train on, each a document."""
-        args, path = self.args, self.out / "written.jsonl"
+    def _written(self, name: str, windows: int, seed: int) -> str:
+        """A file that the model wrote: a window's text is a document."""
+        args, path = self.args, self.out / f"{name}.jsonl"
         if not path.is_file():
-            tokens = (args.steps * args.batch + args.held_out) * args.window
-            found = calibration_from("self", self.dense, tokens=tokens, window=args.window, seed=args.seed + 2)
+            found = calibration_from(
+                "self", self.dense, tokens=windows * args.window, window=args.window, seed=args.seed + seed
+            )
             texts = load_tokenizer(self.dense).batch_decode(found.tokens, skip_special_tokens=True)
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         return str(path)
+
+    def _own_windows(self) -> Windows:
+        """What the model wrote, packed as what it is trained on is."""
+        data = self._written("test", self.args.tokens // self.args.window, 3)
+        some, last = training_windows(self.dense, Text(data=data, context=self.args.window, held_out=1))
+        assert isinstance(some, Packed)
+        return Windows(
+            torch.cat([some.tokens, last.tokens]).long(), opening_token(load_tokenizer(self.dense), None) is not None
+        )
 
     @property
     def calibration(self) -> Calibration:
@@ -165,6 +178,16 @@ class Bench:
             "deletion + refit, trained",
             lambda: trained("deletion-trained", chosen("deletion", Form.REMOVE), "recover"),
         )
+        yield (
+            "deletion + refit, trained + distillation",
+            lambda: trained(
+                "deletion-distilled",
+                chosen("deletion", Form.REMOVE),
+                "recover",
+                distill=0.5,
+                teacher=str(self.dense.path),
+            ),
+        )
 
     def measure(self, ratio: float, method: str, make: Callable[[], Path]) -> Row:
         """The row of one method."""
@@ -228,13 +251,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
-    )
     parser.add_argument("--out", type=Path, default=Path("training"))
-    args = parser.parse_args()
-    if args.products == "bfloat16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    args = parsed(parser)
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "rows.jsonl"
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []

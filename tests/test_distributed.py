@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -18,14 +19,22 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainingArguments
 
 import headshare as hs
-from headshare.training import TrainSettings, train
-from test_training import a_model, settings, some_text, states_close  # noqa: F401 - the fixtures model and text
+from headshare.training import SharingTrainer, TrainSettings, train
+from test_training import (  # noqa: F401 - the fixtures model and text
+    LONGER,
+    a_model,
+    killed_after,
+    losses_of,
+    settings,
+    some_text,
+    states_close,
+)
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 EXAMPLES = Folder(__file__).parent.parent / "examples"
 
 
-def in_two(work: Callable[[], object], folder: Folder) -> None:
+def in_two(work: Callable[[], object], folder: Folder, exits: int = 0) -> None:
     """Run this in two processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +46,7 @@ def in_two(work: Callable[[], object], folder: Folder) -> None:
     for child in children:
         child.join(120)
     errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert [child.exitcode for child in children] == [0, 0], "\n".join(errors)
+    assert [child.exitcode for child in children] == [exits, exits], "\n".join(errors)
 
 
 def _one_of_two(work: Callable[[], object], rank: int, port: int, folder: Folder) -> None:
@@ -84,6 +93,37 @@ def test_two_processes_give_what_one_gives(
     assert one.best_step > 1
     states_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_killed_processes_go_on_with_the_same_curve_to_the_same_weights(
+    engine: str, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    more = {**LONGER, **(FSDP if engine == "fsdp2" else {})}
+
+    def work(name: str, *, last: int | None = None, first: int = 0) -> None:
+        if engine == "fsdp2":
+            engines_on_the_cpu()
+        if last:
+            killed_after(last)
+        real = SharingTrainer.training_step
+
+        def step(self: Any, *args: Any) -> Any:
+            assert self.state.global_step >= first
+            return real(self, *args)
+
+        SharingTrainer.training_step = step  # type: ignore[method-assign]
+        train(model, tmp_path / name, asked(text, "postshare", 4, **more))
+
+    in_two(lambda: work("whole"), tmp_path)
+    in_two(lambda: work("out", last=7), tmp_path, exits=-signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    in_two(lambda: work("out", first=6), tmp_path)
+    one, other = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "out"))
+    assert len(losses_of(one["curve"])) == 10
+    assert losses_of(other["curve"]) == losses_of(one["curve"])
+    ours, theirs = (hs.load(tmp_path / name, storage="owner") for name in ("out", "whole"))
+    states_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_what_is_held_out_is_measured_once_by_two_processes_too(model: Folder, text: Folder, tmp_path: Folder) -> None:

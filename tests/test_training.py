@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import islice
@@ -22,13 +24,15 @@ from headshare.budget import plan_for_bytes
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
 from headshare.errors import OutputError, PlanError, TrainingError
+from headshare.evaluating import Settings as Limited
+from headshare.evaluating import measure
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.paths import Form
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
 from headshare.training import Method, SharingTrainer, TrainSettings, train
-from headshare.training.state import checkpoints, taken_up
+from headshare.training.state import checkpoints, note_writing, settle, taken_up
 from headshare.training.texts import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 
@@ -263,6 +267,50 @@ def test_training_stops_early_when_asked(model: Folder, text: Folder, tmp_path: 
     assert found.best_step < found.steps
 
 
+@pytest.fixture(name="data")
+def a_task(tmp_path: Folder) -> Folder:
+    """A folder with questions that the tiny model's words answer."""
+    draw = random.Random(3)
+    rows = [
+        {"query": f"w{draw.randint(4, 60)} w{draw.randint(4, 60)}", "choices": ["w7 w8", "w9"], "gold": number % 2}
+        for number in range(40)
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_tasks_are_measured_each_time_on_what_sharing_gives_and_change_nothing(
+    method: str, data: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    model = add_tokenizer(tiny.make_llama(tmp_path / "model", initializer_range=0.5, attention_dropout=0.1))
+    often = {
+        "arguments": {"max_steps": 6, "learning_rate": 0.05, "eval_steps": 3},
+        "sharing": {"ratio": 0.5},
+        "text": {"limit": 16},
+    }
+    tasks = {"names": ["piqa"], "data_dir": str(data), "limit": 30}
+    found = train(model, tmp_path / "out", settings(text, method, **often, tasks=tasks))
+    without = train(model, tmp_path / "without", settings(text, method, **often))
+    direct = hs.share(hs.open_checkpoint(model), plan_of(model, 0.5)).save(tmp_path / "direct")
+    dense, *wanted = (
+        row.metrics
+        for row in measure([model, direct, tmp_path / "out"], tasks=["piqa"], data=data, settings=Limited(30))
+    )
+    assert dense != wanted[0]
+    curve = {row["step"]: row for row in found.curve if "eval_piqa_acc" in row}
+    assert sorted(curve) == [0, 3, 6]
+    for step, metrics in zip((0, found.best_step), wanted, strict=True):
+        for name, one in metrics.items():
+            assert (curve[step][f"eval_piqa_{name}"], curve[step][f"eval_piqa_{name}_error"]) == (one.value, one.error)
+    assert f"piqa_acc {wanted[0]['acc'].value:.3f} before training" in found.in_words()
+    assert curve_of(found) == curve_of(without)
+    one, other = (hs.open_checkpoint(tmp_path / name) for name in ("out", "without"))
+    assert all(one.read(name).equal(other.read(name)) for name in one.tensors)
+
+
 @pytest.mark.parametrize("method", ["postshare", "both"])
 def test_where_no_step_is_better_than_none_the_weights_are_those_from_before(
     method: str, model: Folder, text: Folder, tmp_path: Folder
@@ -376,8 +424,28 @@ def test_lora_changes_only_matrices_that_are_not_shared(model: Folder, text: Fol
 # ---- after a kill
 
 
+def losses_of(curve: Any) -> list[tuple[int, float]]:
+    return [(one["step"], one["loss"]) for one in curve if "loss" in one]
+
+
 def curve_of(found: Any) -> list[tuple[int, float]]:
-    return [(one["step"], one["loss"]) for one in found.curve if "loss" in one]
+    return losses_of(found.curve)
+
+
+def killed_after(last: int) -> None:
+    """From now on, training in this process is killed after this step."""
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    real = SharingTrainer.__init__
+
+    def init(self: Any, *args: Any, callbacks: Any = (), **kwargs: Any) -> None:
+        real(self, *args, callbacks=[*callbacks, Killed()], **kwargs)
+
+    SharingTrainer.__init__ = init  # type: ignore[method-assign]
 
 
 LONGER = {"max_steps": 10, "logging_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
@@ -389,18 +457,8 @@ def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
     asked = settings(text, arguments=LONGER)
     whole = train(model, tmp_path / "whole", asked)
 
-    class Killed(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 7:
-                os.kill(os.getpid(), signal.SIGKILL)
-
     def run_and_be_killed() -> None:
-        real = SharingTrainer.__init__
-
-        def init(self: Any, *args: Any, callbacks: Any = (), **kwargs: Any) -> None:
-            real(self, *args, callbacks=[*callbacks, Killed()], **kwargs)
-
-        SharingTrainer.__init__ = init
+        killed_after(7)
         train(model, tmp_path / "out", asked)
 
     child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
@@ -471,6 +529,69 @@ def test_a_run_stopped_after_its_last_step_takes_no_more_of_them(
     assert (again.steps, again.best_step, curve_of(again)) == (10, whole.best_step, curve_of(whole))
 
 
+def test_a_run_killed_once_its_output_is_whole_leaves_no_state_for_good(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    asked = settings(text, arguments={"max_steps": 2})
+
+    def run_and_be_killed() -> None:
+        real = shutil.rmtree
+
+        def removed(path: Any, *args: Any, **kwargs: Any) -> None:
+            if Folder(path).name.endswith("-training"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, *args, **kwargs)
+
+        shutil.rmtree = removed  # type: ignore[assignment]
+        train(model, tmp_path / "out", asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (work,) = tmp_path.glob(".out.*")
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 2
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="out exists"):
+        train(model, tmp_path / "out", asked)
+    assert not work.exists()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_state_stays_where_the_output_is_not_there(tmp_path: Folder) -> None:
+    """An old output was to be replaced; writing failed, and then the old one was removed to make room."""
+    work, out = tmp_path / ".out.headshare-training", tmp_path / "out"
+    for folder in (work, out):
+        folder.mkdir()
+    note_writing(work, out)
+    assert not settle(out)
+    (tmp_path / "other").mkdir()  # while the old one is there: a number of a folder that is gone may come again
+    out.rmdir()
+    assert not settle(out)
+    (tmp_path / "other").rename(out)
+    assert not settle(out)
+    assert work.is_dir()
+    (out / "training.json").write_text("{}")
+    assert settle(out)
+    assert not work.exists()
+
+
+def test_a_run_that_stopped_early_and_was_not_written_stops_at_the_same_step(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    arguments = {"max_steps": 40, "learning_rate": 0.02, "optim": "adamw_torch", "eval_steps": 2}
+    asked = settings(text, "both", arguments=arguments, learning={"patience": 2, "arguments": {**PLAIN, **arguments}})
+    whole = train(model, tmp_path / "whole", asked)
+    with pytest.MonkeyPatch.context() as patched:
+        stopped = OutputError("full")
+        patched.setattr("headshare.training.run.write_trained", lambda *_, **__: (_ for _ in ()).throw(stopped))
+        with pytest.raises(OutputError, match="full"):
+            train(model, tmp_path / "out", asked)
+    again = train(model, tmp_path / "out", asked)
+    assert whole.steps < 40
+    assert (again.steps, again.best_step, curve_of(again)) == (whole.steps, whole.best_step, curve_of(whole))
+
+
 def test_how_fast_it_learns_may_change_on_the_way(model: Folder, text: Folder, tmp_path: Folder) -> None:
     asked = settings(text, arguments=LONGER)
     with pytest.MonkeyPatch.context() as patched:
@@ -508,6 +629,8 @@ def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Fo
         ({"loss": {"distill": 0.5, "teacher": "/nowhere"}, "method": "both"}, "nowhere"),
         ({"learning": {"lora": 2}}, "LoRA cannot move weights together"),
         ({"sharing": {"plan": "/nowhere.json"}}, "nowhere.json"),
+        ({"tasks": {"names": ["no_task"]}}, "there is no task 'no_task'"),
+        ({"tasks": {"names": ["piqa"], "data_dir": "/nowhere"}}, "nowhere"),
     ],
 )
 def test_what_cannot_be_trained_is_one_error_and_leaves_nothing(
@@ -517,6 +640,21 @@ def test_what_cannot_be_trained_is_one_error_and_leaves_nothing(
         train(model, tmp_path / "out", settings(text, more.pop("method", "postshare"), **more))
     assert not (tmp_path / "out").exists()
     train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+
+
+def test_a_folder_that_deepspeed_would_take_for_a_pattern_is_refused(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, tmp_path / "out[1]", settings(text, arguments={"max_steps": 1}))
+    real = SharingTrainer.__init__
+
+    def under_deepspeed(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SharingTrainer, "__init__", under_deepspeed)
+    with pytest.raises(TrainingError, match="for a pattern"):
+        train(model, tmp_path / "out[2]", settings(text, arguments={"max_steps": 1}))
 
 
 @pytest.mark.parametrize("content", ["", "w5 " * 10, "w5 " * 15])

@@ -12,7 +12,7 @@ import typer
 from headshare.checkpoints import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
-from headshare.options import JsonOption, RevisionOption, print_result
+from headshare.options import JsonOption, RevisionOption, listed, print_result
 
 
 class EvalDtypeName(StrEnum):
@@ -86,7 +86,7 @@ def evaluate_command(
 
     rows = measure(
         models,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        tasks=listed(tasks),
         data=data_dir,
         text=None if text is None else Text(text, window, tokens, bos),
         parallel=None if source is None or reference is None else Parallel(source, reference, prompt, limit),

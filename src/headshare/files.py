@@ -1,11 +1,14 @@
-"""Put a file in place whole or not at all. Knows nothing of what is in it."""
+"""Put a file in place whole or not at all, knowing nothing of what is in it; and read YAML."""
 
 import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from headshare.errors import OutputError
+import yaml
+
+from headshare.errors import HeadshareError, OutputError
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -31,6 +34,18 @@ def write_whole(path: str | Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: Path, refused: type[HeadshareError]) -> Any:
+    """What a YAML file holds: plain data, no objects.
+
+    Raises:
+        HeadshareError: of this kind, if it cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise refused(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
 
 
 def explain(error: OSError, path: Path) -> str:

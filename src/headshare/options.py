@@ -25,6 +25,11 @@ def is_given(context: Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
+def listed(text: str) -> list[str]:
+    """What an option joins by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def print_result(data: dict[str, Any], words: str, as_json: bool) -> None:
     """A command's result on standard output: words for people, or one JSON object."""
     sys.stdout.write((json.dumps(data) if as_json else words.rstrip()) + "\n")

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from headshare.errors import TrainingError
-from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given
+from headshare.files import read_yaml
+from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given, listed
 from headshare.penalty import Distance
 
 
@@ -41,6 +42,9 @@ PLACES: Places = {
     **{name: ("text", name) for name in ("data", "held_out_data", "field", "context", "held_out", "limit", "stream")},
     **{name: ("loss", name) for name in ("gamma", "lm", "distance", "distill", "temperature", "teacher")},
     **{name: ("learning", name) for name in ("lora", "patience")},
+    "tasks": ("tasks", "names"),
+    "data_dir": ("tasks", "data_dir"),
+    "task_limit": ("tasks", "limit"),
 }
 """Where each option stands in the settings."""
 
@@ -90,6 +94,9 @@ def train(
         int, typer.Option(help="Of a shared model, train LoRA of this rank on what is not shared. 0: train all.")
     ] = 0,
     patience: Annotated[int | None, typer.Option(help="Stop after so many measurements without a better one.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Measure these tasks too each time, as of `eval`.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Of each task, the first so many questions.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
     dtype: Annotated[
         TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
@@ -107,8 +114,8 @@ def train(
         "method": method, "data": data, "plan": plan, "ratio": ratio, "match": match, "parts": parts, "mode": mode,
         "held_out_data": held_out_data, "field": field, "context": context_length, "held_out": held_out,
         "limit": limit, "stream": stream, "gamma": gamma, "lm": lm, "distance": distance, "distill": distill,
-        "temperature": temperature, "teacher": teacher, "lora": lora, "patience": patience, "seed": seed,
-        "dtype": dtype,
+        "temperature": temperature, "teacher": teacher, "lora": lora, "patience": patience,
+        "tasks": listed(tasks), "data_dir": data_dir, "task_limit": task_limit, "seed": seed, "dtype": dtype,
     }  # fmt: skip
     names = {**dict.fromkeys(given), "context": "context_length"}
     chosen = {name: value for name, value in given.items() if is_given(context, names[name] or name)}
@@ -128,9 +135,7 @@ def train(
 
 def _merged(config: Path | None, chosen: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML file's settings with the options in their places."""
-    from headshare.training.settings import read_yaml
-
-    found = {} if config is None else read_yaml(config) or {}
+    found = {} if config is None else read_yaml(config, TrainingError) or {}
     if not isinstance(found, dict):
         raise TrainingError(f"{config} holds no settings but {found!r:.60}. See docs/training.md for an example.")
     found.setdefault("method", MethodName.POSTSHARE)

@@ -119,7 +119,7 @@ class Workspace:
 
     def note_writing(self, out: Path) -> None:
         """Note that all is done but to put this output in its place; `settle` then tells whether it came there."""
-        self.write_json(_WRITING, {"before": _identity(out)})
+        self.write_json(_WRITING, {"before": identity_of(out)})
 
     def remove(self) -> None:
         """Throw the state away: the run is done."""
@@ -186,7 +186,7 @@ def settle(out: Path) -> dict[str, Any] | None:
         return None
     try:
         what, writing = work.read_json(_WHAT), work.read_json(_WRITING)
-        if what is not None and (writing is None or writing.get("before") == _identity(out)):
+        if what is not None and (writing is None or identity_of(out) in ("", writing.get("before"))):
             return None
         work.remove()
     except CalibrationError:
@@ -196,7 +196,7 @@ def settle(out: Path) -> dict[str, Any] | None:
     return what
 
 
-def _identity(path: Path) -> str:
+def identity_of(path: Path) -> str:
     """Tells what is at a path from what is put there in its place."""
     try:
         status = path.stat()
@@ -225,7 +225,7 @@ def locked(folder: Path) -> int:
                 f"another run is working on the same output, with its state in {folder}. Wait for it, or choose "
                 "another output."
             ) from None
-        if _identity(folder) == _identity_of(lock):
+        if identity_of(folder) == _identity_of(lock):
             return lock
         os.close(lock)  # its run ended and removed it meanwhile
 

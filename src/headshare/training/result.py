@@ -1,7 +1,7 @@
 """What a training run did, as one value: printed, compared, kept beside the weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Trained:
     shared_before: float | None
     shared_after: float | None
     ties: tuple[Closed, ...]
-    curve: tuple[Mapping[str, float], ...]
+    curve: tuple[Mapping[str, int | float], ...]
     settings: TrainSettings
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +51,7 @@ class Trained:
             lines.append(
                 f"shared without training {_exp(self.shared_before)}, shared after it {_exp(self.shared_after)}"
             )
+        lines.extend(self._on_tasks())
         if self.ties:
             left = sorted(one.after / one.before if one.before else 1.0 for one in self.ties)
             lines.append(
@@ -60,6 +61,13 @@ class Trained:
         if self.best_step == 0:
             lines.append("no step was better than none, so the weights are those from before training")
         return "\n".join(lines)
+
+    def _on_tasks(self) -> Iterator[str]:
+        rows = [one for one in self.curve if "eval_loss" in one]
+        first, best = rows[0], next(one for one in rows if one["step"] == self.best_step)
+        for name in (key for key in best if f"{key}_error" in best and not key.endswith("_acc_norm")):
+            after = f"{best[name]:.3f} ({best[f'{name}_error']:.3f}) at that step"
+            yield f"{name.removeprefix('eval_')} {first[name]:.3f} before training, {after}"
 
 
 def _exp(loss: float) -> str:

@@ -4,8 +4,8 @@ The Trainer's own folder (checkpoints with optimiser states) lies beside the out
 """
 
 import dataclasses
+import glob
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -25,11 +25,11 @@ from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint, open_checkpoint
 from headshare.configuration import text_config
 from headshare.errors import PlanError, TrainingError
 from headshare.evaluation import is_causal
-from headshare.files import write_whole
 from headshare.models import load_model, quiet
 from headshare.penalty import TiePenalty
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
+from headshare.progress import say
 from headshare.sharing import check_fits, check_shared, copy_other_files, share, write_trained
 from headshare.similarity import score_units
 from headshare.storage.owner import OwnerProjection
@@ -37,13 +37,13 @@ from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, metric_of
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import Method, Sharing, TrainSettings
-from headshare.training.state import checkpoints, taken_up, work_of
+from headshare.training.state import RECORD, checkpoints, note_writing, settle, taken_up, work_of
+from headshare.training.tasks import MeasuredTasks
 from headshare.training.texts import Packed, Streamed, training_windows
 from headshare.training.trainer import SharingTrainer
 from headshare.workspace import fingerprint
 from headshare.writing import check_output, check_vacant
 
-RECORD = "training.json"
 CHANGEABLE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "bf16", "logging_steps", "dataloader_num_workers", "save_total_limit",
@@ -70,6 +70,8 @@ def train(
         CheckpointError, PlanError, OutputError: as `share` does.
     """
     begun, target = time.monotonic(), Path(out)
+    if settle(target):
+        say(f"{target} was whole when the run that wrote it was stopped; what was left of that is removed")
     check_vacant(target, overwrite=overwrite)
     with open_checkpoint(model, revision=revision) as source:
         check_output(target, source.path, overwrite=overwrite)
@@ -80,8 +82,8 @@ def train(
             processes.wait_for_everyone()
             found = run.trained(begun)
             if first:
+                note_writing(run.work, target)
                 run.write(found, overwrite=overwrite)
-                write_whole(target / RECORD, json.dumps(found.to_dict(), indent=2, default=str).encode())
                 shutil.rmtree(run.work, ignore_errors=True)
         processes.wait_for_everyone()
     return found
@@ -98,6 +100,7 @@ class _Run:
     target: Path
     settings: TrainSettings
     arguments: TrainingArguments
+    tasks: MeasuredTasks | None
 
     @classmethod
     def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_Run":
@@ -105,7 +108,8 @@ class _Run:
         plan = _plan(source, settings)
         windows, held_out = training_windows(source, settings.text)
         arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
-        return cls(source, plan, windows, held_out, target, settings, arguments)
+        tasks = MeasuredTasks.of(source, settings.tasks) if settings.tasks.names else None
+        return cls(source, plan, windows, held_out, target, settings, arguments, tasks)
 
     def identity(self) -> dict[str, str]:
         """What makes it this run. Arguments that say how fast it learns, and in what pieces, may change on the way."""
@@ -149,9 +153,10 @@ class _Run:
             penalty=penalty,
             loss=loss,
             teacher=self._teacher(),
+            tasks=self.tasks,
             callbacks=callbacks,
         )
-        _check_engine(trainer, lora=bool(self.settings.learning.lora))
+        _check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
         last = next(checkpoints(self.work), None)
         trainer.args.eval_on_start = last is None
         with _room(), quiet():
@@ -242,15 +247,16 @@ class _Run:
             for name, code in OUTPUT_DTYPES.items():
                 numbers[name] += math.prod(info.shape) * (info.dtype == code)
         dtype = max(numbers, key=numbers.__getitem__)
+        notes = {RECORD: found.to_dict()}
         with open_checkpoint(self.work / "trained") as saved:
             if self.pulls:
                 trained = _named_as(self.source, saved) if found.best_step else self.source
-                share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite)
+                share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite, notes=notes)
                 return
             before = self.source if self.source.plan is not None else open_checkpoint(self.work / "shared")
             trained = _named_as(before, saved) if found.best_step else before
             origin = before.base_model if self.source.plan is not None else self.source.name
-            write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite)
+            write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite, notes=notes)
 
 
 def _named_as(before: Checkpoint, trained: Checkpoint) -> Checkpoint:
@@ -270,6 +276,10 @@ def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
     Raises:
         TrainingError: if the method is not for this model or plan.
     """
+    if source.packing is not None:
+        raise TrainingError(
+            f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
+        )
     if settings.method is Method.RECOVER:
         if source.plan is None:
             raise TrainingError(
@@ -307,16 +317,23 @@ def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[C
     return tuple(Closed(tie, *each) for (_, tie), *each in zip(penalty.ties, before, after, strict=True))
 
 
-def _check_engine(trainer: SharingTrainer, *, lora: bool) -> None:
+def _check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
     """Refuse what an engine would only fail at when all is trained.
 
     Raises:
         TrainingError: saying what to set.
     """
     state = trainer.accelerator.state
+    folder = str(trainer.args.output_dir)
+    if trainer.is_deepspeed_enabled and folder != glob.escape(folder):
+        raise TrainingError(f"DeepSpeed takes brackets, * and ? in {folder} for a pattern. Write to a folder without.")
     in_parts = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     if lora and in_parts:
         raise TrainingError("LoRA's products cannot be added to weights that lie in parts. Use DDP, or train in full.")
+    if tasks and in_parts:
+        raise TrainingError(
+            "weights lie in parts, and tasks want a whole model. Leave tasks out, or use DDP or ZeRO-2."
+        )
     if trainer.is_fsdp_enabled:
         plugin = state.fsdp_plugin
         if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):

@@ -5,10 +5,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import TrainingError
+from headshare.files import read_yaml
 from headshare.penalty import Distance
 
 RECIPE: Mapping[str, Any] = {
@@ -87,6 +87,15 @@ class Learning(_Settings):
     patience: Annotated[int, Field(ge=1)] | None = None
 
 
+class Tasks(_Settings):
+    """What is measured beside the loss, each time: tasks of `headshare eval` by their names, ours from files in the
+    folder `data_dir`, the first `limit` questions of each (None: all)."""
+
+    names: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
 class TrainSettings(_Settings):
     """One training run, but for the model and the place to write to."""
 
@@ -95,6 +104,7 @@ class TrainSettings(_Settings):
     sharing: Sharing = Sharing()
     loss: Loss = Loss()
     learning: Learning = Learning()
+    tasks: Tasks = Tasks()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -105,7 +115,7 @@ class TrainSettings(_Settings):
         Raises:
             TrainingError: if it cannot be read, or says what no setting is.
         """
-        return cls.made(read_yaml(path), str(path))
+        return cls.made(read_yaml(Path(path), TrainingError), str(path))
 
     @classmethod
     def made(cls, data: Any, where: str = "the settings") -> "TrainSettings":
@@ -120,15 +130,3 @@ class TrainSettings(_Settings):
             first = error.errors(include_url=False)[0]
             place = ".".join(str(step) for step in first["loc"]) or "the top"
             raise TrainingError(f"{where}: {first['msg']} at {place}; found {first['input']!r:.100}.") from None
-
-
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        TrainingError: if it cannot be read.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainingError(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None

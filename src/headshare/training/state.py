@@ -4,16 +4,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from headshare.errors import TrainingError
+from headshare.errors import OutputError, TrainingError
 from headshare.files import write_whole
-from headshare.workspace import locked, workspace_of
+from headshare.workspace import identity_of, locked, workspace_of
 
 _WHAT = "run.json"
+RECORD = "training.json"
 _STATE = "trainer_state.json"
+_WRITING = "writing.json"
 
 
 def work_of(target: Path) -> Path:
@@ -38,6 +40,24 @@ def taken_up(folder: Path, what: Mapping[str, str], *, restart: bool) -> Iterato
         os.close(lock)
 
 
+def note_writing(folder: Path, out: Path) -> None:
+    """Note that all is done but to put this output in its place; `settle` then tells whether it came there."""
+    write_whole(folder / _WRITING, json.dumps({"before": identity_of(out)}).encode())
+
+
+def settle(out: Path) -> bool:
+    """Throw away the state of a run that was stopped after its output was in place; False where there is none."""
+    folder = work_of(out)
+    writing = _read(folder / _WRITING)
+    if writing is None or writing.get("before") == identity_of(out) or not (out / RECORD).is_file():
+        return False
+    with suppress(OutputError):  # another process of this run is doing it
+        lock = locked(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+    return True
+
+
 def _check(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
     others = [path for path in folder.iterdir() if not path.name.startswith(".headshare-partial")]
     if others and not (folder / _WHAT).is_file():
@@ -57,12 +77,21 @@ def _check(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The Trainer's checkpoints that are whole and that there is something to do after, by step, the last first."""
+    """The Trainer's checkpoints that are whole and that there is something to do after, by step, the last first: none
+    that was made after the last step, or when patience was at its end."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda one: -int(one.name.removeprefix("checkpoint-"))):
         state = _read(path / _STATE)
-        if state is not None and int(state["global_step"]) < int(state["max_steps"]):
+        if state is not None and int(state["global_step"]) < int(state["max_steps"]) and not _impatient(state):
             yield int(state["global_step"]), path
+
+
+def _impatient(state: Mapping[str, Any]) -> bool:
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    if not isinstance(stopping, dict):
+        return False
+    waited = stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(waited >= stopping["args"]["early_stopping_patience"])
 
 
 def remove_useless(folder: Path) -> None:

@@ -3,7 +3,7 @@
 Everything else is the Trainer's: its arguments, logging, resuming, mixed precision and engines.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     `penalty` is of the model that is trained; without one, the language-model loss alone is left. `teacher` is asked
     for what `loss.distill` needs, and stays as it is. Evaluation measures the plain language-model loss, and with a
     penalty also the loss with recipients' numbers overwritten by their donors': `eval_shared_loss`, what sharing at
-    this step would give.
+    this step would give. `tasks` is asked what else to measure, of the same numbers, on the first process.
 
     The penalty is added once an optimiser step, at its last batch, times the batches that the Trainer divides by.
     """
@@ -41,9 +41,11 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         penalty: TiePenalty | None = None,
         loss: Loss | None = None,
         teacher: nn.Module | None = None,
+        tasks: Callable[[Any], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.tasks = tasks
         self.model_accepts_loss_kwargs = False  # every window has as many tokens, so batches' means may be averaged
         self.penalty, self.loss, self.teacher = penalty, loss or Loss(), teacher
         self._hooks: list[Any] = []
@@ -137,14 +139,24 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The loss, and with a penalty the one that sharing would give, and how far ties lie apart."""
+        """The loss, and with a penalty the one that sharing would give, and how far ties lie apart; and tasks, as the
+        shared model does them."""
         found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.penalty is not None:
-            with self.penalty.closed():
-                shared = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
-            found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
+        if self.penalty is None:
+            found.metrics.update(self._on_tasks(metric_key_prefix))
+            return found
+        with self.penalty.closed():
+            shared = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            found.metrics.update(self._on_tasks(metric_key_prefix))
+        found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
+        found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
         return found
+
+    def _on_tasks(self, prefix: str) -> dict[str, float]:
+        if self.tasks is None or not self.is_world_process_zero():
+            return {}
+        measured = self.tasks(self.accelerator.unwrap_model(self.model))
+        return {f"{prefix}_{name}": value for name, value in measured.items()}
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""Tasks measured while a model is trained: accuracy against steps, the paper's table 11."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from headshare.checkpoints import Checkpoint
+from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
+from headshare.evaluation import longest_window
+from headshare.models import load_tokenizer
+from headshare.training.settings import Tasks
+
+
+@dataclass(frozen=True)
+class MeasuredTasks:
+    """Tasks that a model in training is asked, as `headshare eval` asks them."""
+
+    name: str
+    tokenizer: Any
+    longest: int | None
+    tasks: tuple[Chosen, ...]
+    settings: Settings
+
+    @classmethod
+    def of(cls, source: Checkpoint, asked: Tasks) -> "MeasuredTasks":
+        """What is asked of this model, found before anything is trained.
+
+        Raises:
+            EvaluationError: if there is no such task, or a file of ours cannot be used.
+        """
+        tasks = tuple(chosen_tasks(asked.names, asked.data_dir))
+        longest = longest_window(source.config)
+        return cls(source.name, load_tokenizer(source), longest, tasks, Settings(limit=asked.limit))
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Each metric and its standard error, by task. What is drawn at random afterwards is what would have been.
+
+        Raises:
+            EvaluationError: if the harness cannot run a task, or a likelihood is not finite.
+        """
+        runner, found = Runner(self.name, model, self.tokenizer, self.longest, self.settings), {}
+        with _same_draws():
+            for task in self.tasks:
+                for name, metric in runner.run(task, key="").metrics.items():
+                    if metric.value is None:
+                        continue
+                    found[f"{task.name}_{name}"] = metric.value
+                    if metric.error is not None:
+                        found[f"{task.name}_{name}_error"] = metric.error
+        return found
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """The harness seeds every generator; each goes on from where it was."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
