@@ -214,6 +214,16 @@ def test_state_dict_names_are_the_dense_models_own(shared: Path, llama: Path) ->
     assert set(ours) == set(LlamaForCausalLM.from_pretrained(llama).state_dict())
 
 
+def test_dequantize_leaves_buffers_as_they_are(shared: Path) -> None:
+    """Rotary frequencies rounded to bfloat16 would turn later tokens by other angles."""
+    model = hs.load(shared, dtype=torch.bfloat16)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    dense = model.dequantize()
+    assert any(buffer.dtype == torch.float32 for buffer in before.values())
+    assert all(buffer.equal(before[name]) for name, buffer in dense.named_buffers())
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+
+
 def test_dequantize_gives_back_a_dense_model_with_the_same_logits(shared: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shared)
     expected = model(tiny.tokens()).logits

@@ -148,7 +148,7 @@ def dense_and_shared(
         elif against is not None:
             yield against.path, model.path
         else:
-            yield expand(model, made), model.path
+            yield expand(model, made, unpacked=True), model.path
 
 
 def measure_speed(

@@ -21,6 +21,7 @@ from headshare.errors import CheckpointError
 from headshare.files import read_at
 from headshare.headers import DTYPES, TensorInfo, read_header
 from headshare.layout import Layout
+from headshare.packing import NESTED, Packing
 from headshare.plans import FORMAT, SharePlan
 from headshare.refits import RefitRecord, is_shown
 
@@ -67,6 +68,18 @@ class Checkpoint:
         if self.plan is None or not isinstance(entry, dict) or entry.get("refit") is None:
             return None
         return RefitRecord.from_dict(entry["refit"])
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How the matrices of this shared checkpoint are rounded and packed; None where they are not.
+
+        Raises:
+            PlanError: if the checkpoint says so in a way that is not valid.
+        """
+        entry = self.config.get("quantization_config")
+        if self.plan is None or not isinstance(entry, dict) or entry.get(NESTED) is None:
+            return None
+        return Packing.from_dict(entry[NESTED])
 
     @property
     def base_model(self) -> str | None:
@@ -148,8 +161,9 @@ class Checkpoint:
             return
         method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
         if method == METHOD:
+            how = "expand --unpack" if isinstance(entry, dict) and entry.get(NESTED) else "expand"
             raise CheckpointError(
-                f"{self.name} is already shared. To {purpose}, first: headshare expand {self.name} DENSE"
+                f"{self.name} is already shared. To {purpose}, first: headshare {how} {self.name} DENSE"
             )
         raise CheckpointError(
             f"{self.name} is quantised ({method}). headshare can only {purpose} original weights; quantise afterwards."
@@ -157,12 +171,18 @@ class Checkpoint:
 
 
 def quantization_entry(
-    plan: SharePlan, refit: RefitRecord | None = None, base_model: str | None = None
+    plan: SharePlan,
+    refit: RefitRecord | None = None,
+    base_model: str | None = None,
+    packing: Packing | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config` of a shared checkpoint, which tells transformers who is to load it."""
+    """The `quantization_config` of a shared checkpoint, which tells transformers who is to load it. What rounds its
+    matrices nests inside, under the same name."""
     entry = {"quant_method": METHOD, "format": FORMAT, "plan": plan.model_dump(mode="json")}
     if refit is not None:
         entry["refit"] = refit.model_dump(mode="json")
+    if packing is not None:
+        entry[NESTED] = packing.to_dict()
     return entry if base_model is None else {**entry, "base_model": base_model}
 
 
@@ -207,7 +227,7 @@ def _looks_local(model: str) -> bool:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    _ = checkpoint.plan, checkpoint.refit
+    _ = checkpoint.plan, checkpoint.refit, checkpoint.packing
     return checkpoint
 
 

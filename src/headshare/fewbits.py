@@ -7,8 +7,9 @@ whose inputs are those of all the users; gptqmodel does the rounding.
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,58 +20,68 @@ from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.errors import CheckpointError, PlanError
 from headshare.gaps import GappedTensor
+from headshare.integrations.transformers import module_path
+from headshare.models import empty_model
+from headshare.packing import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
 from headshare.progress import track
+from headshare.sharing import Grouped, write_packed
 from headshare.streams import Layers
 from headshare.whole import WholeTensors
 
-BITS = 4
-GROUP = 128
-SCALE_BYTES = 2
 
-
-@dataclass
+@dataclass(frozen=True)
 class Rounded:
-    """The layers' matrices with rounded numbers, whole, by name, in the types that they are stored as; and the bytes
-    that packing them would save: so many bits a number, and for each group of inputs of a row a scale and a zero."""
+    """A checkpoint, and its layers' matrices rounded, whole, by name: what `save` will write."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    saved_bytes: int = 0
+    checkpoint: Checkpoint
+    packing: Packing
+    matrices: Mapping[str, Grouped]
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the rounded checkpoint as a folder, whole or not at all, and check what was written.
+
+        Raises:
+            OutputError: if the folder exists or cannot be written.
+        """
+        return write_packed(self.checkpoint, self.matrices, self.packing, Path(out), overwrite=overwrite)
 
 
 def round_by_gptq(
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    *,
-    bits: int = BITS,
-    group: int = GROUP,
-    device: str = "cpu",
+    checkpoint: Checkpoint, calibration: Calibration, *, group: int | None = None, device: str = "cpu"
 ) -> Rounded:
-    """Round a dense or a shared checkpoint's matrices, all on the inputs that they have before any is rounded.
+    """Round a dense or a shared checkpoint's matrices to four bits, all on the inputs that they have before any is
+    rounded, with a scale for each `group` of inputs (default: the largest of 128, 64, 32, 16 and 8 that fits all).
 
-    One layer and the hidden states are in memory at a time, and the products of the inputs of shared rows until their
-    last user has been walked. Inputs are grouped by `group`, or all together where that does not divide them.
+    In memory are one layer and the hidden states at a time, the products of the inputs of shared rows until their last
+    user has been walked, and what is rounded, packed.
 
     Raises:
-        CheckpointError: if gptqmodel is not there, the model's matrices stand the other way round (GPT-2's), or the
-            model cannot be walked layer by layer.
-        PlanError: if the plan ties, removes or factors columns of a readout.
+        CheckpointError: if gptqmodel is not there, the model's matrices stand the other way round (GPT-2's), it has
+            experts, it is rounded already, or it cannot be walked layer by layer.
+        PlanError: if the plan does more than share rows (of q, k, v, gate and up), or the group does not fit.
     """
+    if checkpoint.plan is None:
+        checkpoint.require_dense("round it")
     whole = WholeTensors.of(checkpoint)
     tensors, shapes = whole.tensors, whole.shapes
-    if any(tensor.axis != 0 for tensor in tensors.values()):
+    if any(tensor.axis or tensor.removed for tensor in tensors.values()):
         raise PlanError(
             "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."
         )
     layers = Layers(checkpoint, device=device)
     if layers.in_out:
         raise CheckpointError(f"{checkpoint.name} holds its matrices as (input, output), which are not rounded yet.")
-    make = _maker(bits, group)
-    result, names = Rounded(), [layers.tensors_of(layer) for layer in range(layers.count)]
+    if layers.ffn is None:
+        raise CheckpointError(f"{checkpoint.name} has experts, which are not rounded yet.")
+    names = [layers.tensors_of(layer) for layer in range(layers.count)]
+    packing = _packing(checkpoint, [name for layer in names for name in layer], shapes, group)
+    make = _maker(packing.group)
     pieces = [piece for layer in names for name in layer for piece in _pieces(name, tensors, shapes)]
     users: dict[str, list[_Piece]] = {}
     for piece in pieces:
         for user in piece.users:
             users.setdefault(user, []).append(piece)
+    found = {name: _empty(shapes[name], packing.group) for layer in names for name in layer}
     stream = layers.start(calibration.tokens)
     for layer, by_name in track(list(enumerate(names)), "rounding", len(names)):
         module = layers.build(layer)
@@ -81,20 +92,47 @@ def round_by_gptq(
                 for piece in users[name]:
                     piece.task(make, whole, layers.device).add_batch(seen.inputs[path], None)
         for name in by_name:
-            for piece in (piece for piece in users[name] if piece.users[-1] == name):
-                piece.put(result, whole, bits, group)
+            for piece in dict.fromkeys(piece for piece in users[name] if piece.users[-1] == name):
+                piece.put(found[piece.name])
     for name, tensor in tensors.items():
-        if name not in result.tensors:  # all of its rows are borrowed
-            result.tensors[name] = whole.read(name)
-        for gap in tensor.gaps:
-            size = gap.stop - gap.start
-            result.tensors[name][gap.start : gap.stop] = result.tensors[gap.donor].narrow(0, gap.donor_start, size)
-    return result
+        for gap in (gap for gap in tensor.gaps if name in found):
+            mine, theirs, span = found[name], found[gap.donor], gap.stop - gap.start
+            mine.packed[gap.start : gap.stop] = theirs.packed.narrow(0, gap.donor_start, span)
+            mine.scale[gap.start : gap.stop] = theirs.scale.narrow(0, gap.donor_start, span)
+    return Rounded(checkpoint, packing, found)
 
 
-@dataclass
+def _packing(
+    checkpoint: Checkpoint, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], group: int | None
+) -> Packing:
+    """How these matrices are packed; every other linear module of the model is left as it is.
+
+    Raises:
+        PlanError: if a group of so many inputs does not fit a matrix.
+    """
+    inputs = {shapes[name][1] for name in names}
+    fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
+    if group is not None and (group < A_WORD or group % A_WORD):
+        raise PlanError(f"a group of {group} inputs does not fill words of {A_WORD}; use a multiple of {A_WORD}.")
+    if (group is None and not fitting) or (group is not None and any(count % group for count in inputs)):
+        sizes = ", ".join(map(str, sorted(inputs)))
+        raise PlanError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
+    model = empty_model(checkpoint)
+    rounded = {module_path(model, name) for name in names}
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return Packing(group=group or fitting[0], ignore=tuple(path for path in linear if path not in rounded))
+
+
+def _empty(shape: tuple[int, ...], group: int) -> Grouped:
+    rows, inputs = shape
+    packed = torch.zeros(rows, inputs // A_WORD, dtype=torch.int32)
+    return Grouped(packed, torch.zeros(rows, inputs // group, dtype=SCALE_DTYPE))
+
+
+@dataclass(eq=False)
 class _Piece:
-    """Rows of one tensor that have the same users: tensors, in the order in which layers use them, its own first."""
+    """Rows of one tensor that have the same users: tensors, in the order in which layers use them, its own first. A
+    tensor that uses them several times is there as often, and so are its inputs."""
 
     name: str
     rows: Int[Tensor, " rows"]
@@ -110,19 +148,19 @@ class _Piece:
             self._task = make(linear)
         return self._task
 
-    def put(self, result: Rounded, whole: WholeTensors, bits: int, group: int) -> None:
-        """Round, and put the rows into the result."""
+    def put(self, found: Grouped) -> None:
+        """Round, and put the rows into their matrix."""
         with contextlib.redirect_stdout(sys.stderr):
-            found = self._task.quantize()[0].detach()
+            weight, scale, zero, *_ = self._task.quantize()
         self._task = None
-        if self.name not in result.tensors:
-            result.tensors[self.name] = whole.read(self.name)
-        kept = result.tensors[self.name]
-        kept[self.rows] = found.to(kept.dtype).cpu()
-        rows, inputs = found.shape
-        groups = inputs // group if inputs % group == 0 else 1
-        packed = rows * inputs * bits / 8 + rows * groups * (SCALE_BYTES + bits / 8)
-        result.saved_bytes += int(rows * inputs * kept.element_size() - packed)
+        assert bool((zero == OFFSET).all())
+        if not (torch.isfinite(weight).all() and torch.isfinite(scale).all()):
+            raise CheckpointError(
+                f"{self.name} has numbers that are not finite, or its inputs have. Nothing is rounded."
+            )
+        wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+        found.packed[self.rows] = pack((weight / wide).round().cpu())
+        found.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
 
 
 def _pieces(name: str, tensors: Mapping[str, GappedTensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:
@@ -146,7 +184,7 @@ def _layer_of(name: str) -> int:
     return next(int(step) for step in name.split(".") if step.isdigit())
 
 
-def _maker(bits: int, group: int) -> Any:
+def _maker(group: int) -> Any:
     """Makes gptqmodel's GPTQ of a linear module.
 
     Raises:
@@ -162,12 +200,11 @@ def _maker(bits: int, group: int) -> Any:
         ) from None
 
     def make(linear: nn.Linear) -> Any:
-        size = group if linear.in_features % group == 0 else -1
         with contextlib.redirect_stdout(sys.stderr):
             task = GPTQ(
                 linear,
                 QuantizeConfig(
-                    bits=bits, group_size=size, sym=True, desc_act=False, act_group_aware=False, offload_to_disk=False
+                    bits=BITS, group_size=group, sym=True, desc_act=False, act_group_aware=False, offload_to_disk=False
                 ),
             )
             task.quantizer.configure(perchannel=True)

@@ -8,7 +8,7 @@ from headshare.gaps import recipients_by_layer
 from headshare.indices import length
 from headshare.placement import held_again, split_evenly
 from headshare.plans import Factored, Removal, Selection, SharePlan
-from headshare.units import Kind
+from headshare.units import HeadUnit, Kind
 
 KEPT, LENDS, GIVEN, REMOVED, FACTORED = "■", "◆", "·", "x", "f"
 BAR = 32
@@ -24,6 +24,20 @@ def describe(plan: SharePlan) -> dict[str, Any]:
         "removals": [_describe_removal(removal) for removal in plan.removals],
         "factored": [_describe_factored(factored) for factored in plan.factored],
     }
+
+
+def given_up(plan: SharePlan) -> list[float]:
+    """The share of each layer's attention units that are tied, factored or removed: the paper's figure 6."""
+    layouts = [layout for layout in plan.layouts if layout.kind is Kind.ATTENTION]
+    if not layouts:
+        return []
+    units = {tie.recipient for one in plan.selections if one.layout.kind is Kind.ATTENTION for tie in one.ties}
+    numbers = range(layouts[0].layers)
+    for removal in (one for one in plan.removals if one.layout.kind is Kind.ATTENTION):
+        units |= {HeadUnit(layer, group) for layer in numbers for group in removal.indices(layer)}
+    for factored in plan.factored:
+        units |= {HeadUnit(layer, group) for layer in numbers for group, _ in factored.ranked(layer)}
+    return [sum(unit.layer == layer for unit in units) / layouts[0].groups for layer in numbers]
 
 
 def _describe_removal(removal: Removal) -> dict[str, Any]:
@@ -156,6 +170,8 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
         PlanError: if the checkpoint is dense, or has fewer layers than there are devices.
     """
     plan = plan_of(checkpoint)
+    if checkpoint.packing is not None:
+        raise PlanError("what devices hold again is not counted for matrices of 4 bits: give the checkpoint before.")
     places = split_evenly(plan, devices)
     missing = sorted(set(places) - set(checkpoint.tensors))
     if missing:

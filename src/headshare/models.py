@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 import headshare.integrations.transformers  # noqa: F401 - registers the format
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import CheckpointError, EvaluationError
+from headshare.packing import PARTS
 
 
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
@@ -49,9 +51,30 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         if not report["missing_keys"]:
             return model.eval()
+        if missing := sorted(key for key in report["missing_keys"] if key.endswith(PARTS)):
+            raise CheckpointError(
+                f"{checkpoint.name} has no {missing[0]}, a matrix of 4 bits by its config.json. Download it again."
+            )
     raise CheckpointError(
         f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
     )
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """The stock model that config.json names, or the bare one where it names none, with no weights.
+
+    Raises:
+        CheckpointError: if transformers has no such class.
+    """
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    model_class = next(iter(_named_class(checkpoint)), transformers.AutoModel)
+    with quiet(), torch.device("meta"):
+        built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        return (
+            model_class._from_config(built)
+            if issubclass(model_class, transformers.PreTrainedModel)
+            else model_class.from_config(built)
+        )
 
 
 def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
@@ -80,7 +103,7 @@ def _named_class(checkpoint: Checkpoint) -> list[Any]:
 def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         model, report = model_class.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
     if model_class is transformers.AutoModel:
         report["missing_keys"] = {key for key in report["missing_keys"] if "pooler" not in key}

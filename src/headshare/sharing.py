@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.accounting import Estimate, dtype_code, estimate_plan
@@ -47,6 +48,7 @@ from headshare.gaps import (
     tied_names,
 )
 from headshare.headers import DTYPES, read_header
+from headshare.packing import A_WORD, PACKED, PARTS, SCALE, SHAPE, Packing, packed_tensors, part_of, unpack
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
 from headshare.refits import RefitRecord
@@ -81,8 +83,11 @@ class SharedCheckpoint:
         """The exact bytes of the result."""
         return estimate_plan(self.dense, self.plan, dtype=self.dtype)
 
-    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the shared checkpoint as a folder, whole or not at all, and check what was written.
+    def save(
+        self, out: str | Path, *, overwrite: bool = False, notes: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Path:
+        """Write the shared checkpoint as a folder, whole or not at all, and check what was written. `notes` are JSON
+        files that go with it, by name.
 
         Raises:
             OutputError: if the folder exists or cannot be written.
@@ -101,8 +106,11 @@ class SharedCheckpoint:
         if self.dtype is not None:
             config[_dtype_key(config)] = self.dtype
         extras = _extras(self.dense, self.plan, code, self.refitted)
+        assemblies += [_given_assembly(name, tensor, file) for name, (tensor, file) in extras.items()]
         replaced = Stored(self.refitted, {one.name: one for one in assemblies}, tensors)
-        return _write(self.dense, assemblies, config, Path(out), overwrite, extras, replaced)
+        added = {name: tensor for name, (tensor, _) in extras.items()}
+        given: Mapping[str, Tensor] = ChainMap(added, replaced)  # type: ignore[arg-type]
+        return _write(self.dense, assemblies, config, Path(out), overwrite, given, notes=notes)
 
     def with_refit(self, refit: RefitRecord, tensors: Mapping[str, Tensor]) -> "SharedCheckpoint":
         """The same with these tensors, whole, in the place of the dense model's; scales and factors are among them by
@@ -126,7 +134,8 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 def tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
     """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
     biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
-    return {**gapped_tensors(plan), **biases}
+    found = {**gapped_tensors(plan), **biases}
+    return found if checkpoint.packing is None else packed_tensors(found, checkpoint.packing)
 
 
 def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
@@ -161,12 +170,18 @@ def check_shared(checkpoint: Checkpoint) -> SharePlan:
     if plan is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
     tensors = tensors_of(plan, checkpoint)
-    expected = {
+    if checkpoint.packing is not None:
+        _check_packed(checkpoint, tensors, checkpoint.packing)
+    expected: dict[str, tuple[int, ...]] = {
         place.name(layer): place.shape
         for layout in plan.layouts
         for place in layout.parts.values()
         for layer in range(layout.layers)
-    } | {name: tensor.stored_shape for name, tensor in tensors.items()}
+    }
+    if checkpoint.packing is not None:
+        parts = [checkpoint.packing.parts(name, shape) for name, shape in expected.items()]
+        expected = {name: shape for one in parts for name, shape in one.items()}
+    expected |= {name: tensor.stored_shape for name, tensor in tensors.items()}
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, "the checkpoint does not hold what its plan says")
     if plan.removals:
@@ -180,6 +195,27 @@ def check_shared(checkpoint: Checkpoint) -> SharePlan:
     return plan
 
 
+def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], packing: Packing) -> None:
+    """Every packed matrix has its parts, in their types, and in shapes that fit each other.
+
+    Raises:
+        PlanError: naming the first that has not.
+    """
+    what = "the checkpoint does not hold packed matrices as its config.json says"
+    stems = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith(PARTS)}
+    for stem in sorted(stems):
+        found = [checkpoint.tensors.get(part_of(stem, part)) for part in PARTS]
+        if [one and (one.dtype, len(one.shape)) for one in found] != [("I32", 2), ("F16", 2), ("I64", 1)]:
+            raise PlanError(f"{what}: {stem} should have {', '.join(PARTS)}, of I32, F16 and I64.")
+        packed, scale, shape = (one for one in found if one is not None)
+        rows, words = packed.shape
+        for name, wanted in ((scale.name, (rows, words * A_WORD // packing.group)), (shape.name, (2,))):
+            _check_tensor(checkpoint, name, wanted, what)
+        dense = tensors[packed.name].shape[0] if packed.name in tensors else rows
+        if words * A_WORD % packing.group or checkpoint.read(shape.name).tolist() != [dense, words * A_WORD]:
+            raise PlanError(f"{what}: {shape.name} should say {[dense, words * A_WORD]}, in groups of {packing.group}.")
+
+
 def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], what: str) -> None:
     info = checkpoint.tensors.get(name)
     if info is None or info.shape != shape:
@@ -187,12 +223,15 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], wha
         raise PlanError(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")
 
 
-def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False, rounded: bool = True) -> Path:
+def expand(
+    shared: Checkpoint, out: str | Path, *, overwrite: bool = False, rounded: bool = True, unpacked: bool = False
+) -> Path:
     """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor, and zeros
     where units were removed, so that it computes the same.
 
     Scales are multiplied into the columns of W_o that they belong to, and factors with each other. Such a W_o is
-    `rounded` to the checkpoint's type, or else written as float32 at least.
+    `rounded` to the checkpoint's type, or else written as float32 at least. Matrices of four bits stay that, in
+    compressed-tensors' format, or are `unpacked`: to the type that most of the other numbers have.
 
     Raises:
         CheckpointError: if the checkpoint is not shared or its tensors are not what its plan says.
@@ -210,7 +249,48 @@ def expand(shared: Checkpoint, out: str | Path, *, overwrite: bool = False, roun
     if not rounded:
         assemblies = [_widened(one) if one.name in folded else one for one in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
-    return _write(shared, assemblies, config, Path(out), overwrite, {}, folded)
+    if shared.packing is None:
+        return _write(shared, assemblies, config, Path(out), overwrite, folded)
+    if not unpacked:
+        config["quantization_config"] = shared.packing.to_dict()
+        return _write(shared, assemblies, config, Path(out), overwrite)
+    made = _Unpacked(shared, assemblies)
+    return _write(shared, made.assemblies, config, Path(out), overwrite, made)
+
+
+class _Unpacked(Mapping[str, Tensor]):
+    """Matrices of four bits in the type that most of the other numbers have, by name. Made when asked for."""
+
+    def __init__(self, shared: Checkpoint, assemblies: Sequence[Assembly]) -> None:
+        self._shared = shared
+        self._packed = {one.name: one for one in assemblies if one.name.endswith(PARTS)}
+        others = [one for one in assemblies if one.name not in self._packed]
+        weights = [one for one in others if one.dtype in WEIGHT_DTYPES]
+        dtypes = {one.dtype: sum(each.nbytes for each in weights if each.dtype == one.dtype) for one in weights}
+        code = max(dtypes, key=dtypes.__getitem__, default="F32")
+        self._made = {}
+        for name, one in self._packed.items():
+            if name.endswith(PACKED):
+                shape = (one.shape[0], one.shape[1] * A_WORD)
+                whole = part_of(name.removesuffix(f".{PACKED}"), "weight")
+                self._made[whole] = Assembly(whole, code, shape, one.file, 0, ())
+        self.assemblies = [*others, *self._made.values()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        meant = self._made[name]
+        packed, scale = (
+            torch.cat(list(stream(self._packed[part_of(name, part)], self._shared))) for part in (PACKED, SCALE)
+        )
+        return unpack(packed, scale, DTYPES[meant.dtype])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
@@ -221,7 +301,7 @@ def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Pa
     assemblies = [
         overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()
     ]
-    return _write(dense, assemblies, dict(dense.config), Path(out), False, {})
+    return _write(dense, assemblies, dict(dense.config), Path(out), False)
 
 
 def write_refitted(
@@ -249,14 +329,20 @@ def write_refitted(
     tied = set(tied_names(gapped))
     assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
     in_place = _is_own(shared, out)
-    return _write(shared, assemblies, config, out, overwrite or in_place, {}, replaced, in_place=in_place)
+    return _write(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
 
 
 def write_trained(
-    trained: Checkpoint, out: Path, *, dtype: str | None = None, base_model: str | None = None, overwrite: bool = False
+    trained: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a shared checkpoint, whoever wrote it last, as `share` writes one: pages, digests, checks. `dtype`
-    converts all weights.
+    converts all weights; `notes` are JSON files that go with it.
 
     Raises:
         OutputError: if it cannot be written.
@@ -271,7 +357,51 @@ def write_trained(
     config = {**trained.config, "quantization_config": entry}
     if dtype is not None:
         config[_dtype_key(config)] = dtype
-    return _write(trained, assemblies, config, out, overwrite, {})
+    return _write(trained, assemblies, config, out, overwrite, notes=notes)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A matrix of four-bit numbers, packed, and a scale for each group of a row's inputs."""
+
+    packed: Int[Tensor, "rows words"]
+    scale: Float[Tensor, "rows groups"]
+
+
+def write_packed(
+    source: Checkpoint,
+    matrices: Mapping[str, Grouped],
+    packing: Packing,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a shared checkpoint, or a dense one as one that shares nothing, with these matrices packed in the place of
+    its own. They are whole; stored of them is what the plan keeps.
+
+    Raises:
+        PlanError: if the plan does more than share rows.
+        CheckpointError: if a scale is not finite, or the source cannot be read.
+        OutputError: if it cannot be written.
+    """
+    kind = text_config(source.config).get("model_type")
+    plan = SharePlan(model_type=kind) if source.plan is None else check_shared(source)
+    tensors = packed_tensors(tensors_of(plan, source), packing)
+    assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
+    given: dict[str, Tensor] = {}
+    for name, matrix in matrices.items():
+        if not _all_finite(matrix.scale):
+            raise CheckpointError(f"the scales of {name} are not finite: its weights or their inputs are too large.")
+        parts = {part_of(name, PACKED): matrix.packed, part_of(name, SCALE): matrix.scale}
+        for one, whole in parts.items():
+            rows = [whole[start:stop] for start, stop in tensors[one].kept()] if one in tensors else [whole]
+            given[one] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
+        given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
+        file = source.tensors[name].file
+        assemblies += [_given_assembly(one, given[one], file) for one in (*parts, part_of(name, SHAPE))]
+    base = source.name if source.plan is None else source.base_model
+    config = {**source.config, "quantization_config": quantization_entry(plan, source.refit, base, packing)}
+    return _write(source, assemblies, config, out, overwrite, given)
 
 
 def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:
@@ -437,14 +567,12 @@ def _write(
     config: dict[str, Any],
     out: Path,
     overwrite: bool,
-    extras: Mapping[str, tuple[Tensor, str]],
-    replaced: Mapping[str, Tensor] | None = None,
+    given: Mapping[str, Tensor] | None = None,
     *,
     in_place: bool = False,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    given = ChainMap({name: tensor for name, (tensor, _) in extras.items()}, replaced or {})  # type: ignore[arg-type]
-    added = [_given_assembly(name, tensor, file) for name, (tensor, file) in extras.items()]
-    by_file = _by_file([*assemblies, *added])
+    given, by_file = given or {}, _by_file(assemblies)
     expected = sum(one.nbytes for many in by_file.values() for one in many)
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
@@ -453,6 +581,8 @@ def _write(
         digests = _write_files(folder, source, by_file, given)
         if (source.path / _INDEX).is_file():
             write_json(folder / _INDEX, _index(by_file, expected))
+        for name, note in (notes or {}).items():
+            write_json(folder / name, note)
         write_json(folder / "config.json", config)
         _write_manifest(folder, digests)
         with open_checkpoint(folder) as written:
@@ -505,7 +635,7 @@ def _all_finite(numbers: Tensor) -> bool:
 
 
 def _given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
-    code = next(code for code in WEIGHT_DTYPES if DTYPES[code] == tensor.dtype)
+    code = next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)
     return Assembly(name, code, tuple(tensor.shape), file, 0, ())
 
 

@@ -1,5 +1,6 @@
 """Verify a shared checkpoint by opening it again: digests, map, every kept row, and what the model computes."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from headshare.errors import ArchitectureError, CheckpointError, HeadshareError,
 from headshare.evaluation import longest_window
 from headshare.gaps import READOUTS, GappedTensor, bias_name, extra_tensors, scale_names
 from headshare.models import load_model
+from headshare.packing import A_WORD, PACKED, PARTS, part_of
 from headshare.plans import SharePlan
 from headshare.progress import track
 from headshare.recognition import attention_layout, ffn_layout
@@ -106,7 +108,8 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
     """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
     assert shared.plan is not None
     tensors, extras = tensors_of(shared.plan, dense), extra_tensors(shared.plan)
-    for name in set(dense.tensors) ^ (set(shared.tensors) - set(extras)):
+    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if shared.packing else {}
+    for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(extras)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
@@ -124,6 +127,8 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
     if _multiplies_factors(shared.plan):
         result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
+    if shared.packing:
+        result.notes.append(f"not compared with the dense model: {shared.packing.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
@@ -156,7 +161,7 @@ def _check_lent(
     readouts = _refittable(dense, stepped=False)
     lent: dict[str, set[tuple[int, int]]] = {}
     for gap in (gap for tensor in tensors.values() for gap in tensor.gaps):
-        if gap.donor in refitted - readouts:
+        if gap.donor in refitted - readouts and gap.donor in shared.tensors:
             lent.setdefault(gap.donor, set()).add((gap.donor_start, gap.stop - gap.start))
     for name, spans in lent.items():
         tensor, whole, kept = tensors[name], dense.read(name), shared.read(name)
@@ -176,7 +181,9 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
     stored = next(iter(shared.tensors.values())).torch_dtype
     dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
     widened = dtype.itemsize / stored.itemsize
-    needed = int(MODEL_OVERHEAD * widened * sum(info.nbytes for info in shared.tensors.values()))
+    unpacked = [math.prod(info.shape) * A_WORD for name, info in shared.tensors.items() if name.endswith(PACKED)]
+    whole = sum(info.nbytes for info in shared.tensors.values()) + sum(unpacked) * torch.float32.itemsize
+    needed = int(MODEL_OVERHEAD * widened * whole)
     free = psutil.virtual_memory().available
     if needed > free:
         result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
@@ -224,10 +231,10 @@ def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Ch
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not extra_tensors(shared.plan) and not shared.refit:
+        if against is not None and same_dtype and not (extra_tensors(shared.plan) or shared.refit or shared.packing):
             folder = write_overwritten(against, shared.plan, scratch / "stock")
         else:
-            folder = expand(shared, scratch / "stock", rounded=False)
+            folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:
             yield stock
     except OutputError as error:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headshare.assembly import filled, overwritten, stream
 from headshare.checkpoints import Checkpoint
+from headshare.errors import CheckpointError
 from headshare.factors import split_columns
 from headshare.gaps import GappedTensor, factor_names, scale_name
 from headshare.plans import SharePlan
@@ -34,6 +35,10 @@ class WholeTensors:
         Raises:
             CheckpointError, PlanError: if it is shared and does not hold what its plan says.
         """
+        if checkpoint.packing is not None:
+            raise CheckpointError(
+                f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."
+            )
         if checkpoint.plan is None:
             return cls(checkpoint, {}, stored=False)
         return cls(checkpoint, tensors_of(check_shared(checkpoint), checkpoint), stored=True)

@@ -18,14 +18,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headshare.checkpoints import METHOD, quantization_entry
 from headshare.errors import PlanError, StorageError
-from headshare.gaps import reduced_readouts, reduced_tensors
+from headshare.gaps import gapped_tensors, reduced_readouts, reduced_tensors
 from headshare.integrations.shrinking import regrow, shrink, shrunk_of
+from headshare.packing import Packing, packed_tensors
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
 from headshare.refits import RefitRecord, is_shown
 from headshare.storage import STORAGES, check_storage, choose_storage
 from headshare.storage.factored import install_factored
 from headshare.storage.frozen import HOW_TO_TRAIN, read_banks
+from headshare.storage.packed import PackedLinear, install_packed, unpacked
 from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
 
 LOGGER = logging.getLogger("headshare")
@@ -48,6 +50,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         quant_method: str = METHOD,
         refit: Any = None,
         base_model: Any = None,
+        quantization_config: Any = None,
         **_: Any,
     ) -> None:
         if format != FORMAT:
@@ -60,18 +63,32 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         self.storage = storage
         self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
         self.refit = refit if refit is None or isinstance(refit, RefitRecord) else RefitRecord.from_dict(refit)
+        self.packing = (
+            quantization_config
+            if quantization_config is None or isinstance(quantization_config, Packing)
+            else Packing.from_dict(quantization_config)
+        )
+        if self.packing is not None and storage not in ("auto", "owner"):
+            raise PlanError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
         self.base_model = base_model if isinstance(base_model, str) and is_shown(base_model) else None
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; how a model was held in memory is not part of it."""
-        return quantization_entry(self.plan, self.refit, self.base_model)
+        return quantization_entry(self.plan, self.refit, self.base_model, self.packing)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: a plan has no defaults to leave out."""
         return self.to_dict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HeadshareConfig":
-        return HeadshareConfig(self.plan, self.format, self.storage, refit=self.refit, base_model=self.base_model)
+        return HeadshareConfig(
+            self.plan,
+            self.format,
+            self.storage,
+            refit=self.refit,
+            base_model=self.base_model,
+            quantization_config=self.packing,
+        )
 
 
 @register_quantizer(METHOD)
@@ -87,7 +104,12 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
         """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
         still to be worked out is worked out on `owner`, which has the sizes of all storages."""
-        plan = self.quantization_config.plan
+        plan, packing = self.quantization_config.plan, self.quantization_config.packing
+        if packing is not None:
+            tensors = gapped_tensors(plan)
+            packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
+            install_packed(model, packing, tensors, {name: module_path(model, name) for name in tensors})
+            return
         if plan.removals:
             shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
         readouts = reduced_readouts(plan)
@@ -134,13 +156,18 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         plan = self.quantization_config.plan
+        if self.quantization_config.packing is not None:
+            number: Any = model.dtype
+            packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
+            _put_back(model, {path: unpacked(module, number) for path, module in packed})
+            return _converted(model, dtype)
         removed = {name: module_path(model, name) for name in shrunk_of(plan)}
         shared = dict(shared_projections(model))
         stock = _stock_modules(model, {*shared, *removed.values()})
         whole = {path: dense_module(projection, stock[path]) for path, projection in shared.items()}
         _put_back(model, whole)
         regrow(model, plan, stock, removed)
-        return model.to(dtype if isinstance(dtype, torch.dtype) else None)
+        return _converted(model, dtype)
 
     @contextmanager
     def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
@@ -167,6 +194,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         Raises:
             StorageError: if shared weights are read-only. The Trainer asks, and would otherwise train only the others.
         """
+        if self.quantization_config.packing is not None:
+            raise StorageError("this model's matrices are rounded to 4 bits, which are not trained. Train it before.")
         if self._frozen:
             raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")
         return True
@@ -212,6 +241,15 @@ def _most_alike(path: str, names: list[str]) -> str | None:
     if not alike or (len(alike) > 1 and alike[-2][0] == alike[-1][0]):
         return None
     return alike[-1][1]
+
+
+def _converted(model: nn.Module, dtype: Any) -> nn.Module:
+    """The model with its weights in this type. Buffers keep theirs: frequencies of rotary embeddings are in float32,
+    whatever the weights are."""
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -30,6 +30,22 @@ class Slot(NamedTuple):
     nth: int
 
 
+def borrowed(
+    tensor: GappedTensor, tensors: Mapping[str, GappedTensor]
+) -> tuple[list[str], dict[int, Spans], tuple[Slot, ...]]:
+    """What a whole weight is put together from: its donors, the stored spans that each of them lends and (OWN) that it
+    has itself, and the order in which they stand."""
+    names = list(dict.fromkeys(gap.donor for gap in tensor.gaps))
+    spans: dict[int, list[tuple[int, int]]] = {number: [] for number in range(OWN, len(names))}
+    slots = []
+    for source, start, stop in tensor.whole():
+        first = tensors[source].stored_index(start)
+        donor = OWN if source == tensor.name else names.index(source)
+        slots.append(Slot(donor, len(spans[donor])))
+        spans[donor].append((first, first + stop - start))
+    return names, {number: tuple(some) for number, some in spans.items()}, tuple(slots)
+
+
 class OwnerProjection(SharedProjection):
     """A projection that stores the rows (or columns) it owns, and borrows the others from donors when it runs.
 
@@ -48,17 +64,10 @@ class OwnerProjection(SharedProjection):
         """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
         if not tensor.gaps:
             return
-        names = list(dict.fromkeys(gap.donor for gap in tensor.gaps))
-        spans: dict[str, list[tuple[int, int]]] = {name: [] for name in (tensor.name, *names)}
-        slots = []
-        for source, start, stop in tensor.whole():
-            first = tensors[source].stored_index(start)
-            slots.append(Slot(OWN if source == tensor.name else names.index(source), len(spans[source])))
-            spans[source].append((first, first + stop - start))
+        names, spans, self._slots = borrowed(tensor, tensors)
         self._donors = tuple(_owner(modules[name]) for name in names)
-        self._spans = tuple(tuple(spans[name]) for name in names)
-        self._own = tuple(spans[tensor.name])
-        self._slots = tuple(slots)
+        self._spans = tuple(spans[number] for number in range(len(names)))
+        self._own = spans[OWN]
 
     def forward(
         self,
