@@ -30,11 +30,12 @@ from headshare.benching import load_once
 from headshare.cli import app, main
 from headshare.demo import Row
 from headshare.table import HEADERS
+from nearest import stand_in
 
 WEIGHTS = "model.safetensors"
 COMMANDS = (
-    "bench", "estimate", "score", "plan", "share", "refit", "train", "inspect", "verify", "expand", "eval", "compare",
-    "report", "generate", "demo",
+    "bench", "estimate", "score", "plan", "share", "refit", "train", "quantize", "inspect", "verify", "expand", "eval",
+    "compare", "report", "generate", "demo",
 )  # fmt: skip
 WORDS = [f"w{number}" for number in range(4, tiny.VOCABULARY)]
 
@@ -200,6 +201,7 @@ KEYS: dict[str, set[str]] = {
     "share": SHARED,
     "refit": {"tensors", "text", "text_digest", "tokens", "window", "seed", "seconds", "out"},
     "train": {"method", "steps", "best_step", "loss_before", "loss_after", "ties", "curve", "settings"},
+    "quantize": {"matrices", "group", "bytes_before", "bytes", "seconds", "out"},
     "inspect": {"model_type", "plan_digest", "ties", "selections", "removals", "factored", "stored_bytes", "refit"},
     "verify": {"ok", "max_logit_diff"},
     "expand": {"out", "bytes"},
@@ -213,8 +215,11 @@ KEYS: dict[str, set[str]] = {
 
 
 @pytest.fixture
-def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, list[object]]:
+def valid(
+    model: Path, shared: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[object]]:
     """For every command, words that it accepts."""
+    stand_in(monkeypatch)
     with hs.open_checkpoint(model) as dense:
         hs.score_units(dense).save(tmp_path / "scores")
     long = add_tokenizer(tiny.make_llama(tmp_path / "long", max_position_embeddings=1024))
@@ -225,6 +230,7 @@ def valid(model: Path, shared: Path, text: Path, tmp_path: Path) -> dict[str, li
         "share": [model, "out"],
         "refit": [shared, "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 128],
         "train": [model, "trained", "--data", text, "--context", 16, "--max_steps", 1, "--use_cpu", "true"],
+        "quantize": [shared, "rounded", "--calibration", text, "--calibration-window", 16],
         "inspect": [shared],
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
@@ -386,7 +392,8 @@ def test_inspect_shows_a_folder_and_a_plan_alike(model: Path, run: Run, tmp_path
     run("plan", "scores.safetensors", "--ratio", 0.5)
     run("share", model, "out", "--plan", "share_plan.json")
     folder, plan = run("inspect", "out", "--json").data, run("inspect", "share_plan.json", "--json").data
-    assert (folder.pop("refit"), folder.pop("base_model")) == (None, str(model))
+    popped = [folder.pop(key) for key in ("refit", "quantization_config", "base_model")]
+    assert popped == [None, None, str(model)]
     assert folder.pop("stored_bytes") == sum(t.nbytes for t in load_file(tmp_path / "out" / WEIGHTS).values())
     assert folder == plan
     (selection,) = plan["selections"]

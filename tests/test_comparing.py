@@ -18,15 +18,16 @@ import tiny
 from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
-from headshare.comparing.grid import as_csv, table, verdict
 from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED
+from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
-from headshare.evaluating import Text
+from headshare.evaluating import Parallel, Text, measure
 from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
 from headshare.training import Sharing, TrainSettings, train
 from test_cli import a_text, add_tokenizer
+from test_evaluating import model  # noqa: F401 - a fixture
 
 EDITS = [name for name, method in METHODS.items() if not method.refits and name not in (*TRAINED, "gptq4")]
 PLANS = [name for name, method in METHODS.items() if method.refits]
@@ -125,6 +126,15 @@ def test_every_cell_is_measured_once_and_a_stopped_grid_goes_on(
     assert not (tmp_path / "model").exists()
 
 
+def test_what_saves_the_same_at_every_ratio_is_measured_once(place: Path, tmp_path: Path) -> None:
+    cells = run(place, tmp_path, "directshare", "int8", ratios=(0.25, 0.5))
+    assert [cell.title for cell in cells] == ["dense", "int8", "directshare 0.25", "directshare 0.5"]
+    assert [("int8" in line, line[:8]) for line in verdict(cells).splitlines()] == [
+        (True, "At 0.25,"),
+        (True, "At 0.5, "),
+    ]
+
+
 def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
     def make(case: Any) -> Any:
         made.append(method.name)
@@ -132,7 +142,38 @@ def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
             raise KeyboardInterrupt
         return method.make(case)
 
-    return type(method)(method.name, method.summary, make, method.refits)
+    return type(method)(method.name, method.summary, make, method.refits, method.fixed)
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    """The model that is compared may lie in the folder that the comparison is written to."""
+    dense = add_tokenizer(tiny.make_llama(tmp_path / "model"))
+    (tmp_path / "rounded").mkdir()
+    text = Text(a_text(tmp_path / "text", 200), 32)
+    compare(hs.open_checkpoint(dense), Grid(("directshare",), (0.5,), text=text), tmp_path)
+    assert hs.open_checkpoint(dense).plan is None
+    assert (tmp_path / "rounded").is_dir()
+    assert not list(tmp_path.glob(".headshare-*"))
+
+
+def test_translations_are_compared_too(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As `headshare eval` measures them."""
+    (tmp_path / "en").write_text("a cat\nthe wind\n")
+    (tmp_path / "fr").write_text("un chat\nle vent\n")
+    parallel = Parallel(tmp_path / "en", tmp_path / "fr", "English: {source}\nFrench:", tokens=8)
+    dense = hs.open_checkpoint(model)
+    cells = compare(dense, Grid(("directshare",), (0.5,), parallel=parallel), tmp_path / "out")
+    shared = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5)).save(tmp_path / "shared")
+    for cell, folder in zip(cells, (model, shared), strict=True):
+        (row,) = measure([folder], parallel=parallel)
+        (found,) = cell.results
+        assert (found.task, found.metrics) == ("translation of en", row.metrics)
+    assert (
+        "| ratio | method | saved | disk, MiB | memory, MiB | perplexity | divergence | translation of en |"
+        in (tmp_path / "out/table.md").read_text()
+    )
+    with pytest.raises(EvaluationError, match="both a source and a reference"):
+        Recipe(source=tmp_path / "en").grid()
 
 
 def test_another_text_or_model_is_another_cell(place: Path, tmp_path: Path) -> None:
@@ -191,7 +232,7 @@ def test_the_verdict_follows_from_the_numbers() -> None:
         cell("auto+refit", 1.0, 2.0, 3.0),
         cell("deletion+refit", 1.5, 2.4, 3.6),
     ]
-    cells.append(cell("int8", 0.1, 0.2, 0.3))
+    cells.append(cell("int8", 0.1, 0.2, 0.3, ratio=0.0))
     words = verdict(cells).splitlines()
     assert words[0] == ("At 0.3, by perplexity, best first: int8 (1.221), auto+refit (7.389), deletion+refit (12.18).")
     error = statistics.stdev([0.5, 0.4, 0.6]) / 3**0.5
@@ -277,6 +318,17 @@ def test_another_training_text_under_the_same_name_is_another_cell(place: Path, 
         compare(dense, Grid(("postshare",), (0.5,), text=text, training=settings), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "cells.json").read_text())
     assert [one["method"] for one in kept] == ["dense", "postshare", "postshare"]
+
+
+def test_tasks_while_training_are_read_from_the_comparisons_folder(tmp_path: Path) -> None:
+    train = {"text": {"data": "text"}, "tasks": {"names": ["piqa"], "limit": 5}}
+    found = Recipe(methods=("postshare",), tasks=("piqa",), data_dir=tmp_path, train=train).grid().training
+    assert found is not None
+    assert found.tasks.data_dir == tmp_path
+    train = {**train, "tasks": {"names": ["piqa"], "data_dir": "there"}}
+    found = Recipe(methods=("postshare",), tasks=("piqa",), data_dir=tmp_path, train=train).grid().training
+    assert found is not None
+    assert found.tasks.data_dir == Path("there")
 
 
 def test_settings_of_training_that_would_not_be_used_are_refused(place: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import headshare as hs
 from headshare.cli import main
+from nearest import stand_in
 from test_cli import a_text, add_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,7 @@ def test_the_readmes_commands_run_in_their_order(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch)
     a_text(tmp_path / "FILE", 1200)
     add_tokenizer(llama).rename(tmp_path / "MODEL")
     (tmp_path / "DATA").mkdir()
@@ -60,6 +62,7 @@ def test_the_readmes_commands_run_in_their_order(
         "generate",
         "bench",
         "expand",
+        "quantize",
         "score",
         "plan",
         "refit",

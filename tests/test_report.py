@@ -1,21 +1,30 @@
 """Claims follow from numbers, and the page holds what was measured."""
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import headshare as hs
+import tiny
+from headshare.baselines import attention_of
 from headshare.comparing import METHODS, Compared, Grid, compare
 from headshare.comparing.claims import Checked, Says, checked
+from headshare.comparing.figures import draw
 from headshare.comparing.grid import About
 from headshare.comparing.methods import base_of
 from headshare.comparing.report import Measured, Published, published, report
 from headshare.errors import EvaluationError
-from headshare.evaluating import Text
+from headshare.evaluating import Text, measure
 from headshare.evaluating.results import Measured as Row
 from headshare.evaluating.results import Metric
 from headshare.evaluating.tasks import TASKS
+from headshare.inspection import given_up
+from headshare.plans import Removal, SharePlan
+from headshare.training import TrainSettings
 from test_comparing import command, place  # noqa: F401 - fixtures
 
 PUBLISHED = Path(__file__).parents[1] / "recipes" / "published" / "2402.11819.yaml"
@@ -123,6 +132,20 @@ def test_the_command_writes_the_page_of_finished_comparisons(command, place: Pat
     assert {one["says"] for one in found[0]["claims"]} <= set(Says)
 
 
+def test_results_of_eval_stand_on_the_page_too(place: Path, tmp_path: Path, command: Callable) -> None:  # noqa: F811
+    text = Text(place / "test", 32)
+    rows = measure([place / "model"], text=text, out=tmp_path / "evaluated")
+    status, out, _ = command("report", tmp_path / "evaluated")
+    assert status == 0
+    assert "## evaluated" in out
+    assert f"| model | {rows[0].in_cell} |" in out
+    assert str(tmp_path) not in out
+    (tmp_path / "evaluated/results.json").write_text("[1]")
+    status, _, said = command("report", tmp_path / "evaluated")
+    assert status == 1
+    assert "holds no results" in said
+
+
 def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     assert command("report", tmp_path)[0] == 1
     grid = Grid(("directshare",), (0.5,), text=Text(place / "test", 32))
@@ -151,3 +174,67 @@ def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_p
 def test_evidence_names_both_sides() -> None:
     found = checked([cell("directshare", 0.1, 1.0, 1.1), cell("match-k", 0.1, 2.0, 2.1)])
     assert found == [Checked(found[0].claim, "0.1", Says.HOLDS, "directshare 2.858, match-k 7.768")]
+
+
+# ---- figures
+
+
+def test_figures_show_what_there_is(place: Path, tmp_path: Path, command: Callable) -> None:  # noqa: F811
+    """Points of quality for every method, a row of layers for every plan, a curve for each training run."""
+    run = TrainSettings.made(
+        {"method": "postshare", "text": {"data": str(place / "calibration"), "context": 16, "held_out": 4},
+         "learning": {"arguments": {"max_steps": 3, "use_cpu": True}}}
+    )  # fmt: skip
+    names = ("directshare", "deletion-same", "postshare", "int8")
+    dense = hs.open_checkpoint(place / "model")
+    grid = Grid(names, (0.25, 0.5), text=Text(place / "test", 32), training=run)
+    cells = compare(dense, grid, tmp_path / "cells")
+    plan = hs.make_plan(hs.score_units(dense), 0.5)
+    by_name = {(cell.method, cell.ratio): cell for cell in cells}
+    given = [sum(tie.recipient.layer == layer for tie in plan.selections[0].ties) / 2 for layer in range(4)]
+    assert by_name["directshare", 0.5].by_layer == by_name["postshare", 0.5].by_layer == tuple(given)
+    assert sum(by_name["deletion-same", 0.5].by_layer) > 0
+    assert by_name["int8", 0.0].by_layer == ()
+    assert [row["step"] for row in by_name["postshare", 0.5].curve] == [0, 1, 2, 3]
+    page = tmp_path / "pages" / "page.md"
+    page.parent.mkdir()
+    words = ("report", str(tmp_path / "cells"), "--out", str(page), "--figures", str(tmp_path / "drawn"))
+    assert command(*words)[0] == 0
+    for kind, texts in (
+        ("quality", ["directshare", "int8", "perplexity", "saved"]),
+        ("layers", ["postshare 0.25", "deletion-same 0.5"]),
+        ("curves", ["postshare 0.5", "steps"]),
+    ):
+        drawn = (tmp_path / "drawn" / f"1-{kind}.svg").read_text()
+        assert all(text in drawn for text in texts)
+        assert f"](../drawn/1-{kind}.svg)" in page.read_text()
+    assert "int8" not in (tmp_path / "drawn/1-layers.svg").read_text()
+
+
+def test_accuracies_have_a_figure_of_their_own(tmp_path: Path) -> None:
+    curve = tuple({"step": float(step), "loss": 2.0 - step / 10, "piqa_acc": 0.5 + step / 20} for step in range(3))
+    some = replace(cell("postshare", 0.3, 1.0, 2.0), curve=curve)
+    ((_, path),) = [one for one in draw([some], tmp_path, "x") if "curves" in one[1].name]
+    assert "postshare 0.3, piqa" in path.read_text()
+    assert "accuracy, %" in path.read_text()
+    assert draw([cell("int8", 0.3, failed="no")], tmp_path, "none") == []
+
+
+def test_without_matplotlib_figures_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(EvaluationError, match=r"pip install 'headshare\[report\]'"):
+        draw([], tmp_path, "x")
+
+
+def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(tiny.make_llama(tmp_path / "model"))
+    layout = attention_of(dense)
+    removal = Removal(layout=layout, removed={2: [0]})
+    (selection,) = hs.make_plan(hs.score_units(dense), 0.2).selections
+    plan = SharePlan(model_type="llama", selections=(selection,), removals=(removal,))
+    (tie,) = selection.ties
+    wanted = [0.0, 0.0, 0.0, 0.0]
+    wanted[2] += 0.5
+    wanted[tie.recipient.layer] += 0.5 if tie.recipient != (2, 0) else 0.0
+    assert given_up(plan) == wanted
+    assert given_up(SharePlan()) == []

@@ -23,17 +23,20 @@ from headshare.calibrating import (
     Setting,
     Wanted,
     budget_of,
+    device_named,
     plan_calibrated,
     refit_checkpoint,
     share_calibrated,
 )
 from headshare.calibration import TOKENS as CALIBRATION_TOKENS
+from headshare.calibration import calibration_from
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.compare_command import compare_command, report_command
 from headshare.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.errors import CalibrationError, CheckpointError, HeadshareError, OutputError, PlanError
 from headshare.eval_command import evaluate_command, generate_command
 from headshare.evaluation import WINDOW, read_text
+from headshare.fewbits import round_by_gptq
 from headshare.inspection import describe, describe_split, picture, picture_split, plan_of
 from headshare.memory import watched_peak
 from headshare.options import (
@@ -534,8 +537,10 @@ def inspect(
         "stored_bytes": stored,
         "refit": None if record is None else {**record.model_dump(mode="json"), "tensors": len(record.tensors)},
         "base_model": checkpoint.base_model,
+        "quantization_config": None if checkpoint.packing is None else checkpoint.packing.to_dict(),
     }
     words = f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}"
+    words += "" if checkpoint.packing is None else f"\n{checkpoint.packing.in_words()}"
     words += "" if record is None else f"\n{record.in_words()}"
     if split is not None:
         data["split"] = describe_split(checkpoint, split)
@@ -567,9 +572,60 @@ def verify(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shared checkpoint, or a dense one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    calibration: NeededCalibrationOption,
+    group: Annotated[
+        int | None, typer.Option(help="Inputs that have one scale. Default: the largest of 128, 64, 32... that fits.")
+    ] = None,
+    calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
+    calibration_window: CalibrationWindowOption = WINDOW,
+    seed: CalibrationSeedOption = 0,
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Round the layers' matrices to 4 bits by GPTQ (gptqmodel), each shared unit once, on what all its users give it.
+
+    Ties must be of q, k and v (or of gate and up). What comes out loads like any shared checkpoint.
+    """
+    begun = time.monotonic()
+    check_vacant(out, overwrite=overwrite)
+    with open_checkpoint(model, revision=revision) as source:
+        check_output(out, source.path, overwrite=overwrite)
+        text = calibration_from(
+            calibration,
+            source,
+            tokens=calibration_tokens,
+            window=calibration_window,
+            seed=seed,
+            device=device_named(device),
+        )
+        found = round_by_gptq(source, text, group=group, device=device_named(device))
+        found.save(out, overwrite=overwrite)
+        before = sum(info.nbytes for info in source.tensors.values())
+    after = sum(info.nbytes for info in open_checkpoint(out).tensors.values())
+    seconds = time.monotonic() - begun
+    data = {
+        "matrices": len(found.matrices), "group": found.packing.group, "bytes_before": before, "bytes": after,
+        "seconds": seconds, "out": str(out),
+    }  # fmt: skip
+    words = (
+        f"{len(found.matrices)} matrices rounded to 4 bits in groups of {found.packing.group}: {before:,} bytes of "
+        f"weights before, {after:,} now ({1 - after / before:.1%} less)\nWritten and checked in {seconds:.1f} s: {out}"
+    )
+    print_result(data, words, as_json)
+
+
+@app.command()
 def expand(
     shared: SharedArgument,
     dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write; it must not exist.")],
+    unpack: Annotated[
+        bool, typer.Option("--unpack", help="Write matrices of 4 bits as ordinary ones, not as compressed-tensors.")
+    ] = False,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -577,7 +633,7 @@ def expand(
     """Write a stock folder, donors' rows in place, that any tool loads without headshare."""
     check_vacant(dense, overwrite=overwrite)
     with open_checkpoint(shared, revision=revision) as checkpoint:
-        expand_checkpoint(checkpoint, dense, overwrite=overwrite)
+        expand_checkpoint(checkpoint, dense, overwrite=overwrite, unpacked=unpack)
     size = sum(info.nbytes for info in open_checkpoint(dense).tensors.values())
     print_result({"out": str(dense), "bytes": size}, f"{size:,} bytes of weights in {dense}", as_json)
 

@@ -4,6 +4,8 @@ report`: a page of what it found.
 What it needs is imported when it begins: the other commands should not wait for it.
 """
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +13,11 @@ import typer
 
 from headshare.calibration import TOKENS
 from headshare.checkpoints import open_checkpoint
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, TrainingError
 from headshare.eval_command import EvalDtypeName
 from headshare.evaluation import WINDOW
-from headshare.files import write_whole
-from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given, print_result
+from headshare.files import read_yaml, write_whole
+from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given, listed, print_result
 
 LISTS = ("methods", "ratios", "tasks")
 
@@ -36,6 +38,9 @@ def compare_command(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window of --text.")] = WINDOW,
+    source: Annotated[Path | None, typer.Option(help="Lines to translate, as of `eval`.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the model is given of a line, {source}.")] = "{source}\n",
     tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks, as of `eval`.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many questions of each task, or subject.")] = None,
@@ -63,19 +68,19 @@ def compare_command(
     """
     given: dict[str, Any] = {
         "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
-        "tasks": tasks, "data_dir": data_dir, "limit": limit, "few_shot": few_shot, "batch_size": batch_size,
-        "dtype": dtype.value, "calibration": calibration, "calibration_tokens": calibration_tokens,
+        "source": source, "reference": reference, "prompt": prompt, "tasks": tasks, "data_dir": data_dir,
+        "limit": limit, "few_shot": few_shot, "batch_size": batch_size, "dtype": dtype.value,
+        "calibration": calibration, "calibration_tokens": calibration_tokens,
         "calibration_window": calibration_window, "seed": seed, "device": device,
     }  # fmt: skip
     chosen = {
-        name: _list(value) if name in LISTS else value for name, value in given.items() if is_given(context, name)
+        name: listed(value) if name in LISTS else value for name, value in given.items() if is_given(context, name)
     }
     from headshare.comparing import Recipe, compare
-    from headshare.comparing.grid import table, to_dict, verdict
-    from headshare.training.settings import read_yaml
+    from headshare.comparing.tables import table, to_dict, verdict
 
     if train is not None:
-        chosen["train"] = read_yaml(train)
+        chosen["train"] = read_yaml(train, TrainingError)
 
     recipe = Recipe.load(config, chosen)
     if recipe.model is None:
@@ -89,24 +94,38 @@ def compare_command(
     print_result(to_dict(cells), f"{table(cells)}\n\n{verdict(cells)}", as_json)
 
 
-def _list(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def report_command(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="What `compare --out` wrote.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="What `compare --out` wrote, or `eval --out`.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Write the page here too, in place of what is there.")] = None,
     paper: Annotated[
         Path | None,
         typer.Option(help="Published figures in YAML, such as recipes/published/2402.11819.yaml, to put beside ours."),
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw figures into this folder, and show them on the page.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One page in Markdown from finished comparisons: their tables, and what becomes of the paper's claims."""
-    from headshare.comparing.report import Measured, published, report
+    """One page in Markdown from finished comparisons: their tables, and what becomes of the paper's claims. Results of
+    `eval` come after them."""
+    from headshare.comparing.figures import draw
+    from headshare.comparing.grid import ABOUT
+    from headshare.comparing.report import Evaluated, Measured, published, report
+    from headshare.evaluating.results import RESULTS
 
-    measured = [Measured.load(folder) for folder in folders]
-    page = report(measured, published(paper) if paper else ())
+    results = [one for one in folders if (one / RESULTS).is_file() and not (one / ABOUT).is_file()]
+    measured = [Measured.load(folder) for folder in folders if folder not in results]
+    evaluated = [Evaluated.load(folder) for folder in results]
+    tables, shown = published(paper) if paper else (), []
+    if figures is not None:
+        start = out.absolute().parent if out else Path.cwd()
+        for number, one in enumerate(measured, 1):
+            drawn = draw(one.cells, figures, str(number))
+            shown.append([(title, os.path.relpath(path, start)) for title, path in drawn])
+    page = report(measured, tables, shown, evaluated)
     if out is not None:
         write_whole(out, page.encode())
-    print_result({"tables": [one.to_dict() for one in measured]}, page, as_json)
+    data = {"tables": [one.to_dict() for one in measured], "evaluated": [asdict(one) for one in evaluated]}
+    print_result(data, page, as_json)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from headshare.comparing.grid import DENSE, Compared
+from headshare.comparing.cells import DENSE, Compared
 from headshare.comparing.methods import MATCHES, ROUNDED, SHARING, TRAINED, base_of
 
 ERRORS = 2.0  # standard errors that a difference must be, to be one
@@ -38,7 +38,7 @@ class Checked:
 def checked(cells: Sequence[Compared]) -> list[Checked]:
     """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
     errors; without a text the mean accuracy does. Level is what differs by less: with few windows, much does."""
-    done = [cell for cell in cells if not cell.failed]
+    done = [cell for cell in cells if cell.losses or accuracy(cell) is not None]
     made = [cell for cell in done if cell.method != DENSE]
     claims = [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(made)]
     dense = next((cell for cell in done if cell.method == DENSE and cell.losses), None)

@@ -1,15 +1,13 @@
 """The methods that are compared: ways to save so many bytes of a model, and controls. Each is a function of a case.
 
-A method gives a plan, an edit of a stock model that says what it would save, or the settings of a training run that
-shares. Plans can be refitted: of a name `deletion` there is also `deletion+refit`.
+A method gives a plan, rounded matrices, an edit of a stock model that says what it would save, or the settings of a
+training run that shares. Plans can be refitted: of a name `deletion` there is also `deletion+refit`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from headshare.accounting import estimate, estimate_plan
 from headshare.baselines import (
@@ -26,9 +24,9 @@ from headshare.budget import plan_for_bytes, plan_for_units
 from headshare.calibrating import prices_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
-from headshare.controls import weight_of, with_random_donors
+from headshare.controls import with_random_donors
 from headshare.errors import EvaluationError
-from headshare.fewbits import round_by_gptq
+from headshare.fewbits import Rounded, round_by_gptq
 from headshare.paths import Form, Prices
 from headshare.planning import make_plan, units_at
 from headshare.plans import Removal, SharePlan
@@ -143,17 +141,19 @@ class Edit:
     note: str
 
 
-Make = Callable[[Case], SharePlan | Edit | TrainSettings]
+Make = Callable[[Case], SharePlan | Edit | TrainSettings | Rounded]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to save bytes. `summary` is its line in a table; `refits` says whether there is a refit of it."""
+    """A way to save bytes. `summary` is its line in a table; `refits` says whether there is a refit of it, `fixed` that
+    it saves what it saves, whatever the ratio."""
 
     name: str
     summary: str
     make: Make
     refits: bool
+    fixed: bool
 
 
 METHODS: dict[str, Method] = {}
@@ -164,25 +164,11 @@ def base_of(name: str) -> str:
     return name.removesuffix(ROUNDED).removesuffix(REFIT)
 
 
-def rounding(checkpoint: Checkpoint, text: Calibration, device: str, *, already: int = 0) -> Edit:
-    """The edit of a checkpoint's stock model that rounds its layers' matrices to four bits by GPTQ, shared units once;
-    so many bytes are saved `already`."""
-
-    @torch.no_grad()
-    def change(model: Any) -> int:
-        found = round_by_gptq(checkpoint, text, device=device)
-        for name, tensor in found.tensors.items():
-            weight_of(model, name).copy_(tensor)
-        return already + found.saved_bytes
-
-    return Edit(change, "computed with the rounded numbers as dense ones; what is saved is counted")
-
-
-def method(name: str, summary: str, *, refits: bool = True) -> Callable[[Make], Make]:
+def method(name: str, summary: str, *, refits: bool = True, fixed: bool = False) -> Callable[[Make], Make]:
     """Register a method under this name."""
 
     def register(make: Make) -> Make:
-        METHODS[name] = Method(name, summary, make, refits)
+        METHODS[name] = Method(name, summary, make, refits, fixed)
         return make
 
     return register
@@ -310,11 +296,13 @@ def _magnitude_zeros(case: Case) -> Edit:
     return Edit(change, f"{case.saved_bytes:,} bytes of zeros, all of them stored")
 
 
-@method("int8", "every layer's matrices rounded to 8 bits, a scale an output, whatever the ratio", refits=False)
+@method(
+    "int8", "every layer's matrices rounded to 8 bits, a scale an output, whatever the ratio", refits=False, fixed=True
+)
 def _int8(_: Case) -> Edit:
     return Edit(round_to_integers, "computed with the rounded numbers as dense ones; what is saved is counted")
 
 
-@method("gptq4", "every layer's matrices rounded to 4 bits by GPTQ, whatever the ratio", refits=False)
-def _gptq4(case: Case) -> Edit:
-    return rounding(case.dense, case.common.text, case.common.device)
+@method("gptq4", "every layer's matrices rounded to 4 bits by GPTQ, whatever the ratio", refits=False, fixed=True)
+def _gptq4(case: Case) -> Rounded:
+    return round_by_gptq(case.dense, case.common.text, device=case.common.device)

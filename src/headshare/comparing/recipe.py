@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.calibration import TOKENS, Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
 from headshare.comparing.grid import Grid
 from headshare.errors import EvaluationError
-from headshare.evaluating import Settings, Text
+from headshare.evaluating import Parallel, Settings, Text
+from headshare.evaluating.generating import SOURCE
 from headshare.evaluation import WINDOW
+from headshare.files import read_yaml
 from headshare.training import TrainSettings
 
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
@@ -31,6 +32,9 @@ class Recipe(BaseModel):
     text: Path | None = None
     tokens: int | None = None
     window: Annotated[int, Field(ge=2)] = WINDOW
+    source: Path | None = None
+    reference: Path | None = None
+    prompt: str = SOURCE + "\n"
     tasks: tuple[str, ...] = ()
     data_dir: Path | None = None
     limit: int | None = None
@@ -51,12 +55,7 @@ class Recipe(BaseModel):
         Raises:
             EvaluationError: if the file cannot be read, or a setting is none.
         """
-        found: Any = {}
-        if path is not None:
-            try:
-                found = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise EvaluationError(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
+        found = {} if path is None else read_yaml(path, EvaluationError)
         if not isinstance(found, dict):
             raise EvaluationError(f"{path} holds no settings but {found!r:.60}. See recipes/ for examples.")
         try:
@@ -71,15 +70,20 @@ class Recipe(BaseModel):
         """The cells that it asks for.
 
         Raises:
-            EvaluationError: as `Grid` does.
+            EvaluationError: as `Grid` and `Parallel` do, or if one side of a translation is missing.
             TrainingError: if `train` is not what training settings are.
         """
+        if (self.source is None) != (self.reference is None):
+            raise EvaluationError("a translation needs both a source and a reference.")
         return Grid(
             methods=self.methods,
             ratios=self.ratios,
             tasks=self.tasks,
             data=self.data_dir,
             text=None if self.text is None else Text(self.text, self.window, self.tokens),
+            parallel=None
+            if self.source is None or self.reference is None
+            else Parallel(self.source, self.reference, self.prompt, self.limit),
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
             training=self._training(),
@@ -90,7 +94,11 @@ class Recipe(BaseModel):
             return None
         if set_here := sorted({"method", "sharing", "seed"} & self.train.keys()):
             raise EvaluationError(f"{set_here[0]} in `train` would not be used: the comparison sets it. Leave it out.")
-        return TrainSettings.made({"method": "postshare", **self.train})
+        found = TrainSettings.made({"method": "postshare", **self.train})
+        if found.tasks.names and found.tasks.data_dir is None:  # those of the comparison
+            tasks = found.tasks.model_copy(update={"data_dir": self.data_dir})
+            return found.model_copy(update={"tasks": tasks})
+        return found
 
     def calibration_on(self, dense: Checkpoint) -> Calibration | None:
         """The calibration text, if there is one.

@@ -3,16 +3,21 @@ becomes of the paper's claims."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
+from headshare.comparing.cells import CELLS, Compared, read_cells
 from headshare.comparing.claims import ACCURACY, Checked, checked
-from headshare.comparing.grid import ABOUT, CELLS, About, Compared, read_cells, table, verdict
+from headshare.comparing.grid import ABOUT, About
+from headshare.comparing.tables import table, verdict
 from headshare.errors import EvaluationError
+from headshare.evaluating.results import RESULTS, read_results, table_of
+from headshare.evaluating.results import Measured as Row
+from headshare.files import read_yaml
 from headshare.refits import is_shown
 
 _ABOUT: TypeAdapter[About] = TypeAdapter(About)
@@ -80,15 +85,37 @@ class Measured:
         return {**asdict(self.about), "claims": [asdict(one) for one in checked(self.cells)]}
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What `headshare eval --out` keeps in one folder, of models by their names without folders."""
+
+    title: str
+    rows: list[Row]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evaluated":
+        """All results of a folder.
+
+        Raises:
+            EvaluationError: if it holds something else, or two models of one name.
+        """
+        rows = read_results(folder / RESULTS)
+        short = {row.model: Path(row.model).name for row in rows}
+        if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
+            raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
+        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows])
+
+
 def published(path: Path) -> list[Published]:
     """The paper's tables, from YAML.
 
     Raises:
         EvaluationError: if the file cannot be read, or holds none.
     """
+    data = read_yaml(path, EvaluationError)
     try:
-        found = _PUBLISHED.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        found = _PUBLISHED.validate_python(data)
+    except ValueError as error:
         raise EvaluationError(f"{path} holds no tables of figures: {' '.join(str(error).split()):.200}") from None
     for one in found:
         if wrong := [name for name, values in one.rows.items() if len(values) != len(one.tasks)]:
@@ -98,13 +125,23 @@ def published(path: Path) -> list[Published]:
     return found
 
 
-def report(measured: Sequence[Measured], tables: Sequence[Published] = ()) -> str:
-    """The page, in Markdown."""
+def report(
+    measured: Sequence[Measured],
+    tables: Sequence[Published] = (),
+    figures: Sequence[Sequence[tuple[str, str]]] = (),
+    evaluated: Sequence[Evaluated] = (),
+) -> str:
+    """The page, in Markdown. `figures` are what to show with each comparison: what a figure shows, and its address;
+    `evaluated`, what `headshare eval` measured, come last."""
     claims = [(one, found) for one in measured for found in checked(one.cells)]
     lines = ["# Results", "", *_summary(claims)]
-    for one in measured:
+    for one, shown in zip_longest(measured, figures, fillvalue=()):
+        assert isinstance(one, Measured)
         lines += ["", f"## {one.about.title or one.about.model}", "", _about(one.about), "", table(one.cells), ""]
         lines += [verdict(one.cells), *_beside(one, tables), *_claims(checked(one.cells))]
+        lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
+    for results in evaluated:
+        lines += ["", f"## {results.title}", "", table_of(results.rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -145,7 +182,7 @@ def _beside(one: Measured, tables: Sequence[Published]) -> list[str]:
     """Our accuracies beside the paper's, in percent, where it has this model."""
     lines: list[str] = []
     for found in (found for found in tables if found.model.casefold() == one.about.model.casefold()):
-        ours = {_row(cell): {row.task: row for row in cell.results} for cell in one.cells}
+        ours = {cell.title: {row.task: row for row in cell.results} for cell in one.cells}
         common = [task for task in found.tasks if any(task in results for results in ours.values())]
         if not common:
             continue
@@ -156,10 +193,6 @@ def _beside(one: Measured, tables: Sequence[Published]) -> list[str]:
             cells = [f"{_percent(ours.get(name, {}), task)} / {paper[task]:.2f}" for task in common]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _row(cell: Compared) -> str:
-    return cell.method if not cell.ratio else f"{cell.method} {cell.ratio:g}"
 
 
 def _percent(results: Mapping[str, Any], task: str) -> str:

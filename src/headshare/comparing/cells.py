@@ -1,0 +1,95 @@
+"""A cell of a comparison: one method at one ratio, and the file that keeps those that are done."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from headshare.errors import EvaluationError
+from headshare.evaluating.results import Measured
+from headshare.files import write_whole
+
+CELLS = "cells.json"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method at one ratio; at 0 the dense model, and methods that save the same whatever the ratio.
+
+    Bytes on disk are those of the weights' files as they were written, in memory those of the loaded model's
+    parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `losses` and `divergences` are
+    those of the text's windows, nats a token: what predictions lose, and how far they are from the dense model's.
+    `by_layer` is the share of each layer's attention units that gave up weights; `curve` has a row for each time that
+    was measured while training: `step`, `loss` on what was held out (as shared then), and accuracies. `failed` says why
+    there is nothing else."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    key: str
+    method: str
+    ratio: float
+    saved_bytes: int = 0
+    saved_fraction: float = 0.0
+    disk_bytes: int | None = None
+    memory_bytes: int | None = None
+    seconds: float = 0.0
+    note: str = ""
+    failed: str = ""
+    results: tuple[Measured, ...] = ()
+    losses: tuple[float, ...] = ()
+    divergences: tuple[float, ...] = ()
+    by_layer: tuple[float, ...] = ()
+    curve: tuple[dict[str, float], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The method, and its ratio where it has one."""
+        return f"{self.method} {self.ratio:g}" if self.ratio else self.method
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the text, if there is one."""
+        return math.exp(min(statistics.mean(self.losses), 700)) if self.losses else None
+
+    def loses_more_than(self, other: "Compared") -> tuple[float, float]:
+        """By how many nats a token, and the standard error over windows, which are the same."""
+        more = [one - two for one, two in zip(self.losses, other.losses, strict=True)]
+        return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
+
+
+_CELLS: TypeAdapter[list[Compared]] = TypeAdapter(list[Compared])
+
+
+def read_cells(file: Path) -> list[Compared]:
+    """The cells of a file.
+
+    Raises:
+        EvaluationError: if it holds none.
+    """
+    if not file.is_file():
+        raise EvaluationError(f"there is no {file}. `headshare compare` writes it.")
+    try:
+        return _CELLS.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        what = str(error).splitlines()[0]
+        raise EvaluationError(f"{file} holds no cells of `headshare compare` ({what}). Move it.") from None
+
+
+class Kept:
+    """The cells that are done, and the file that keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / CELLS
+        self.cells = read_cells(self.file) if self.file.is_file() else []
+
+    def find(self, key: str) -> Compared | None:
+        """The cell of this key."""
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+    def add(self, cell: Compared) -> None:
+        """Keep it, in the file too."""
+        self.cells.append(cell)
+        write_whole(self.file, _CELLS.dump_json(self.cells, indent=1))

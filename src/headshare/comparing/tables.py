@@ -1,0 +1,98 @@
+"""The cells of a comparison as a table, in words, and as CSV."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from headshare.comparing.cells import DENSE, Compared
+from headshare.comparing.methods import DELETING, SHARING, base_of
+
+
+def table(cells: Sequence[Compared]) -> str:
+    """Markdown: a row a cell; bytes in MiB, divergences in nats a token and accuracies in percent, both with standard
+    errors, a tilde where an accuracy cannot be told from guessing."""
+    tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
+    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", "perplexity", "divergence", *tasks, "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:|---" + "|--:" * (len(heads) - 2) + "|"]
+    chances = {row.task: row.chance for cell in cells for row in cell.results if row.chance is not None}
+    if chances:
+        guesses = [f"{100 * chances[task]:.1f}" if task in chances else "" for task in tasks]
+        lines.append("| | guessing | | | | | | " + " | ".join(guesses) + " | |")
+    for cell in cells:
+        ratio = f"{cell.ratio:g}" if cell.ratio else ""
+        if cell.failed:
+            lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
+            continue
+        by_task = {row.task: row.in_cell for row in cell.results}
+        values = [ratio, cell.method, f"{cell.saved_fraction:.2%}", *map(_mib, (cell.disk_bytes, cell.memory_bytes))]
+        values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
+        values += [by_task.get(task, "") for task in tasks]
+        lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
+    notes = dict.fromkeys(f"{cell.method}: {cell.note}." for cell in cells if cell.note)
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
+
+
+def _with_error(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
+
+
+def verdict(cells: Sequence[Compared]) -> str:
+    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
+    shares beside the best that only deletes, with the standard error of the difference over windows."""
+    lines = []
+    for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
+        some = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
+        some.sort(key=lambda cell: statistics.mean(cell.losses))
+        if not some:
+            continue
+        words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
+        by = f"At {ratio:g}, by" if ratio else "By"
+        lines.append(f"{by} perplexity, best first: {words}.")
+        sharing, deleting = (
+            next((cell for cell in some if base_of(cell.method) in names), None) for names in (SHARING, DELETING)
+        )
+        if sharing and deleting:
+            more, error = sharing.loses_more_than(deleting)
+            word = "ahead of" if more < -2 * error else "behind" if more > 2 * error else "level with"
+            lines.append(
+                f"The best that shares, {sharing.method}, is {word} the best that only deletes, {deleting.method}: "
+                f"{more:+.4f} nats a token (standard error {error:.4f})."
+            )
+    return "\n".join(lines)
+
+
+def as_csv(cells: Sequence[Compared]) -> str:
+    """A line a cell and metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("method", "ratio", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
+    writer.writerow([*names, "task", "metric", "value", "standard_error", "chance", "questions"])
+    for row in _rows(cells):
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
+    for cell in cells:
+        start = [cell.method, cell.ratio, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        if cell.losses:
+            yield [*start, "text", "perplexity", cell.perplexity, "", "", len(cell.losses)]
+            yield [*start, "text", "divergence", statistics.mean(cell.divergences), "", "", len(cell.divergences)]
+        for row in cell.results:
+            for name, metric in row.metrics.items():
+                yield [*start, row.task, name, metric.value, metric.error, row.chance, row.questions]
+
+
+def to_dict(cells: Sequence[Compared]) -> dict[str, Any]:
+    """The same as `--json` prints it."""
+    return {"cells": [asdict(cell) for cell in cells], "verdict": verdict(cells)}
