@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import statistics
 import sys
 import zipfile
@@ -611,8 +612,27 @@ def test_translations_are_measured_as_sacrebleu_and_nltk_measure_them(runner: Ru
     wanted = sacrebleu.corpus_bleu([text.strip() for text in written], [references]).score
     assert one.metrics["bleu"].value == pytest.approx(wanted)
     assert one.questions == 2
-    assert "bleu" in one.in_cell
-    assert "meteor" in one.in_cell
+    assert re.fullmatch(r"bleu [\d.]+ ± [\d.]+, meteor [\d.]+ ± [\d.]+", one.in_cell)
+
+
+def test_errors_of_translations_are_those_of_their_lines() -> None:
+    references = [f"the cat number {n} went to the house of the pig {n % 3}" for n in range(40)]
+    written = [
+        " ".join(word for k, word in enumerate(text.split()) if (n * k) % 7 != 1) for n, text in enumerate(references)
+    ]
+    found = bleu_and_meteor(written, references)
+    alone = [bleu_and_meteor([one], [other])["meteor"] for one, other in zip(written, references, strict=True)]
+    assert all(metric.error is None for metric in alone)
+    values = torch.tensor([metric.value for metric in alone])
+    assert found["meteor"].error == pytest.approx(float(values.std() / len(values) ** 0.5), rel=1e-4)
+    drawn = torch.Generator().manual_seed(0)
+    resampled = []
+    for _ in range(400):
+        some = torch.randint(40, (40,), generator=drawn).tolist()
+        resampled.append(sacrebleu.corpus_bleu([written[n] for n in some], [[references[n] for n in some]]).score)
+    assert found["bleu"].error == pytest.approx(float(torch.tensor(resampled).std()), rel=0.2)
+    # Nothing right is 0 without a doubt, and no reason to fail.
+    assert bleu_and_meteor(["x", "y"], ["a b c d", "e f g h"])["bleu"] == Metric(0.0, 0.0)
 
 
 def test_meteor_rewards_order_and_stems_and_needs_no_dictionary() -> None:

@@ -40,6 +40,11 @@ def scored(method: str, ratio: float, share: float, error: float | None) -> Comp
     return Compared(f"{method}{ratio}", method, ratio, int(1000 * ratio), results=(row,))
 
 
+def translated(method: str, ratio: float, bleu: float, error: float | None) -> Compared:
+    row = Row(method, "translation of en", "k", {"bleu": Metric(bleu, error), "meteor": Metric(1.0)}, 100)
+    return Compared(f"{method}{ratio}", method, ratio, int(1000 * ratio), results=(row,))
+
+
 def says(cells: list[Compared], words: str) -> list[tuple[str, Says]]:
     return [(one.where, one.says) for one in checked(cells) if words in one.claim]
 
@@ -65,6 +70,10 @@ def test_a_method_that_is_said_to_be_worse_must_be_so_by_two_errors(first: str, 
     for share, wanted in ((0.4, Says.HOLDS), (0.6, Says.FAILS), (0.49, Says.OPEN)):
         assert says([scored(first, 0.1, share, 0.02), scored(second, 0.1, 0.5, 0.02)], words) == [("0.1", wanted)]
     assert says([scored(first, 0.1, 0.4, None), scored(second, 0.1, 0.5, 0.02)], words) == [("0.1", Says.OPEN)]
+    for bleu, wanted in ((20.0, Says.HOLDS), (24.0, Says.FAILS), (21.9, Says.OPEN)):
+        cells = [translated(first, 0.1, bleu, 0.3), translated(second, 0.1, 22.0, 0.3)]
+        assert says(cells, words) == [("0.1", wanted)]
+        assert f"{first} BLEU {bleu:.1f}, {second} BLEU 22.0" in [one.evidence for one in checked(cells)]
     assert says([cell(first, 0.1, 2.0), cell(second, 0.1, 1.0)], words) == [
         ("0.1", Says.OPEN)
     ]  # no error of one window

@@ -12,7 +12,7 @@ from headshare.comparing.methods import MATCHES, ROUNDED, SHARING, TRAINED, base
 
 ERRORS = 2.0  # standard errors that a difference must be, to be one
 PAPERS = "directshare"
-ACCURACY = "acc"
+ACCURACY, BLEU = "acc", "bleu"
 RIVALS = tuple(f"match-{name}" for name in MATCHES)
 
 
@@ -37,8 +37,9 @@ class Checked:
 
 def checked(cells: Sequence[Compared]) -> list[Checked]:
     """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
-    errors; without a text the mean accuracy does. Level is what differs by less: with few windows, much does."""
-    done = [cell for cell in cells if cell.losses or accuracy(cell) is not None]
+    errors; without a text the mean accuracy does, and without tasks BLEU. Level is what differs by less: with few
+    windows, much does."""
+    done = [cell for cell in cells if cell.losses or score(cell) is not None]
     made = [cell for cell in done if cell.method != DENSE]
     claims = [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(made)]
     dense = next((cell for cell in done if cell.method == DENSE and cell.losses), None)
@@ -50,21 +51,33 @@ def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
     if one.losses and other.losses:
         more, error = one.loses_more_than(other)
         return more, error, f"{one.method} {one.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
-    first, second = accuracy(one), accuracy(other)
+    first, second = score(one), score(other)
     if first is None or second is None:
         return math.nan, math.nan, ""
-    words = f"{one.method} {100 * first[0]:.1f} %, {other.method} {100 * second[0]:.1f} %"
-    return second[0] - first[0], math.hypot(first[1], second[1]), words
+    words = f"{one.method} {first.shown}, {other.method} {second.shown}"
+    return second.value - first.value, math.hypot(first.error, second.error), words
 
 
-def accuracy(cell: Compared) -> tuple[float, float] | None:
-    """The mean over tasks, and its standard error; None without tasks."""
-    found = [row.metrics[ACCURACY] for row in cell.results if ACCURACY in row.metrics]
-    known = [(metric.value, metric.error) for metric in found if metric.value is not None]
-    if not known:
-        return None
-    errors = [math.nan if error is None else error for _, error in known]
-    return statistics.mean(value for value, _ in known), math.hypot(*errors) / len(known)
+@dataclass(frozen=True)
+class Score:
+    """How well a model does its tasks: the more the better, with its standard error, and as a table shows it."""
+
+    value: float
+    error: float
+    shown: str
+
+
+def score(cell: Compared) -> Score | None:
+    """The mean accuracy over tasks, or the mean BLEU; None where neither was measured."""
+    for name in (ACCURACY, BLEU):
+        found = [row.metrics[name] for row in cell.results if name in row.metrics]
+        known = [(metric.value, metric.error) for metric in found if metric.value is not None]
+        if known:
+            errors = [math.nan if error is None else error for _, error in known]
+            value = statistics.mean(value for value, _ in known)
+            shown = f"{100 * value:.1f} %" if name == ACCURACY else f"BLEU {value:.1f}"
+            return Score(value, math.hypot(*errors) / len(known), shown)
+    return None
 
 
 def _says(more: float, error: float, *, if_more: Says, if_less: Says, if_level: Says) -> Says:
@@ -121,8 +134,8 @@ def _decay(cells: Sequence[Compared]) -> Iterator[Checked]:
 
 
 def _figure(cell: Compared) -> str:
-    found = accuracy(cell)
-    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else f"{100 * found[0]:.1f} %"
+    found = score(cell)
+    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else found.shown
     return f"{value} at {cell.ratio:g}"
 
 

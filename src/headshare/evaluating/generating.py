@@ -1,5 +1,8 @@
 """Text that models write after a prompt: samples side by side, and translations with their BLEU and METEOR."""
 
+import json
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +18,8 @@ from headshare.models import quiet
 from headshare.progress import track
 
 SOURCE = "{source}"
+RESAMPLED = 1000
+HALF_INTERVAL = 1.96  # standard errors, of 95 %
 
 
 @dataclass(frozen=True)
@@ -161,22 +166,31 @@ class Parallel:
 
 def bleu_and_meteor(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
     """Corpus BLEU as sacrebleu computes it, in percent, and the mean of METEOR over lines (Banerjee and Lavie,
-    "METEOR", 2005), in percent, with exact and stemmed matches; synonyms are English alone, and left out.
+    "METEOR", 2005), in percent, with exact and stemmed matches; synonyms are English alone, and left out. Standard
+    errors over lines: of BLEU, from sacrebleu's confidence interval of 1,000 bootstrap samples (Koehn, 2004).
 
     Raises:
         EvaluationError: if sacrebleu or nltk are not installed.
     """
     try:
         from nltk.translate.meteor_score import meteor_score
-        from sacrebleu import corpus_bleu
+        from sacrebleu import BLEU
     except ImportError:
         raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
-    bleu = corpus_bleu(list(written), [list(references)]).score
+    metric = BLEU()
+    bleu = metric.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLED)
+    interval = json.loads(bleu.format(width=6, signature=metric.get_signature().format(), is_json=True))
     scores = [
-        meteor_score([reference.split()], text.split(), wordnet=_NoSynonyms())
+        100 * meteor_score([reference.split()], text.split(), wordnet=_NoSynonyms())
         for text, reference in zip(written, references, strict=True)
     ]
-    return {"bleu": Metric(float(bleu)), "meteor": Metric(100 * sum(scores) / len(scores))}
+    several = len(scores) > 1
+    return {
+        "bleu": Metric(float(bleu.score), interval.get("confidence_var", 0.0) / HALF_INTERVAL if several else None),
+        "meteor": Metric(
+            statistics.mean(scores), statistics.stdev(scores) / math.sqrt(len(scores)) if several else None
+        ),
+    }
 
 
 class _NoSynonyms:

@@ -66,7 +66,9 @@ class Measured:
             return "?"
         if name != "acc":
             others = ", ".join(
-                f"{one} {found.value:.1f}" for one, found in self.metrics.items() if found.value is not None
+                f"{one} {found.value:.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
+                for one, found in self.metrics.items()
+                if found.value is not None
             )
             return {"perplexity": f"{metric.value:,.3f}", "bleu": others}.get(name, f"{name} {metric.value:.4g}")
         error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
