@@ -33,7 +33,7 @@ from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
 from headshare.calibration import Calibration, calibration_from
 from headshare.checkpoints import Checkpoint
 from headshare.controls import overwrite_recipients, with_random_donors
-from headshare.evaluation import Windows, losses_and_divergences, perplexity, read_text, windows_of
+from headshare.evaluation import Predictions, Windows, losses_and_divergences, perplexity, read_text, windows_of
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model, load_tokenizer
 from headshare.paths import Form, Prices, paths_from_json, paths_to_json
@@ -119,8 +119,9 @@ class Bench:
         self.dense, self.calibration, self.windows, self.device = dense, calibration, windows, device
         self.ffn, self.steps = ffn, steps
         self.kept, self.probe = kept, probe
-        self.stock = load_model(dense)
-        self.dense_perplexity = perplexity(self.stock, windows).perplexity
+        stock = load_model(dense)
+        self.predictions = Predictions(stock, windows)
+        self.dense_perplexity = perplexity(stock, windows).perplexity
         self.layout = attention_of(dense)
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
@@ -149,7 +150,7 @@ class Bench:
         model = load_model(self.dense)
         overwrite_recipients(model, plan)
         put(model, tensors)
-        losses, divergences = losses_and_divergences(model, self.stock, self.windows)
+        losses, divergences = losses_and_divergences(model, self.predictions)
         found = estimate_plan(self.dense, plan)
         value = losses.mean().exp().item()
         return Row(

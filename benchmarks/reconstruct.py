@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import headshare as hs
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
-from headshare.evaluation import Windows, losses_and_divergences
+from headshare.evaluation import Predictions, Windows, losses_and_divergences
 from headshare.models import load_model
 from headshare.plans import SharePlan
 from headshare.progress import shown, track
@@ -67,7 +67,7 @@ def main() -> None:
     rows = []
     base: tuple[Tensor, Tensor] | None = None
     with shown():
-        stock = load_model(dense)
+        predictions = Predictions(load_model(dense), windows)
         cells = [("refit alone", 0, 0.0)]
         cells += [(name, args.steps, float(rate)) for name in args.train.split(",") for rate in args.rates.split(",")]
         for name, steps, rate in cells:
@@ -80,7 +80,7 @@ def main() -> None:
             model = load_model(dense)
             overwrite_recipients(model, plan)
             put(model, one.result.tensors)
-            losses, divergences = losses_and_divergences(model, stock, windows)
+            losses, divergences = losses_and_divergences(model, predictions)
             base = base or (losses, divergences)
             closed = [1 - step.error_after / step.error_before for step in one.result.steps if "gradient" in step.note]
             rows.append(

@@ -8,7 +8,7 @@ import torch
 
 import headshare as hs
 import tiny
-from headshare.evaluation import Windows, losses_and_divergences, perplexity, window_losses
+from headshare.evaluation import Predictions, Windows, losses_and_divergences, perplexity, window_losses
 from headshare.models import load_model
 
 
@@ -30,7 +30,7 @@ def test_a_windows_divergence_is_the_sum_over_tokens_of_p_log_p_over_q(tmp_path:
     dense = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "dense", initializer_range=0.2)))
     other = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "other", initializer_range=0.2, seed=1)))
     windows = Windows(tiny.tokens(16, 3), False)
-    losses, found = losses_and_divergences(other, dense, windows)
+    losses, found = losses_and_divergences(other, Predictions(dense, windows))
     with torch.no_grad():
         p, q = (model(input_ids=windows.tokens).logits[:, :-1].double().softmax(-1) for model in (dense, other))
     wanted = (p * (p / q).log()).sum(-1).mean(-1)
@@ -38,4 +38,20 @@ def test_a_windows_divergence_is_the_sum_over_tokens_of_p_log_p_over_q(tmp_path:
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
     assert (found > 0.01).all()
     assert torch.equal(losses, window_losses(other, windows))
-    assert losses_and_divergences(dense, dense, windows)[1].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    assert losses_and_divergences(dense, Predictions(dense, windows))[1].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+def test_the_dense_model_runs_once_for_all_models_where_there_is_room(tmp_path: Folder) -> None:
+    dense = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "dense", initializer_range=0.2)), dtype="bfloat16")
+    other = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "other", initializer_range=0.2, seed=1)))
+    windows = Windows(tiny.tokens(16, 4), False)
+    ran = []
+    dense.register_forward_hook(lambda *_: ran.append(1))
+    one = Predictions(dense, windows).logits(0).nbytes
+    found = []
+    for room, runs in ((4 * one, 4), (2 * one, 8), (0, 12)):
+        ran.clear()
+        predictions = Predictions(dense, windows, room=room)
+        found += [losses_and_divergences(other, predictions)[1] for _ in range(3)]
+        assert len(ran) == runs
+    assert all(torch.equal(found[0], divergences) for divergences in found[1:])

@@ -18,6 +18,7 @@ from headshare.models import load_model, load_tokenizer, quiet
 from headshare.progress import track
 
 WINDOW = 512
+KEPT_BYTES = 4 * 2**30
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
 
 
@@ -190,13 +191,44 @@ def window_losses(model: Any, windows: Windows) -> Float[Tensor, " windows"]:
         EvaluationError: as `perplexity` does.
     """
     _check_causal(model)
-    losses = [_loss(_logits(model, window), window) for window in track(windows.tokens, "windows", len(windows.tokens))]
+    shown = track(windows.tokens, "windows", len(windows.tokens))
+    losses = [_loss(_logits(model, window).float(), window) for window in shown]
     return torch.tensor(losses, dtype=torch.float64)
+
+
+class Predictions:
+    """What the dense model predicts in each of these windows, to hold other models against. What it says of the first
+    windows is kept, as far as `room` bytes reach, so that any number of models costs one run of it.
+
+    Raises:
+        EvaluationError: if it predicts no next token.
+    """
+
+    def __init__(self, dense: Any, windows: Windows, *, room: int = KEPT_BYTES) -> None:
+        _check_causal(dense)
+        self.windows = windows
+        self._dense, self._room = dense, room
+        self._kept: dict[int, Tensor] = {}
+
+    @torch.inference_mode()
+    def logits(self, window: int) -> Float[Tensor, "predicted words"]:
+        """Of one window, as the dense model gives them.
+
+        Raises:
+            EvaluationError: if one is NaN or infinite.
+        """
+        if window in self._kept:
+            return self._kept[window]
+        found = _logits(self._dense, self.windows.tokens[window]).cpu()
+        if found.nbytes <= self._room:
+            self._room -= found.nbytes
+            self._kept[window] = found
+        return found
 
 
 @torch.inference_mode()
 def losses_and_divergences(
-    model: Any, dense: Any, windows: Windows
+    model: Any, dense: Predictions
 ) -> tuple[Float[Tensor, " windows"], Float[Tensor, " windows"]]:
     """The model's `window_losses`, and how far its predictions are from the dense model's in each window, nats a token:
     KL(dense | model) of their next-token distributions. Loss says how well a text is predicted; divergence, how much
@@ -206,12 +238,12 @@ def losses_and_divergences(
         EvaluationError: as `perplexity` does, for either.
     """
     _check_causal(model)
-    _check_causal(dense)
     losses, divergences = [], []
-    for window in track(windows.tokens, "windows", len(windows.tokens)):
-        found = _logits(model, window)
-        losses.append(_loss(found, window))
-        wanted = _logits(dense, window).log_softmax(dim=-1).to(found.device)
+    tokens = dense.windows.tokens
+    for index in track(range(len(tokens)), "windows", len(tokens)):
+        found = _logits(model, tokens[index]).float()
+        losses.append(_loss(found, tokens[index]))
+        wanted = dense.logits(index).to(found.device).float().log_softmax(dim=-1)
         apart = functional.kl_div(found.log_softmax(dim=-1), wanted, reduction="none", log_target=True)
         divergences.append(apart.sum(dim=-1).double().mean().item())
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(divergences, dtype=torch.float64)
@@ -227,7 +259,7 @@ def _check_causal(model: Any) -> None:
 
 def _logits(model: Any, window: Int[Tensor, " window"]) -> Float[Tensor, "predicted words"]:
     tokens = window[None].to(next(model.parameters()).device)
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     check_finite(logits)
     return logits
 

@@ -33,7 +33,7 @@ from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
 from headshare.evaluating.results import key_of
-from headshare.evaluation import Windows, losses_and_divergences
+from headshare.evaluation import Predictions, losses_and_divergences
 from headshare.fewbits import Rounded, round_by_gptq
 from headshare.files import write_whole
 from headshare.inspection import given_up
@@ -299,7 +299,7 @@ class _Bench:
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.grid.text is None:
             return (), ()
-        found = losses_and_divergences(runner.model, self._stock.model, self._windows)
+        found = losses_and_divergences(runner.model, self._predictions)
         losses, divergences = (tuple(round(value, 7) for value in one.tolist()) for one in found)
         return losses, divergences
 
@@ -308,10 +308,10 @@ class _Bench:
         return Common(self.dense, self.calibration, self.work, self.device, self.grid.training)
 
     @cached_property
-    def _windows(self) -> Windows:
-        """The text's, the same for every cell."""
+    def _predictions(self) -> Predictions:
+        """The dense model's of the text, the same for every cell."""
         assert self.grid.text is not None
-        return self.grid.text.windows(self._stock)
+        return Predictions(self._stock.model, self.grid.text.windows(self._stock))
 
     @cached_property
     def _stock(self) -> Runner:
