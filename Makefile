@@ -1,11 +1,12 @@
 # make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
+# make results    write docs/results.md anew from what was measured
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format results clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -34,6 +35,9 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+results: $(VENV)/installed
+	$(BIN)/headshare report docs/measured/* --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
 
 clean:
 	rm -rf $(VENV) demo-output dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
