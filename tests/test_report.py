@@ -27,7 +27,8 @@ from headshare.plans import Removal, SharePlan
 from headshare.training import TrainSettings
 from test_comparing import command, place  # noqa: F401 - fixtures
 
-PUBLISHED = Path(__file__).parents[1] / "recipes" / "published" / "2402.11819.yaml"
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "recipes" / "published" / "2402.11819.yaml"
 
 
 def cell(method: str, ratio: float, *losses: float, failed: str = "") -> Compared:
@@ -247,3 +248,15 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
     wanted[tie.recipient.layer] += 0.5 if tie.recipient != (2, 0) else 0.0
     assert given_up(plan) == wanted
     assert given_up(SharePlan()) == []
+
+
+def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
+    """`make results` would change nothing."""
+    folders = sorted((ROOT / "docs" / "measured").iterdir())
+    measured = [Measured.load(folder) for folder in folders]
+    drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
+    shown = [[(title, f"results/{path.name}") for title, path in some] for some in drawn]
+    assert report(measured, published(PUBLISHED), shown) == (ROOT / "docs" / "results.md").read_text()
+    assert {path.name for some in drawn for _, path in some} == {
+        path.name for path in (ROOT / "docs" / "results").iterdir()
+    }
