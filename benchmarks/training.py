@@ -123,7 +123,7 @@ class Bench:
         arguments = {
             "max_steps": args.steps, "per_device_train_batch_size": args.batch, "learning_rate": args.rate,
             "lr_scheduler_type": "cosine", "warmup_steps": args.steps // 10, "logging_steps": 10,
-            "use_cpu": args.device == "cpu",
+            "use_cpu": args.device == "cpu", "bf16": args.bf16,
         }  # fmt: skip
         text = {"data": self.data, "context": args.window, "held_out": args.held_out}
         sharing = {} if method == "recover" else {"ratio": ratio}
@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision, as the Trainer's --bf16 does")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("training"))
@@ -269,7 +270,7 @@ def main() -> None:
                 sys.stderr.write(f"{rows[-1]}\n")
         dense = perplexity(load_model(bench.dense), bench.windows).perplexity
     words = [
-        json.dumps({**machine(), "products": args.products}),
+        json.dumps({**machine(), "products": args.products, "mixed precision": args.bf16}),
         f"{args.steps} steps of {args.batch} x {args.window} tokens of {Path(args.data).name}, rate {args.rate:g}; "
         f"measured on {bench.windows.tokens.numel()} tokens",
         table(rows, dense),
