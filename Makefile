@@ -37,7 +37,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 results: $(VENV)/installed
-	$(BIN)/headshare report docs/measured/* --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
+	$(BIN)/headshare report docs/measured/*/ --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
 
 clean:
 	rm -rf $(VENV) demo-output dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

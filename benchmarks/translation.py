@@ -87,7 +87,9 @@ def main() -> None:
             },
         )  # fmt: skip
         text = recipe.calibration_on(model)
-        cells = compare(model, recipe.grid(), args.out / "compared", calibration=text, title=recipe.title)
+        cells = compare(
+            model, recipe.grid(), args.out / "compared", calibration=text, device=args.device, title=recipe.title
+        )
     words = [
         json.dumps({**machine(), "products": args.products}),
         f"fine-tuned for {args.finetune_steps} steps of 8 x {args.window} tokens, rate {args.finetune_rate:g}; methods "

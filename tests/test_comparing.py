@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import tiny
 from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
-from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED
+from headshare.comparing.cells import Kept
+from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
 from headshare.evaluating import Parallel, Text, measure
@@ -26,6 +29,7 @@ from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
 from headshare.training import Sharing, TrainSettings, train
+from nearest import stand_in
 from test_cli import a_text, add_tokenizer
 from test_evaluating import model  # noqa: F401 - a fixture
 
@@ -142,7 +146,7 @@ def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
             raise KeyboardInterrupt
         return method.make(case)
 
-    return type(method)(method.name, method.summary, make, method.refits, method.fixed)
+    return replace(method, make=make)
 
 
 def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
@@ -193,6 +197,18 @@ def test_a_method_that_this_model_cannot_have_is_a_row_that_says_why(place: Path
     assert all(cell.failed.split(".")[0] in table(found) for cell in found)
 
 
+def test_what_could_not_be_had_is_tried_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package may be installed by then."""
+    for name in ("gptqmodel", "gptqmodel.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install" in run(place, tmp_path, "gptq4", "directshare")[1].failed
+    stand_in(monkeypatch)
+    found = run(place, tmp_path, "gptq4", "directshare")
+    assert found[1].disk_bytes
+    assert [cell.method for cell in Kept(tmp_path).cells] == ["dense", "directshare", "gptq4"]
+    assert run(place, tmp_path, "gptq4", "directshare") == found
+
+
 @pytest.mark.parametrize(("grid", "says"), [
     ({"methods": ("cats",)}, "no method 'cats'"),
     ({"methods": ("int8+refit",)}, "no readout"),
@@ -209,9 +225,10 @@ def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, pl
 
 
 def test_methods_that_look_at_a_text_ask_for_one(place: Path, tmp_path: Path) -> None:
-    for name in ("auto", "llm-pruner", "directshare+refit"):
-        with pytest.raises(EvaluationError, match="--calibration"):
-            run(place, tmp_path, name, calibration=None)
+    for name in ("auto", "llm-pruner", "directshare+refit", "gptq4", "directshare+gptq4"):
+        with pytest.raises(EvaluationError, match=f"^{re.escape(name)} looks at a text: .* --calibration"):
+            run(place, tmp_path, "directshare", name, calibration=None)
+    assert not list(tmp_path.iterdir())  # nothing is measured before
     assert not run(place, tmp_path, "directshare", calibration=None)[1].failed
 
 
@@ -242,7 +259,17 @@ def test_the_verdict_follows_from_the_numbers() -> None:
     assert words[1].endswith(f": -0.5000 nats a token (standard error {error:.4f}).")
     assert "is behind" in verdict([cell("auto", 1.5, 2.4, 3.6), cell("deletion", 1.0, 2.0, 3.0)])
     assert "is level with" in verdict([cell("auto", 1.5, 1.4, 3.6), cell("deletion", 1.0, 2.0, 3.0)])
-    assert set(SHARING) | set(DELETING) <= set(METHODS)
+    trained = [cell("postshare", 0.1, 0.2, 0.3), cell("directshare+gptq4", 0.1, 0.2, 0.3)]
+    assert verdict([*cells, *trained]).splitlines()[1] == words[1]
+    neurons = cell("neurons+refit", 0.5, 1.4, 2.6)
+    assert "is behind the best that only deletes, neurons+refit" in verdict([*cells, neurons])
+    assert "standard error" not in verdict([cell("auto", 1.0), cell("deletion", 2.0)])  # of one window there is none
+    assert set(SHARING) | set(DELETING) | set(TYING) <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].reads and name not in TRAINED])
+def test_methods_that_look_at_no_text_need_none(place: Path, tmp_path: Path, name: str) -> None:
+    assert not any(cell.failed for cell in run(place, tmp_path, name, calibration=None))
 
 
 def test_divergence_is_from_the_dense_model_and_zero_for_itself(compared: dict[str, Compared]) -> None:

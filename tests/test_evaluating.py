@@ -388,6 +388,18 @@ def test_what_cannot_be_told_from_guessing_is_marked() -> None:
     assert not row(0.61, 0.05).at_chance
     assert "| ~58.0 ± 5.0 |" in table_of([row(0.58, 0.05)])
     assert "| 61.0 ± 5.0 |" in table_of([row(0.61, 0.05)])
+    assert not row(1.0, 0.0).at_chance  # all right is no guess
+
+
+def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
+    def row(model: str, value: float, **settings: Any) -> Measured:
+        return Measured(model, "t", f"{model}{value}", {"acc": Metric(value, 0.0)}, 9, 0.5, settings=settings)
+
+    same = [row("a", 0.1, limit=9, dtype="auto", device="cpu"), row("b", 0.2, limit=9, dtype="auto", device="cuda:0")]
+    assert table_of(same).splitlines()[0] == "| model | t (9) |"
+    lines = table_of([*same, row("b", 0.3, limit=9, dtype="float16", device="cpu")]).splitlines()
+    assert lines[0] == "| model | t (9), dtype auto | t (9), dtype float16 |"
+    assert lines[3:] == ["| a | 10.0 ± 0.0 |  |", "| b | 20.0 ± 0.0 | 30.0 ± 0.0 |"]
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
@@ -569,6 +581,14 @@ def test_the_command_prints_a_table_or_one_object(model: Path, data: Path, run: 
     status, out, err = run("eval", model, "--tasks", "piqa", "--data-dir", data, "--against", model)
     assert (status, out) == (1, "")
     assert "--against" in err
+    text = tmp_path / "text"
+    text.write_text("the cat was there and the pig went " * 40)
+    for option, value in (("--limit", 4), ("--few-shot", 1), ("--data-dir", data), ("--prompt", "x")):
+        status, out, err = run("eval", model, "--text", text, option, value)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert f"{option} would not be used" in err
+    said = [run("eval", model, "--text", text, "--window", 32, "--dtype", name)[1] for name in ("float32", "bfloat16")]
+    assert said[0] != said[1]
 
 
 # ---- what models write

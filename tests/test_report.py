@@ -252,7 +252,7 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
-    folders = sorted((ROOT / "docs" / "measured").iterdir())
+    folders = sorted(path for path in (ROOT / "docs" / "measured").iterdir() if path.is_dir())
     measured = [Measured.load(folder) for folder in folders]
     drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
     shown = [[(title, f"results/{path.name}") for title, path in some] for some in drawn]

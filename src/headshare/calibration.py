@@ -118,7 +118,7 @@ def calibration_from(
         CheckpointError: if the model cannot be loaded to write.
     """
     try:
-        check_window(window, longest_window(checkpoint.config))
+        check_window(window, longest_window(checkpoint.config), "--calibration-window")
         if tokens < window:
             raise CalibrationError(f"{tokens} tokens are less than one window of {window}; ask for at least {window}.")
         if field is not None and not _has_rows(source):

@@ -6,7 +6,7 @@ Results go to standard output, everything else to standard error. Exit status 1 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +47,7 @@ from headshare.options import (
     RevisionOption,
     is_given,
     print_result,
+    refuse_unused,
 )
 from headshare.planning import make_plan
 from headshare.plans import SharePlan
@@ -197,38 +198,30 @@ CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "re
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")
 
 
-def _refuse_unused(context: Context, why: str, names: Iterable[str]) -> None:
-    """Refuse options that were given and would do nothing."""
-    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = [options[name] for name in names if is_given(context, name)]
-    if given:
-        raise PlanError(f"{' and '.join(given)} would not be used: {why}.")
-
-
 def _check_share(context: Context, *, planned: bool, by_output: bool, refit: bool, calibrated: bool) -> None:
     """Refuse what contradicts itself, or would be ignored."""
     if planned:
-        _refuse_unused(context, "--plan says what is shared", CHOOSING)
+        refuse_unused(context, "--plan says what is shared", CHOOSING)
     if not calibrated and (by_output or refit):
         what = "a plan by output" if by_output else "a refit"
         raise CalibrationError(f"{what} needs text: give --calibration FILE, a data set (hf:NAME), or self.")
     if calibrated and not (by_output or refit):
         raise CalibrationError("the calibration text would not be used: add --refit or --match output.")
     if not calibrated:
-        _refuse_unused(context, "there is no --calibration text", CALIBRATING)
+        refuse_unused(context, "there is no --calibration text", CALIBRATING)
     if not refit:
-        _refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn", "reconstruct"])
+        refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn", "reconstruct"])
     if not by_output:
-        _refuse_unused(context, "only a plan by output is priced", ["probe"])
+        refuse_unused(context, "only a plan by output is priced", ["probe"])
 
 
 def _check_budget(context: Context, budget: Budget) -> None:
     """Refuse what does not apply where units are chosen by output."""
-    _refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
+    refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
     if is_given(context, "save"):
-        _refuse_unused(context, "--save says how much is given up", ["ratio"])
+        refuse_unused(context, "--save says how much is given up", ["ratio"])
     if not any(form.kind is Kind.FFN for form in budget.forms):
-        _refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
+        refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
 
 
 def _budget(
@@ -359,7 +352,7 @@ def plan(
     The plan is JSON that can be read, edited and compared. With --calibration, predicted stands beside measured.
     """
     if calibration is None:
-        _refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
+        refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
         _check_file(output, overwrite, SharePlan.load)
         scores = Scores.load(Path(source))
         wanted = parts or "qkv"
@@ -429,7 +422,7 @@ def share(
         context, planned=plan_file is not None, by_output=by_output, refit=refit, calibrated=calibration is not None
     )
     if by_output and match is not ShareMatchName.OUTPUT:
-        _refuse_unused(context, "--save and --allow choose by output", ["match"])
+        refuse_unused(context, "--save and --allow choose by output", ["match"])
     settle(out)
     check_vacant(out, overwrite=overwrite)
     with watched_peak() as peak, open_checkpoint(model, revision=revision) as dense:

@@ -12,7 +12,9 @@ import typer
 from headshare.checkpoints import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
-from headshare.options import JsonOption, RevisionOption, listed, print_result
+from headshare.options import Context, JsonOption, RevisionOption, listed, print_result, refuse_unused
+
+OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt")
 
 
 class EvalDtypeName(StrEnum):
@@ -25,6 +27,7 @@ class EvalDtypeName(StrEnum):
 
 
 def evaluate_command(
+    context: Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
     tasks: Annotated[
@@ -65,9 +68,12 @@ def evaluate_command(
     A folder that keeps results serves many models: each is measured once, and a run that is stopped goes on.
     """
     if text is not None and not (tasks or out or source or len(models) > 1):
+        refuse_unused(context, "of one model a text alone is measured", OF_TASKS, EvaluationError)
         content, other = read_text(text), None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
-        found = evaluate(model, content, against=other, window=window, limit=tokens, bos=bos)
+        found = evaluate(
+            model, content, against=other, window=window, limit=tokens, bos=bos, dtype=dtype.value, device_map=device
+        )
         if isinstance(found, Agreement):
             words = (
                 f"mean cosine with {against}: {found.cosine:.6f}; first halves that find their second halves: "

@@ -111,7 +111,7 @@ def windows_of(
     if len(tokens) == 0:
         raise EvaluationError(
             f"the text has {len(ids)} tokens, less than one window of {window}. "
-            "Use a longer text, a smaller --window, or a larger --limit."
+            "Use a longer text, a smaller window, or more tokens of it."
         )
     return Windows(tokens, first is not None)
 
@@ -148,7 +148,7 @@ def check_window(window: int, longest: int | None = None, option: str = "--windo
         EvaluationError: in these cases.
     """
     if window < 2:
-        raise EvaluationError(f"a window of {window} tokens predicts nothing; use at least 2.")
+        raise EvaluationError(f"a window of {window} tokens predicts nothing; use {option} 2 or more.")
     if longest is not None and window > longest:
         raise EvaluationError(
             f"windows of {window} tokens are longer than the model's {longest}. Use {option} {longest}."
@@ -331,8 +331,10 @@ def evaluate(
     window: int = WINDOW,
     limit: int | None = None,
     bos: bool | None = None,
+    **options: Any,
 ) -> Perplexity | Agreement:
-    """Perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings.
+    """Perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings. `options`,
+    such as `dtype` and `device_map`, go to `from_pretrained`.
 
     Raises:
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
@@ -340,9 +342,9 @@ def evaluate(
     windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
     check_window(window, longest_window(checkpoint.config))
     check_vocabulary(checkpoint.config, windows.tokens)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, **options)
     if against is not None:
-        return agreement(model, load_model(against), windows)
+        return agreement(model, load_model(against, **options), windows)
     return perplexity(model, windows)
 
 

@@ -2,9 +2,12 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from headshare.errors import HeadshareError, PlanError
 
 if TYPE_CHECKING:
     from typer import Context as Context
@@ -23,6 +26,18 @@ def is_given(context: Context, name: str) -> bool:
     """Whether the command line says so, and not a default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[HeadshareError] = PlanError) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Raises:
+        PlanError: or another `error`.
+    """
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [options[name] for name in names if is_given(context, name)]
+    if given:
+        raise error(f"{' and '.join(given)} would not be used: {why}.")
 
 
 def listed(text: str) -> list[str]:

@@ -69,8 +69,10 @@ def train(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None,
     ratio: Annotated[float, typer.Option(help="Share of all units that give up their weights.")] = 0.3,
-    match: Annotated[str, typer.Option(help="Match function, as of `share`.")] = "qk",
-    parts: Annotated[str, typer.Option(help="What is shared, as of `share`.")] = "qkv",
+    match: Annotated[str, typer.Option(help="Match function, by the weights: qk, q, k, v, qkv, separate.")] = "qk",
+    parts: Annotated[
+        str, typer.Option(help="What is shared, by the weights: qkv, qk, qkvo, ffn, gateup; else --plan.")
+    ] = "qkv",
     mode: Annotated[str, typer.Option(help="How ties are chosen, as of `share`.")] = "star",
     held_out_data: Annotated[str | None, typer.Option(help="Measure on this text, not on the end of --data.")] = None,
     field: Annotated[str | None, typer.Option(help="The field of a row that is its text.")] = None,

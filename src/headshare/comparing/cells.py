@@ -90,6 +90,6 @@ class Kept:
         return next((cell for cell in self.cells if cell.key == key), None)
 
     def add(self, cell: Compared) -> None:
-        """Keep it, in the file too."""
-        self.cells.append(cell)
+        """Keep it, in the file too, in the place of one of the same key."""
+        self.cells = [*(one for one in self.cells if one.key != cell.key), cell]
         write_whole(self.file, _CELLS.dump_json(self.cells, indent=1))

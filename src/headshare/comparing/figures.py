@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
+from headshare.comparing.methods import METHODS, ROUNDED
 from headshare.errors import EvaluationError
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
+MARKERS = "osv"
 Drawn = Callable[[Any, list[Compared]], bool]
 
 
@@ -37,28 +39,43 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
 
 
 def _quality(figure: Any, cells: list[Compared]) -> bool:
-    """A line for each method that was measured at several ratios, a point for others."""
+    """A line for each method that was measured at several ratios, a point for others; beside them what rounds, which
+    saves many times as much."""
     dense = next((cell.perplexity for cell in cells if cell.method == DENSE), None)
     measured = [cell for cell in cells if cell.perplexity is not None and cell.method != DENSE]
     if dense is None or not measured:
         return False
-    axes = figure.subplots()
-    for method in dict.fromkeys(cell.method for cell in measured):
+    methods = list(dict.fromkeys(cell.method for cell in measured))
+    sets = [some for rounds in (False, True) if (some := [name for name in methods if _rounds(name) == rounds])]
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False, width_ratios=[3, 1][: len(sets)])[0]
+    for number, method in enumerate(methods):
+        axes = next(axes for axes, some in zip(panels, sets, strict=True) if method in some)
         points = sorted((cell.saved_fraction, cell.perplexity) for cell in measured if cell.method == method)
         saved, values = [100 * one for one, _ in points], [one for _, one in points]
-        axes.plot(saved, values, marker="o", markersize=4, label=method)
-    axes.axhline(dense, color="gray", linewidth=0.8, label=DENSE)
-    axes.set(xlabel="saved, % of the model's bytes", ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(visible=True, which="both", alpha=0.2)
-    axes.legend(fontsize="small", ncols=2)
+        axes.plot(saved, values, marker=MARKERS[number // 10 % 3], markersize=4, color=f"C{number}", label=method)
+    for axes in panels:
+        axes.axhline(dense, color="gray", linewidth=0.8)
+        axes.set(yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(visible=True, which="both", alpha=0.2)
+    panels[0].axhline(dense, color="gray", linewidth=0.8, label=DENSE)
+    panels[0].set(ylabel="perplexity")
+    figure.supxlabel("saved, % of the model's bytes", fontsize="medium")
+    figure.legend(fontsize="small", ncols=4, loc="outside upper center")
     return True
 
 
+def _rounds(method: str) -> bool:
+    return method.endswith(ROUNDED) or (method in METHODS and METHODS[method].fixed)
+
+
 def _layers(figure: Any, cells: list[Compared]) -> bool:
-    """A row for each cell that gives up units: the darker, the more of a layer's."""
-    rows = {cell.title: cell.by_layer for cell in cells if cell.by_layer}
+    """A row for all cells of a ratio that give up as many units of each layer: the darker, the more."""
+    same: dict[tuple[float, tuple[float, ...]], list[str]] = {}
+    for cell in (cell for cell in cells if cell.by_layer):
+        same.setdefault((cell.ratio, cell.by_layer), []).append(cell.method)
+    rows = {f"{', '.join(names)} {ratio:g}": by_layer for (ratio, by_layer), names in same.items()}
     if not rows:
         return False
     figure.set_figheight(1.2 + 0.22 * len(rows))

@@ -20,12 +20,13 @@ from headshare.comparing.methods import (
     METHODS,
     REFIT,
     ROUNDED,
-    SHARING,
     TRAINED,
+    TYING,
     Case,
     Common,
     Edit,
     base_of,
+    reads_text,
 )
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, HeadshareError, OutputError, TrainingError
@@ -73,8 +74,8 @@ class Grid:
                 raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
             if REFIT in name and not method.refits:
                 raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
-            if name.endswith(ROUNDED) and method.name not in SHARING:
-                raise EvaluationError(f"{method.name} shares nothing that could be rounded after. Leave out {ROUNDED}.")
+            if name.endswith(ROUNDED) and method.name not in TYING:
+                raise EvaluationError(f"{ROUNDED} is for methods that tie q, k and v alone, as {method.name} does not.")
         if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
             raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
         if not self.methods or not self.ratios:
@@ -99,27 +100,31 @@ def compare(
     was compared on what, by which versions) into `out`.
 
     Cells that are there, of the same model, text, questions and settings, are not measured again. A method that cannot
-    be had of this model, or not at this ratio, is a row that says why.
+    be had of this model, or not at this ratio, is a row that says why, and is tried again the next time: what it lacked
+    may be there then. `restart` throws away the prices and the training run of a grid that was stopped, not its cells.
 
     Raises:
-        EvaluationError: if a task, a text or the folder's cells cannot be used.
+        EvaluationError: if a task, a text or the folder's cells cannot be used, or a method looks at a text and there
+            is none.
         CheckpointError: if the model cannot be loaded.
     """
     dense.require_dense("compare with it")
+    if calibration is None and (reading := [name for name in grid.methods if reads_text(name)]):
+        raise EvaluationError(f"{reading[0]} looks at a text: name one with --calibration FILE, or self.")
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
     out.mkdir(parents=True, exist_ok=True)
     kept = Kept(out)
     work = Workspace(out / "work", _what(dense, calibration, device), restart=restart)
     try:
-        bench = _Bench(dense, grid, chosen, calibration, work, out / MADE, device)
+        bench = _Bench(dense, grid, chosen, calibration, work, out / MADE, device, restart)
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
         cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
         found = []
         for name, ratio in track(cells, "cells", len(cells)):
             key = bench.key(name, ratio)
             cell = kept.find(key)
-            if cell is None:
+            if cell is None or cell.failed:
                 cell = bench.cell(name, ratio, key)
                 kept.add(cell)
                 say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
@@ -196,6 +201,7 @@ class _Bench:
     work: Workspace
     folder: Path
     device: str
+    restart: bool
 
     def key(self, name: str, ratio: float) -> str:
         """Tells this cell from all others."""
@@ -226,8 +232,7 @@ class _Bench:
                 return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
             return self._written(Compared(key, name, ratio), made, case, begun)
         except HeadshareError as error:
-            ours = isinstance(error, EvaluationError) and self.calibration is None
-            if ours or isinstance(error, TrainingError | OutputError):  # not the method's: it may go well next time
+            if isinstance(error, TrainingError | OutputError):  # not the method's
                 raise
             return Compared(key, name, ratio, failed=str(error))
 
@@ -248,7 +253,7 @@ class _Bench:
         folder = self.folder.parent / f"{self.folder.name}-{cell.key[:16]}"
         settle(folder)
         if not (folder / TRAINING_RECORD).is_file():
-            train(self.dense.path, folder, settings, overwrite=True)
+            train(self.dense.path, folder, settings, overwrite=True, restart=self.restart)
         seconds = time.monotonic() - begun
         with open_checkpoint(folder) as written:
             assert written.plan is not None
@@ -273,7 +278,8 @@ class _Bench:
             runner = replace(self._stock, name=cell.method)
         else:
             runner = Runner.of(checkpoint, self.grid.settings, name=cell.method)
-        disk = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
+        files = {info.file for info in checkpoint.tensors.values()}
+        disk = sum((checkpoint.path / file).stat().st_size for file in files)
         memory = unique_parameter_bytes(runner.model)
         return self._filled(cell, runner, saved=saved, seconds=seconds, disk=disk, memory=memory)
 

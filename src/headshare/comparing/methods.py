@@ -42,8 +42,9 @@ ROUNDED = "+gptq4"
 TIES = (Form.QKVO, Form.FACTORED)
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 TRAINED = ("postshare", "both")
-SHARING = ("directshare", "output", "auto", *(f"match-{name}" for name in MATCHES))
-DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner")
+TYING = ("directshare", "output", "random-donors", *(f"match-{name}" for name in MATCHES))  # rows of q, k, v alone
+SHARING = ("directshare", "output", "auto", "cheapest", *(f"match-{name}" for name in MATCHES))
+DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons")
 GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
 
@@ -147,13 +148,14 @@ Make = Callable[[Case], SharePlan | Edit | TrainSettings | Rounded]
 @dataclass(frozen=True)
 class Method:
     """A way to save bytes. `summary` is its line in a table; `refits` says whether there is a refit of it, `fixed` that
-    it saves what it saves, whatever the ratio."""
+    it saves what it saves, whatever the ratio, `reads` that it looks at a text."""
 
     name: str
     summary: str
     make: Make
     refits: bool
     fixed: bool
+    reads: bool
 
 
 METHODS: dict[str, Method] = {}
@@ -164,11 +166,18 @@ def base_of(name: str) -> str:
     return name.removesuffix(ROUNDED).removesuffix(REFIT)
 
 
-def method(name: str, summary: str, *, refits: bool = True, fixed: bool = False) -> Callable[[Make], Make]:
+def reads_text(name: str) -> bool:
+    """Whether this method, or what is done after it, looks at the calibration text."""
+    return METHODS[base_of(name)].reads or base_of(name) != name
+
+
+def method(
+    name: str, summary: str, *, refits: bool = True, fixed: bool = False, reads: bool = False
+) -> Callable[[Make], Make]:
     """Register a method under this name."""
 
     def register(make: Make) -> Make:
-        METHODS[name] = Method(name, summary, make, refits, fixed)
+        METHODS[name] = Method(name, summary, make, refits, fixed, reads)
         return make
 
     return register
@@ -182,18 +191,18 @@ def _directshare(case: Case) -> SharePlan:
     return case.directshare()
 
 
-@method("output", "q,k,v shared, pairs by what they do to their layer's output")
+@method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)
 def _output(case: Case) -> SharePlan:
     units = units_at(case.ratio, attention_of(case.dense).units)
     return plan_for_units(case.common.units(Form.QKV), units).plan
 
 
-@method("auto", "ties with scales, with products of small rank, or removal of units, whichever costs least")
+@method("auto", "ties with scales, with products of small rank, or removal of units, whichever costs least", reads=True)
 def _auto(case: Case) -> SharePlan:
     return case.saving(case.common.units(*TIES))
 
 
-@method("cheapest", "the same, and removal of neurons")
+@method("cheapest", "the same, and removal of neurons", reads=True)
 def _cheapest(case: Case) -> SharePlan:
     units, neurons = case.common.units(*TIES), case.common.neurons()
     return case.saving(
@@ -239,7 +248,7 @@ def _mean_unit(case: Case) -> Edit:
     return Edit(change, "computed in a stock model; what is saved is counted: one unit less than sharing saves")
 
 
-@method("deletion", "attention units deleted, those that cost predictions least")
+@method("deletion", "attention units deleted, those that cost predictions least", reads=True)
 def _deletion(case: Case) -> SharePlan:
     return case.saving(case.common.units(*TIES).only({Form.REMOVE}))
 
@@ -269,7 +278,7 @@ def _with_one_kept(units: list[HeadUnit], groups: int) -> list[HeadUnit]:
     return kept
 
 
-@method("neurons", "feed-forward neurons removed, those that cost predictions least")
+@method("neurons", "feed-forward neurons removed, those that cost predictions least", reads=True)
 def _neurons(case: Case) -> SharePlan:
     return case.saving(case.common.neurons())
 
@@ -279,7 +288,7 @@ def _magnitude(case: Case) -> SharePlan:
     return case.saving(removal_prices(case.dense, case.common.magnitudes))
 
 
-@method("llm-pruner", "attention units deleted, by LLM-Pruner's importance")
+@method("llm-pruner", "attention units deleted, by LLM-Pruner's importance", reads=True)
 def _llm_pruner(case: Case) -> SharePlan:
     return case.saving(removal_prices(case.dense, case.common.taylor))
 
@@ -303,6 +312,12 @@ def _int8(_: Case) -> Edit:
     return Edit(round_to_integers, "computed with the rounded numbers as dense ones; what is saved is counted")
 
 
-@method("gptq4", "every layer's matrices rounded to 4 bits by GPTQ, whatever the ratio", refits=False, fixed=True)
+@method(
+    "gptq4",
+    "every layer's matrices rounded to 4 bits by GPTQ, whatever the ratio",
+    refits=False,
+    fixed=True,
+    reads=True,
+)
 def _gptq4(case: Case) -> Rounded:
     return round_by_gptq(case.dense, case.common.text, device=case.common.device)

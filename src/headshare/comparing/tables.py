@@ -2,13 +2,14 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
-from headshare.comparing.methods import DELETING, SHARING, base_of
+from headshare.comparing.methods import DELETING, REFIT, SHARING
 
 
 def table(cells: Sequence[Compared]) -> str:
@@ -48,7 +49,8 @@ def _with_error(values: Sequence[float]) -> str:
 
 def verdict(cells: Sequence[Compared]) -> str:
     """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
-    shares beside the best that only deletes, with the standard error of the difference over windows."""
+    shares beside the best that only deletes, with the standard error of the difference over windows. What trains or
+    rounds does more, and is in neither."""
     lines = []
     for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
         some = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
@@ -59,10 +61,13 @@ def verdict(cells: Sequence[Compared]) -> str:
         by = f"At {ratio:g}, by" if ratio else "By"
         lines.append(f"{by} perplexity, best first: {words}.")
         sharing, deleting = (
-            next((cell for cell in some if base_of(cell.method) in names), None) for names in (SHARING, DELETING)
+            next((cell for cell in some if cell.method.removesuffix(REFIT) in names), None)
+            for names in (SHARING, DELETING)
         )
         if sharing and deleting:
             more, error = sharing.loses_more_than(deleting)
+            if math.isnan(error):
+                continue
             word = "ahead of" if more < -2 * error else "behind" if more > 2 * error else "level with"
             lines.append(
                 f"The best that shares, {sharing.method}, is {word} the best that only deletes, {deleting.method}: "

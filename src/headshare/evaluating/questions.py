@@ -75,16 +75,17 @@ def csv_rows(
     found = {}
     for name, text in sorted(_members(path, f"_{split}.csv").items()):
         subject = PurePosixPath(name).name.removesuffix(f"_{split}.csv")
-        found[subject] = [(f"{path}, {name}, line {number}", row) for number, row in _csv(text, fields)]
+        where = f"{path}, {name}"
+        found[subject] = [(f"{where}, line {number}", row) for number, row in _csv(text, fields, where)]
     return {subject: [(where, _row(kind, row, task, where)) for where, row in rows] for subject, rows in found.items()}
 
 
-def _csv(text: str, fields: Sequence[str] | None) -> Iterator[tuple[int, Mapping[str, str]]]:
+def _csv(text: str, fields: Sequence[str] | None, where: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=fields, strict=True)
     try:
         yield from ((reader.line_num, row) for row in reader)
     except csv.Error as error:
-        raise EvaluationError(f"line {reader.line_num} is no CSV: {error}.") from None
+        raise EvaluationError(f"{where}, line {reader.line_num} is no CSV: {error}.") from None
 
 
 def _row(kind: type[Row], row: Mapping[str, str], task: str, where: str) -> Row:

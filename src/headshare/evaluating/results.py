@@ -14,6 +14,7 @@ from headshare.errors import EvaluationError
 from headshare.files import write_whole
 
 RESULTS = "results.json"
+IRRELEVANT = ("batch_size", "device", "lm_eval")
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
 
 
@@ -56,7 +57,7 @@ class Measured:
         name, metric = self.main
         if self.chance is None or name != "acc" or metric.value is None:
             return False
-        return abs(metric.value - self.chance) <= 2 * (metric.error or math.inf)
+        return abs(metric.value - self.chance) <= 2 * (math.inf if metric.error is None else metric.error)
 
     @property
     def in_cell(self) -> str:
@@ -125,17 +126,39 @@ def read_results(file: Path) -> list[Measured]:
 
 def table_of(rows: Sequence[Measured]) -> str:
     """Markdown: models down, tasks across, chance in a row of its own, in percent with standard errors. A tilde marks
-    what cannot be told from guessing."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    first = {row.task: row for row in reversed(rows)}
-    heads = [f"{task} ({first[task].questions})" for task in tasks]
-    lines = ["| model | " + " | ".join(heads) + " |", "|---" + "|--:" * len(tasks) + "|"]
-    if any(first[task].chance is not None for task in tasks):
-        guesses = ("" if (chance := first[task].chance) is None else f"{100 * chance:.1f}" for task in tasks)
+    what cannot be told from guessing. A task that was measured in several ways has a column for each."""
+    columns = _columns(rows)
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
+    if any(row.chance is not None for some in columns.values() for row in some):
+        guesses = ("" if some[0].chance is None else f"{100 * some[0].chance:.1f}" for some in columns.values())
         lines.append("| guessing | " + " | ".join(guesses) + " |")
     for model in dict.fromkeys(row.model for row in rows):
-        found = {row.task: row for row in rows if row.model == model}
-        lines.append(
-            f"| {model} | " + " | ".join(found[task].in_cell if task in found else "" for task in tasks) + " |"
-        )
+        cells = (next((row.in_cell for row in some if row.model == model), "") for some in columns.values())
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """Rows of one task, measured in one way, under what they are called: the task, its questions, and where it was
+    measured in several ways what differs. Of two rows of one model the later comes first."""
+    by_way: dict[str, dict[str, list[Measured]]] = {}
+    for row in rows:
+        way = json.dumps([row.questions, row.chance, _way(row)], sort_keys=True)
+        by_way.setdefault(row.task, {}).setdefault(way, []).insert(0, row)
+    found = {}
+    for task, ways in by_way.items():
+        all_of = [_way(some[0]) for some in ways.values()]
+        for some in ways.values():
+            own = _way(some[0])
+            more = [f"{name} {own[name]}" for name in own if any(other.get(name) != own[name] for other in all_of)]
+            found[", ".join([f"{task} ({some[0].questions})", *more])] = some
+    return found
+
+
+def _way(row: Measured) -> dict[str, Any]:
+    """The settings that a result depends on, in words that can stand in a table."""
+    return {
+        name: ascii(value).strip("'").replace("|", "/")
+        for name, value in row.settings.items()
+        if name not in IRRELEVANT
+    }
