@@ -336,6 +336,21 @@ def test_training_that_fails_stops_the_grid_and_is_tried_again(place: Path, tmp_
     assert found[1].losses
 
 
+def test_restart_is_of_the_training_run_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stopped(*_: Any, restart: bool, **__: Any) -> None:
+        seen.append(restart)
+        raise TrainingError("stopped")
+
+    monkeypatch.setattr("headshare.comparing.grid.train", stopped)
+    grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=training(place))
+    for restart in (False, True):
+        with pytest.raises(TrainingError):
+            compare(hs.open_checkpoint(place / "model"), grid, tmp_path, restart=restart)
+    assert seen == [False, True]
+
+
 def test_another_training_text_under_the_same_name_is_another_cell(place: Path, tmp_path: Path) -> None:
     dense, text = hs.open_checkpoint(place / "model"), Text(place / "test", 32)
     settings, own = training(place, max_steps=1), tmp_path / "own"
