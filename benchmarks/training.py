@@ -12,7 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ import torch
 import headshare as hs
 from headshare.accounting import estimate, estimate_plan
 from headshare.budget import plan_for_bytes
+from headshare.calibrating import prices_on
 from headshare.calibration import Calibration, calibration_from
 from headshare.evaluation import Windows, opening_token, perplexity
 from headshare.models import load_model, load_tokenizer
-from headshare.paths import Form, Prices
+from headshare.paths import Form
 from headshare.plans import SharePlan
-from headshare.pricing import price_units
-from headshare.probing import probe_prices
 from headshare.progress import shown
 from headshare.training import TrainSettings, train
 from headshare.training.settings import Text
 from headshare.training.texts import Packed, training_windows
 from headshare.units import Kind
+from headshare.workspace import Workspace, fingerprint
 from machine import machine, parsed
 from quality import numbers, test_windows
 
@@ -62,7 +63,6 @@ class Bench:
         self.data = self._written("train", steps + args.held_out, 2) if args.data == "self" else args.data
         self.windows = self._own_windows() if args.text == "self" else test_windows(self.dense, args)
         self._calibration: Calibration | None = None
-        self._prices: Prices | None = None
 
     def _written(self, name: str, windows: int, seed: int) -> str:
         """A file that the model wrote: a window's text is a document."""
@@ -102,12 +102,12 @@ class Bench:
 
     def by_output(self, ratio: float, *forms: Form) -> SharePlan:
         """Units in these forms that are worth as many bytes, where they cost predictions least."""
-        if self._prices is None:
-            rough = price_units(self.dense, self.calibration, [Form.QKVO, Form.FACTORED])
-            units = replace(rough, paths=tuple(path for path in rough.paths if path.kind is Kind.ATTENTION))
-            self._prices = probe_prices(self.dense, self.calibration, units)
+        text = self.calibration
+        what = {"model": fingerprint(self.dense), "text": f"{text.digest} {text.seed}"}
+        with closing(Workspace(self.out / "prices", what)) as kept:
+            prices = prices_on(self.dense, text, (Form.QKVO, Form.FACTORED), kinds=(Kind.ATTENTION,), workspace=kept)
         least = estimate(self.dense, ratio, parts="qkv").saved_bytes
-        return plan_for_bytes(self._prices.only(forms), least).plan
+        return plan_for_bytes(prices.only(forms), least).plan
 
     def shared(self, name: str, plan: SharePlan, *, refit: bool) -> Path:
         """A folder with this plan, refitted or not."""
