@@ -20,7 +20,7 @@ import tiny
 from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
-from headshare.comparing.cells import Kept
+from headshare.comparing.cells import kept_cells
 from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
@@ -205,7 +205,7 @@ def test_what_could_not_be_had_is_tried_again(place: Path, tmp_path: Path, monke
     stand_in(monkeypatch)
     found = run(place, tmp_path, "gptq4", "directshare")
     assert found[1].disk_bytes
-    assert [cell.method for cell in Kept(tmp_path).cells] == ["dense", "directshare", "gptq4"]
+    assert [cell.method for cell in kept_cells(tmp_path).rows] == ["dense", "directshare", "gptq4"]
     assert run(place, tmp_path, "gptq4", "directshare") == found
 
 

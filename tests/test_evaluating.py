@@ -32,7 +32,7 @@ from headshare.evaluating.generating import Parallel, Writing, bleu_and_meteor, 
 from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
-from headshare.evaluating.results import Measured, Metric, Results, read_results, table_of
+from headshare.evaluating.results import Measured, Metric, kept_results, read_results, table_of
 from headshare.evaluating.tasks import TASKS, Part
 from headshare.evaluation import perplexity, windows_of
 from headshare.models import load_tokenizer
@@ -403,11 +403,11 @@ def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
-    kept = Results(tmp_path / "new")
+    kept = kept_results(tmp_path / "new")
     row = Measured("m", "t", "k", {"acc": Metric(0.1 + 0.2, None)}, 9, 0.25, {"a": (1 / 3, 4)}, {"limit": None})
     kept.add(row)
-    assert Results(tmp_path / "new").find("k") == row
-    assert Results(tmp_path / "new").find("other") is None
+    assert kept_results(tmp_path / "new").find("k") == row
+    assert kept_results(tmp_path / "new").find("other") is None
 
 
 # ---- what is wrong

@@ -5,18 +5,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from headshare.errors import EvaluationError
-from headshare.evaluating.results import Measured
-from headshare.files import write_whole
+from headshare.evaluating.results import Kept, Keyed, Measured, read_rows
 
-CELLS = "cells.json"
+CELLS, WHAT = "cells.json", "cells of `headshare compare`"
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Keyed):
     """One method at one ratio; at 0 the dense model, and methods that save the same whatever the ratio.
 
     Bytes on disk are those of the weights' files as they were written, in memory those of the loaded model's
@@ -60,36 +58,19 @@ class Compared:
         return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
 
 
-_CELLS: TypeAdapter[list[Compared]] = TypeAdapter(list[Compared])
+def kept_cells(folder: Path) -> Kept[Compared]:
+    """What `headshare compare --out` keeps in this folder.
+
+    Raises:
+        EvaluationError: if its file is there and holds something else.
+    """
+    return Kept(folder / CELLS, Compared, WHAT)
 
 
 def read_cells(file: Path) -> list[Compared]:
     """The cells of a file.
 
     Raises:
-        EvaluationError: if it holds none.
+        EvaluationError: if it is not there, or holds something else.
     """
-    if not file.is_file():
-        raise EvaluationError(f"there is no {file}. `headshare compare` writes it.")
-    try:
-        return _CELLS.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        what = str(error).splitlines()[0]
-        raise EvaluationError(f"{file} holds no cells of `headshare compare` ({what}). Move it.") from None
-
-
-class Kept:
-    """The cells that are done, and the file that keeps them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / CELLS
-        self.cells = read_cells(self.file) if self.file.is_file() else []
-
-    def find(self, key: str) -> Compared | None:
-        """The cell of this key."""
-        return next((cell for cell in self.cells if cell.key == key), None)
-
-    def add(self, cell: Compared) -> None:
-        """Keep it, in the file too, in the place of one of the same key."""
-        self.cells = [*(one for one in self.cells if one.key != cell.key), cell]
-        write_whole(self.file, _CELLS.dump_json(self.cells, indent=1))
+    return read_rows(file, Compared, WHAT)

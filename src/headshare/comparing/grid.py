@@ -15,7 +15,7 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.cells import DENSE, Compared, Kept
+from headshare.comparing.cells import DENSE, Compared, kept_cells
 from headshare.comparing.methods import (
     METHODS,
     REFIT,
@@ -114,7 +114,7 @@ def compare(
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
     out.mkdir(parents=True, exist_ok=True)
-    kept = Kept(out)
+    kept = kept_cells(out)
     work = Workspace(out / "work", _what(dense, calibration, device), restart=restart)
     try:
         bench = _Bench(dense, grid, chosen, calibration, work, out / MADE, device, restart)

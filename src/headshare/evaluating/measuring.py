@@ -11,7 +11,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Runner, Settings, chosen_tasks
-from headshare.evaluating.results import Measured, Metric, Results, key_of
+from headshare.evaluating.results import Kept, Measured, Metric, kept_results, key_of
 from headshare.evaluation import WINDOW, Windows, check_vocabulary, check_window, perplexity, read_text, windows_of
 from headshare.progress import say
 from headshare.workspace import fingerprint
@@ -84,7 +84,7 @@ def measure(
         CheckpointError: if a model cannot be loaded.
     """
     settings = settings or Settings()
-    kept, chosen = Results(out), chosen_tasks(tasks, data)
+    kept, chosen = kept_results(out), chosen_tasks(tasks, data)
     jobs: list[_Job] = [one for one in (text, *chosen, parallel) if one is not None]
     if not jobs:
         raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
@@ -93,7 +93,9 @@ def measure(
         return [row for one in checkpoints for row in _measured(one, jobs, settings, kept)]
 
 
-def _measured(checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Results) -> Iterator[Measured]:
+def _measured(
+    checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Kept[Measured]
+) -> Iterator[Measured]:
     """One model's results. It is loaded once, if anything is missing."""
     runner: Runner | None = None
     model = fingerprint(checkpoint)

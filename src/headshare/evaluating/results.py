@@ -4,18 +4,27 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from headshare.errors import EvaluationError
 from headshare.files import write_whole
 
-RESULTS = "results.json"
+RESULTS, WHAT = "results.json", "results of `headshare eval`"
 IRRELEVANT = ("batch_size", "device", "lm_eval")
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
+
+
+class Keyed:
+    """What is kept under a key, which tells it from all others."""
+
+    key: str
+
+
+Row = TypeVar("Row", bound=Keyed)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Keyed):
     """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives.
 
     `key` tells the model, the questions and the settings; of a task of several subjects, `parts` has each one's
@@ -76,52 +85,66 @@ class Measured:
         return f"{'~' if self.at_chance else ''}{100 * metric.value:.1f} ± {error}"
 
 
-_RESULTS: TypeAdapter[list[Measured]] = TypeAdapter(list[Measured])
-
-
 def key_of(*what: Any) -> str:
     """Tells one measurement from all others, by what it depends on."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-class Results:
-    """All that was measured so far, and the file that keeps it, if any.
+class Kept(Generic[Row]):
+    """All that was measured so far, and the file that keeps it, if any: `what` says what that holds.
 
     Raises:
         EvaluationError: if the file is there and holds something else.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.file = None if folder is None else folder / RESULTS
-        self.rows: list[Measured] = []
-        if self.file is not None and self.file.is_file():
-            self.rows = read_results(self.file)
+    def __init__(self, file: Path | None, kind: type[Row], what: str) -> None:
+        self.file, self._rows = file, TypeAdapter(list[kind])  # type: ignore[valid-type]
+        self.rows = read_rows(file, kind, what) if file is not None and file.is_file() else []
 
-    def find(self, key: str) -> Measured | None:
-        """What was measured of this model, task and settings."""
+    def find(self, key: str) -> Row | None:
+        """What was measured under this key."""
         return next((row for row in self.rows if row.key == key), None)
 
-    def add(self, row: Measured) -> None:
-        """Keep it, in the file too."""
-        self.rows.append(row)
+    def add(self, row: Row) -> None:
+        """Keep it, in the file too, in the place of what has its key."""
+        self.rows = [*(one for one in self.rows if one.key != row.key), row]
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, json.dumps([asdict(one) for one in self.rows], indent=1).encode())
+            write_whole(self.file, self._rows.dump_json(self.rows, indent=1))
+
+
+def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        EvaluationError: if it is not there, or holds something else.
+    """
+    if not file.is_file():
+        raise EvaluationError(f"there is no {file}, which would hold {what}.")
+    try:
+        rows: list[Row] = TypeAdapter(list[kind]).validate_json(file.read_bytes())  # type: ignore[valid-type]
+    except (OSError, ValidationError) as error:
+        why = str(error).splitlines()[0]
+        raise EvaluationError(f"{file} holds no {what} ({why}). Move it, or write elsewhere.") from None
+    return rows
+
+
+def kept_results(folder: Path | None) -> Kept[Measured]:
+    """What `headshare eval --out` keeps in this folder, if any.
+
+    Raises:
+        EvaluationError: if its file is there and holds something else.
+    """
+    return Kept(None if folder is None else folder / RESULTS, Measured, WHAT)
 
 
 def read_results(file: Path) -> list[Measured]:
-    """The rows of a file that `Results` wrote.
+    """The rows of such a file.
 
     Raises:
-        EvaluationError: if it holds something else.
+        EvaluationError: if it is not there, or holds something else.
     """
-    try:
-        return _RESULTS.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        what = str(error).splitlines()[0]
-        raise EvaluationError(
-            f"{file} holds no results of `headshare eval` ({what}). Move it, or write elsewhere."
-        ) from None
+    return read_rows(file, Measured, WHAT)
 
 
 def table_of(rows: Sequence[Measured]) -> str:
