@@ -24,7 +24,7 @@ from headshare.comparing.cells import kept_cells
 from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
-from headshare.evaluating import Parallel, Text, measure
+from headshare.evaluating import Parallel, Settings, Text, measure
 from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
@@ -270,6 +270,16 @@ def test_the_verdict_follows_from_the_numbers() -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].reads and name not in TRAINED])
 def test_methods_that_look_at_no_text_need_none(place: Path, tmp_path: Path, name: str) -> None:
     assert not any(cell.failed for cell in run(place, tmp_path, name, calibration=None))
+
+
+def test_what_is_saved_is_of_what_is_stored_whatever_it_is_measured_in(place: Path, tmp_path: Path) -> None:
+    dense, names = hs.open_checkpoint(place / "model"), ("int8", "magnitude-zeros", "mean-unit", "directshare")
+    saved = []
+    for dtype in ("float32", "bfloat16"):
+        grid = Grid(names, (0.5,), text=Text(place / "test", 32), settings=Settings(dtype=dtype))
+        saved.append([one.saved_bytes for one in compare(dense, grid, tmp_path / dtype)])
+    assert saved[0] == saved[1]
+    assert saved[0][1] > 0
 
 
 def test_divergence_is_from_the_dense_model_and_zero_for_itself(compared: dict[str, Compared]) -> None:

@@ -144,10 +144,10 @@ def overwrite_with_mean(model: nn.Module, plan: SharePlan) -> None:
 
 
 @torch.no_grad()
-def round_to_integers(model: nn.Module, *, bits: int = 8) -> int:
+def round_to_integers(model: nn.Module, *, bits: int = 8, stored: torch.dtype | None = None) -> int:
     """Round the matrices of all layers to integers with a scale an output, symmetric: what weight-only quantisation to
-    so many bits keeps, computed with as dense numbers. Returns the bytes that it saves, scales counted in the weights'
-    own type.
+    so many bits keeps, computed with as dense numbers. Returns the bytes that it saves of weights that are `stored` in
+    this type, whatever the model computes in (default: its own); scales are counted in it too.
 
     An output's largest number becomes 2^(bits - 1) - 1. Embeddings, the head and norms stay.
     """
@@ -159,6 +159,6 @@ def round_to_integers(model: nn.Module, *, bits: int = 8) -> int:
         weight, across = module.weight, int(isinstance(module, nn.Linear))  # a Conv1D's stands the other way round
         scale = (weight.abs().amax(dim=across, keepdim=True) / most).clamp(min=torch.finfo(weight.dtype).tiny)
         weight.copy_((weight / scale).round() * scale)
-        item = weight.element_size()
+        item = (stored or weight.dtype).itemsize
         saved += weight.numel() * (item - bits / 8) - scale.numel() * item
     return math.floor(saved)

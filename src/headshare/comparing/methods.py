@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from headshare.accounting import estimate, estimate_plan
 from headshare.baselines import (
     Importance,
@@ -293,10 +295,14 @@ def _llm_pruner(case: Case) -> SharePlan:
     return case.saving(removal_prices(case.dense, case.common.taylor))
 
 
+def _stored_in(dense: Checkpoint) -> torch.dtype:
+    """The type of its layers' matrices."""
+    return dense.tensors[next(iter(attention_of(dense).parts.values())).name(0)].torch_dtype
+
+
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
 def _magnitude_zeros(case: Case) -> Edit:
-    layout = attention_of(case.dense)
-    item = case.dense.tensors[next(iter(layout.parts.values())).name(0)].torch_dtype.itemsize
+    layout, item = attention_of(case.dense), _stored_in(case.dense).itemsize
 
     def change(model: Any) -> int:
         zero_smallest(model, layout, -(-case.saved_bytes // item))
@@ -308,8 +314,11 @@ def _magnitude_zeros(case: Case) -> Edit:
 @method(
     "int8", "every layer's matrices rounded to 8 bits, a scale an output, whatever the ratio", refits=False, fixed=True
 )
-def _int8(_: Case) -> Edit:
-    return Edit(round_to_integers, "computed with the rounded numbers as dense ones; what is saved is counted")
+def _int8(case: Case) -> Edit:
+    def change(model: Any) -> int:
+        return round_to_integers(model, stored=_stored_in(case.dense))
+
+    return Edit(change, "computed with the rounded numbers as dense ones; what is saved is counted")
 
 
 @method(
