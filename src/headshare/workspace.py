@@ -64,8 +64,8 @@ class Workspace:
         changed = [name for name in {**found, **what} if found.get(name) != what.get(name)]
         if changed:
             raise CalibrationError(
-                f"{self.folder} holds the state of a run that was stopped, with another {', '.join(changed)}. "
-                "Run that again to finish it, or pass --restart to throw its state away."
+                f"{self.folder} holds the state of a run with another {', '.join(changed)}. "
+                "Run that one again to go on with it, or pass --restart to throw its state away."
             )
         for partial in self.folder.rglob(_PARTIAL):
             partial.unlink(missing_ok=True)
