@@ -88,7 +88,8 @@ def _layers(figure: Any, cells: list[Compared]) -> bool:
 
 
 def _curves(figure: Any, cells: list[Compared]) -> bool:
-    """Loss on what is held out, as sharing then gives it; and beside it accuracies, where tasks were measured."""
+    """Loss on what is held out, as sharing then gives it; and below it accuracies with their standard errors, where
+    tasks were measured."""
     trained = [cell for cell in cells if cell.curve]
     if not trained:
         return False
@@ -99,7 +100,8 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
         points = [(row["step"], row["loss"]) for row in cell.curve]
         panels[0].plot(*zip(*points, strict=True), marker=".", label=cell.title)
     for name, points in scored:
-        panels[1].plot(*zip(*points, strict=True), marker=".", label=name)
+        steps, values, errors = zip(*points, strict=True)
+        panels[1].errorbar(steps, values, errors, marker=".", capsize=2, linewidth=1, label=name)
     for panel, label in zip(panels, ("loss on windows held out, nats a token", "accuracy, %"), strict=False):
         panel.set_ylabel(label)
         panel.legend(fontsize="small")
@@ -107,10 +109,11 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
     return True
 
 
-def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, float, float]]]]:
     for cell in cells:
         for key in [key for key in cell.curve[0] if key.endswith("_acc")]:
-            points = [(row["step"], 100 * row[key]) for row in cell.curve if key in row]
+            error = f"{key}_error"
+            points = [(row["step"], 100 * row[key], 100 * row.get(error, 0.0)) for row in cell.curve if key in row]
             yield f"{cell.title}, {key.removesuffix('_acc')}", points
 
 
