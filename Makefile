@@ -37,6 +37,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 results: $(VENV)/installed
+	rm -rf docs/results
 	$(BIN)/headshare report docs/measured/*/ --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
 
 clean:

@@ -99,8 +99,8 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
     for cell in trained:
         points = [(row["step"], row["loss"]) for row in cell.curve]
         panels[0].plot(*zip(*points, strict=True), marker=".", label=cell.title)
-    for name, points in scored:
-        steps, values, errors = zip(*points, strict=True)
+    for name, found in scored:
+        steps, values, errors = zip(*found, strict=True)
         panels[1].errorbar(steps, values, errors, marker=".", capsize=2, linewidth=1, label=name)
     for panel, label in zip(panels, ("loss on windows held out, nats a token", "accuracy, %"), strict=False):
         panel.set_ylabel(label)
