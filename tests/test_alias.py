@@ -120,6 +120,13 @@ def logits(model: Any, **options: Any) -> Tensor:
         return model(input_ids=tiny.tokens(), **options).logits
 
 
+def assert_equal_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Columns of o and down lie otherwise in memory than stock's, and for float16 and float64 some processors then add
+    in another order. What is not shared is off by four times this bound at least, in bfloat16, else by thirty."""
+    ends = torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=8 * ends)
+
+
 def kinds_of(model: nn.Module) -> set[str]:
     names = {FrozenProjection: "alias", OwnerProjection: "owner"}
     return {name for _, one in shared_projections(model) for kind, name in names.items() if isinstance(one, kind)}
@@ -683,7 +690,7 @@ def test_conversion_to_another_type_shares_anew_and_computes_as_stock(any_case: 
     model, stock = any_case.load().to(dtype), any_case.stock().to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert_rows_are_the_donors_own(model, any_case.plan)
-    assert torch.equal(logits(model), logits(stock))
+    assert_equal_to_rounding(logits(model), logits(stock))
 
 
 @pytest.mark.parametrize(
@@ -696,7 +703,7 @@ def test_conversion_to_another_type_shares_anew_and_computes_as_stock(any_case: 
 def test_every_way_to_convert_shares_anew(paged: Case, convert: Callable[[nn.Module], nn.Module]) -> None:
     model, stock = convert(paged.load()), convert(paged.stock())
     assert_rows_are_the_donors_own(model, paged.plan)
-    assert torch.equal(logits(model), logits(stock))
+    assert_equal_to_rounding(logits(model), logits(stock))
     with pytest.raises(hs.StorageError):
         model.model.layers[0].self_attn.q_proj.weight.zero_()
 
@@ -705,7 +712,7 @@ def test_every_way_to_convert_shares_anew(paged: Case, convert: Callable[[nn.Mod
 def test_loading_in_another_type_equals_stock_and_shares(any_case: Case, dtype: torch.dtype) -> None:
     model = any_case.load(dtype=dtype)
     assert_rows_are_the_donors_own(model, any_case.plan)
-    assert torch.equal(logits(model), logits(any_case.stock(dtype=dtype)))
+    assert_equal_to_rounding(logits(model), logits(any_case.stock(dtype=dtype)))
 
 
 @pytest.mark.parametrize(
@@ -799,7 +806,7 @@ def test_a_copy_shares_within_itself_and_computes_the_same(any_case: Case, way: 
     del model
     gc.collect()
     assert torch.equal(logits(twin), expected)
-    assert torch.equal(logits(twin.to(torch.float64)), logits(any_case.stock().to(torch.float64)))
+    assert_equal_to_rounding(logits(twin.to(torch.float64)), logits(any_case.stock().to(torch.float64)))
 
 
 @pytest.mark.parametrize("way", WAYS)
