@@ -219,10 +219,10 @@ class Predictions:
         """
         if window in self._kept:
             return self._kept[window]
-        found = _logits(self._dense, self.windows.tokens[window]).cpu()
+        found = _logits(self._dense, self.windows.tokens[window])
         if found.nbytes <= self._room:
             self._room -= found.nbytes
-            self._kept[window] = found
+            self._kept[window] = found.cpu()
         return found
 
 

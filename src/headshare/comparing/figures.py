@@ -54,12 +54,11 @@ def _quality(figure: Any, cells: list[Compared]) -> bool:
         saved, values = [100 * one for one, _ in points], [one for _, one in points]
         axes.plot(saved, values, marker=MARKERS[number // 10 % 3], markersize=4, color=f"C{number}", label=method)
     for axes in panels:
-        axes.axhline(dense, color="gray", linewidth=0.8)
+        axes.axhline(dense, color="gray", linewidth=0.8, label=DENSE if axes is panels[0] else None)
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(visible=True, which="both", alpha=0.2)
-    panels[0].axhline(dense, color="gray", linewidth=0.8, label=DENSE)
     panels[0].set(ylabel="perplexity")
     figure.supxlabel("saved, % of the model's bytes", fontsize="medium")
     figure.legend(fontsize="small", ncols=4, loc="outside upper center")
