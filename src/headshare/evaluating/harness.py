@@ -23,6 +23,8 @@ from headshare.models import load_model, load_tokenizer, quiet
 
 INSTALL = "pip install 'headshare[eval]'"
 SCORED = ("acc", "acc_norm")
+# what is kept under another rule than this is measured again
+RULE = "log-likelihoods in float32"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Chosen:
 
     def key(self, model: str, settings: Settings) -> str:
         """Tells this task of this model by these settings."""
-        return key_of(model, self.name, self.digest, harness_version(), settings.deciding)
+        return key_of(model, self.name, self.digest, harness_version(), RULE, settings.deciding)
 
     def run(self, runner: "Runner", key: str) -> Measured:
         """Measure it, as `Runner.run` does."""
@@ -152,10 +154,15 @@ class Runner:
 
     @cached_property
     def _for_harness(self) -> Any:
-        from lm_eval.models.huggingface import HFLM
+        from headshare.evaluating.likelihoods import ContextsOnce
 
-        size = self.settings.batch_size
-        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=size, max_length=self.longest)
+        return ContextsOnce(
+            pretrained=self.model,
+            tokenizer=self.tokenizer,
+            batch_size=self.settings.batch_size,
+            max_length=self.longest,
+            softmax_dtype="float32",
+        )
 
     def run(self, task: Chosen, key: str) -> Measured:
         """Measure one task.

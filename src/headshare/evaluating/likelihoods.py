@@ -1,0 +1,157 @@
+"""The harness's model, run once on a context for all its endings, with predictions of the endings' tokens alone.
+
+Only this module imports lm-eval as it is imported.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from headshare.progress import track
+
+NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a model reads for one option: a context, and the ending's tokens before its last. Options that differ in
+    their last token alone are one row."""
+
+    context: Tokens
+    before_last: Tokens
+
+    @property
+    def tokens(self) -> Tokens:
+        """Everything that is read."""
+        return self.context + self.before_last
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of the ending."""
+        return len(self.before_last) + 1
+
+
+def _pieces(rows: list[_Row], size: int) -> list[list[_Row]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class ContextsOnce(HFLM):  # type: ignore[misc]
+    """lm-evaluation-harness's own model of transformers, with the same answers for less work: it reads a context again
+    for each ending, and predicts every token of both. Log-likelihoods are computed in float32.
+
+    Models whose layers keep something else than keys and values, or whose forward takes no positions, run as the
+    harness runs them.
+    """
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each request's ending (its third field) after its context (its second), and whether
+        all of its tokens are the likeliest. What is too long loses tokens of its context's beginning."""
+        if not self._keeps_contexts or any(len(ending) > self.max_length for *_, ending in requests):
+            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return answers
+        asked: dict[_Row, list[int]] = defaultdict(list)
+        for number, (_, context, ending) in enumerate(requests):
+            tokens = (*context, *ending)[-(self.max_length + 1) :]
+            asked[_Row(tokens[: -len(ending)], tokens[-len(ending) : -1])].append(number)
+        found: dict[int, tuple[float, bool]] = {}
+        for row, logits in track(self._predictions(asked), "options", len(asked)):
+            likelihoods = logits.float().log_softmax(dim=-1)
+            for number in asked[row]:
+                tokens_of_ending = torch.tensor(requests[number][2], device=logits.device)
+                taken = likelihoods.gather(-1, tokens_of_ending[:, None]).double().sum().item()
+                found[number] = taken, bool((likelihoods.argmax(dim=-1) == tokens_of_ending).all())
+        return [found[number] for number in range(len(requests))]
+
+    @cached_property
+    def _keeps_contexts(self) -> bool:
+        """Whether a context can be read once and gone on from, with padding before it."""
+        if self.backend != "causal" or NEEDED - set(inspect.signature(self.model.forward).parameters):
+            return False
+        layers = DynamicCache(config=self.model.config).layers
+        return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+    def _predictions(self, rows: Iterable[_Row]) -> Iterator[tuple[_Row, Float[Tensor, "predicted words"]]]:
+        """The logits of each row's ending; so many rows at once as a batch has, those of like length together."""
+        by_context: dict[Tokens, list[_Row]] = defaultdict(list)
+        for row in rows:
+            by_context[row.context].append(row)
+        several, single = list[list[_Row]](), list[_Row]()
+        for some in by_context.values():
+            for group in _pieces(some, self.batch_size):
+                if len(group) > 1 and len(group[0].context) > 1:
+                    several.append(group)
+                else:
+                    single += group
+        for batch in self._filled(sorted(several, key=lambda group: -len(group[0].context))):
+            yield from self._from_contexts(batch)
+        for alone in _pieces(sorted(single, key=lambda row: -len(row.tokens)), self.batch_size):
+            yield from self._in_one(alone)
+
+    def _filled(self, groups: Iterable[Sequence[_Row]]) -> Iterator[list[Sequence[_Row]]]:
+        """Groups together, as long as their rows fit in a batch."""
+        batch: list[Sequence[_Row]] = []
+        for group in groups:
+            if batch and sum(map(len, batch)) + len(group) > self.batch_size:
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _in_one(self, rows: Sequence[_Row]) -> list[tuple[_Row, Float[Tensor, "predicted words"]]]:
+        """Context and ending in one go, padded on the left, so that all endings stand last."""
+        inputs = self._padded([row.tokens for row in rows])
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=max(row.predicted for row in rows)).logits
+        return [(row, found[-row.predicted :]) for row, found in zip(rows, logits, strict=True)]
+
+    @torch.inference_mode()
+    def _from_contexts(self, groups: Sequence[Sequence[_Row]]) -> list[tuple[_Row, Float[Tensor, "predicted words"]]]:
+        """Each group's context but its last token first, padded on the left; then, from its keys and values, that token
+        and what follows it in each row, padded on the right, where nothing sees it."""
+        rows = [row for group in groups for row in group]
+        cache = DynamicCache(config=self.model.config)
+        inputs = self._padded([group[0].context[:-1] for group in groups])
+        self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        of_row = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=self.device)
+        cache.batch_select_indices(of_row)
+        width = max(row.predicted for row in rows)
+        ends = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ends[number, : row.predicted] = torch.tensor((row.context[-1], *row.before_last))
+        lengths = torch.tensor([len(row.context) - 1 for row in rows])
+        positions = (lengths[:, None] + torch.arange(width)).clamp(max=self.max_length - 1)
+        mask = None
+        if "attention_mask" in inputs:
+            mask = torch.cat([inputs["attention_mask"][of_row], torch.ones_like(ends, device=self.device)], dim=1)
+        logits = self.model(
+            input_ids=ends.to(self.device), attention_mask=mask, position_ids=positions.to(self.device),
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+        return [(row, found[: row.predicted]) for row, found in zip(rows, logits, strict=True)]
+
+    def _padded(self, rows: Sequence[Tokens]) -> dict[str, Int[Tensor, "rows tokens"]]:
+        """The rows as one input, padded on the left; without a mask where none is padded."""
+        width = max(map(len, rows))
+        ids = torch.tensor([(0,) * (width - len(row)) + row for row in rows])
+        padding = torch.tensor([width - len(row) for row in rows])[:, None]
+        positions = torch.arange(width) - padding
+        inputs = {"input_ids": ids, "position_ids": positions.clamp(min=0)}
+        if padding.any():
+            inputs["attention_mask"] = (positions >= 0).long()
+        return {name: value.to(self.device) for name, value in inputs.items()}
