@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path as Folder
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import headshare as hs
 import tiny
@@ -32,6 +34,7 @@ from headshare.paths import Form
 from headshare.plans import SharePlan
 from headshare.pricing import price_units
 from headshare.training import Method, SharingTrainer, TrainSettings, train
+from headshare.training.arguments import trainer_arguments
 from headshare.training.state import checkpoints, note_writing, settle, taken_up
 from headshare.training.texts import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
@@ -154,6 +157,37 @@ def test_batches_in_parts_give_the_same_step_and_the_penalty_counts_once(
     states_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # its new name is not in all versions
+@pytest.mark.parametrize("method", ["postshare", "both"])
+def test_layers_that_are_run_again_backwards_give_the_same_step(
+    method: str, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, tmp_path / "plain", settings(text, method))
+    ran: list[int] = []
+    real = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, *a: ran.append(torch.is_grad_enabled()) or real(self, *a))
+    train(model, tmp_path / "again", settings(text, method, arguments={"gradient_checkpointing": True}))
+    one, other = (hs.load(tmp_path / name, storage="owner") for name in ("plain", "again"))
+    states_close(one, other, rtol=1e-4, atol=1e-5)
+    assert sum(ran) == 2 * 4 * 4  # of each step and layer once more than without
+
+
+def test_a_window_counts_the_same_in_a_smaller_batch(model: Folder, tmp_path: Folder) -> None:
+    """Twelve windows as one batch, and as one of eight and one of four."""
+    held, text = a_text(tmp_path / "held.txt", words=15 * 8), a_text(tmp_path / "twelve.txt", words=15 * 12)
+    found = []
+    for size, parts in ((12, 1), (8, 2)):
+        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "max_steps": 1}
+        asked = settings(text, text={"held_out_data": str(held)}, arguments={**more, "logging_steps": 1})
+        found.append(curve_of(train(model, tmp_path / f"{size}", asked)))
+    assert found[0] == [(1, pytest.approx(found[1][0][1], rel=1e-5))]
+
+
+def test_batches_that_are_dropped_in_training_are_measured(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    found = train(model, tmp_path / "out", settings(text, arguments={"dataloader_drop_last": True}))
+    assert found.loss_before == train(model, tmp_path / "all", settings(text)).loss_before
+
+
 def test_recovery_trains_one_copy_with_the_gradients_of_all_its_users(
     model: Folder, text: Folder, tmp_path: Folder
 ) -> None:
@@ -210,6 +244,21 @@ def test_distillation_is_the_divergence_from_the_dense_model(model: Folder, text
 
     trained_by_hand(theirs, steps, loss_of)
     states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_in_mixed_precision_the_teacher_is_run_so_too(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    seen: set[torch.dtype] = set()
+    real = SharingTrainer._divergence
+
+    def watched(self: Any, *args: Any) -> Tensor:
+        self.teacher.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SharingTrainer, "_divergence", watched)
+        arguments = {"max_steps": 1, "bf16": True}
+        train(model, tmp_path / "out", settings(text, "both", loss={"distill": 0.5}, arguments=arguments))
+    assert seen == {torch.bfloat16}
 
 
 def test_without_gamma_and_sharing_nothing_it_is_the_stock_trainer(model: Folder, text: Folder) -> None:
@@ -421,6 +470,50 @@ def test_lora_changes_only_matrices_that_are_not_shared(model: Folder, text: Fol
     assert all("proj" in name for name in changed)
 
 
+def test_adapters_are_drawn_from_the_seed(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    pytest.importorskip("peft")
+    arguments = {"max_steps": 3, "learning_rate": 1.0, "logging_steps": 1}
+    curves = [
+        curve_of(train(model, tmp_path / name, settings(text, "both", arguments=arguments, learning={"lora": 2})))
+        for name in ("one", "other")
+    ]
+    assert curves[0] == curves[1]
+
+
+# ---- the hub
+
+
+def test_the_checkpoint_is_pushed_once_it_is_written(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[dict[str, Any]] = []
+
+    class Api:
+        def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> Any:
+            return SimpleNamespace(repo_id=f"user/{name}")
+
+        def upload_folder(self, **what: Any) -> None:
+            pushed.append({**what, "files": {path.name for path in what["folder_path"].iterdir()}})
+
+    monkeypatch.setattr("headshare.training.hub.HfApi", Api)
+    train(model, tmp_path / "out", settings(text, arguments={"push_to_hub": True, "max_steps": 1}))
+    (found,) = pushed
+    assert (found["repo_id"], found["folder_path"]) == ("user/out", tmp_path / "out")
+    assert {"model.safetensors", "training.json", "config.json"} <= found["files"]
+
+
+def test_a_checkpoint_that_cannot_be_pushed_stays(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr("headshare.training.hub.HfApi.create_repo", refuse)
+    with pytest.raises(TrainingError, match=r"is written, but was not pushed to me/mine: 401.*hf upload me/mine"):
+        train(model, tmp_path / "out", settings(text, arguments={"push_to_hub": True, "hub_model_id": "me/mine"}))
+    assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
+
+
 # ---- after a kill
 
 
@@ -451,10 +544,11 @@ def killed_after(last: int) -> None:
 LONGER = {"max_steps": 10, "logging_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
 
 
+@pytest.mark.parametrize("every", [{}, {"logging_steps": 5, "eval_steps": 3}])
 def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
-    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+    every: dict[str, int], model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = settings(text, arguments=LONGER)
+    asked = settings(text, arguments={**LONGER, **every})
     whole = train(model, tmp_path / "whole", asked)
 
     def run_and_be_killed() -> None:
@@ -466,8 +560,8 @@ def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    with pytest.raises(TrainingError, match=r"another settings.*--restart"):
-        train(model, tmp_path / "out", settings(text, arguments=LONGER, loss={"gamma": 0.1}))
+    with pytest.raises(TrainingError, match=r"another loss.gamma\. .*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments={**LONGER, **every}, loss={"gamma": 0.1}))
     text.write_text(text.read_text().replace("w5 ", "w6 ", 1))
     with pytest.raises(TrainingError, match="it had another text"):
         train(model, tmp_path / "out", asked)
@@ -601,6 +695,49 @@ def test_how_fast_it_learns_may_change_on_the_way(model: Folder, text: Folder, t
     assert train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-4})).steps == 10
 
 
+def killed(model: Folder, out: Folder, asked: TrainSettings) -> None:
+    """A run of ten steps, killed after the seventh."""
+
+    def run() -> None:
+        killed_after(7)
+        train(model, out, asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_a_run_goes_on_at_the_rate_that_is_asked_for_now(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    cosine = {**LONGER, "lr_scheduler_type": "cosine"}
+    whole = train(model, tmp_path / "whole", settings(text, arguments=cosine))
+    killed(model, tmp_path / "out", settings(text, arguments=cosine))
+    again = train(model, tmp_path / "out", settings(text, arguments={**cosine, "learning_rate": 1e-3}))
+    rates = [[one["learning_rate"] for one in found.curve if "learning_rate" in one] for found in (whole, again)]
+    assert rates[1] == pytest.approx([*rates[0][:6], *(rate / 10 for rate in rates[0][6:])])
+
+
+def test_a_stream_that_begins_otherwise_is_another_text(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    held = a_text(tmp_path / "held.txt", words=15 * 8)
+    asked = settings(text, text={"stream": True, "held_out_data": str(held)}, arguments=LONGER)
+    killed(model, tmp_path / "out", asked)
+    text.write_text(text.read_text().replace("w", "w7 w", 1))
+    with pytest.raises(TrainingError, match="it had another text"):
+        train(model, tmp_path / "out", asked)
+
+
+def test_what_is_trained_and_not_written_yet_is_not_thrown_away_by_another_run(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError):
+            train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    with pytest.raises(TrainingError, match=r"another loss\.gamma"):
+        train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}, loss={"gamma": 0.1}))
+    assert train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1})).steps == 1
+
+
 def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
     work = tmp_path / ".out.headshare-training"
     a_state(work, 1, 10)
@@ -621,10 +758,24 @@ def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Fo
         ({"text": {"context": 65}}, "longer than the model's 64. Use --context 64"),
         ({"text": {"held_out_data": "/nowhere.txt"}}, "no file '/nowhere.txt'"),
         ({"text": {"stream": True}, "arguments": {"max_steps": -1}}, "no known end.*max_steps"),
-        ({"arguments": {"learning_rat": 1}}, "does not take these arguments.*learning_rat"),
+        ({"arguments": {"learning_rat": 1}}, "no argument 'learning_rat'"),
         ({"arguments": {"output_dir": "x"}}, "output_dir cannot be given"),
         ({"arguments": {"save_steps": 5}}, "save_steps cannot be given"),
         ({"arguments": {"learning_rate": "much"}}, "invalid float value: 'much'"),
+        ({"arguments": {"learning_rate": -1.0, "optim": "adamw_torch"}}, "cannot begin.*learning rate: -1"),
+        ({"arguments": {"learning_rate": None}}, "does not take learning_rate None: .*valid number"),
+        ({"arguments": {"learning_rate": [1]}}, r"does not take learning_rate \[1\]"),
+        ({"arguments": {"max_steps": 1.5}}, "does not take max_steps 1.5"),
+        ({"arguments": {"adam_beta1": 2.0, "optim": "adamw_torch"}}, "cannot begin.*beta"),
+        ({"arguments": {"optim": "adamw_8bit"}}, "cannot begin.*bitsandbytes"),
+        ({"arguments": {"report_to": "wandb"}}, "cannot begin.*wandb"),
+        ({"arguments": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size is 0; use 1 or more"),
+        ({"arguments": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps is 0; use 1 or more"),
+        ({"arguments": {"resume_from_checkpoint": "x"}}, "resume_from_checkpoint cannot be given"),
+        ({"arguments": {"eval_delay": 9}}, "eval_delay cannot be given"),
+        ({"arguments": {"push_to_hub": True, "hub_model_id": "a/b/c"}}, "nothing can be pushed to 'a/b/c'"),
+        ({"arguments": {"push_to_hub": True, "hub_token": "x"}}, "hub_token would be kept"),
+        ({"text": {"data": "rows.json"}}, "rows.json is no plain text"),
         ({"text": {"stream": True}, "arguments": {"dataloader_num_workers": 2}}, "read by one process"),
         ({"loss": {"distill": 0.5, "teacher": "/nowhere"}, "method": "both"}, "nowhere"),
         ({"learning": {"lora": 2}}, "LoRA cannot move weights together"),
@@ -698,6 +849,63 @@ def test_a_loss_that_is_no_number_stops_training_and_keeps_what_was_saved(
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert train(model, tmp_path / "out", settings(text, method)).steps == 4
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update before a measurement gives them: no training loss has been computed with them yet."""
+    asked = settings(text, arguments={**LONGER, "eval_steps": 2})
+    real = SharingTrainer.training_step
+
+    def broken(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = real(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(iter(model.parameters())).data.fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(SharingTrainer, "training_step", broken)
+    with pytest.raises(TrainingError, match=r"held out is nan after step 4.*Lower the learning rate and run again"):
+        train(model, tmp_path / "out", asked)
+    monkeypatch.undo()
+    seen: list[int] = []
+    monkeypatch.setattr(SharingTrainer, "training_step", lambda self, *a, **k: (
+        seen.append(self.state.global_step) or real(self, *a, **k)))  # fmt: skip
+    assert train(model, tmp_path / "out", asked).steps == 10
+    assert seen[0] == 2
+
+
+def test_a_model_that_gives_no_number_is_not_trained(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.inf)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="is nan before the first step"):
+        train(model, tmp_path / "out", settings(text))
+
+
+@pytest.mark.parametrize("place", ["model.to", "evaluate", "step"])
+def test_too_little_memory_is_an_error_wherever_it_shows(
+    place: str, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    name = {"model.to": "_move_model_to_device", "evaluate": "evaluation_loop", "step": "training_step"}[place]
+    monkeypatch.setattr(SharingTrainer, name, full)
+    arguments = {"use_cpu": True, "max_steps": 1}
+    with pytest.raises(TrainingError, match=r"Lower per_device_train_batch_size.* or per_device_eval_batch_size"):
+        train(model, tmp_path / "out", settings(text, arguments=arguments))
+
+
+def test_no_more_windows_are_measured_at_once_than_are_trained_on(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    real = SharingTrainer.compute_loss
+    monkeypatch.setattr(SharingTrainer, "compute_loss", lambda self, model, inputs, *a, **k: (
+        sizes.add(len(inputs["input_ids"])) or real(self, model, inputs, *a, **k)))  # fmt: skip
+    train(model, tmp_path / "out", settings(text, arguments={"per_device_train_batch_size": 1, "max_steps": 1}))
+    assert sizes == {1}
 
 
 def test_too_little_memory_is_an_error_that_says_what_to_lower(
@@ -783,6 +991,12 @@ def test_the_command_trains_by_options_over_a_file_and_goes_on_to_json(
     assert hs.open_checkpoint(tmp_path / "out").plan == plan_of(model, 0.5)
 
 
+def test_arguments_are_found_by_all_the_names_that_the_trainer_gives_them() -> None:
+    words = ["--no_dataloader_pin_memory", "--learning-rate", "1e-3", "--bf16", "--optim=sgd"]
+    found = trainer_arguments(words)
+    assert found == {"dataloader_pin_memory": False, "learning_rate": 1e-3, "bf16": True, "optim": "sgd"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -791,6 +1005,10 @@ def test_the_command_trains_by_options_over_a_file_and_goes_on_to_json(
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--ratio", "2"], "less than 1 at sharing.ratio"),
         (["--distill", "2"], "at loss.distill"),
+        (["--plan", "p.json", "--ratio", "0.2"], "--ratio would not be used: --plan"),
+        (["--method", "both", "--gamma", "0.2"], "--gamma would not be used"),
+        (["--temperature", "2"], "--temperature would not be used"),
+        (["--task-limit", "2"], "--task-limit would not be used"),
     ],
 )
 def test_wrong_options_are_one_line(

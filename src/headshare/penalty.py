@@ -108,6 +108,7 @@ class TiePenalty:
                 one.recipient.of_one(after[one.recipient.weight]).copy_(one.donor.of(weights))
             for at in taken:
                 parameters[at].copy_(like(after[at], parameters[at]))
+            del weights, after  # measuring takes long, and of FSDP these are whole matrices
         try:
             yield
         finally:

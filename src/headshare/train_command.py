@@ -14,7 +14,16 @@ import typer
 
 from headshare.errors import TrainingError
 from headshare.files import read_yaml
-from headshare.options import Context, JsonOption, OverwriteOption, RestartOption, RevisionOption, is_given, listed
+from headshare.options import (
+    Context,
+    JsonOption,
+    OverwriteOption,
+    RestartOption,
+    RevisionOption,
+    is_given,
+    listed,
+    refuse_unused,
+)
 from headshare.penalty import Distance
 
 
@@ -121,6 +130,14 @@ def train(
     }  # fmt: skip
     names = {**dict.fromkeys(given), "context": "context_length"}
     chosen = {name: value for name, value in given.items() if is_given(context, names[name] or name)}
+    if plan is not None:
+        refuse_unused(context, "--plan says what is shared", ["ratio", "match", "parts", "mode"], TrainingError)
+    if is_given(context, "method") and method is not MethodName.POSTSHARE:
+        refuse_unused(context, "only PostShare pulls pairs together", ["gamma", "distance"], TrainingError)
+    if config is None and not distill:
+        refuse_unused(context, "nothing is distilled without --distill", ["teacher", "temperature"], TrainingError)
+    if config is None and not tasks:
+        refuse_unused(context, "there are no --tasks", ["data_dir", "task_limit"], TrainingError)
     from accelerate import PartialState
 
     from headshare.training import TrainSettings

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser, TrainingArguments
 
 from headshare.errors import TrainingError
@@ -12,6 +14,7 @@ from headshare.training.settings import RECIPE, Method, TrainSettings
 
 EVALUATIONS = 10
 EVAL_BATCH = 8
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> TrainingArguments:
@@ -20,7 +23,7 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
     Raises:
         TrainingError: if one is none of the Trainer's, has a wrong value, or is one that headshare sets.
     """
-    given = {name: _typed(name, value) for name, value in settings.learning.arguments.items()}
+    given = given_of(settings)
     every = given.get("eval_steps", 1 / EVALUATIONS)
     own = {
         "output_dir": str(work),
@@ -38,12 +41,17 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
         "label_smoothing_factor": 0.0,
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "eval_delay": 0.0,
+        "resume_from_checkpoint": None,
     }
     if taken := sorted(own.keys() & given.keys()):
         raise TrainingError(f"{', '.join(taken)} cannot be given: headshare sets it. Leave it out.")
     ours = {**RECIPE, "eval_steps": every, "logging_steps": 10, "save_total_limit": 2}
+    for name in COUNTS:
+        if given.get(name, 1) < 1:
+            raise TrainingError(f"{name} is {given[name]}; use 1 or more.")
     try:
-        found = TrainingArguments(**{**ours, **given, **own})
+        found = TrainingArguments(**{**ours, **given, **own, "push_to_hub": False})
     except (TypeError, ValueError, ImportError) as error:
         raise _refused(error) from error
     if settings.text.stream and found.max_steps < 1:
@@ -55,8 +63,18 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
             f"there are {found.n_gpu} GPUs and one process. Use: accelerate launch -m headshare train ..."
         )
     if "per_device_eval_batch_size" not in given:
-        found.per_device_eval_batch_size = _even(held_out, found.world_size)
+        most = min(EVAL_BATCH, found.per_device_train_batch_size)
+        found.per_device_eval_batch_size = _even(held_out, found.world_size, most)
     return found
+
+
+def given_of(settings: TrainSettings) -> dict[str, Any]:
+    """The Trainer's arguments that were given, in their types.
+
+    Raises:
+        TrainingError: if one is none of the Trainer's, or has a wrong value.
+    """
+    return {name: _typed(name, value) for name, value in settings.learning.arguments.items()}
 
 
 def metric_of(settings: TrainSettings) -> str:
@@ -64,16 +82,32 @@ def metric_of(settings: TrainSettings) -> str:
     return "eval_shared_loss" if settings.method is Method.POSTSHARE else "eval_loss"
 
 
-def _even(windows: int, processes: int) -> int:
+def _even(windows: int, processes: int, most: int) -> int:
     """The largest batch that leaves all processes whole ones: else windows would be repeated, and count twice."""
     if processes == 1:
-        return EVAL_BATCH
-    return next((size for size in range(EVAL_BATCH, 1, -1) if windows % (size * processes) == 0), 1)
+        return most
+    return next((size for size in range(most, 1, -1) if windows % (size * processes) == 0), 1)
 
 
 def _typed(name: str, value: Any) -> Any:
-    """A value that YAML took for text, such as 1e-4, as the Trainer means it."""
-    return trainer_arguments([f"--{name}={value}"]).get(name, value) if isinstance(value, str) else value
+    """A value as the Trainer means it; YAML takes some numbers, such as 1e-4, for text."""
+    if isinstance(value, str):
+        return trainer_arguments([f"--{name}={value}"]).get(name, value)
+    if name not in _types():
+        raise TrainingError(f"the Trainer has no argument {name!r:.60}. See headshare train --help.")
+    kind = _types()[name]
+    if not set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}:
+        return value  # the Trainer takes more there than it says
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise TrainingError(f"the Trainer does not take {name} {value!r:.60}: {reason}.") from None
+
+
+@cache
+def _types() -> Mapping[str, Any]:
+    return get_type_hints(TrainingArguments)
 
 
 def trainer_arguments(words: Sequence[str]) -> Mapping[str, Any]:
@@ -85,14 +119,16 @@ def trainer_arguments(words: Sequence[str]) -> Mapping[str, Any]:
     if not words:
         return {}
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # so that what is found is what was given
     try:
         found, left = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise _refused(error) from None
     if left:
         raise TrainingError(f"neither headshare nor the Trainer has an option {left[0]}. See headshare train --help.")
-    named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    return {name: value for name, value in vars(found).items() if name in named}
+    given: Mapping[str, Any] = vars(found)
+    return given
 
 
 def _refused(error: Exception) -> TrainingError:

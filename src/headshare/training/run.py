@@ -6,6 +6,7 @@ The Trainer's own folder (checkpoints with optimiser states) lies beside the out
 import dataclasses
 import glob
 import hashlib
+import json
 import math
 import shutil
 import time
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint, open_checkpoint
@@ -34,7 +36,8 @@ from headshare.sharing import check_fits, check_shared, copy_other_files, share,
 from headshare.similarity import score_units
 from headshare.storage.owner import OwnerProjection
 from headshare.training.adapters import with_adapters, without_adapters
-from headshare.training.arguments import arguments_of, metric_of
+from headshare.training.arguments import arguments_of, given_of, metric_of
+from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import Method, Sharing, TrainSettings
 from headshare.training.state import RECORD, checkpoints, note_writing, settle, taken_up, work_of
@@ -46,7 +49,8 @@ from headshare.writing import check_output, check_vacant
 
 CHANGEABLE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "bf16", "logging_steps", "dataloader_num_workers", "save_total_limit",
+    "gradient_checkpointing", "activation_checkpointing", "bf16", "logging_steps", "dataloader_num_workers",
+    "save_total_limit", *HUB_ARGUMENTS,
 )  # fmt: skip
 
 
@@ -80,11 +84,14 @@ def train(
         first = processes.is_main_process
         with taken_up(run.work, run.identity(), restart=restart) if first else nullcontext():
             processes.wait_for_everyone()
-            found = run.trained(begun)
+            with _room():
+                found = run.trained(begun)
             if first:
                 note_writing(run.work, target)
                 run.write(found, overwrite=overwrite)
                 shutil.rmtree(run.work, ignore_errors=True)
+                if run.hub:
+                    run.hub.push(target)
         processes.wait_for_everyone()
     return found
 
@@ -101,15 +108,17 @@ class _Run:
     settings: TrainSettings
     arguments: TrainingArguments
     tasks: MeasuredTasks | None
+    hub: Hub | None
 
     @classmethod
     def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_Run":
         """Check all that can be wrong before anything is loaded."""
+        hub = Hub.of(given_of(settings), target)
         plan = _plan(source, settings)
         windows, held_out = training_windows(source, settings.text)
         arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
         tasks = MeasuredTasks.of(source, settings.tasks) if settings.tasks.names else None
-        return cls(source, plan, windows, held_out, target, settings, arguments, tasks)
+        return cls(source, plan, windows, held_out, target, settings, arguments, tasks, hub)
 
     def identity(self) -> dict[str, str]:
         """What makes it this run. Arguments that say how fast it learns, and in what pieces, may change on the way."""
@@ -119,10 +128,10 @@ class _Run:
         return {
             "model": fingerprint(self.source),
             "plan": self.plan.digest,
-            "text": "" if isinstance(self.windows, Streamed) else _digest(self.windows),
-            "text held out": _digest(self.held_out),
-            "settings": hashlib.sha256(settings.model_dump_json().encode()).hexdigest(),
+            "text": _digest(self.windows.beginning if isinstance(self.windows, Streamed) else self.windows.tokens),
+            "text held out": _digest(self.held_out.tokens),
             "number of processes": str(PartialState().num_processes),
+            **_flat(settings.model_dump(mode="json")),
         }
 
     @property
@@ -140,26 +149,31 @@ class _Run:
     def trained(self, begun: float) -> Trained:
         """Train from where the state is to the end, and keep the best in the Trainer's folder."""
         loss = self.settings.loss
+        set_seed(self.settings.seed)  # adapters are drawn before the Trainer is made
         model = self._model()
         penalty = TiePenalty(model, self.plan, loss.distance) if self.pulls else None
         apart = [] if penalty is None else penalty.distances().tolist()
         callbacks = [EarlyStoppingCallback(patience)] if (patience := self.settings.learning.patience) else []
-        trainer = SharingTrainer(
-            model=with_adapters(model, self.settings.learning.lora) if self.settings.learning.lora else model,
-            args=self.arguments,
-            data_collator=default_data_collator,
-            train_dataset=self.windows,
-            eval_dataset=self.held_out,
-            penalty=penalty,
-            loss=loss,
-            teacher=self._teacher(),
-            tasks=self.tasks,
-            callbacks=callbacks,
-        )
+        adapted = with_adapters(model, self.settings.learning.lora) if self.settings.learning.lora else model
+        teacher = self._teacher()
+        with _set_up():
+            trainer = SharingTrainer(
+                model=adapted,
+                args=self.arguments,
+                data_collator=default_data_collator,
+                train_dataset=self.windows,
+                eval_dataset=self.held_out,
+                penalty=penalty,
+                loss=loss,
+                teacher=teacher,
+                tasks=self.tasks,
+                callbacks=callbacks,
+            )
+            _try_optimizer(trainer)
         _check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
         last = next(checkpoints(self.work), None)
         trainer.args.eval_on_start = last is None
-        with _room(), quiet():
+        with quiet():
             trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
         first, best = self._measured(trainer)
         self._save(trainer)
@@ -182,7 +196,7 @@ class _Run:
         key = metric_of(self.settings)
         measured = [one for one in trainer.state.log_history if math.isfinite(one.get(key, math.nan))]
         if not measured or measured[0]["step"]:
-            raise TrainingError("the loss on the text held out is no number before the first step. Train in float32.")
+            raise TrainingError("the loss that sharing gives is no number before the first step. Train in float32.")
         best = min(measured, key=lambda one: one[key])
         kept = Path(trainer.state.best_model_checkpoint or "").name
         if best["step"] and kept != f"checkpoint-{best['step']}":
@@ -308,8 +322,16 @@ def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
     return plan
 
 
-def _digest(windows: Packed) -> str:
-    return hashlib.sha256(windows.tokens.numpy().data).hexdigest()
+def _digest(windows: Int[Tensor, "windows context"]) -> str:
+    return hashlib.sha256(windows.numpy().data).hexdigest()
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Every setting by its place, such as text.context."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": json.dumps(value)}
+    return found
 
 
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:
@@ -345,16 +367,40 @@ def _check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
 
 
 @contextmanager
+def _set_up() -> Iterator[None]:
+    """What the Trainer finds wrong with its arguments, or misses, is one error."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        if _is_full(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrainingError(f"the Trainer cannot begin with these arguments: {reason:.300}") from error
+
+
+def _try_optimizer(trainer: SharingTrainer) -> None:
+    """Make the optimiser of one number: what is wrong with its arguments comes out before anything is trained."""
+    if not trainer.is_deepspeed_enabled:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        if "params" not in options and "model" not in options and "optimizer_dict" not in options:
+            kind([nn.Parameter(torch.zeros(1))], **options)
+
+
+@contextmanager
 def _room() -> Iterator[None]:
     """Memory that is too small is an error that says what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not full and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not _is_full(error):
             raise
         raise TrainingError(
             "there is not enough memory for this step. Lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), lower the context, or set gradient_checkpointing or bf16. What was saved "
-            "before is kept: run again, and it goes on from there."
+            "gradient_accumulation_steps) or per_device_eval_batch_size, or set gradient_checkpointing or bf16. What "
+            "was saved before is kept: run again, and it goes on from there. A shorter context needs --restart."
         ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in words)

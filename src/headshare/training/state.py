@@ -63,8 +63,8 @@ def _check(folder: Path, what: Mapping[str, str], *, restart: bool) -> None:
     if others and not (folder / _WHAT).is_file():
         raise TrainingError(f"{folder} is in the way and is no state of a run. Move it, or write elsewhere.")
     found = _read(folder / _WHAT) or {}
-    differs = [key for key, value in what.items() if found.get(key) != value]
-    if differs and not restart and next(checkpoints(folder), None):
+    differs = [key for key in {**what, **found} if found.get(key) != what.get(key)]
+    if differs and not restart and any(_read(path / _STATE) for path in folder.glob("checkpoint-*")):
         raise TrainingError(
             f"{folder} holds the state of another run: it had another {' and another '.join(differs)}. Go on with "
             "what it had, or throw it away with --restart."

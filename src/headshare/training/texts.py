@@ -18,6 +18,7 @@ from headshare.models import load_tokenizer
 from headshare.training.settings import Text
 
 PIECE = 2**20  # characters that are tokenized together
+NO_TEXTS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".xz", ".zst", ".zip")
 
 Window = Int[Tensor, " context"]
 
@@ -36,10 +37,17 @@ class Packed(Dataset[dict[str, Tensor]]):
 
 
 class Streamed(IterableDataset[dict[str, Tensor]]):
-    """Windows that are read over and over, without the first few, which are held out. It has no end, so that a run
-    which goes on finds its place by counting."""
+    """Windows that are read over and over, in their order, without the first few, which are held out. It has no end,
+    so that a run which goes on finds its place by counting. `beginning` is what tells this text from others."""
 
-    def __init__(self, windows: Callable[[], Iterator[Window]], held_out: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        windows: Callable[[], Iterator[Window]],
+        held_out: int,
+        limit: int | None,
+        beginning: Int[Tensor, "windows context"],
+    ) -> None:
+        self.beginning = beginning
         self.windows, self.first, self.last = windows, held_out, None if limit is None else held_out + limit
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -65,7 +73,7 @@ def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Strea
         if text.stream:
             apart = 0 if text.held_out_data else text.held_out
             first = _first(read(), apart + 1, text.data)
-            kept, found = Streamed(read, apart, text.limit), first[:apart]
+            kept, found = Streamed(read, apart, text.limit, first), first[:apart]
         else:
             more = 0 if text.held_out_data else text.held_out
             tokens = _first(read(), None if text.limit is None else text.limit + more, text.data, least=1)
@@ -73,7 +81,8 @@ def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Strea
             kept, found = Packed(tokens[: len(tokens) - apart][: text.limit]), tokens[len(tokens) - apart :]
         if text.held_out_data:
             found = _first(_reader(checkpoint, text, text.held_out_data)(), text.held_out, text.held_out_data, least=1)
-        check_vocabulary(checkpoint.config, found if isinstance(kept, Streamed) else torch.cat([kept.tokens, found]))
+        for tokens in (found, kept.beginning if isinstance(kept, Streamed) else kept.tokens):
+            check_vocabulary(checkpoint.config, tokens)
     except (EvaluationError, CalibrationError) as error:
         raise TrainingError(str(error)) from error
     return kept, Packed(found)
@@ -106,6 +115,11 @@ def _reader(checkpoint: Checkpoint, text: Text, source: str) -> Callable[[], Ite
     """What reads the windows of a source, from its beginning each time."""
     tokenizer = load_tokenizer(checkpoint)
     first = opening_token(tokenizer, None)
+    if not source.startswith(DATA_SET) and Path(source).suffix in NO_TEXTS:
+        raise TrainingError(
+            f"{source} is no plain text. Write its documents to a .jsonl file, one a line, or name a data set as "
+            f"{DATA_SET}NAME[:CONFIG][:SPLIT]."
+        )
     if not source.startswith(DATA_SET) and not Path(source).is_file():
         raise TrainingError(
             f"there is no file {source!r:.300} to train on. Name a UTF-8 text file, a .jsonl file with a document a "

@@ -3,6 +3,7 @@
 Everything else is the Trainer's: its arguments, logging, resuming, mixed precision and engines.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -46,7 +47,8 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     ) -> None:
         super().__init__(*args, **kwargs)
         self.tasks = tasks
-        self.model_accepts_loss_kwargs = False  # every window has as many tokens, so batches' means may be averaged
+        self.model_accepts_loss_kwargs = False  # every window has as many tokens: batches count by their windows
+        self._windows = 0
         self.penalty, self.loss, self.teacher = penalty, loss or Loss(), teacher
         self._hooks: list[Any] = []
         if teacher is not None:
@@ -54,6 +56,13 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         for printing in (PrinterCallback, ProgressCallback):  # they write to standard output, which is for results
             self.remove_callback(printing)
         self.add_callback(_Lines())
+        self.add_callback(_LogWhereSaved())
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimiser step, whose windows are counted."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._windows = sum(len(batch["input_ids"]) for batch in found[0])
+        return found
 
     def compute_loss(
         self,
@@ -69,9 +78,10 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             if self.teacher is not None and self.loss.distill:
                 apart = self._divergence(inputs["input_ids"], outputs["logits"])
                 loss = (1 - self.loss.distill) * loss + self.loss.distill * apart
-            loss = self.loss.lm * loss
+            batches = getattr(self, "current_gradient_accumulation_steps", 1)
+            windows = len(inputs["input_ids"])
+            loss = self.loss.lm * loss * (batches * windows / (self._windows or windows))
             if self.penalty is not None and self.loss.gamma and self.accelerator.sync_gradients:
-                batches = getattr(self, "current_gradient_accumulation_steps", 1)
                 loss = loss + self.loss.gamma * batches * self._pulled(self.penalty).to(loss.device)
             self._check(loss)
         return (loss, outputs) if return_outputs else loss
@@ -103,7 +113,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         """KL(teacher | model) of the next token, nats times the temperature's square (Hinton, Vinyals and Dean,
         "Distilling the knowledge in a neural network", 2015)."""
         assert self.teacher is not None
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
         heat = self.loss.temperature
         found, wanted = (
@@ -115,9 +125,24 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         if not bool(torch.isfinite(loss.detach())):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Training stopped; what was saved "
-                f"before is in {self.args.output_dir}. Lower the learning rate, or train in float32, and run again: it "
-                "goes on from there."
+                f"before is in {self.args.output_dir}. Lower the learning rate and run again: it goes on from there. "
+                "Or train in float32 from the beginning, with --restart."
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The state that is gone on from, with the learning rate that is asked for now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        before = max(getattr(schedule, "base_lrs", None) or [0.0])
+        if checkpoint is None or not before or before == self.args.learning_rate:
+            return
+        change = self.args.learning_rate / before
+        schedule.base_lrs = [rate * change for rate in schedule.base_lrs]
+        schedule._last_lr = [rate * change for rate in schedule._last_lr]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= change
+            if "initial_lr" in group:
+                group["initial_lr"] *= change
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
         """Save what the engine put together, of shared models too."""
@@ -131,6 +156,14 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
 
     # ---- measuring
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """All windows, whatever is dropped in training."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -142,6 +175,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         """The loss, and with a penalty the one that sharing would give, and how far ties lie apart; and tasks, as the
         shared model does them."""
         found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._check_measured(found.metrics[f"{metric_key_prefix}_loss"])
         if self.penalty is None:
             found.metrics.update(self._on_tasks(metric_key_prefix))
             return found
@@ -151,6 +185,18 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
         found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
         return found
+
+    def _check_measured(self, loss: float) -> None:
+        """Weights that give no number are not saved: measuring comes first."""
+        step = self.state.global_step
+        if math.isfinite(loss):
+            return
+        if not step:
+            raise TrainingError(f"the loss on the text held out is {loss} before the first step. Train in float32.")
+        raise TrainingError(
+            f"the loss on the text held out is {loss} after step {step}. Training stopped; what was saved before is in "
+            f"{self.args.output_dir}. Lower the learning rate and run again: it goes on from there."
+        )
 
     def _on_tasks(self, prefix: str) -> dict[str, float]:
         if self.tasks is None or not self.is_world_process_zero():
@@ -171,6 +217,14 @@ def _as_loaded(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.save_pretrained
+
+
+class _LogWhereSaved(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Logs before each checkpoint. The Trainer keeps no sum of losses in those, so that a run which goes on from one
+    would log another mean at its next line."""
+
+    def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
