@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,61 @@ def test_translations_are_compared_too(model: Path, tmp_path: Path) -> None:  # 
     )
     with pytest.raises(EvaluationError, match="both a source and a reference"):
         Recipe(source=tmp_path / "en").grid()
+
+
+def test_what_eval_kept_of_the_dense_model_is_not_measured_again(
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "en").write_text("a cat\nthe wind\n")
+    (tmp_path / "fr").write_text("un chat\nle vent\n")
+    parallel = Parallel(tmp_path / "en", tmp_path / "fr", tokens=8)
+    measure([model], parallel=parallel, out=tmp_path / "out")
+    asked: list[str] = []
+    real = Parallel.run
+    monkeypatch.setattr(Parallel, "run", lambda self, runner, key: asked.append(runner.name) or real(self, runner, key))
+    grid = Grid(("directshare",), (0.5,), parallel=parallel)
+    cells = compare(hs.open_checkpoint(model), grid, tmp_path / "out")
+    assert asked == ["directshare"]
+    assert (cells[0].results[0].model, cells[0].results[0].key) == ("dense", cells[0].key)
+    asked.clear()
+    compare(hs.open_checkpoint(model), grid, tmp_path / "new")
+    measure([model], parallel=parallel, out=tmp_path / "new")
+    assert asked == ["dense", "directshare"]
+
+
+def test_a_page_says_by_which_versions_each_cell_was_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headshare.comparing.grid.versions", lambda *_: {"torch": "1.0"})
+    run(place, tmp_path, "directshare")
+    monkeypatch.undo()
+    run(place, tmp_path, "directshare", "magnitude")
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["versions"]["torch"] == f"1.0 and {version('torch')}"
+    assert (about["dtype"], about["training"]) == ("auto", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "9"], "--tokens would not be used: there is no --text"),
+        (["--few-shot", "1"], "--few-shot would not be used"),
+        (["--language", "french"], "--language would not be used"),
+        (["--calibration-tokens", "99"], "--calibration-tokens would not be used"),
+    ],
+)
+@pytest.mark.parametrize("name", ["compare", "eval"])
+def test_options_that_would_not_be_used_are_refused(
+    name: str, words: list[str], message: str, place: Path, tmp_path: Path, command: Callable
+) -> None:
+    if name == "eval" and words[0].startswith("--calibration"):
+        return
+    given = ["--text", place / "test"] if words[0] != "--tokens" else ["--tasks", "piqa", "--data-dir", tmp_path]
+    status, _, err = command(name, place / "model", "--out", tmp_path / "out", *given, *words)
+    assert status == 1
+    assert message in err
 
 
 def test_another_text_or_model_is_another_cell(place: Path, tmp_path: Path) -> None:

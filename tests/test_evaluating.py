@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import zipfile
@@ -32,7 +33,7 @@ from headshare.evaluating.generating import Parallel, Writing, bleu_and_meteor, 
 from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
-from headshare.evaluating.results import Measured, Metric, kept_results, read_results, table_of
+from headshare.evaluating.results import Measured, Metric, current, kept_results, read_results, table_of
 from headshare.evaluating.tasks import TASKS, Part
 from headshare.evaluation import perplexity, windows_of
 from headshare.models import load_tokenizer
@@ -389,6 +390,18 @@ def test_what_cannot_be_told_from_guessing_is_marked() -> None:
     assert "| ~58.0 ± 5.0 |" in table_of([row(0.58, 0.05)])
     assert "| 61.0 ± 5.0 |" in table_of([row(0.61, 0.05)])
     assert not row(1.0, 0.0).at_chance  # all right is no guess
+    assert row(0.2, 0.05).at_chance  # nor is it any better that way
+
+
+def test_always_the_same_answer_is_no_better_than_guessing(runner: Runner, data: Path) -> None:
+    rows = [dict(ROWS["boolq"][number == 0], gold=int(number > 2)) for number in range(12)]
+    (data / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = measured(runner, data, "boolq", "piqa")
+    assert (one.chance, one.constant) == (0.5, 0.75)
+    assert other.constant is None  # its questions have options of their own
+    assert dataclasses.replace(one, metrics={"acc": Metric(0.8, 0.05)}).at_chance
+    assert not dataclasses.replace(one, metrics={"acc": Metric(0.86, 0.05)}).at_chance
+    assert "| guessing | 50.0 / 75.0 |" in table_of([one])
 
 
 def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
@@ -399,7 +412,7 @@ def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
     assert table_of(same).splitlines()[0] == "| model | t (9) |"
     lines = table_of([*same, row("b", 0.3, limit=9, dtype="float16", device="cpu")]).splitlines()
     assert lines[0] == "| model | t (9), dtype auto | t (9), dtype float16 |"
-    assert lines[3:] == ["| a | 10.0 ± 0.0 |  |", "| b | 20.0 ± 0.0 | 30.0 ± 0.0 |"]
+    assert lines[3:] == ["| a | ~10.0 ± 0.0 |  |", "| b | ~20.0 ± 0.0 | ~30.0 ± 0.0 |"]
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
@@ -540,6 +553,67 @@ def test_likelihoods_that_are_no_numbers_are_refused(runner: Runner, data: Path)
         measured(runner, data, "piqa")
 
 
+def test_a_folder_that_cannot_be_is_said_before_anything_is_measured(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Runner, "run", None)
+    with pytest.raises(EvaluationError, match="cannot be a folder of results"):
+        measure([model], tasks=["piqa"], data=data, out=tmp_path / "file")
+
+
+def test_a_device_that_is_not_there_is_one_error(model: Path, data: Path) -> None:
+    for name in ("cuda:99", "nowhere"):
+        with pytest.raises(hs.HeadshareError, match=name):
+            measure([model], tasks=["piqa"], data=data, settings=Settings(device=name))
+
+
+def test_a_damaged_archive_is_one_error(data: Path) -> None:
+    content = bytearray((data / "mmlu.zip").read_bytes())
+    with zipfile.ZipFile(data / "mmlu.zip") as archive:
+        first = archive.infolist()[0]
+    start = first.header_offset + 30 + len(first.filename)
+    content[start : start + first.compress_size] = b"\xff" * first.compress_size
+    (data / "mmlu.zip").write_bytes(content)
+    with pytest.raises(EvaluationError, match="cannot be read as a zip"):
+        chosen_tasks(["mmlu"], data)
+
+
+def test_a_tag_of_the_harness_is_told_its_tasks(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"tag: both\ntask: {name}\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+            "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+        )
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+    with pytest.raises(EvaluationError, match=r"both is several tasks.*one, two"):
+        runner.run(harness.Chosen("both", "harness"), "key")
+
+
+def test_a_models_own_habits_of_writing_do_not_count(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "penalised"
+    shutil.copytree(model, folder)
+    transformers.GenerationConfig(repetition_penalty=9.0, num_beams=3, do_sample=True, top_k=2).save_pretrained(folder)
+    found = [
+        continuations(Runner.of(hs.open_checkpoint(one), Settings()), ["the cat was there"], Writing(24))
+        for one in (model, folder)
+    ]
+    assert found[0] == found[1]
+
+
+def test_what_was_measured_of_another_model_of_the_same_name_is_not_current() -> None:
+    def row(task: str, digest: str) -> Measured:
+        return Measured("m", task, f"{task}{digest}", {"acc": Metric(0.5, 0.1)}, 9, settings={"model": digest})
+
+    rows = [row("a", "old"), row("b", "old"), row("a", "new")]
+    assert current(rows) == rows[2:]
+
+
 def test_a_folder_with_other_results_is_refused_and_left(model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"accuracy": 1}')
     with pytest.raises(EvaluationError, match="holds no results"):
@@ -632,6 +706,7 @@ def test_translations_are_measured_as_sacrebleu_and_nltk_measure_them(runner: Ru
     wanted = sacrebleu.corpus_bleu([text.strip() for text in written], [references]).score
     assert one.metrics["bleu"].value == pytest.approx(wanted)
     assert one.questions == 2
+    assert one.settings["bleu"].startswith("nrefs:1|") or "|v:" in one.settings["bleu"]
     assert re.fullmatch(r"bleu [\d.]+ ± [\d.]+, meteor [\d.]+ ± [\d.]+", one.in_cell)
 
 
@@ -640,8 +715,8 @@ def test_errors_of_translations_are_those_of_their_lines() -> None:
     written = [
         " ".join(word for k, word in enumerate(text.split()) if (n * k) % 7 != 1) for n, text in enumerate(references)
     ]
-    found = bleu_and_meteor(written, references)
-    alone = [bleu_and_meteor([one], [other])["meteor"] for one, other in zip(written, references, strict=True)]
+    found, _ = bleu_and_meteor(written, references)
+    alone = [bleu_and_meteor([one], [other])[0]["meteor"] for one, other in zip(written, references, strict=True)]
     assert all(metric.error is None for metric in alone)
     values = torch.tensor([metric.value for metric in alone])
     assert found["meteor"].error == pytest.approx(float(values.std() / len(values) ** 0.5), rel=1e-4)
@@ -652,16 +727,20 @@ def test_errors_of_translations_are_those_of_their_lines() -> None:
         resampled.append(sacrebleu.corpus_bleu([written[n] for n in some], [[references[n] for n in some]]).score)
     assert found["bleu"].error == pytest.approx(float(torch.tensor(resampled).std()), rel=0.2)
     # Nothing right is 0 without a doubt, and no reason to fail.
-    assert bleu_and_meteor(["x", "y"], ["a b c d", "e f g h"])["bleu"] == Metric(0.0, 0.0)
+    assert bleu_and_meteor(["x", "y"], ["a b c d", "e f g h"])[0]["bleu"] == Metric(0.0, 0.0)
 
 
 def test_meteor_rewards_order_and_stems_and_needs_no_dictionary() -> None:
-    def meteor(written: str, reference: str) -> float:
-        return bleu_and_meteor([written], [reference])["meteor"].value or 0.0
+    def meteor(written: str, reference: str, language: str | None = "english") -> float:
+        return bleu_and_meteor([written], [reference], language)[0]["meteor"].value or 0.0
 
     assert meteor("a b c d e f", "a b c d e f") == pytest.approx(100 * (1 - 0.5 / 6**3), rel=1e-6)
     assert meteor("a b c d", "a b c d") > meteor("d c b a", "a b c d") > 0
     assert meteor("cats", "cat") > 0
+    assert meteor("cats", "cat", None) == 0
+    assert meteor("une maisons blanches", "une maison blanche", "french") == meteor("a b c", "a b c")
+    assert meteor("une maisons blanches", "une maison blanche", None) < meteor("a b c", "a b c")
+    assert meteor("A dog.", "a dog .") == meteor("a b c", "a b c")  # words and stops apart, in small letters
     assert meteor("dog", "cat") == 0
 
 
@@ -672,6 +751,8 @@ def test_parallel_texts_and_prompts_that_do_not_fit_are_refused(runner: Runner, 
         Parallel(tmp_path / "one", tmp_path / "other")
     with pytest.raises(EvaluationError, match=r"put \{source\} there"):
         Parallel(tmp_path / "one", tmp_path / "one", prompt="translate")
+    with pytest.raises(EvaluationError, match="stems no 'klingon'"):
+        Parallel(tmp_path / "one", tmp_path / "one", language="klingon")
     with pytest.raises(EvaluationError, match="has no tokens"):
         continuations(runner, [""], Writing(4))
     with pytest.raises(EvaluationError, match="more than the model's 256"):

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 
 import tiny
+from headshare.errors import EvaluationError
 from headshare.evaluating.harness import _hushed
 from headshare.evaluating.likelihoods import ContextsOnce
 
@@ -22,6 +23,15 @@ CAUSAL = sorted(
 SLIDING = {
     "mistral": tf.MistralConfig(**{**tiny.WIDE_HEADS, "sliding_window": 7}),
     "gemma3": tf.Gemma3TextConfig(**{**tiny.WIDE_HEADS, "sliding_window": 7}),
+}
+LONG = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "phi3": tf.Phi3Config(
+        **tiny.GROUPED,
+        original_max_position_embeddings=32,
+        rope_parameters={**LONG, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+    ),
+    "llama-gqa": tf.LlamaConfig(**tiny.GROUPED, rope_parameters={**LONG, "rope_type": "dynamic", "factor": 4.0}),
 }
 RECURRENT = tf.Lfm2Config(**tiny.GROUPED, layer_types=["conv", "full_attention"] * 2)
 
@@ -80,6 +90,21 @@ def test_likelihoods_hold_where_attention_is_to_a_window(name: str) -> None:
     model = built(tiny.FAMILIES[name][0], SLIDING[name])
     theirs, ours = (answers(wrapped(kind, model, 5)) for kind in (HFLM, ContextsOnce))
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_likelihoods_hold_where_positions_depend_on_the_length(name: str) -> None:
+    """A context whose keys were turned as in short texts is not gone on from as in long ones."""
+    model = built(tiny.FAMILIES[name][0], SCALED[name])
+    theirs, ours = (answers(wrapped(kind, model, 5)) for kind in (HFLM, ContextsOnce))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("context", "ending"), [([5, 6], []), ([], [5, 6])])
+def test_what_has_no_tokens_is_refused(context: list[int], ending: list[int]) -> None:
+    ours = wrapped(ContextsOnce, built(*tiny.FAMILIES["llama-gqa"][:2]), 4)
+    with pytest.raises(EvaluationError, match="has no token"):
+        ours._loglikelihood_tokens([(("asked", "for"), [5, 6], [7]), (("so", "little"), context, ending)])
 
 
 def test_an_ending_that_is_likeliest_in_every_token_is_said_to_be_so() -> None:

@@ -157,8 +157,9 @@ def round_to_integers(model: nn.Module, *, bits: int = 8, stored: torch.dtype | 
         if not isinstance(module, nn.Linear | Conv1D) or not any(step.isdigit() for step in name.split(".")):
             continue
         weight, across = module.weight, int(isinstance(module, nn.Linear))  # a Conv1D's stands the other way round
-        scale = (weight.abs().amax(dim=across, keepdim=True) / most).clamp(min=torch.finfo(weight.dtype).tiny)
-        weight.copy_((weight / scale).round() * scale)
+        whole = weight.float()  # the type that integers are multiplied in; a model's own would round once more
+        scale = (whole.abs().amax(dim=across, keepdim=True) / most).clamp(min=torch.finfo(whole.dtype).tiny)
+        weight.copy_((whole / scale).round() * scale)
         item = (stored or weight.dtype).itemsize
         saved += weight.numel() * (item - bits / 8) - scale.numel() * item
     return math.floor(saved)

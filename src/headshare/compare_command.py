@@ -17,7 +17,16 @@ from headshare.errors import EvaluationError, TrainingError
 from headshare.eval_command import EvalDtypeName
 from headshare.evaluation import WINDOW
 from headshare.files import read_yaml, write_whole
-from headshare.options import Context, JsonOption, RestartOption, RevisionOption, is_given, listed, print_result
+from headshare.options import (
+    Context,
+    JsonOption,
+    RestartOption,
+    RevisionOption,
+    is_given,
+    listed,
+    print_result,
+    refuse_unused,
+)
 
 LISTS = ("methods", "ratios", "tasks")
 
@@ -41,6 +50,7 @@ def compare_command(
     source: Annotated[Path | None, typer.Option(help="Lines to translate, as of `eval`.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
     prompt: Annotated[str, typer.Option(help="What the model is given of a line, {source}.")] = "{source}\n",
+    language: Annotated[str | None, typer.Option(help="Language of the translations, as of `eval`.")] = None,
     tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks, as of `eval`.")] = "",
     data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many questions of each task, or subject.")] = None,
@@ -68,7 +78,8 @@ def compare_command(
     """
     given: dict[str, Any] = {
         "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
-        "source": source, "reference": reference, "prompt": prompt, "tasks": tasks, "data_dir": data_dir,
+        "source": source, "reference": reference, "prompt": prompt, "language": language,
+        "tasks": tasks, "data_dir": data_dir,
         "limit": limit, "few_shot": few_shot, "batch_size": batch_size, "dtype": dtype.value,
         "calibration": calibration, "calibration_tokens": calibration_tokens,
         "calibration_window": calibration_window, "seed": seed, "device": device,
@@ -83,6 +94,11 @@ def compare_command(
         chosen["train"] = read_yaml(train, TrainingError)
 
     recipe = Recipe.load(config, chosen)
+    for name, words in (("text", ("tokens", "window")), ("tasks", ("data_dir", "few_shot")),
+                        ("source", ("prompt", "language")),
+                        ("calibration", ("calibration_tokens", "calibration_window"))):  # fmt: skip
+        if not getattr(recipe, name) and not (name == "tasks" and recipe.train):
+            refuse_unused(context, f"there is no --{name}", words, EvaluationError)
     if recipe.model is None:
         raise EvaluationError("there is no model to make smaller: name one, or a --config that does.")
     grid = recipe.grid()

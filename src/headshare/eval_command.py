@@ -14,7 +14,7 @@ from headshare.errors import EvaluationError
 from headshare.evaluation import WINDOW, Agreement, evaluate, read_text
 from headshare.options import Context, JsonOption, RevisionOption, listed, print_result, refuse_unused
 
-OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt")
+OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
 
 
 class EvalDtypeName(StrEnum):
@@ -57,6 +57,9 @@ def evaluate_command(
     prompt: Annotated[
         str, typer.Option(help="What the model is given for a line of --source, which stands in the place of {source}.")
     ] = "{source}\n",
+    language: Annotated[
+        str | None, typer.Option(help="Language of --reference, such as french: METEOR matches its stems too.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="For encoders: the dense model, to compare embeddings with.")
     ] = None,
@@ -87,6 +90,14 @@ def evaluate_command(
         raise EvaluationError("--against compares one encoder with its dense model on --text. Leave the rest out.")
     if (source is None) != (reference is None):
         raise EvaluationError("a translation needs both --source and --reference.")
+    if text is None:
+        refuse_unused(context, "there is no --text", ("window", "tokens", "bos"), EvaluationError)
+    if not tasks:
+        refuse_unused(context, "there are no --tasks", ("data_dir", "few_shot"), EvaluationError)
+    if source is None:
+        refuse_unused(context, "there is no --source", ("prompt", "language"), EvaluationError)
+        if not tasks:
+            refuse_unused(context, "there are no --tasks and no --source", ("limit",), EvaluationError)
     from headshare.evaluating import Parallel, Settings, Text, measure, table_of
     from headshare.evaluating.measuring import to_dict
 
@@ -95,7 +106,9 @@ def evaluate_command(
         tasks=listed(tasks),
         data=data_dir,
         text=None if text is None else Text(text, window, tokens, bos),
-        parallel=None if source is None or reference is None else Parallel(source, reference, prompt, limit),
+        parallel=None
+        if source is None or reference is None
+        else Parallel(source, reference, prompt, limit, language=language),
         settings=Settings(limit, few_shot, dtype.value, device, batch_size),
         out=out,
         revision=revision,

@@ -110,6 +110,22 @@ def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> t
     return model, report
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know, or that is not there; `auto` and other names are accelerate's.
+
+    Raises:
+        CheckpointError: in these cases.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        if name in ("auto", "balanced", "sequential"):
+            return
+        raise CheckpointError(f"there is no device {name!r:.40}. Use cpu, cuda:0 or auto.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"there are {torch.cuda.device_count()} GPUs here, and {name} is none. Use cpu.")
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer.
 

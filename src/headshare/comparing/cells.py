@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -21,8 +22,9 @@ class Compared(Keyed):
     parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `losses` and `divergences` are
     those of the text's windows, nats a token: what predictions lose, and how far they are from the dense model's.
     `by_layer` is the share of each layer's attention units that gave up weights; `curve` has a row for each time that
-    was measured while training: `step`, `loss` on what was held out (as shared then), and accuracies. `failed` says why
-    there is nothing else."""
+    was measured while training: `step`, `loss` on what was held out (as shared then), and accuracies. `seconds` are
+    those of making it, with the prices that no earlier cell of the run had measured. `failed` says why there is nothing
+    else."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -41,6 +43,7 @@ class Compared(Keyed):
     divergences: tuple[float, ...] = ()
     by_layer: tuple[float, ...] = ()
     curve: tuple[dict[str, float], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

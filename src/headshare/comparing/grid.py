@@ -33,7 +33,7 @@ from headshare.errors import EvaluationError, HeadshareError, OutputError, Train
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
-from headshare.evaluating.results import key_of
+from headshare.evaluating.results import Measured, kept_results, key_of, versions
 from headshare.evaluation import Predictions, losses_and_divergences
 from headshare.fewbits import Rounded, round_by_gptq
 from headshare.files import write_whole
@@ -113,7 +113,6 @@ def compare(
         raise EvaluationError(f"{reading[0]} looks at a text: name one with --calibration FILE, or self.")
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
-    out.mkdir(parents=True, exist_ok=True)
     kept = kept_cells(out)
     work = Workspace(out / "work", _what(dense, calibration, device), restart=restart)
     try:
@@ -135,7 +134,7 @@ def compare(
         work.close()
     write_whole(out / "table.md", f"{table(found)}\n\n{verdict(found)}\n".encode())
     write_whole(out / "cells.csv", as_csv(found).encode())
-    about = About.of(dense, grid, calibration, title, tuple(cell.key for cell in found))
+    about = About.of(dense, grid, calibration, title, found)
     write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())
     return found
 
@@ -152,13 +151,20 @@ class About:
     limit: int | None
     versions: dict[str, str]
     keys: tuple[str, ...]
+    dtype: str = ""
+    few_shot: int | None = None
+    device: str = ""
 
     @classmethod
     def of(
-        cls, dense: Checkpoint, grid: Grid, calibration: Calibration | None, title: str, keys: tuple[str, ...]
+        cls, dense: Checkpoint, grid: Grid, calibration: Calibration | None, title: str, cells: Sequence[Compared]
     ) -> "About":
         """Of a grid that was measured."""
-        text, trained, parallel = grid.text, grid.training, grid.parallel
+        text, parallel = grid.text, grid.parallel
+        trained = grid.training if any(name in TRAINED for name in grid.methods) else None
+        by_name: dict[str, list[str]] = {}
+        for name, one in (pair for cell in cells for pair in cell.versions.items()):
+            by_name.setdefault(name, []).append(one)
         measured = (
             [] if text is None else [f"{text.path.name}, windows of {text.window}, {text.tokens or 'all'} tokens"]
         )
@@ -170,8 +176,11 @@ class About:
             "" if calibration is None else f"{Path(calibration.source).name}, {calibration.tokens.numel()} tokens",
             "" if trained is None else f"{Path(trained.text.data).name}{_shown(trained.learning.arguments)}",
             grid.settings.limit,
-            {name: version(name) for name in ("headshare", "torch", "transformers")},
-            keys,
+            {name: " and ".join(dict.fromkeys(some)) for name, some in by_name.items()},
+            tuple(cell.key for cell in cells),
+            grid.settings.dtype,
+            grid.settings.few_shot,
+            grid.settings.device,
         )
 
 
@@ -289,9 +298,12 @@ class _Bench:
     ) -> Compared:  # fmt: skip
         whole = sum(info.nbytes for info in parameter_infos(self.dense).values())
         losses, divergences = self._on_text(runner)
-        results = tuple(task.run(runner, cell.key) for task in self.tasks)
+        results = tuple(self._on_task(task, runner, cell) for task in self.tasks)
+        with_tasks = ["lm_eval"] if self.grid.tasks else []
+        rounding = ["gptqmodel", "compressed-tensors"] if ROUNDED.removeprefix("+") in cell.method else []
         return replace(
             cell,
+            versions={"headshare": version("headshare"), **versions(*with_tasks, *rounding)},
             saved_bytes=saved,
             saved_fraction=saved / whole,
             disk_bytes=disk,
@@ -301,6 +313,17 @@ class _Bench:
             losses=losses,
             divergences=divergences,
         )
+
+    def _on_task(self, task: Chosen | Parallel, runner: Runner, cell: Compared) -> Measured:
+        """What `headshare eval --out` kept of the dense model in the same folder is not measured again."""
+        if cell.method != DENSE:
+            return task.run(runner, cell.key)
+        kept, key = kept_results(self.folder.parent), task.key(fingerprint(self.dense), self.grid.settings)
+        found = kept.find(key)
+        if found is None:
+            found = replace(task.run(runner, key), model=self.dense.name)
+            kept.add(found)
+        return replace(found, model=DENSE, key=cell.key)
 
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.grid.text is None:

@@ -35,6 +35,7 @@ class Recipe(BaseModel):
     source: Path | None = None
     reference: Path | None = None
     prompt: str = SOURCE + "\n"
+    language: str | None = None
     tasks: tuple[str, ...] = ()
     data_dir: Path | None = None
     limit: int | None = None
@@ -83,7 +84,7 @@ class Recipe(BaseModel):
             text=None if self.text is None else Text(self.text, self.window, self.tokens),
             parallel=None
             if self.source is None or self.reference is None
-            else Parallel(self.source, self.reference, self.prompt, self.limit),
+            else Parallel(self.source, self.reference, self.prompt, self.limit, language=self.language),
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
             training=self._training(),

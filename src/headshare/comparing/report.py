@@ -15,7 +15,7 @@ from headshare.comparing.claims import ACCURACY, Checked, checked
 from headshare.comparing.grid import ABOUT, About
 from headshare.comparing.tables import table, verdict
 from headshare.errors import EvaluationError
-from headshare.evaluating.results import RESULTS, read_results, table_of
+from headshare.evaluating.results import RESULTS, current, read_results, table_of
 from headshare.evaluating.results import Measured as Row
 from headshare.files import read_yaml
 from headshare.refits import is_shown
@@ -99,7 +99,7 @@ class Evaluated:
         Raises:
             EvaluationError: if it holds something else, or two models of one name.
         """
-        rows = read_results(folder / RESULTS)
+        rows = current(read_results(folder / RESULTS))
         short = {row.model: Path(row.model).name for row in rows}
         if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
             raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
@@ -149,6 +149,8 @@ def _about(about: About) -> str:
     parts = [f"{about.model}"]
     parts += [f"measured on {about.text}"] if about.text else []
     parts += [f"the first {about.limit} questions of each task"] if about.limit else []
+    parts += [f"run in {about.dtype}"] if about.dtype else []
+    parts += [f"{about.few_shot} examples before each"] if about.few_shot is not None else []
     parts += [f"calibrated on {about.calibration}"] if about.calibration else []
     parts += [f"trained on {about.training}"] if about.training else []
     return "; ".join([*parts, ", ".join(f"{name} {value}" for name, value in about.versions.items())]) + "."

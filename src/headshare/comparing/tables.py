@@ -10,17 +10,20 @@ from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
 from headshare.comparing.methods import DELETING, REFIT, SHARING
+from headshare.evaluating.results import guesses_of
 
 
 def table(cells: Sequence[Compared]) -> str:
     """Markdown: a row a cell; bytes in MiB, divergences in nats a token and accuracies in percent, both with standard
-    errors, a tilde where an accuracy cannot be told from guessing."""
+    errors, a tilde where an accuracy is not two of them above guessing, or above always the same answer."""
     tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
-    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", "perplexity", "divergence", *tasks, "seconds"]
+    asked = {row.task: row.questions for cell in cells for row in cell.results if row.chance is not None}
+    shown = [f"{task} ({asked[task]})" if task in asked else task for task in tasks]
+    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", "perplexity", "divergence", *shown, "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|--:|---" + "|--:" * (len(heads) - 2) + "|"]
-    chances = {row.task: row.chance for cell in cells for row in cell.results if row.chance is not None}
-    if chances:
-        guesses = [f"{100 * chances[task]:.1f}" if task in chances else "" for task in tasks]
+    guessed = {row.task: guesses_of(row) for cell in cells for row in cell.results if row.chance is not None}
+    if guessed:
+        guesses = [guessed.get(task, "") for task in tasks]
         lines.append("| | guessing | | | | | | " + " | ".join(guesses) + " | |")
     for cell in cells:
         ratio = f"{cell.ratio:g}" if cell.ratio else ""

@@ -1,11 +1,13 @@
 """Text that models write after a prompt: samples side by side, and translations with their BLEU and METEOR."""
 
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from headshare.progress import track
 
 SOURCE = "{source}"
 RESAMPLED = 1000
+METEOR_RULE = "words by 13a"
 HALF_INTERVAL = 1.96  # standard errors, of 95 %
 
 
@@ -81,7 +84,7 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
     end = runner.tokenizer.eos_token_id
     padding = 0 if end is None else end
-    chosen: dict[str, Any] = {"do_sample": False}
+    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if writing.temperature:
         chosen = {"do_sample": True, "temperature": writing.temperature, "top_k": 0, "top_p": 1.0}
     stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
@@ -89,7 +92,7 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
         torch.manual_seed(writing.seed)
         out = runner.model.generate(
             input_ids=tokens, attention_mask=mask, max_new_tokens=writing.tokens, pad_token_id=padding,
-            **chosen, **stop,
+            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, **chosen, **stop,
         )  # fmt: skip
     for row in out[:, longest:]:
         text: str = runner.tokenizer.decode(row, skip_special_tokens=True)
@@ -116,10 +119,11 @@ def _one_line(text: str) -> str:
 @dataclass(frozen=True)
 class Parallel:
     """A text and its translation, line by line. The model is given `prompt` with a line in the place of {source}, and
-    writes up to the end of the line.
+    writes up to the end of the line. `language` is that of the translation, whose words METEOR matches by their stems.
 
     Raises:
-        EvaluationError: if a file cannot be read, they have different numbers of lines, or the prompt has no {source}.
+        EvaluationError: if a file cannot be read, they have different numbers of lines, the prompt has no {source}, or
+            there is no stemmer for the language.
     """
 
     source: Path
@@ -127,6 +131,7 @@ class Parallel:
     prompt: str = SOURCE + "\n"
     limit: int | None = None
     tokens: int = 64
+    language: str | None = None
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +139,7 @@ class Parallel:
             raise EvaluationError(
                 f"the prompt {self.prompt!r:.60} does not say where the text goes: put {SOURCE} there."
             )
+        stemmer_for(self.language)
         sides = [read_text(path).rstrip("\n").split("\n") for path in (self.source, self.reference)]
         if len(sides[0]) != len(sides[1]):
             raise EvaluationError(
@@ -149,7 +155,7 @@ class Parallel:
 
     def key(self, model: str, settings: Settings) -> str:
         """Tells this translation by this model and these settings."""
-        return key_of(model, self.pairs, self.prompt, self.tokens, settings.dtype)
+        return key_of(model, self.pairs, self.prompt, self.tokens, self.language, METEOR_RULE, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> Measured:
         """Translate every line and measure all.
@@ -159,15 +165,41 @@ class Parallel:
         """
         prompts = [self.prompt.replace(SOURCE, line) for line, _ in self.pairs]
         written = continuations(runner, prompts, Writing(self.tokens, stop="\n"))
-        found = bleu_and_meteor([text.strip() for text in written], [reference for _, reference in self.pairs])
-        settings = {"prompt": self.prompt, "tokens": self.tokens, "limit": self.limit}
+        references = [reference for _, reference in self.pairs]
+        found, signature = bleu_and_meteor([text.strip() for text in written], references, self.language)
+        settings = {
+            "prompt": self.prompt, "tokens": self.tokens, "limit": self.limit, "language": self.language,
+            "lines": hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8], **runner.circumstances,
+            "bleu": signature, "meteor": METEOR_RULE,
+        }  # fmt: skip
         return Measured(runner.name, self.name, key, found, len(self.pairs), settings=settings)
 
 
-def bleu_and_meteor(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+def stemmer_for(language: str | None) -> Any:
+    """The Snowball stemmer of a language; without one, what leaves words as they are.
+
+    Raises:
+        EvaluationError: if there is none, or nltk is not installed.
+    """
+    if language is None:
+        return SimpleNamespace(stem=str)
+    try:
+        from nltk.stem.snowball import SnowballStemmer
+    except ImportError:
+        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
+    if language not in SnowballStemmer.languages:
+        known = ", ".join(sorted(SnowballStemmer.languages))
+        raise EvaluationError(f"nltk stems no {language!r:.40}. There are {known}; without, words match as they are.")
+    return SnowballStemmer(language)
+
+
+def bleu_and_meteor(
+    written: Sequence[str], references: Sequence[str], language: str | None = None
+) -> tuple[dict[str, Metric], str]:
     """Corpus BLEU as sacrebleu computes it, in percent, and the mean of METEOR over lines (Banerjee and Lavie,
-    "METEOR", 2005), in percent, with exact and stemmed matches; synonyms are English alone, and left out. Standard
-    errors over lines: of BLEU, from sacrebleu's confidence interval of 1,000 bootstrap samples (Koehn, 2004).
+    "METEOR", 2005), in percent, with exact matches and those of stems of this language, of words as sacrebleu takes
+    lines apart (13a), in small letters; synonyms are English alone, and left out. Standard errors over lines: of BLEU,
+    from sacrebleu's confidence interval of 1,000 bootstrap samples (Koehn, 2004). And sacrebleu's signature.
 
     Raises:
         EvaluationError: if sacrebleu or nltk are not installed.
@@ -175,22 +207,25 @@ def bleu_and_meteor(written: Sequence[str], references: Sequence[str]) -> dict[s
     try:
         from nltk.translate.meteor_score import meteor_score
         from sacrebleu import BLEU
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     except ImportError:
         raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
-    metric = BLEU()
+    metric, words, stemmer = BLEU(), Tokenizer13a(), stemmer_for(language)
     bleu = metric.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLED)
-    interval = json.loads(bleu.format(width=6, signature=metric.get_signature().format(), is_json=True))
+    signature = metric.get_signature().format()
+    interval = json.loads(bleu.format(width=6, signature=signature, is_json=True))
     scores = [
-        100 * meteor_score([reference.split()], text.split(), wordnet=_NoSynonyms())
+        100 * meteor_score([words(reference).split()], words(text).split(), stemmer=stemmer, wordnet=_NoSynonyms())
         for text, reference in zip(written, references, strict=True)
     ]
     several = len(scores) > 1
-    return {
+    found = {
         "bleu": Metric(float(bleu.score), interval.get("confidence_var", 0.0) / HALF_INTERVAL if several else None),
         "meteor": Metric(
             statistics.mean(scores), statistics.stdev(scores) / math.sqrt(len(scores)) if several else None
         ),
     }
+    return found, signature
 
 
 class _NoSynonyms:

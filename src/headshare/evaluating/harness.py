@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from unittest.mock import patch
 from headshare.checkpoints import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.questions import Question
-from headshare.evaluating.results import Measured, Metric, key_of
+from headshare.evaluating.results import Measured, Metric, key_of, versions
 from headshare.evaluating.tasks import TASKS, Part, digest_of
 from headshare.evaluation import is_causal, longest_window
-from headshare.models import load_model, load_tokenizer, quiet
+from headshare.models import check_device, load_model, load_tokenizer, quiet
+from headshare.workspace import fingerprint
 
 INSTALL = "pip install 'headshare[eval]'"
 SCORED = ("acc", "acc_norm")
@@ -135,22 +137,25 @@ class Runner:
     tokenizer: Any
     longest: int | None
     settings: Settings
+    digest: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, settings: Settings, *, name: str | None = None) -> "Runner":
         """A checkpoint's model, loaded.
 
         Raises:
-            EvaluationError: if it predicts no next token, or has no tokenizer.
+            EvaluationError: if it predicts no next token, has no tokenizer, or there is no such device.
             CheckpointError: if it cannot be loaded.
         """
+        check_device(settings.device)
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
         if not is_causal(model):
             raise EvaluationError(
                 f"{type(model).__name__} does not predict the next token, so it cannot choose a text."
             )
-        return cls(name or checkpoint.name, model, tokenizer, longest_window(checkpoint.config), settings)
+        longest, digest = longest_window(checkpoint.config), fingerprint(checkpoint)
+        return cls(name or checkpoint.name, model, tokenizer, longest, settings, digest)
 
     @cached_property
     def _for_harness(self) -> Any:
@@ -204,14 +209,36 @@ class Runner:
             metrics=_averaged(samples) if chosen else _reported(found, task.name),
             questions=len(samples),
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
+            constant=_constant(samples) if chosen else None,
             parts=shares if len(shares) > 1 else {},
-            settings={**self.settings.deciding, "batch_size": self.settings.batch_size, "device": self.settings.device,
-                      "lm_eval": harness_version()},
-        )  # fmt: skip
+            settings={
+                **self.settings.deciding,
+                **self.circumstances,
+                "batch_size": self.settings.batch_size,
+                "lm_eval": harness_version(),
+                "questions": task.digest[:8],
+                "rule": RULE,
+            },
+        )
+
+    @property
+    def circumstances(self) -> dict[str, str]:
+        """What else a result is kept with: the model, the type and device it was run in and on, and versions."""
+        model = {} if self.digest is None else {"model": self.digest[:16]}
+        return {**model, "dtype": self.settings.dtype, "device": self.settings.device, **versions()}
 
 
 def _share(samples: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(sample["acc"] for sample in samples)) / len(samples)
+
+
+def _constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of the option that is right most often, where all questions have the same ones."""
+    options = {tuple(ending for _, ending in sample["arguments"]) for sample in samples}
+    targets = Counter(sample["target"] for sample in samples if isinstance(sample["target"], int))
+    if len(options) != 1 or len(next(iter(options))) < 2 or targets.total() != len(samples):
+        return None
+    return targets.most_common(1)[0][1] / len(samples)
 
 
 def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
@@ -226,7 +253,18 @@ def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
 
 def _reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
     """What the harness says of a task that is not one of choosing."""
-    row = found["results"][name]
+    row = found["results"].get(name)
+    if row is None:
+        raise EvaluationError(
+            f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(found['results']))}."
+        )
+    metrics = _metrics(row)
+    if not metrics:
+        raise EvaluationError(f"lm-eval found no finite figure for {name}.")
+    return metrics
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
     return {
         key.partition(",")[0]: Metric(_number(value), _number(row.get(key.replace(",", "_stderr,", 1))))
         for key, value in row.items()

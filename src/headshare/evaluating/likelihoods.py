@@ -5,7 +5,7 @@ Only this module imports lm-eval as it is imported.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from headshare.errors import EvaluationError
 from headshare.progress import track
 
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
 NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 Tokens = tuple[int, ...]
 
@@ -41,6 +43,15 @@ class _Row:
         return len(self.before_last) + 1
 
 
+def _values(config: Mapping[Any, Any], wanted: str) -> Iterator[Any]:
+    """What stands under this name, at any depth."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, wanted)
+        elif name == wanted:
+            yield value
+
+
 def _pieces(rows: list[_Row], size: int) -> list[list[_Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -49,8 +60,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
     """lm-evaluation-harness's own model of transformers, with the same answers for less work: it reads a context again
     for each ending, and predicts every token of both. Log-likelihoods are computed in float32.
 
-    Models whose layers keep something else than keys and values, or whose forward takes no positions, run as the
-    harness runs them.
+    Models whose layers keep something else than keys and values, whose positions are turned otherwise in longer texts,
+    or whose forward takes no positions, run as the harness runs them.
     """
 
     def _loglikelihood_tokens(
@@ -60,7 +71,16 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each request's ending (its third field) after its context (its second), and whether
-        all of its tokens are the likeliest. What is too long loses tokens of its context's beginning."""
+        all of its tokens are the likeliest. What is too long loses tokens of its context's beginning.
+
+        Raises:
+            EvaluationError: if a context or an ending has no tokens.
+        """
+        for asked_for, context, ending in requests:
+            if not (context and ending):
+                raise EvaluationError(
+                    f"of {asked_for!r:.200}, {'the ending' if context else 'the context'} has no token."
+                )
         if not self._keeps_contexts or any(len(ending) > self.max_length for *_, ending in requests):
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return answers
@@ -69,7 +89,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
             tokens = (*context, *ending)[-(self.max_length + 1) :]
             asked[_Row(tokens[: -len(ending)], tokens[-len(ending) : -1])].append(number)
         found: dict[int, tuple[float, bool]] = {}
-        for row, logits in track(self._predictions(asked), "options", len(asked)):
+        rows = self._predictions(asked)
+        for row, logits in rows if disable_tqdm else track(rows, "options", len(asked)):
             likelihoods = logits.float().log_softmax(dim=-1)
             for number in asked[row]:
                 tokens_of_ending = torch.tensor(requests[number][2], device=logits.device)
@@ -81,6 +102,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
     def _keeps_contexts(self) -> bool:
         """Whether a context can be read once and gone on from, with padding before it."""
         if self.backend != "causal" or NEEDED - set(inspect.signature(self.model.forward).parameters):
+            return False
+        if not LENGTH_DEPENDENT.isdisjoint(_values(self.model.config.to_dict(), "rope_type")):
             return False
         layers = DynamicCache(config=self.model.config).layers
         return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
@@ -128,7 +151,7 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         cache = DynamicCache(config=self.model.config)
         inputs = self._padded([group[0].context[:-1] for group in groups])
         self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        of_row = torch.tensor([number for number, group in enumerate(groups) for _ in group], device=self.device)
+        of_row = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         cache.batch_select_indices(of_row)
         width = max(row.predicted for row in rows)
         ends = torch.zeros(len(rows), width, dtype=torch.long)
@@ -138,7 +161,9 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         positions = (lengths[:, None] + torch.arange(width)).clamp(max=self.max_length - 1)
         mask = None
         if "attention_mask" in inputs:
-            mask = torch.cat([inputs["attention_mask"][of_row], torch.ones_like(ends, device=self.device)], dim=1)
+            mask = torch.cat(
+                [inputs["attention_mask"][of_row.to(self.device)], torch.ones_like(ends, device=self.device)], dim=1
+            )
         logits = self.model(
             input_ids=ends.to(self.device), attention_mask=mask, position_ids=positions.to(self.device),
             past_key_values=cache, use_cache=True,

@@ -48,7 +48,9 @@ class Text:
         """
         found = perplexity(runner.model, self.windows(runner)).to_dict()
         value = found.pop("perplexity")
-        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=found)
+        text = hashlib.sha256(self.content.encode()).hexdigest()[:8]
+        settings = {**found, **runner.circumstances, "text": text}
+        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=settings)
 
     def windows(self, runner: Runner) -> Windows:
         """Its windows for this model.

@@ -3,6 +3,7 @@
 import csv
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -113,7 +114,7 @@ def _members(path: Path, ending: str) -> dict[str, str]:
             if sum(one.file_size for one in chosen) > FILE_BYTES:
                 raise EvaluationError(f"{path} unpacks to more than {FILE_BYTES:,} bytes. Name the right file.")
             return {one.filename: archive.read(one).decode("utf-8-sig") for one in chosen}
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, RuntimeError) as error:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise EvaluationError(f"{path} cannot be read as a zip of CSV files: {error}") from None
 
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +16,7 @@ from headshare.errors import EvaluationError
 from headshare.files import write_whole
 
 RESULTS, WHAT = "results.json", "results of `headshare eval`"
-IRRELEVANT = ("batch_size", "device", "lm_eval")
+IRRELEVANT = ("batch_size", "device", "model", "torch", "transformers")
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
 
 
@@ -37,7 +39,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Measured(Keyed):
-    """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives.
+    """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives, and
+    `constant`, where all questions have the same options, that of always giving the one that is right most often.
 
     `key` tells the model, the questions and the settings; of a task of several subjects, `parts` has each one's
     accuracy and number of questions.
@@ -53,6 +56,7 @@ class Measured(Keyed):
     chance: float | None = None
     parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    constant: float | None = None
 
     @property
     def main(self) -> tuple[str, Metric]:
@@ -62,11 +66,16 @@ class Measured(Keyed):
 
     @property
     def at_chance(self) -> bool:
-        """Whether the accuracy is within two standard errors of what guessing gives."""
+        """Whether the accuracy is not two standard errors above what guessing gives, or always the same answer."""
         name, metric = self.main
         if self.chance is None or name != "acc" or metric.value is None:
             return False
-        return abs(metric.value - self.chance) <= 2 * (math.inf if metric.error is None else metric.error)
+        return metric.value - max(self.guessed) <= 2 * (math.inf if metric.error is None else metric.error)
+
+    @property
+    def guessed(self) -> tuple[float, ...]:
+        """The accuracy of guessing, and of always the same answer where that can be given."""
+        return tuple(one for one in (self.chance, self.constant) if one is not None)
 
     @property
     def in_cell(self) -> str:
@@ -91,14 +100,17 @@ def key_of(*what: Any) -> str:
 
 
 class Kept(Generic[Row]):
-    """All that was measured so far, and the file that keeps it, if any: `what` says what that holds.
+    """All that was measured so far, and the file that keeps it, if any, in a folder that is made: `what` says what that
+    holds.
 
     Raises:
-        EvaluationError: if the file is there and holds something else.
+        EvaluationError: if the file is there and holds something else, or there can be no such folder.
     """
 
     def __init__(self, file: Path | None, kind: type[Row], what: str) -> None:
         self.file, self._rows = file, TypeAdapter(list[kind])  # type: ignore[valid-type]
+        if file is not None:
+            _make(file.parent)
         self.rows = read_rows(file, kind, what) if file is not None and file.is_file() else []
 
     def find(self, key: str) -> Row | None:
@@ -109,8 +121,14 @@ class Kept(Generic[Row]):
         """Keep it, in the file too, in the place of what has its key."""
         self.rows = [*(one for one in self.rows if one.key != row.key), row]
         if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.file, self._rows.dump_json(self.rows, indent=1))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{folder} cannot be a folder of results: {error.strerror}. Write elsewhere.") from None
 
 
 def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
@@ -148,17 +166,37 @@ def read_results(file: Path) -> list[Measured]:
 
 
 def table_of(rows: Sequence[Measured]) -> str:
-    """Markdown: models down, tasks across, chance in a row of its own, in percent with standard errors. A tilde marks
-    what cannot be told from guessing. A task that was measured in several ways has a column for each."""
+    """Markdown: models down, tasks across, in percent with standard errors; what guessing gives in a row of its own,
+    and after a stroke what always the same answer does. A tilde marks what is not two standard errors above both. A
+    task that was measured in several ways has a column for each."""
     columns = _columns(rows)
     lines = ["| model | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
     if any(row.chance is not None for some in columns.values() for row in some):
-        guesses = ("" if some[0].chance is None else f"{100 * some[0].chance:.1f}" for some in columns.values())
-        lines.append("| guessing | " + " | ".join(guesses) + " |")
+        lines.append("| guessing | " + " | ".join(guesses_of(some[0]) for some in columns.values()) + " |")
     for model in dict.fromkeys(row.model for row in rows):
         cells = (next((row.in_cell for row in some if row.model == model), "") for some in columns.values())
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def guesses_of(row: Measured) -> str:
+    """What guessing gives, and always the same answer, in percent."""
+    return " / ".join(f"{100 * one:.1f}" for one in row.guessed)
+
+
+def current(rows: Sequence[Measured]) -> list[Measured]:
+    """Without what is of another model than the last that was measured under the same name."""
+    last = {row.model: row.settings.get("model") for row in rows}
+    return [row for row in rows if row.settings.get("model") == last[row.model]]
+
+
+def versions(*also: str) -> dict[str, str]:
+    """Those that numbers may depend on in their last places; also of these packages, as far as they are installed."""
+    found = {name: version(name) for name in ("torch", "transformers")}
+    for name in also:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _columns(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
