@@ -25,6 +25,7 @@ from headshare.baselines import (
 )
 from headshare.budget import plan_for_bytes
 from headshare.calibration import Calibration
+from headshare.controls import weight_of
 from headshare.models import load_model
 from headshare.units import HeadUnit
 
@@ -140,6 +141,20 @@ def test_the_smallest_numbers_of_attention_become_zero_and_no_others(name: str, 
         left.append(tensor[~changed].abs())
     assert torch.cat(gone).numel() == 777
     assert torch.cat(gone).max() <= torch.cat(left).min()
+
+
+def test_of_numbers_alike_the_first_become_zero(dense: hs.Checkpoint) -> None:
+    model, layout = load_model(dense), attention_of(dense)
+    weights = [weight_of(model, place.name(layer)) for layer in range(4) for place in layout.parts.values()]
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(-0.5)
+        weights[1][0, 0] = 0.25
+    zero_smallest(model, layout, weights[0].numel() + 3)
+    assert [int((weight == 0).sum()) for weight in weights[:3]] == [weights[0].numel(), 3, 0]
+    assert bool((weights[1].flatten()[:3] == 0).all())
+    zero_smallest(model, layout, 0)
+    assert int((weights[1] == 0).sum()) == 3
 
 
 def test_recipients_get_the_mean_of_the_units_that_stay(dense: hs.Checkpoint) -> None:

@@ -235,6 +235,16 @@ def test_exams_ask_as_the_harness_does_with_examples_of_their_own_subject(runner
     assert [one.answer for one in parts["history"].questions] == [0, 3]
 
 
+def test_a_task_shows_as_many_examples_as_its_name_says(runner: Runner, data: Path) -> None:
+    plain, one = chosen_tasks(["rte", "rte:1"], data)
+    other = dataclasses.replace(runner, settings=dataclasses.replace(runner.settings, few_shot=1))
+    found = runner.run(one, "key")
+    assert (found.task, found.settings["few_shot"]) == ("rte:1", 1)
+    assert found.metrics == other.run(plain, "key").metrics
+    assert one.key("m", runner.settings) == plain.key("m", other.settings) != plain.key("m", runner.settings)
+    assert chosen_tasks(["hellaswag:3"], None)[0].few_shot == 3
+
+
 def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data: Path) -> None:
     for name in ("cmnli", "ocnli", "tnews", "csl", "ceval"):
         (chosen,) = chosen_tasks([name], data)

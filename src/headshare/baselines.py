@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -105,15 +105,28 @@ def zero_smallest(model: nn.Module, layout: Layout, numbers: int) -> None:
     """Set so many numbers of the attention's matrices to zero, the smallest of all: unstructured magnitude pruning.
     What is stored stays as large as it was.
 
-    Of numbers as large as the last that goes, those that come first do.
+    Of numbers as large as the last that goes, those that come first do. That one's size is found by halving, so that
+    no more than a matrix is copied at once.
     """
     weights = [weight_of(model, place.name(layer)) for layer in range(layout.layers) for place in _distinct(layout)]
-    sizes = torch.cat([weight.flatten().abs().float() for weight in weights])
-    gone = torch.zeros_like(sizes, dtype=torch.bool)
-    gone[sizes.argsort(stable=True)[:numbers]] = True
-    masks = torch.split(gone, [weight.numel() for weight in weights])
-    for weight, mask in zip(weights, masks, strict=True):
-        weight.masked_fill_(mask.view_as(weight), 0)
+    below, last = -1, 2**31 - 1
+    while last - below > 1:
+        middle = (below + last) // 2
+        if sum(int((_sizes(weight) <= middle).sum()) for weight in weights) < numbers:
+            below = middle
+        else:
+            last = middle
+    left = numbers - sum(int((_sizes(weight) < last).sum()) for weight in weights)
+    for weight in weights:
+        sizes = _sizes(weight)
+        level = sizes == last
+        weight.masked_fill_((sizes < last) | (level & (level.flatten().cumsum(0).view_as(level) <= left)), 0)
+        left = max(0, left - int(level.sum()))
+
+
+def _sizes(weight: Tensor) -> Int[Tensor, "..."]:
+    """Numbers' sizes as whole numbers in the same order: the bits of what is no less than zero."""
+    return weight.abs().float().view(torch.int32)
 
 
 def _distinct(layout: Layout) -> list[Place]:

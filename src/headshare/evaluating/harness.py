@@ -4,11 +4,12 @@ import difflib
 import io
 import logging
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A task that is to be run, by its name. `parts` are the questions of ours; of the harness's it has none, and
-    `digest` is its version."""
+    """A task that is to be run, by the name it was asked for. `parts` are the questions of ours; of the harness's it
+    has none, and `digest` is its version. `few_shot` goes before the settings'."""
 
     name: str
     digest: str
     parts: Mapping[str, Part] | None = None
+    few_shot: int | None = None
+
+    @property
+    def task(self) -> str:
+        """The task's own name."""
+        return _asked(self.name)[0]
+
+    def settings(self, settings: Settings) -> Settings:
+        """These settings with its own examples."""
+        return settings if self.few_shot is None else replace(settings, few_shot=self.few_shot)
 
     def key(self, model: str, settings: Settings) -> str:
         """Tells this task of this model by these settings."""
-        return key_of(model, self.name, self.digest, harness_version(), RULE, settings.deciding)
+        return key_of(model, self.task, self.digest, harness_version(), RULE, self.settings(settings).deciding)
 
     def run(self, runner: "Runner", key: str) -> Measured:
         """Measure it, as `Runner.run` does."""
@@ -74,19 +85,27 @@ class Chosen:
 
 
 def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:
-    """The tasks of these names, ours from the folder of data, where there is one, before the harness's.
+    """The tasks of these names, ours from the folder of data, where there is one, before the harness's. NAME:5 shows
+    five examples, whatever others show.
 
     Raises:
         EvaluationError: if there is no such task, or a file of ours cannot be used.
     """
     found = []
-    for name in dict.fromkeys(names):
+    for asked in dict.fromkeys(names):
+        name, few_shot = _asked(asked)
         if name in TASKS and data is not None:
             parts = TASKS[name].parts(data)
-            found.append(Chosen(name, digest_of(parts), parts))
+            found.append(Chosen(asked, digest_of(parts), parts, few_shot))
         else:
-            found.append(Chosen(name, _version_of(name, data)))
+            found.append(Chosen(asked, _version_of(name, data), None, few_shot))
     return found
+
+
+def _asked(name: str) -> tuple[str, int | None]:
+    """A task's name and how many examples it is to show, where that is said."""
+    found = re.fullmatch(r"(.+):([0-9]{1,3})", name)
+    return (found[1], int(found[2])) if found else (name, None)
 
 
 def harness_version() -> str:
@@ -178,16 +197,17 @@ class Runner:
         import lm_eval
         from lm_eval import evaluator
 
+        settings = task.settings(self.settings)
         # outside a repository git would complain past the harness, on standard error
         no_commit = patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True)
         with _explained(task.name), _hushed(), no_commit:
             parts = None if task.parts is None else task.parts.items()
-            given = [task.name] if parts is None else [_as_task(task.name, *part) for part in parts]
+            given = [task.task] if parts is None else [_as_task(task.task, *part) for part in parts]
             found = lm_eval.simple_evaluate(
                 model=self._for_harness,
                 tasks=given,
                 task_manager=tasks_of_harness(any_at_all=parts is None),
-                num_fewshot=self.settings.few_shot,
+                num_fewshot=settings.few_shot,
                 limit=self.settings.limit,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -206,13 +226,13 @@ class Runner:
             model=self.name,
             task=task.name,
             key=key,
-            metrics=_averaged(samples) if chosen else _reported(found, task.name),
+            metrics=_averaged(samples) if chosen else _reported(found, task.task),
             questions=len(samples),
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
             constant=_constant(samples) if chosen else None,
             parts=shares if len(shares) > 1 else {},
             settings={
-                **self.settings.deciding,
+                **settings.deciding,
                 **self.circumstances,
                 "batch_size": self.settings.batch_size,
                 "lm_eval": harness_version(),
