@@ -18,22 +18,20 @@ from lm_eval.models.huggingface import HFLM
 
 import headshare as hs
 from headshare.evaluating.harness import Runner, Settings, chosen_tasks
-from headshare.evaluating.likelihoods import ContextsOnce
 from machine import machine
 
 Requests = list[tuple[Any, list[int], list[int]]]
 
 
-def requests_of(runner: Runner, model: ContextsOnce, task: str, data: Path) -> Requests:
+def requests_of(runner: Runner, task: str, data: Path) -> Requests:
     """The options of a task, in tokens, as the harness asks for them."""
-    found: Requests = []
+    model, found = runner._for_harness, Requests()
 
     def listen(requests: Requests, *_: Any, **__: Any) -> list[tuple[float, bool]]:
         found.extend(requests)
         return [(0.0, False)] * len(requests)
 
     scored, model._loglikelihood_tokens = model._loglikelihood_tokens, listen
-    runner.__dict__["_for_harness"] = model
     for one in chosen_tasks([task], data):
         one.run(runner, task)
     model._loglikelihood_tokens = scored
@@ -62,17 +60,16 @@ def main() -> None:
     settings = Settings(args.limit, dtype=args.dtype, device=args.device, batch_size=args.batch_size)
     with hs.open_checkpoint(args.model) as checkpoint:
         runner = Runner.of(checkpoint, settings)
-    given = {
-        "pretrained": runner.model, "tokenizer": runner.tokenizer, "batch_size": args.batch_size,
-        "max_length": runner.longest, "softmax_dtype": "float32",
-    }  # fmt: skip
-    theirs, ours = HFLM(**given), ContextsOnce(**given)
+    ours, theirs = runner._for_harness, HFLM(
+        pretrained=runner.model, tokenizer=runner.tokenizer, batch_size=args.batch_size, max_length=runner.longest,
+        softmax_dtype="float32",
+    )  # fmt: skip
     lines = [
         "| task | options | harness, s | once, s | harness / once | largest difference |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for task in args.tasks.split(","):
-        requests = requests_of(runner, ours, task, args.data_dir)
+        requests = requests_of(runner, task, args.data_dir)
         pairs = [(timed(theirs, requests), timed(ours, requests)) for _ in range(args.pairs)]
         ratios = [one[0] / other[0] for one, other in pairs]
         seconds = [statistics.median(run[0] for run in kind) for kind in zip(*pairs, strict=True)]

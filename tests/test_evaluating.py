@@ -35,7 +35,7 @@ from headshare.evaluating.measuring import Text, measure
 from headshare.evaluating.questions import Question
 from headshare.evaluating.results import Measured, Metric, current, kept_results, read_results, table_of
 from headshare.evaluating.tasks import TASKS, Part
-from headshare.evaluation import perplexity, windows_of
+from headshare.evaluation import evaluate, perplexity, windows_of
 from headshare.models import load_tokenizer
 
 SENTENCES = [
@@ -576,6 +576,8 @@ def test_a_device_that_is_not_there_is_one_error(model: Path, data: Path) -> Non
     for name in ("cuda:99", "nowhere"):
         with pytest.raises(hs.HeadshareError, match=name):
             measure([model], tasks=["piqa"], data=data, settings=Settings(device=name))
+        with pytest.raises(hs.HeadshareError, match=name):
+            evaluate(hs.open_checkpoint(model), " ".join(SENTENCES * 9), window=32, device_map=name)
 
 
 def test_a_damaged_archive_is_one_error(data: Path) -> None:

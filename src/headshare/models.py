@@ -37,8 +37,11 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     `storage` says how a shared model holds its weights; `options` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: if transformers has no such class, or the weights of the bare model are incomplete.
+        CheckpointError: if transformers has no such class, the weights of the bare model are incomplete, or there is no
+            such device.
     """
+    if isinstance(options.get("device_map"), str):
+        _check_device(options["device_map"])
     if "auto_map" in checkpoint.config and str(checkpoint.config.get("model_type")) not in _known_types():
         raise CheckpointError(
             f"{checkpoint.name} needs model code of its own (auto_map), which headshare does not run. "
@@ -110,12 +113,8 @@ def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> t
     return model, report
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know, or that is not there; `auto` and other names are accelerate's.
-
-    Raises:
-        CheckpointError: in these cases.
-    """
+def _check_device(name: str) -> None:
+    """Refuse a device that torch does not know, or that is not there; `auto` and other names are accelerate's."""
     try:
         device = torch.device(name)
     except RuntimeError:

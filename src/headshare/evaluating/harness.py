@@ -21,7 +21,7 @@ from headshare.evaluating.questions import Question
 from headshare.evaluating.results import Measured, Metric, key_of, versions
 from headshare.evaluating.tasks import TASKS, Part, digest_of
 from headshare.evaluation import is_causal, longest_window
-from headshare.models import check_device, load_model, load_tokenizer, quiet
+from headshare.models import load_model, load_tokenizer, quiet
 from headshare.workspace import fingerprint
 
 INSTALL = "pip install 'headshare[eval]'"
@@ -163,10 +163,9 @@ class Runner:
         """A checkpoint's model, loaded.
 
         Raises:
-            EvaluationError: if it predicts no next token, has no tokenizer, or there is no such device.
-            CheckpointError: if it cannot be loaded.
+            EvaluationError: if it predicts no next token, or has no tokenizer.
+            CheckpointError: if it cannot be loaded, or there is no such device.
         """
-        check_device(settings.device)
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
         if not is_causal(model):

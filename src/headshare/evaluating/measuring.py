@@ -35,10 +35,14 @@ class Text:
         """What its column is called."""
         return f"perplexity of {self.path.name}"
 
+    @property
+    def digest(self) -> str:
+        """Tells this text from others, whatever the file is called."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
     def key(self, model: str, settings: Settings) -> str:
         """Tells this text on this model by these settings."""
-        text = hashlib.sha256(self.content.encode()).hexdigest()
-        return key_of(model, text, self.window, self.tokens, self.bos, settings.dtype)
+        return key_of(model, self.digest, self.window, self.tokens, self.bos, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> Measured:
         """Measure it.
@@ -48,8 +52,7 @@ class Text:
         """
         found = perplexity(runner.model, self.windows(runner)).to_dict()
         value = found.pop("perplexity")
-        text = hashlib.sha256(self.content.encode()).hexdigest()[:8]
-        settings = {**found, **runner.circumstances, "text": text}
+        settings = {**found, **runner.circumstances, "text": self.digest[:8]}
         return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=settings)
 
     def windows(self, runner: Runner) -> Windows:

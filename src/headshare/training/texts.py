@@ -115,12 +115,13 @@ def _reader(checkpoint: Checkpoint, text: Text, source: str) -> Callable[[], Ite
     """What reads the windows of a source, from its beginning each time."""
     tokenizer = load_tokenizer(checkpoint)
     first = opening_token(tokenizer, None)
-    if not source.startswith(DATA_SET) and Path(source).suffix in NO_TEXTS:
+    path = None if source.startswith(DATA_SET) else Path(source)
+    if path is not None and path.suffix in NO_TEXTS:
         raise TrainingError(
             f"{source} is no plain text. Write its documents to a .jsonl file, one a line, or name a data set as "
             f"{DATA_SET}NAME[:CONFIG][:SPLIT]."
         )
-    if not source.startswith(DATA_SET) and not Path(source).is_file():
+    if path is not None and not path.is_file():
         raise TrainingError(
             f"there is no file {source!r:.300} to train on. Name a UTF-8 text file, a .jsonl file with a document a "
             f"line, or a data set as {DATA_SET}NAME[:CONFIG][:SPLIT]."
