@@ -1,4 +1,5 @@
 """PostShare and recovery against an equally trained dense model, and deletion of as many bytes: a table and curves.
+Units are shared or deleted before training, when half of the steps are done, and after training.
 
     python benchmarks/training.py MODEL --data TRAIN --text TEST --calibration VALIDATION --ratios 0.3 --out DIR
 
@@ -37,7 +38,7 @@ from headshare.workspace import Workspace, fingerprint
 from machine import machine, parsed
 from quality import numbers, test_windows
 
-TRAINED_DENSE = "dense, trained"
+DENSE, TRAINED_DENSE = "dense", "dense, trained"
 
 
 @dataclass(frozen=True)
@@ -109,24 +110,24 @@ class Bench:
         least = estimate(self.dense, ratio, parts="qkv").saved_bytes
         return plan_for_bytes(prices.only(forms), least).plan
 
-    def shared(self, name: str, plan: SharePlan, *, refit: bool) -> Path:
-        """A folder with this plan, refitted or not."""
+    def shared(self, name: str, plan: SharePlan, *, refit: bool, model: Path | None = None) -> Path:
+        """A folder with this plan, refitted or not; of a model that was trained before, if one is named."""
         folder = self.out / f"{name}{'-refit' if refit else ''}"
         if not folder.is_dir():
-            found = hs.share(self.dense, plan)
+            found = hs.share(self.dense if model is None else hs.open_checkpoint(model), plan)
             (hs.refit_on(found, self.calibration) if refit else found).save(folder)
         return folder
 
-    def settings(self, method: str, ratio: float, **loss: Any) -> TrainSettings:
-        """As many steps as all have."""
+    def settings(self, method: str, ratio: float, steps: int, **loss: Any) -> TrainSettings:
+        """What all runs have in common."""
         args = self.args
         arguments = {
-            "max_steps": args.steps, "per_device_train_batch_size": args.batch, "learning_rate": args.rate,
-            "lr_scheduler_type": "cosine", "warmup_steps": args.steps // 10, "logging_steps": 10,
+            "max_steps": steps, "per_device_train_batch_size": args.batch, "learning_rate": args.rate,
+            "lr_scheduler_type": "cosine", "warmup_steps": steps // 10, "logging_steps": 10,
             "use_cpu": args.device == "cpu", "bf16": args.bf16,
         }  # fmt: skip
         text = {"data": self.data, "context": args.window, "held_out": args.held_out}
-        sharing = {} if method == "recover" else {"ratio": ratio}
+        sharing = {"ratio": ratio} if method in ("postshare", "both") else {}
         return TrainSettings.made(
             {"method": method, "text": text, "sharing": sharing, "loss": loss, "learning": {"arguments": arguments},
              "seed": args.seed}
@@ -134,60 +135,63 @@ class Bench:
 
     # ---- rows
 
+    def trained(
+        self, row: str, ratio: float, model: Path, method: str, *, steps: int | None = None, teacher: Path | None = None
+    ) -> Path:
+        """A folder with what training made; with a teacher, half of the loss is distilled."""
+        folder = self.out / f"{row}-{ratio:g}"
+        if not folder.is_dir():
+            loss = {} if teacher is None else {"distill": 0.5, "teacher": str(teacher)}
+            train(model, folder, self.settings(method, ratio, steps or self.args.steps, **loss))
+        return folder
+
+    def trained_dense(self, ratio: float) -> Path:
+        """What all rows are held against."""
+        return self.trained("dense", ratio, self.dense.path, "dense")
+
     def methods(self, ratio: float) -> Iterator[tuple[str, Callable[[], Path]]]:
         """What makes each row's folder."""
-        name = f"{ratio:g}"
+        dense = self.dense.path
 
         def direct(*, refit: bool) -> Path:
-            return self.shared(f"direct-{name}", self.plan(ratio), refit=refit)
+            return self.shared(f"direct-{ratio:g}", self.plan(ratio), refit=refit)
 
-        def trained(row: str, model: Any, method: str, **loss: Any) -> Path:
-            folder = self.out / f"{row}-{name}"
-            if not folder.is_dir():
-                train(model, folder, self.settings(method, ratio, **loss))
-            return folder
-
-        def from_dense() -> Path:
-            return trained("dense", self.shared("dense", self.plan(0.0), refit=False), "recover")
-
-        yield TRAINED_DENSE, from_dense
+        yield TRAINED_DENSE, lambda: self.trained_dense(ratio)
         yield "DirectShare", lambda: direct(refit=False)
         yield "DirectShare + refit", lambda: direct(refit=True)
-        yield "PostShare", lambda: trained("postshare", self.dense.path, "postshare")
-        yield "DirectShare + PostShare", lambda: trained("both", self.dense.path, "both")
-        yield "refit + recover", lambda: trained("recover", direct(refit=True), "recover")
+        yield "PostShare", lambda: self.trained("postshare", ratio, dense, "postshare")
+        yield "DirectShare + PostShare", lambda: self.trained("both", ratio, dense, "both")
+        yield "refit + recover", lambda: self.trained("recover", ratio, direct(refit=True), "recover")
         yield (
             "refit + recover + distillation",
-            lambda: trained("distilled", direct(refit=True), "recover", distill=0.5, teacher=str(self.dense.path)),
+            lambda: self.trained("distilled", ratio, direct(refit=True), "recover", teacher=dense),
         )
+        yield from self.by_output_methods(ratio, "output", "sharing by output", Form.QKVO, Form.FACTORED, Form.REMOVE)
+        yield from self.by_output_methods(ratio, "deletion", "deletion", Form.REMOVE)
 
-        def chosen(row: str, *forms: Form) -> Path:
-            return self.shared(f"{row}-{name}", self.by_output(ratio, *forms), refit=True)
+    def by_output_methods(
+        self, ratio: float, row: str, label: str, *forms: Form
+    ) -> Iterator[tuple[str, Callable[[], Path]]]:
+        """Units in these forms, chosen by what the dense model's predictions lose: before training, after it, and when
+        half of the steps are done, with the model of that moment as the teacher of the other half."""
+        half = self.args.steps // 2
 
-        def ties() -> Path:
-            return chosen("output", Form.QKVO, Form.FACTORED, Form.REMOVE)
+        def chosen(when: str = "", model: Path | None = None) -> Path:
+            return self.shared(f"{row}{when}-{ratio:g}", self.by_output(ratio, *forms), refit=True, model=model)
 
-        yield "sharing by output + refit", ties
-        yield "sharing by output + refit + recover", lambda: trained("output-recover", ties(), "recover")
+        def half_way() -> Path:
+            teacher = self.trained("dense-half", ratio, self.dense.path, "dense", steps=half)
+            model, left = chosen("-half", teacher), self.args.steps - half
+            return self.trained(f"{row}-half-distilled", ratio, model, "recover", steps=left, teacher=teacher)
+
+        yield f"{label} + refit", chosen
+        yield f"{label} + refit + recover", lambda: self.trained(f"{row}-recover", ratio, chosen(), "recover")
         yield (
-            "sharing by output + refit + recover + distillation",
-            lambda: trained("output-distilled", ties(), "recover", distill=0.5, teacher=str(self.dense.path)),
+            f"{label} + refit + recover + distillation",
+            lambda: self.trained(f"{row}-distilled", ratio, chosen(), "recover", teacher=self.dense.path),
         )
-        yield "deletion + refit", lambda: chosen("deletion", Form.REMOVE)
-        yield (
-            "deletion + refit, trained",
-            lambda: trained("deletion-trained", chosen("deletion", Form.REMOVE), "recover"),
-        )
-        yield (
-            "deletion + refit, trained + distillation",
-            lambda: trained(
-                "deletion-distilled",
-                chosen("deletion", Form.REMOVE),
-                "recover",
-                distill=0.5,
-                teacher=str(self.dense.path),
-            ),
-        )
+        yield f"dense, trained + {label} + refit", lambda: chosen("-after", self.trained_dense(ratio))
+        yield f"dense, half of the steps + {label} + refit + recover + distillation", half_way
 
     def measure(self, ratio: float, method: str, make: Callable[[], Path]) -> Row:
         """The row of one method."""
@@ -202,14 +206,13 @@ class Bench:
         return Row(ratio, method, saved, value, run["best_step"], round(time.monotonic() - begun, 1), curve)
 
 
-def table(rows: list[Row], dense: float) -> str:
+def table(rows: list[Row]) -> str:
     """All rows as Markdown, against the dense model that was trained as long."""
     control = {row.ratio: row.perplexity for row in rows if row.method == TRAINED_DENSE}
     lines = [
         "| ratio | method | saved | perplexity | against dense, trained | best step |",
         "|--:|---|--:|--:|--:|--:|",
     ]
-    lines.append(f"| | dense | | {dense:.3f} | | |")
     for row in sorted(rows, key=lambda one: one.ratio):
         against = f"{row.perplexity / control[row.ratio]:.4f}" if row.ratio in control else ""
         best = "" if row.best_step is None else str(row.best_step)
@@ -259,21 +262,20 @@ def main() -> None:
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     with shown():
         bench = Bench(args)
-        for ratio in args.ratios:
-            for method, make in bench.methods(ratio):
+        for ratio in [0.0, *args.ratios]:
+            for method, make in bench.methods(ratio) if ratio else [(DENSE, lambda: bench.dense.path)]:
                 done = any((row.ratio, row.method) == (ratio, method) for row in rows)
-                if done or (args.methods and method not in args.methods.split(";")):
+                if done or (args.methods and ratio and method not in args.methods.split(";")):
                     continue
                 rows.append(bench.measure(ratio, method, make))
                 with kept.open("a") as file:
                     file.write(json.dumps(asdict(rows[-1])) + "\n")
                 sys.stderr.write(f"{rows[-1]}\n")
-        dense = perplexity(load_model(bench.dense), bench.windows).perplexity
     words = [
         json.dumps({**machine(), "products": args.products, "mixed precision": args.bf16}),
         f"{args.steps} steps of {args.batch} x {args.window} tokens of {Path(args.data).name}, rate {args.rate:g}; "
         f"measured on {bench.windows.tokens.numel()} tokens",
-        table(rows, dense),
+        table(rows),
     ]
     (args.out / "table.md").write_text("\n\n".join(words) + "\n")
     draw(rows, args.out / "curves.svg")

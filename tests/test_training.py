@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import headshare as hs
@@ -207,6 +207,23 @@ def test_recovery_trains_one_copy_with_the_gradients_of_all_its_users(
             for parameter in theirs.parameters():
                 parameter -= 0.1 * parameter.grad
     states_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dense_model_is_trained_as_it_is_and_can_be_shared_afterwards(model: Folder, tmp_path: Folder) -> None:
+    text, out = tmp_path / "rhyme.txt", tmp_path / "out"
+    text.write_text("w1 w5 w2 w7 w3 " * 120)
+    steps = batches(model, text, 4, 8)
+    found = train(model, out, settings(text, "dense"))
+    assert found.best_step > 1
+    theirs = load_model(hs.open_checkpoint(model))
+    trained_by_hand(theirs, steps[: found.best_step], lambda tokens: language_loss(theirs, tokens))
+    states_close(AutoModelForCausalLM.from_pretrained(out), theirs, rtol=1e-4, atol=1e-5)
+    before, after = hs.open_checkpoint(model), hs.open_checkpoint(out)
+    assert after.plan is None
+    assert (after.shapes, after.config) == (before.shapes, before.config)
+    shared = hs.share(after, plan_of(out)).save(tmp_path / "shared")
+    taught = settings(text, "recover", loss={"distill": 0.5, "teacher": str(out)})
+    assert train(shared, tmp_path / "again", taught).loss_after < found.loss_before
 
 
 def sum_over_users(model: Any, plan: SharePlan) -> None:
@@ -825,6 +842,10 @@ def test_models_that_are_not_for_the_method_are_refused(model: Folder, text: Fol
         train(shared, tmp_path / "out", settings(text))
     with pytest.raises(TrainingError, match="its plan is not chosen again"):
         train(shared, tmp_path / "out", settings(text, "recover", sharing={"ratio": 0.5}))
+    with pytest.raises(TrainingError, match="trained as it is, and no plan is chosen"):
+        train(model, tmp_path / "out", settings(text, "dense", sharing={"ratio": 0.5}))
+    with pytest.raises(TrainingError, match=r"shared already. Train it with --method recover"):
+        train(shared, tmp_path / "out", settings(text, "dense"))
     other = tiny.make_llama(tmp_path / "other", hidden_size=64)
     plan_of(other).save(tmp_path / "plan.json")
     with pytest.raises(PlanError):

@@ -341,20 +341,21 @@ def write_trained(
     overwrite: bool = False,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write a shared checkpoint, whoever wrote it last, as `share` writes one: pages, digests, checks. `dtype`
-    converts all weights; `notes` are JSON files that go with it.
+    """Write a checkpoint, dense or shared, whoever wrote it last, as `share` writes one: pages, digests, checks.
+    `dtype` converts all weights; `notes` are JSON files that go with it.
 
     Raises:
         OutputError: if it cannot be written.
         CheckpointError: if its numbers are not finite, or do not fit the type.
     """
-    plan, code = check_shared(trained), dtype_code(dtype)
-    tied = set(tied_names(tensors_of(plan, trained)))
+    code, config, tied = dtype_code(dtype), dict(trained.config), set[str]()
+    if trained.plan is not None:
+        plan = check_shared(trained)
+        tied = set(tied_names(tensors_of(plan, trained)))
+        config["quantization_config"] = quantization_entry(plan, trained.refit, base_model or trained.base_model)
     assemblies = [
         dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
     ]
-    entry = quantization_entry(plan, trained.refit, base_model or trained.base_model)
-    config = {**trained.config, "quantization_config": entry}
     if dtype is not None:
         config[_dtype_key(config)] = dtype
     return _write(trained, assemblies, config, out, overwrite, notes=notes)

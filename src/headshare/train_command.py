@@ -33,6 +33,7 @@ class MethodName(StrEnum):
     POSTSHARE = "postshare"
     RECOVER = "recover"
     BOTH = "both"
+    DENSE = "dense"
 
 
 class TrainDtypeName(StrEnum):
@@ -67,7 +68,8 @@ def train(
     method: Annotated[
         MethodName,
         typer.Option(
-            help="postshare: pull pairs together, then share. recover: train a shared model. both: share, then train."
+            help="postshare: pull pairs together, then share. recover: train a shared model. both: share, then train. "
+            "dense: train MODEL as it is, to compare with or to share after."
         ),
     ] = MethodName.POSTSHARE,
     data: Annotated[

@@ -263,13 +263,13 @@ class _Run:
         dtype = max(numbers, key=numbers.__getitem__)
         notes = {RECORD: found.to_dict()}
         with open_checkpoint(self.work / "trained") as saved:
+            shared_first = self.settings.method is Method.BOTH
+            before = open_checkpoint(self.work / "shared") if shared_first else self.source
+            trained = _named_as(before, saved) if found.best_step else before
             if self.pulls:
-                trained = _named_as(self.source, saved) if found.best_step else self.source
                 share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite, notes=notes)
                 return
-            before = self.source if self.source.plan is not None else open_checkpoint(self.work / "shared")
-            trained = _named_as(before, saved) if found.best_step else before
-            origin = before.base_model if self.source.plan is not None else self.source.name
+            origin = self.source.name if shared_first else before.base_model
             write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite, notes=notes)
 
 
@@ -306,6 +306,10 @@ def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
     source.require_dense("train it")
     chosen = settings.sharing
+    if settings.method is Method.DENSE:
+        if chosen != Sharing():
+            raise TrainingError("a dense model is trained as it is, and no plan is chosen. Leave sharing out.")
+        return SharePlan()
     if chosen.plan is not None:
         plan = SharePlan.load(chosen.plan)
     else:

@@ -25,11 +25,13 @@ RECIPE: Mapping[str, Any] = {
 
 class Method(StrEnum):
     """postshare: pull the pairs of a dense model together, then share it. recover: train a model that is shared. both:
-    share first, then train, in one run."""
+    share first, then train, in one run. dense: train a dense model as it is, which is what the others are held against,
+    and what can be shared afterwards."""
 
     POSTSHARE = "postshare"
     RECOVER = "recover"
     BOTH = "both"
+    DENSE = "dense"
 
 
 class _Settings(BaseModel):
