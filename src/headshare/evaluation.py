@@ -1,7 +1,7 @@
 """Perplexity of a text in windows, and for encoders the agreement of their hidden states with the dense model's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from headshare.models import load_model, load_tokenizer, quiet
 from headshare.progress import track
 
 WINDOW = 512
+TOGETHER = 2048
+"""How many tokens are run at once: fewer leave a device idle, and more take memory for their logits."""
+
 KEPT_BYTES = 4 * 2**30
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
 
@@ -191,8 +194,8 @@ def window_losses(model: Any, windows: Windows) -> Float[Tensor, " windows"]:
         EvaluationError: as `perplexity` does.
     """
     _check_causal(model)
-    shown = track(windows.tokens, "windows", len(windows.tokens))
-    losses = [_loss(_logits(model, window).float(), window) for window in shown]
+    found = zip(_logits_of_all(model, windows), windows.tokens, strict=True)
+    losses = [_loss(logits.float(), window) for logits, window in found]
     return torch.tensor(losses, dtype=torch.float64)
 
 
@@ -219,7 +222,7 @@ class Predictions:
         """
         if window in self._kept:
             return self._kept[window]
-        found = _logits(self._dense, self.windows.tokens[window])
+        found: Tensor = _logits(self._dense, self.windows.tokens[window][None])[0]
         if found.nbytes <= self._room:
             self._room -= found.nbytes
             self._kept[window] = found.cpu()
@@ -239,10 +242,9 @@ def losses_and_divergences(
     """
     _check_causal(model)
     losses, divergences = [], []
-    tokens = dense.windows.tokens
-    for index in track(range(len(tokens)), "windows", len(tokens)):
-        found = _logits(model, tokens[index]).float()
-        losses.append(_loss(found, tokens[index]))
+    for index, logits in enumerate(_logits_of_all(model, dense.windows)):
+        found = logits.float()
+        losses.append(_loss(found, dense.windows.tokens[index]))
         wanted = dense.logits(index).to(found.device).float().log_softmax(dim=-1)
         apart = functional.kl_div(found.log_softmax(dim=-1), wanted, reduction="none", log_target=True)
         divergences.append(apart.sum(dim=-1).double().mean().item())
@@ -257,9 +259,16 @@ def _check_causal(model: Any) -> None:
         )
 
 
-def _logits(model: Any, window: Int[Tensor, " window"]) -> Float[Tensor, "predicted words"]:
-    tokens = window[None].to(next(model.parameters()).device)
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+def _logits_of_all(model: Any, windows: Windows) -> Iterator[Float[Tensor, "predicted words"]]:
+    """Of one window after the other; several are run at once."""
+    batches = torch.split(windows.tokens, max(1, TOGETHER // windows.length))
+    for batch in track(batches, "batches of windows", len(batches)):
+        yield from _logits(model, batch)
+
+
+def _logits(model: Any, windows: Int[Tensor, "batch window"]) -> Float[Tensor, "batch predicted words"]:
+    tokens = windows.to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     check_finite(logits)
     return logits
 
