@@ -22,6 +22,7 @@ import headshare as hs
 from headshare.training import SharingTrainer, TrainSettings, train
 from test_training import (  # noqa: F401 - the fixtures model and text
     LONGER,
+    RHYME,
     a_model,
     killed_after,
     losses_of,
@@ -77,10 +78,12 @@ def engines_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["postshare", "both"])
+@pytest.mark.parametrize("method", ["postshare", "both", "dense"])
 def test_two_processes_give_what_one_gives(
     method: str, engine: str, model: Folder, text: Folder, tmp_path: Folder
 ) -> None:
+    if method == "dense":  # which learns nothing from words at random
+        text.write_text(RHYME)
     one = train(model, tmp_path / "one", asked(text, method, 8))
 
     def work() -> None:

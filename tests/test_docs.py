@@ -84,7 +84,7 @@ def test_the_readmes_tree_lists_every_module() -> None:
     source = ROOT / "src" / "headshare"
     paths = [
         path
-        for folder in ("", "storage", "training", "evaluating", "comparing")
+        for folder in ("", "storage", "integrations", "training", "evaluating", "comparing")
         for path in (source / folder).glob("*.py")
     ]
     modules = {path.name for path in paths if not path.name.startswith("__")}

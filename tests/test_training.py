@@ -40,6 +40,7 @@ from headshare.training.texts import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 
 CONTEXT = 16
+RHYME = "w1 w5 w2 w7 w3 " * 120
 PLAIN = {"use_cpu": True, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
 
 
@@ -211,7 +212,7 @@ def test_recovery_trains_one_copy_with_the_gradients_of_all_its_users(
 
 def test_a_dense_model_is_trained_as_it_is_and_can_be_shared_afterwards(model: Folder, tmp_path: Folder) -> None:
     text, out = tmp_path / "rhyme.txt", tmp_path / "out"
-    text.write_text("w1 w5 w2 w7 w3 " * 120)
+    text.write_text(RHYME)
     steps = batches(model, text, 4, 8)
     found = train(model, out, settings(text, "dense"))
     assert found.best_step > 1

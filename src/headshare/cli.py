@@ -166,7 +166,8 @@ FfnRatioOption = Annotated[
     float | None, typer.Option(help="The feed-forward's own ratio, where it differs from --ratio.")
 ]
 ProtectOption = Annotated[
-    str | None, typer.Option(help="Layers that give nothing up, such as 1,2,29. (Layer 0 never does.)")
+    str | None,
+    typer.Option(help="Layers that give nothing up, such as 1,2,29. (Layer 0 shares nothing; it can lose units.)"),
 ]
 _CALIBRATION = typer.Option(
     metavar="FILE|DATASET|self",

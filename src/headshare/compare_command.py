@@ -39,7 +39,9 @@ def compare_command(
     out: Annotated[
         Path, typer.Option(help="Folder for cells.json, cells.csv and table.md; a stopped grid goes on.")
     ] = Path("compared"),
-    config: Annotated[Path | None, typer.Option(help="A recipe in YAML; options that are given go before it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A recipe in YAML; options on the command line override it.")
+    ] = None,
     methods: Annotated[
         str, typer.Option(metavar="NAMES", help="Methods, joined by commas; with +refit for a refit: deletion+refit.")
     ] = "",

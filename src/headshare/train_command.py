@@ -76,7 +76,7 @@ def train(
         str, typer.Option(metavar="FILE|DATASET", help="A text file, a .jsonl, or hf:NAME[:CONFIG][:SPLIT].")
     ] = "",
     config: Annotated[
-        Path | None, typer.Option(help="Settings from a YAML file; options that are given go before it.")
+        Path | None, typer.Option(help="Settings from a YAML file; options on the command line override it.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None,
     ratio: Annotated[float, typer.Option(help="Share of all units that give up their weights.")] = 0.3,
@@ -104,7 +104,7 @@ def train(
         str | None, typer.Option(help="The dense model of --distill. Default: the one that MODEL is or names.")
     ] = None,
     lora: Annotated[
-        int, typer.Option(help="Of a shared model, train LoRA of this rank on what is not shared. 0: train all.")
+        int, typer.Option(help="Train LoRA of this rank on what nobody shares; not for postshare. 0: train all.")
     ] = 0,
     patience: Annotated[int | None, typer.Option(help="Stop after so many measurements without a better one.")] = None,
     tasks: Annotated[str, typer.Option(metavar="NAMES", help="Measure these tasks too each time, as of `eval`.")] = "",
@@ -119,7 +119,9 @@ def train(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """PostShare, or recovery training. Any argument of the Hugging Face Trainer can be added: --learning_rate 1e-4.
+    """PostShare, recovery training, or training of a dense model.
+
+    Any argument of the Hugging Face Trainer can be added: --learning_rate 1e-4.
 
     Stopped, the same command goes on. For several processes: accelerate launch -m headshare train ...
     """

@@ -1,4 +1,4 @@
-"""Push what was written to the hub: the shared checkpoint, once it is whole, and none of the Trainer's states."""
+"""Push what was written to the hub: the checkpoint, once it is whole, and none of the Trainer's states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

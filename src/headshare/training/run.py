@@ -63,8 +63,9 @@ def train(
     restart: bool = False,
     revision: str | None = None,
 ) -> Trained:
-    """Train a model by these settings, and write the shared checkpoint. Stopped at any moment, the same call goes on
-    from the last of the Trainer's checkpoints; `restart` throws that away. `revision` is of a hub id.
+    """Train a model by these settings, and write what comes of it: a shared checkpoint, or a dense one by the method
+    dense. Stopped at any moment, the same call goes on from the last of the Trainer's checkpoints; `restart` throws
+    that away. `revision` is of a hub id.
 
     Under `accelerate launch` every process calls this; the first one writes.
 
@@ -196,7 +197,7 @@ class _Run:
         key = metric_of(self.settings)
         measured = [one for one in trainer.state.log_history if math.isfinite(one.get(key, math.nan))]
         if not measured or measured[0]["step"]:
-            raise TrainingError("the loss that sharing gives is no number before the first step. Train in float32.")
+            raise TrainingError("the loss is no number before the first step. Train in float32.")
         best = min(measured, key=lambda one: one[key])
         kept = Path(trainer.state.best_model_checkpoint or "").name
         if best["step"] and kept != f"checkpoint-{best['step']}":
@@ -219,7 +220,8 @@ class _Run:
         if not is_causal(model):
             raise TrainingError(f"{type(model).__name__} does not predict the next token, which is what is trained.")
         model.config.use_cache = False
-        if not self.pulls:  # FSDP shards owners by themselves, before their layers: other layers call them too
+        if any(isinstance(one, OwnerProjection) for one in model.modules()):
+            # FSDP shards owners by themselves, before their layers: other layers call them too
             model._no_split_modules = {*(model._no_split_modules or ()), OwnerProjection.__name__}
         return model
 
