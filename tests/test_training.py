@@ -416,7 +416,7 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
         *(path.name for path in expected.path.iterdir()), "training.json",
     }  # fmt: skip
     assert not list(tmp_path.glob(".*"))
-    assert AutoModelForCausalLM.from_pretrained(written.path)(input_ids=tiny.tokens()).logits.isfinite().all()
+    assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("form", [Form.QKVO, Form.FACTORED, Form.REMOVE])
