@@ -145,18 +145,21 @@ class Bench:
             train(model, folder, self.settings(method, ratio, steps or self.args.steps, **loss))
         return folder
 
-    def trained_dense(self, ratio: float) -> Path:
-        """What all rows are held against."""
-        return self.trained("dense", ratio, self.dense.path, "dense")
+    def trained_dense(self) -> Path:
+        """What all rows are held against, whatever their ratio."""
+        return self.trained("dense", 0.0, self.dense.path, "dense")
 
     def methods(self, ratio: float) -> Iterator[tuple[str, Callable[[], Path]]]:
-        """What makes each row's folder."""
+        """What makes each row's folder; at 0, of the rows that share nothing."""
         dense = self.dense.path
+        if not ratio:
+            yield DENSE, lambda: dense
+            yield TRAINED_DENSE, self.trained_dense
+            return
 
         def direct(*, refit: bool) -> Path:
             return self.shared(f"direct-{ratio:g}", self.plan(ratio), refit=refit)
 
-        yield TRAINED_DENSE, lambda: self.trained_dense(ratio)
         yield "DirectShare", lambda: direct(refit=False)
         yield "DirectShare + refit", lambda: direct(refit=True)
         yield "PostShare", lambda: self.trained("postshare", ratio, dense, "postshare")
@@ -180,7 +183,7 @@ class Bench:
             return self.shared(f"{row}{when}-{ratio:g}", self.by_output(ratio, *forms), refit=True, model=model)
 
         def half_way() -> Path:
-            teacher = self.trained("dense-half", ratio, self.dense.path, "dense", steps=half)
+            teacher = self.trained("dense-half", 0.0, self.dense.path, "dense", steps=half)
             model, left = chosen("-half", teacher), self.args.steps - half
             return self.trained(f"{row}-half-distilled", ratio, model, "recover", steps=left, teacher=teacher)
 
@@ -190,7 +193,7 @@ class Bench:
             f"{label} + refit + recover + distillation",
             lambda: self.trained(f"{row}-distilled", ratio, chosen(), "recover", teacher=self.dense.path),
         )
-        yield f"dense, trained + {label} + refit", lambda: chosen("-after", self.trained_dense(ratio))
+        yield f"dense, trained + {label} + refit", lambda: chosen("-after", self.trained_dense())
         yield f"dense, half of the steps + {label} + refit + recover + distillation", half_way
 
     def measure(self, ratio: float, method: str, make: Callable[[], Path]) -> Row:
@@ -208,13 +211,13 @@ class Bench:
 
 def table(rows: list[Row]) -> str:
     """All rows as Markdown, against the dense model that was trained as long."""
-    control = {row.ratio: row.perplexity for row in rows if row.method == TRAINED_DENSE}
+    control = next((row.perplexity for row in rows if row.method == TRAINED_DENSE), None)
     lines = [
         "| ratio | method | saved | perplexity | against dense, trained | best step |",
         "|--:|---|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda one: one.ratio):
-        against = f"{row.perplexity / control[row.ratio]:.4f}" if row.ratio in control else ""
+        against = "" if control is None else f"{row.perplexity / control:.4f}"
         best = "" if row.best_step is None else str(row.best_step)
         values = f"{row.saved_fraction:.2%} | {row.perplexity:.3f} | {against} | {best}"
         lines.append(f"| {row.ratio:g} | {row.method} | {values} |")
@@ -263,9 +266,9 @@ def main() -> None:
     with shown():
         bench = Bench(args)
         for ratio in [0.0, *args.ratios]:
-            for method, make in bench.methods(ratio) if ratio else [(DENSE, lambda: bench.dense.path)]:
+            for method, make in bench.methods(ratio):
                 done = any((row.ratio, row.method) == (ratio, method) for row in rows)
-                if done or (args.methods and ratio and method not in args.methods.split(";")):
+                if done or (args.methods and method not in {DENSE, *args.methods.split(";")}):
                     continue
                 rows.append(bench.measure(ratio, method, make))
                 with kept.open("a") as file:

@@ -256,6 +256,8 @@ class _Solver:
         self.inner = equations.gram[free[:, None], free]
         self.scaled = next((one for one in lent if one.scaled), None)
         self.fixed = assembled(torch.zeros_like(prior), free, lent, torch.zeros_like(_scales_of(lent, prior)))
+        self.given = torch.cat([*(one.columns for one in lent), *(one.columns for one in narrow), free[:0]])
+        self.with_given = equations.gram[free[:, None], self.given]
 
     def solve(self, ridge: float) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, " scaled"]] | None:
         """The readout and its scales; None where rounding leaves nothing to be solved, or numbers are too large."""
@@ -287,8 +289,7 @@ class _Solver:
 
     def _solve_free(self, whole: Tensor, factor: Tensor, ridge: float) -> None:
         """Solve for the free columns of `whole`, in place; the others stay."""
-        whole[:, self.free] = 0
-        right = self.equations.cross[self.free] - self.equations.gram[self.free] @ whole.T
+        right = self.equations.cross[self.free] - self.with_given @ whole[:, self.given].T
         right += ridge * self.mean * self.prior.T
         whole[:, self.free] = torch.cholesky_solve(right, factor).T
 
