@@ -230,6 +230,13 @@ def test_accuracies_have_a_figure_of_their_own(tmp_path: Path) -> None:
     assert draw([cell("int8", 0.3, failed="no")], tmp_path, "none") == []
 
 
+def test_many_methods_that_give_up_the_same_leave_room_for_their_row(tmp_path: Path) -> None:
+    methods = [name + last for name in METHODS for last in ("", "+refit")]
+    cells = [replace(cell(name, 0.1, 1.0), by_layer=(0.0, 0.5)) for name in methods]
+    (_, path), *_ = draw(cells, tmp_path, "many")
+    assert all(name in path.read_text() for name in methods)
+
+
 def test_without_matplotlib_figures_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(EvaluationError, match=r"pip install 'headshare\[report\]'"):

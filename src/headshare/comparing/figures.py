@@ -1,5 +1,6 @@
 """Figures of a comparison: quality against what is saved, what each layer gives up, and losses against steps."""
 
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from headshare.errors import EvaluationError
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
 MARKERS = "osv"
+LABEL = 50  # letters in a line of a row's label
 Drawn = Callable[[Any, list[Compared]], bool]
 
 
@@ -74,10 +76,13 @@ def _layers(figure: Any, cells: list[Compared]) -> bool:
     same: dict[tuple[float, tuple[float, ...]], list[str]] = {}
     for cell in (cell for cell in cells if cell.by_layer):
         same.setdefault((cell.ratio, cell.by_layer), []).append(cell.method)
-    rows = {f"{', '.join(names)} {ratio:g}": by_layer for (ratio, by_layer), names in same.items()}
+    rows = {
+        textwrap.fill(f"{', '.join(names)} {ratio:g}", LABEL, break_on_hyphens=False): by_layer
+        for (ratio, by_layer), names in same.items()
+    }
     if not rows:
         return False
-    figure.set_figheight(1.2 + 0.22 * len(rows))
+    figure.set_figheight(1.2 + (0.08 + 0.14 * max(label.count("\n") + 1 for label in rows)) * len(rows))
     axes = figure.subplots()
     image = axes.imshow([[100 * one for one in row] for row in rows.values()], aspect="auto", cmap="Greys", vmin=0)
     axes.set_yticks(range(len(rows)), rows)
