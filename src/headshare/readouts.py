@@ -251,12 +251,11 @@ class _Solver:
     ) -> None:
         self.narrow = narrow
         self.equations, self.prior, self.free, self.largest = equations, prior[:, free], free, largest
-        used = torch.cat([free, *(one.columns for one in lent), *(one.columns for one in narrow)])
-        self.mean = float(equations.gram.diagonal()[used].mean())
+        self.given = torch.cat([free[:0], *(one.columns for one in lent), *(one.columns for one in narrow)])
+        self.mean = float(equations.gram.diagonal()[torch.cat([free, self.given])].mean())
         self.inner = equations.gram[free[:, None], free]
         self.scaled = next((one for one in lent if one.scaled), None)
         self.fixed = assembled(torch.zeros_like(prior), free, lent, torch.zeros_like(_scales_of(lent, prior)))
-        self.given = torch.cat([*(one.columns for one in lent), *(one.columns for one in narrow), free[:0]])
         self.with_given = equations.gram[free[:, None], self.given]
 
     def solve(self, ridge: float) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, " scaled"]] | None:
