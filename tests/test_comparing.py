@@ -21,7 +21,7 @@ import tiny
 from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
-from headshare.comparing.cells import kept_cells
+from headshare.comparing.cells import GivenUp, kept_cells
 from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
@@ -174,7 +174,7 @@ def test_translations_are_compared_too(model: Path, tmp_path: Path) -> None:  # 
         (found,) = cell.results
         assert (found.task, found.metrics) == ("translation of en", row.metrics)
     assert (
-        "| ratio | method | saved | disk, MiB | memory, MiB | perplexity | divergence | translation of en |"
+        "| ratio | method | plan | saved | disk, MiB | memory, MiB | perplexity | divergence | translation of en |"
         in (tmp_path / "out/table.md").read_text()
     )
     with pytest.raises(EvaluationError, match="both a source and a reference"):
@@ -321,6 +321,31 @@ def test_the_verdict_follows_from_the_numbers() -> None:
     assert "is behind the best that only deletes, neurons+refit" in verdict([*cells, neurons])
     assert "standard error" not in verdict([cell("auto", 1.0), cell("deletion", 2.0)])  # of one window there is none
     assert set(SHARING) | set(DELETING) | set(TYING) <= set(METHODS)
+
+
+def test_a_plan_that_ties_nothing_deletes() -> None:
+    """Methods that may share, and need not."""
+    mixed, output = cell("auto+refit", 1.0, 2.0, 3.0), cell("output", 1.2, 2.1, 3.1)
+    cells = [mixed, output, cell("deletion", 1.5, 2.4, 3.6)]
+    assert "The best that shares, auto+refit, is ahead of the best that only deletes, deletion: " in verdict(cells)
+    cells[0] = replace(mixed, given_up=GivenUp(3, 1, 0))
+    assert "shares, auto+refit (3 tied, 1 removed), is ahead of the best that only deletes, deletion" in verdict(cells)
+    cells[0] = replace(mixed, given_up=GivenUp(0, 4, 1024))
+    told = "The best that shares, output, is behind the best that only deletes, auto+refit (4 removed, 1,024 neurons): "
+    assert told in verdict(cells)
+
+
+def test_a_cell_says_what_its_plan_takes(compared: dict[str, Compared]) -> None:
+    given = {name: cell.given_up for name, cell in compared.items()}
+    half = 4 * 2 // 2  # int(ratio x layers x units): four layers, two units each
+    assert given["directshare"] == given["directshare+refit"] == given["random-donors"] == GivenUp(half, 0, 0)
+    for name in ("deletion", "deletion-same", "magnitude", "llm-pruner"):
+        assert given[name] == GivenUp(0, round(2 * sum(compared[name].by_layer)), 0) != GivenUp(0, 0, 0)
+    assert given["neurons"] is not None
+    assert (given["neurons"].tied, given["neurons"].removed) == (0, 0)
+    assert f"| neurons | {given['neurons'].neurons:,} neurons | " in table([compared["neurons"]])
+    assert f"neurons,0.5,0,0,{given['neurons'].neurons}," in as_csv([compared["neurons"]])
+    assert {given[name] for name in ("dense", *EDITS)} == {None}
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].reads and name not in TRAINED])

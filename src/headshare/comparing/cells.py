@@ -9,9 +9,31 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from headshare.evaluating.results import Kept, Keyed, Measured, read_rows
+from headshare.plans import SharePlan
+from headshare.units import Kind
 
 CELLS, WHAT = "cells.json", "cells of `headshare compare`"
 DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """What a plan takes from a model: units that use a donor's weights, and removed attention units and neurons."""
+
+    tied: int
+    removed: int
+    neurons: int
+
+    @classmethod
+    def of(cls, plan: SharePlan) -> "GivenUp":
+        """Counted over all layers."""
+        return cls(plan.ties, plan.removed(Kind.ATTENTION), plan.removed(Kind.FFN))
+
+    @property
+    def in_cell(self) -> str:
+        """As a table shows it."""
+        counts = (f"{self.tied:,} tied", self.tied), (f"{self.removed:,} removed", self.removed)
+        return ", ".join(text for text, count in (*counts, (f"{self.neurons:,} neurons", self.neurons)) if count)
 
 
 @dataclass(frozen=True)
@@ -23,8 +45,8 @@ class Compared(Keyed):
     those of the text's windows, nats a token: what predictions lose, and how far they are from the dense model's.
     `by_layer` is the share of each layer's attention units that gave up weights; `curve` has a row for each time that
     was measured while training: `step`, `loss` on what was held out (as shared then), and accuracies. `seconds` are
-    those of making it, with the prices that no earlier cell of the run had measured. `failed` says why there is nothing
-    else."""
+    those of making it, with the prices that no earlier cell of the run had measured. `given_up` is of methods that make
+    a plan. `failed` says why there is nothing else."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -44,6 +66,7 @@ class Compared(Keyed):
     by_layer: tuple[float, ...] = ()
     curve: tuple[dict[str, float], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    given_up: GivenUp | None = None
 
     @property
     def title(self) -> str:

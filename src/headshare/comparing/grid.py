@@ -15,7 +15,7 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.cells import DENSE, Compared, kept_cells
+from headshare.comparing.cells import DENSE, Compared, GivenUp, kept_cells
 from headshare.comparing.methods import (
     METHODS,
     REFIT,
@@ -250,7 +250,7 @@ class _Bench:
         if REFIT in cell.method:
             shared = refit_on(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
-        found, cell = estimate_plan(self.dense, plan), replace(cell, by_layer=tuple(given_up(plan)))
+        found, cell = estimate_plan(self.dense, plan), _told(cell, plan)
         with open_checkpoint(folder) as written:
             if cell.method.endswith(ROUNDED):
                 return self._rounded(cell, round_by_gptq(written, case.common.text, device=self.device), begun)
@@ -266,7 +266,7 @@ class _Bench:
         seconds = time.monotonic() - begun
         with open_checkpoint(folder) as written:
             assert written.plan is not None
-            cell = replace(cell, by_layer=tuple(given_up(written.plan)), curve=tuple(_curve(folder)))
+            cell = replace(_told(cell, written.plan), curve=tuple(_curve(folder)))
             saved = estimate_plan(self.dense, written.plan).saved_bytes
             found = self._measured(cell, written, saved=saved, seconds=seconds)
         shutil.rmtree(folder)
@@ -346,6 +346,11 @@ class _Bench:
     def _stock(self) -> Runner:
         """The dense model, which predictions are compared with."""
         return Runner.of(self.dense, self.grid.settings)
+
+
+def _told(cell: Compared, plan: SharePlan) -> Compared:
+    """With what the plan takes, in all and layer by layer."""
+    return replace(cell, given_up=GivenUp.of(plan), by_layer=tuple(given_up(plan)))
 
 
 def _curve(folder: Path) -> Iterator[dict[str, float]]:

@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
@@ -14,24 +14,28 @@ from headshare.evaluating.results import guesses_of
 
 
 def table(cells: Sequence[Compared]) -> str:
-    """Markdown: a row a cell; bytes in MiB, divergences in nats a token and accuracies in percent, both with standard
-    errors, a tilde where an accuracy is not two of them above guessing, or above always the same answer."""
+    """Markdown: a row a cell, with what its plan takes; bytes in MiB, divergences in nats a token and accuracies in
+    percent, both with standard errors, a tilde where an accuracy is not two of them above guessing, or above always the
+    same answer."""
     tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     asked = {row.task: row.questions for cell in cells for row in cell.results if row.chance is not None}
     shown = [f"{task} ({asked[task]})" if task in asked else task for task in tasks]
-    heads = ["ratio", "method", "saved", "disk, MiB", "memory, MiB", "perplexity", "divergence", *shown, "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|--:|---" + "|--:" * (len(heads) - 2) + "|"]
+    sizes = ["saved", "disk, MiB", "memory, MiB"]
+    heads = ["ratio", "method", "plan", *sizes, "perplexity", "divergence", *shown, "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:|---|---" + "|--:" * (len(heads) - 3) + "|"]
     guessed = {row.task: guesses_of(row) for cell in cells for row in cell.results if row.chance is not None}
     if guessed:
         guesses = [guessed.get(task, "") for task in tasks]
-        lines.append("| | guessing | | | | | | " + " | ".join(guesses) + " | |")
+        lines.append("| | guessing | | | | | | | " + " | ".join(guesses) + " | |")
     for cell in cells:
         ratio = f"{cell.ratio:g}" if cell.ratio else ""
         if cell.failed:
             lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
             continue
+        plan = "" if cell.given_up is None else cell.given_up.in_cell
         by_task = {row.task: row.in_cell for row in cell.results}
-        values = [ratio, cell.method, f"{cell.saved_fraction:.2%}", *map(_mib, (cell.disk_bytes, cell.memory_bytes))]
+        values = [ratio, cell.method, plan, f"{cell.saved_fraction:.2%}"]
+        values += map(_mib, (cell.disk_bytes, cell.memory_bytes))
         values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
         values += [by_task.get(task, "") for task in tasks]
         lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
@@ -52,8 +56,8 @@ def _with_error(values: Sequence[float]) -> str:
 
 def verdict(cells: Sequence[Compared]) -> str:
     """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
-    shares beside the best that only deletes, with the standard error of the difference over windows. What trains or
-    rounds does more, and is in neither."""
+    shares beside the best that only deletes, with the standard error of the difference over windows. A method that may
+    share and whose plan ties nothing deletes. What trains or rounds does more, and is in neither."""
     lines = []
     for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
         some = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
@@ -63,27 +67,38 @@ def verdict(cells: Sequence[Compared]) -> str:
         words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
         by = f"At {ratio:g}, by" if ratio else "By"
         lines.append(f"{by} perplexity, best first: {words}.")
-        sharing, deleting = (
-            next((cell for cell in some if cell.method.removesuffix(REFIT) in names), None)
-            for names in (SHARING, DELETING)
-        )
+        sharing = next(filter(_shares, some), None)
+        deleting = next(filter(_deletes, some), None)
         if sharing and deleting:
             more, error = sharing.loses_more_than(deleting)
             if math.isnan(error):
                 continue
             word = "ahead of" if more < -2 * error else "behind" if more > 2 * error else "level with"
             lines.append(
-                f"The best that shares, {sharing.method}, is {word} the best that only deletes, {deleting.method}: "
+                f"The best that shares, {_named(sharing)}, is {word} the best that only deletes, {_named(deleting)}: "
                 f"{more:+.4f} nats a token (standard error {error:.4f})."
             )
     return "\n".join(lines)
+
+
+def _shares(cell: Compared) -> bool:
+    return cell.method.removesuffix(REFIT) in SHARING and (cell.given_up is None or cell.given_up.tied > 0)
+
+
+def _deletes(cell: Compared) -> bool:
+    return cell.method.removesuffix(REFIT) in (*SHARING, *DELETING) and not _shares(cell)
+
+
+def _named(cell: Compared) -> str:
+    """The method, and what its plan takes."""
+    return cell.method + (f" ({cell.given_up.in_cell})" if cell.given_up else "")
 
 
 def as_csv(cells: Sequence[Compared]) -> str:
     """A line a cell and metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = ("method", "ratio", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
+    names = ("method", "ratio", "tied", "removed", "neurons", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
     writer.writerow([*names, "task", "metric", "value", "standard_error", "chance", "questions"])
     for row in _rows(cells):
         writer.writerow(row)
@@ -92,7 +107,8 @@ def as_csv(cells: Sequence[Compared]) -> str:
 
 def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
     for cell in cells:
-        start = [cell.method, cell.ratio, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        given = ("", "", "") if cell.given_up is None else astuple(cell.given_up)
+        start = [cell.method, cell.ratio, *given, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
         if cell.losses:
             yield [*start, "text", "perplexity", cell.perplexity, "", "", len(cell.losses)]
             yield [*start, "text", "divergence", statistics.mean(cell.divergences), "", "", len(cell.divergences)]
