@@ -119,15 +119,15 @@ def compare(
         bench = _Bench(dense, grid, chosen, calibration, work, out / MADE, device, restart)
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
         cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
-        found = []
-        for name, ratio in track(cells, "cells", len(cells)):
-            key = bench.key(name, ratio)
-            cell = kept.find(key)
-            if cell is None or cell.failed:
-                cell = bench.cell(name, ratio, key)
-                kept.add(cell)
-                say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
-            found.append(cell)
+        keys = {bench.key(name, ratio): (name, ratio) for name, ratio in cells}
+        done = {row.key for row in kept.rows if not row.failed}
+        missing = [key for key in keys if key not in done]
+        for key in track(missing, "cells", len(missing)):
+            cell = bench.cell(*keys[key], key)
+            kept.add(cell)
+            say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
+        by_key = {row.key: row for row in kept.rows}
+        found = [by_key[key] for key in keys]
     finally:
         for folder in (out / MADE, out / MADE_ROUNDED):
             shutil.rmtree(folder, ignore_errors=True)
