@@ -245,6 +245,20 @@ def test_a_task_shows_as_many_examples_as_its_name_says(runner: Runner, data: Pa
     assert chosen_tasks(["hellaswag:3"], None)[0].few_shot == 3
 
 
+def test_examples_of_an_exam_are_shown_in_their_order(runner: Runner, data: Path) -> None:
+    """As the harness shows those of MMLU and C-Eval."""
+    shown = [[f"Who was number {number}?", "a", "b", "c", "d", "ABCD"[number % 4]] for number in range(5)]
+    zipped(data / "mmlu.zip", {**EXAM, "dev/history_dev.csv": shown})
+    (chosen,) = chosen_tasks(["mmlu"], data)
+    with _hushed():
+        task = _as_task("mmlu", "history", (chosen.parts or {})["history"])
+        found = lm_eval.simple_evaluate(
+            model=runner._for_harness, tasks=[task], num_fewshot=5, bootstrap_iters=0, task_manager=NONE
+        )
+    for sample in found["samples"]["mmlu_history"]:
+        assert re.findall(r"Who was number (\d)", sample["arguments"][0][0]) == list("01234")
+
+
 def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data: Path) -> None:
     for name in ("cmnli", "ocnli", "tnews", "csl", "ceval"):
         (chosen,) = chosen_tasks([name], data)
@@ -355,17 +369,21 @@ def test_what_was_measured_is_not_measured_again_and_a_stopped_run_goes_on(
     assert len(ran) == 7
 
 
-@pytest.mark.parametrize("change", ["model", "question", "limit", "few-shot", "dtype"])
+@pytest.mark.parametrize("change", ["model", "tokenizer", "question", "limit", "few-shot", "dtype"])
 def test_results_of_other_questions_models_or_settings_are_not_taken(
     change: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     measure([model], tasks=["boolq"], data=data, out=out)
     settings, other = Settings(), model
     match change:
         case "model":
             dense = hs.open_checkpoint(model)
             other = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.5)).save(tmp_path / "shared")
+        case "tokenizer":
+            file = model / "tokenizer_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": True}))
         case "question":
             (data / "boolq.jsonl").write_text(json.dumps(ROWS["boolq"][0]) + "\n")
         case "limit":
@@ -423,6 +441,31 @@ def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
     lines = table_of([*same, row("b", 0.3, limit=9, dtype="float16", device="cpu")]).splitlines()
     assert lines[0] == "| model | t (9), dtype auto | t (9), dtype float16 |"
     assert lines[3:] == ["| a | ~10.0 ± 0.0 |  |", "| b | ~20.0 ± 0.0 | ~30.0 ± 0.0 |"]
+
+
+def test_runs_that_keep_their_results_in_one_folder_keep_each_others(tmp_path: Path) -> None:
+    """One process for each GPU, say."""
+    one, other = kept_results(tmp_path), kept_results(tmp_path)
+    rows = [Measured("m", name, name, {"acc": Metric(0.5)}, 9) for name in ("a", "b", "c")]
+    one.add(rows[0])
+    other.add(rows[1])
+    one.add(rows[2])
+    assert read_results(tmp_path / "results.json") == rows
+
+
+def test_a_result_bears_the_name_that_it_was_asked_for_by(model: Path, data: Path, tmp_path: Path) -> None:
+    first = measure([model], tasks=["boolq"], data=data, settings=Settings(few_shot=1), out=tmp_path)
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (again,) = measure([other], tasks=["boolq:1"], data=data, out=tmp_path)
+    assert (again.model, again.task, again.metrics) == (str(other), "boolq:1", first[0].metrics)
+    assert len(read_results(tmp_path / "results.json")) == 1
+
+
+def test_answers_that_are_partly_right_have_the_error_of_their_spread() -> None:
+    assert harness._averaged([{"acc": 0.5}] * 9)["acc"] == Metric(0.5, 0.0)
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    found = harness._averaged([{"acc": value} for value in values])["acc"]
+    assert found.error == pytest.approx(math.sqrt(0.6 * 0.4 / 4))  # as the harness has it
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
@@ -539,6 +582,33 @@ def test_a_task_of_the_harness_that_does_not_choose_reports_its_own_metrics(
     assert one.metrics["bits_per_byte"].value == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert (one.questions, one.chance) == (3, None)
     assert "bits_per_byte" in table_of([one]) or "word_perplexity" in table_of([one])
+
+
+def test_answers_taken_from_the_text_in_several_ways_are_each_reported(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gsm8k does: its questions count once."""
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
+    (tmp_path / "task.yaml").write_text(
+        "task: twice\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "doc_to_text: '{{text}}'\ndoc_to_target: nothing\n"
+        "generation_kwargs: {until: ['x'], do_sample: false, max_gen_toks: 4}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        "filter_list:\n"
+        "- {name: always, filter: [{function: regex, regex_pattern: 'cannot be', fallback: nothing}, "
+        "{function: take_first}]}\n"
+        "- {name: never, filter: [{function: regex, regex_pattern: 'cannot be', fallback: other}, "
+        "{function: take_first}]}\n"
+    )
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+    (one,) = measured(runner, data, "twice")
+    assert {name: metric.value for name, metric in one.metrics.items()} == {
+        "exact_match,always": 1.0,
+        "exact_match,never": 0.0,
+    }
+    assert one.questions == len(SENTENCES)
 
 
 def test_models_that_choose_nothing_and_settings_that_mean_nothing_are_refused(

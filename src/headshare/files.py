@@ -36,14 +36,24 @@ def write_whole(path: str | Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is an alias; write out what it stands for",
+                                       problem_mark=event.start_mark)  # fmt: skip
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path, refused: type[HeadshareError]) -> Any:
-    """What a YAML file holds: plain data, no objects.
+    """What a YAML file holds: plain data, no objects, and no aliases, a few of which can stand for more than fits in
+    memory.
 
     Raises:
         HeadshareError: of this kind, if it cannot be read.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 - a safe one
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise refused(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
 

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ class Chosen:
     @property
     def task(self) -> str:
         """The task's own name."""
-        return _asked(self.name)[0]
+        return named(self.name)[0]
 
     def settings(self, settings: Settings) -> Settings:
         """These settings with its own examples."""
@@ -93,7 +94,7 @@ def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:
     """
     found = []
     for asked in dict.fromkeys(names):
-        name, few_shot = _asked(asked)
+        name, few_shot = named(asked)
         if name in TASKS and data is not None:
             parts = TASKS[name].parts(data)
             found.append(Chosen(asked, digest_of(parts), parts, few_shot))
@@ -102,7 +103,7 @@ def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:
     return found
 
 
-def _asked(name: str) -> tuple[str, int | None]:
+def named(name: str) -> tuple[str, int | None]:
     """A task's name and how many examples it is to show, where that is said."""
     found = re.fullmatch(r"(.+):([0-9]{1,3})", name)
     return (found[1], int(found[2])) if found else (name, None)
@@ -216,16 +217,18 @@ class Runner:
                 fewshot_random_seed=self.settings.seed,
             )
         by_part: dict[str, list[dict[str, Any]]] = found["samples"]
+        by_part = {name: _once(some) for name, some in by_part.items()}
         samples = [sample for some in by_part.values() for sample in some]
         _check_finite(samples, task.name)
         options = [len(sample["arguments"]) for sample in samples]
         shares = {name: (_share(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
-        chosen = all("acc" in sample for sample in samples)
+        scored = all("acc" in sample for sample in samples)
+        chosen = all(sample.get("acc") in (0, 1) for sample in samples)
         return Measured(
             model=self.name,
             task=task.name,
             key=key,
-            metrics=_averaged(samples) if chosen else _reported(found, task.task),
+            metrics=_averaged(samples) if scored else _reported(found, task.task),
             questions=len(samples),
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
             constant=_constant(samples) if chosen else None,
@@ -247,6 +250,14 @@ class Runner:
         return {**model, "dtype": self.settings.dtype, "device": self.settings.device, **versions()}
 
 
+def _once(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One sample a question, where the harness took its answer from the text in several ways."""
+    by_question: dict[Any, dict[str, Any]] = {}
+    for sample in samples:
+        by_question.setdefault(sample["doc_id"], sample)
+    return list(by_question.values())
+
+
 def _share(samples: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(sample["acc"] for sample in samples)) / len(samples)
 
@@ -261,12 +272,14 @@ def _constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
-    """Accuracies over all questions, whatever their subject, with sqrt(p (1 - p) / (n - 1))."""
+    """Accuracies over all questions, whatever their subject, with the standard deviation over sqrt(n): of answers that
+    are right or wrong, sqrt(p (1 - p) / (n - 1))."""
     found = {}
     for name in SCORED:
         if all(name in sample for sample in samples):
-            share, count = sum(sample[name] for sample in samples) / len(samples), len(samples)
-            found[name] = Metric(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None)
+            values = [float(sample[name]) for sample in samples]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            found[name] = Metric(statistics.mean(values), error)
     return found
 
 
@@ -277,18 +290,20 @@ def _reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
         raise EvaluationError(
             f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(found['results']))}."
         )
-    metrics = _metrics(row)
+    metrics = dict(_metrics(row))
     if not metrics:
         raise EvaluationError(f"lm-eval found no finite figure for {name}.")
     return metrics
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
-    return {
-        key.partition(",")[0]: Metric(_number(value), _number(row.get(key.replace(",", "_stderr,", 1))))
-        for key, value in row.items()
-        if "," in key and "_stderr" not in key and _number(value) is not None
-    }
+def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
+    """Under their names; where answers were taken from the text in several ways, under those too."""
+    keys = [key for key in row if "," in key and "_stderr" not in key and _number(row[key]) is not None]
+    names = Counter(key.partition(",")[0] for key in keys)
+    for key in keys:
+        name = key.partition(",")[0]
+        found = Metric(_number(row[key]), _number(row.get(key.replace(",", "_stderr,", 1))))
+        yield (name if names[name] == 1 else key), found
 
 
 def _number(value: Any) -> float | None:
@@ -347,6 +362,7 @@ def _as_task(task: str, part: str, kept: Part) -> Any:
             "custom_dataset": lambda **_: splits,
             "test_split": "test",
             "fewshot_split": "shown" if kept.examples else "test",
+            "fewshot_config": {"sampler": "first_n"} if kept.examples else None,
             "output_type": "multiple_choice",
             "description": kept.heading,
             "doc_to_text": _text,

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ def _measured(
             found = job.run(runner, key)
             kept.add(found)
             say(f"{checkpoint.name}: {job.name}")
-        yield found
+        yield replace(found, model=checkpoint.name, task=job.name)  # it may have been asked for by other names
 
 
 class _Job(Protocol):

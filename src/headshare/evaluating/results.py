@@ -1,16 +1,18 @@
 """What was measured, as values: kept in one file, gone on with after a kill, printed as one table."""
 
+import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from headshare.errors import EvaluationError
 from headshare.files import write_whole
@@ -51,7 +53,7 @@ class Measured(Keyed):
     model: str
     task: str
     key: str
-    metrics: Mapping[str, Metric]
+    metrics: Annotated[Mapping[str, Metric], Field(min_length=1)]
     questions: int
     chance: float | None = None
     parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
@@ -101,27 +103,44 @@ def key_of(*what: Any) -> str:
 
 class Kept(Generic[Row]):
     """All that was measured so far, and the file that keeps it, if any, in a folder that is made: `what` says what that
-    holds.
+    holds. Several runs may add to one file.
 
     Raises:
         EvaluationError: if the file is there and holds something else, or there can be no such folder.
     """
 
     def __init__(self, file: Path | None, kind: type[Row], what: str) -> None:
-        self.file, self._rows = file, TypeAdapter(list[kind])  # type: ignore[valid-type]
+        self.file, self._kind, self._what = file, kind, what
         if file is not None:
             _make(file.parent)
-        self.rows = read_rows(file, kind, what) if file is not None and file.is_file() else []
+        self.rows = self._read()
+
+    def _read(self) -> list[Row]:
+        return read_rows(self.file, self._kind, self._what) if self.file is not None and self.file.is_file() else []
 
     def find(self, key: str) -> Row | None:
         """What was measured under this key."""
         return next((row for row in self.rows if row.key == key), None)
 
     def add(self, row: Row) -> None:
-        """Keep it, in the file too, in the place of what has its key."""
-        self.rows = [*(one for one in self.rows if one.key != row.key), row]
-        if self.file is not None:
-            write_whole(self.file, self._rows.dump_json(self.rows, indent=1))
+        """Keep it, in the file too, in the place of what has its key, beside what other runs added meanwhile."""
+        with nullcontext() if self.file is None else _alone(self.file.parent):
+            before = self.rows if self.file is None else self._read()
+            self.rows = [*(one for one in before if one.key != row.key), row]
+            if self.file is not None:
+                write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other run is in the same block, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make(folder: Path) -> None:

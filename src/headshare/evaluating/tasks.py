@@ -1,7 +1,8 @@
 """Our tasks: which file each is read from, and how its rows become questions.
 
-Prompts of English tasks are those of lm-evaluation-harness where it has the task; Chinese ones ask as OpenCompass does,
-by which of the answers the model finds likeliest.
+Prompts of English tasks are those of lm-evaluation-harness where it has the task. CMNLI and OCNLI ask as OpenCompass
+does. Its options for TNEWS are of different lengths, and those for CSL are whole texts; it compares likelihoods by
+token. The harness adds them up, which is fair to options of one length: ours are.
 """
 
 import hashlib
@@ -61,8 +62,10 @@ TASKS: dict[str, Task] = {}
 
 
 def digest_of(parts: Mapping[str, Part]) -> str:
-    """What changes with any question."""
-    return hashlib.sha256(json.dumps([[name, asdict(part)] for name, part in parts.items()]).encode()).hexdigest()
+    """What changes with any question, and with which examples are shown first."""
+    order = ["in their order"] if any(part.examples for part in parts.values()) else []
+    kept = [[name, asdict(part)] for name, part in parts.items()]
+    return hashlib.sha256(json.dumps([*kept, *order]).encode()).hexdigest()
 
 
 # ---- how files are read
@@ -303,8 +306,9 @@ def _ceval(row: _Exam) -> Question:
 @_lines("cmnli", row=_Inference, kept=lambda row: row.label != "-", space="")
 @_lines("ocnli", row=_Inference, kept=lambda row: row.label != "-", space="")
 def _cmnli(rows: Sequence[_Inference]) -> Question:
-    context = f"阅读文章：{rows[0].sentence1}\n根据上文，回答如下问题：{rows[0].sentence2}？\n答："
-    return Question((context,), ("对", "错", "可能"), ("entailment", "contradiction", "neutral").index(rows[0].label))
+    labels = ("entailment", "contradiction", "neutral")
+    context = f"语句一：“{rows[0].sentence1}”\n语句二：“{rows[0].sentence2}”\n请问这两句话是什么关系？\n"
+    return Question((context,), ("蕴含", "矛盾", "无关"), labels.index(rows[0].label))
 
 
 NEWS = {
