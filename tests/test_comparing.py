@@ -22,14 +22,17 @@ from headshare.accounting import estimate
 from headshare.calibration import calibration_from
 from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
 from headshare.comparing.cells import GivenUp, kept_cells
-from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING
+from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING, Case, Common
 from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
 from headshare.evaluating import Parallel, Settings, Text, measure
+from headshare.evaluating.harness import named
 from headshare.evaluating.tasks import TASKS
 from headshare.evaluation import evaluate
 from headshare.models import load_model, unique_parameter_bytes
 from headshare.training import Sharing, TrainSettings, train
+from headshare.units import HeadUnit
+from headshare.workspace import Workspace
 from nearest import stand_in
 from test_cli import a_text, add_tokenizer
 from test_evaluating import model  # noqa: F401 - a fixture
@@ -153,11 +156,12 @@ def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
 def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
     """The model that is compared may lie in the folder that the comparison is written to."""
     dense = add_tokenizer(tiny.make_llama(tmp_path / "model"))
-    (tmp_path / "rounded").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis").write_text("mine")
     text = Text(a_text(tmp_path / "text", 200), 32)
     compare(hs.open_checkpoint(dense), Grid(("directshare",), (0.5,), text=text), tmp_path)
     assert hs.open_checkpoint(dense).plan is None
-    assert (tmp_path / "rounded").is_dir()
+    assert (tmp_path / "work" / "thesis").read_text() == "mine"
     assert not list(tmp_path.glob(".headshare-*"))
 
 
@@ -293,6 +297,29 @@ def test_a_folder_with_other_cells_is_refused_and_left(place: Path, tmp_path: Pa
     with pytest.raises(EvaluationError, match="holds no cells"):
         run(place, tmp_path, "directshare")
     assert (tmp_path / "cells.json").read_text() == '{"a": 1}'
+
+
+def test_a_page_of_the_users_is_not_written_over(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("my notes")
+    with pytest.raises(EvaluationError, match=r"has a table\.md and no cells\.json.* Move it"):
+        run(place, tmp_path, "directshare")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    assert (tmp_path / "table.md").read_text() == "my notes"
+
+
+def test_the_same_units_are_deleted_best_matched_first(place: Path, tmp_path: Path) -> None:
+    """A unit that is deleted saves more than one that is tied, so fewer are: those that DirectShare would tie first."""
+    dense = hs.open_checkpoint(place / "model")
+    case = Case(Common(dense, None, Workspace(tmp_path / "work", {})), 0.5, 0)
+    plan = METHODS["deletion-same"].make(case)
+    assert isinstance(plan, hs.SharePlan)
+    gone = {HeadUnit(layer, group) for layer in range(4) for group in plan.removals[0].indices(layer)}
+    scores = hs.score_units(dense)
+    first = [
+        {tie.recipient for tie in hs.make_plan(scores, few / 8).selections[0].ties} for few in range(1, len(gone) + 1)
+    ]
+    assert first[-1] == gone
+    assert len(gone) < case.directshare().ties
 
 
 def cell(method: str, *losses: float, ratio: float = 0.3) -> Compared:
@@ -508,7 +535,7 @@ def test_recipes_name_methods_and_tasks_that_there_are(path: Path, place: Path) 
     given = {"text": place / "test", "train": {"text": {"data": "a text"}}}
     recipe = Recipe.load(path, {name: one for name, one in given.items() if f"\n{name}:" not in path.read_text()})
     grid = recipe.grid()
-    assert set(grid.tasks) <= set(TASKS)
+    assert {named(task)[0] for task in grid.tasks} <= set(TASKS)
     assert f"recipes/{path.name}" in path.read_text().splitlines()[0]
     assert recipe.title
 
@@ -526,6 +553,7 @@ def test_a_recipe_is_run_and_options_go_before_it(command: Callable, place: Path
 
 @pytest.mark.parametrize(("content", "says"), [
     ("methods: directshare\n", "methods"), ("cats: 1\n", "cats"), ("- 1\n", "no settings"), ("a: [", "YAML"),
+    ("title: &a [x, x]\ntasks: [*a, *a]\n", "*a is an alias"),
     ("methods: [directshare]\n", "no model"),
 ])  # fmt: skip
 def test_a_recipe_that_is_none_is_one_error(content: str, says: str, command: Callable, tmp_path: Path) -> None:

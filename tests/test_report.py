@@ -118,6 +118,8 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
     assert "| PostShare is above DirectShare | Llama-2-7b-hf | holds: 1 |" in page
     assert "| PostShare is above DirectShare | 0.1 | holds | directshare 40.0 %, postshare 50.0 % |" in page
     assert "No claim" in report([Measured(about(), cells[:1])])
+    shot = [replace(one, results=tuple(replace(row, task=f"{row.task}:5") for row in one.results)) for one in cells]
+    assert "| directshare 0.1 | 40.00 / 61.25 |" in report([Measured(about("Llama-2-7b-hf", *shot), shot)], tables)
 
 
 def test_the_published_figures_are_of_methods_and_tasks_that_there_are() -> None:
@@ -175,6 +177,18 @@ def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_p
     (tmp_path / "done" / "about.json").write_text(about_.replace('"title": ""', '"title": "a\\u001b[31m"'))
     assert "cannot be shown" in command("report", tmp_path / "done")[2]
     (tmp_path / "done" / "about.json").write_text(about_)
+    assert "could not be written" in command("report", tmp_path / "done", "--figures", tmp_path / "bad.yaml")[2]
+    good = (tmp_path / "done" / "cells.json").read_text()
+    for wrong, says in (({"method": "a\x1b[31m"}, "cannot be shown"), ({"note": "a | b"}, "cannot be shown"),
+                        ({"curve": [{"step": 1.0}]}, "holds no cells"),
+                        ({"results": [{"model": "m", "task": "t", "key": "k", "metrics": {}, "questions": 1}]},
+                         "holds no cells")):  # fmt: skip
+        first, *others = json.loads(good)
+        (tmp_path / "done" / "cells.json").write_text(json.dumps([{**first, **wrong}, *others]))
+        status, out, err = command("report", tmp_path / "done")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert says in err
+    (tmp_path / "done" / "cells.json").write_text(good)
     cells = json.loads((tmp_path / "done" / "cells.json").read_text())
     (tmp_path / "done" / "cells.json").write_text(json.dumps(cells[:1]))
     with pytest.raises(EvaluationError, match="lacks 1 cells"):

@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 
 from headshare.evaluating.results import Kept, Keyed, Measured, read_rows
 from headshare.plans import SharePlan
@@ -14,6 +15,13 @@ from headshare.units import Kind
 
 CELLS, WHAT = "cells.json", "cells of `headshare compare`"
 DENSE = "dense"
+
+
+def _point(row: dict[str, float]) -> dict[str, float]:
+    """A row of a curve."""
+    if not {"step", "loss"} <= set(row):
+        raise ValueError("a point of a curve needs a step and a loss")
+    return row
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Compared(Keyed):
     losses: tuple[float, ...] = ()
     divergences: tuple[float, ...] = ()
     by_layer: tuple[float, ...] = ()
-    curve: tuple[dict[str, float], ...] = ()
+    curve: tuple[Annotated[dict[str, float], AfterValidator(_point)], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     given_up: GivenUp | None = None
 

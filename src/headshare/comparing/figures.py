@@ -1,5 +1,6 @@
 """Figures of a comparison: quality against what is saved, what each layer gives up, and losses against steps."""
 
+import io
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
 from headshare.comparing.methods import METHODS, ROUNDED
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, OutputError
+from headshare.files import explain, write_whole
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
@@ -22,20 +24,26 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
 
     Raises:
         EvaluationError: if matplotlib is not installed.
+        OutputError: if they cannot be written.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise EvaluationError("figures are drawn by matplotlib. Run: pip install 'headshare[report]'") from None
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(explain(error, folder)) from None
     found = []
     with matplotlib.rc_context(STYLE):
         for kind, (title, drawn) in FIGURES.items():
             figure = Figure(figsize=(WIDE, 4.5), layout="constrained")
             if drawn(figure, cells):
                 path = folder / f"{name}-{kind}.svg"
-                figure.savefig(path, metadata={"Date": None})
+                picture = io.BytesIO()
+                figure.savefig(picture, format="svg", metadata={"Date": None})
+                write_whole(path, picture.getvalue())
                 found.append((title, path))
     return found
 

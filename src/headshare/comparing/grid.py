@@ -15,7 +15,7 @@ from headshare.accounting import estimate_plan, parameter_infos
 from headshare.calibrating import refit_on
 from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.comparing.cells import DENSE, Compared, GivenUp, kept_cells
+from headshare.comparing.cells import CELLS, DENSE, Compared, GivenUp, kept_cells
 from headshare.comparing.methods import (
     METHODS,
     REFIT,
@@ -41,6 +41,7 @@ from headshare.inspection import given_up
 from headshare.models import unique_parameter_bytes
 from headshare.plans import SharePlan
 from headshare.progress import say, track
+from headshare.refits import MAX_TEXT
 from headshare.sharing import share
 from headshare.training import TrainSettings, train
 from headshare.training.state import RECORD as TRAINING_RECORD
@@ -49,7 +50,9 @@ from headshare.workspace import Workspace, fingerprint
 from headshare.writing import file_digest
 
 ABOUT = "about.json"
-MADE, MADE_ROUNDED = ".headshare-model", ".headshare-rounded"  # hidden: a folder of the user's is not called so
+# hidden: a folder of the user's is not called so
+MADE, MADE_ROUNDED, WORK = ".headshare-model", ".headshare-rounded", ".headshare-prices"
+WRITTEN = ("table.md", "cells.csv", ABOUT)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,12 @@ def compare(
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
     kept = kept_cells(out)
-    work = Workspace(out / "work", _what(dense, calibration, device), restart=restart)
+    if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
+        raise EvaluationError(
+            f"{out} has a {foreign[0]} and no {CELLS}: it is not of a comparison, which would write over it. Move it, "
+            "or write elsewhere."
+        )
+    work = Workspace(out / WORK, _what(dense, calibration, device), restart=restart)
     try:
         bench = _Bench(dense, grid, chosen, calibration, work, out / MADE, device, restart)
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
@@ -243,7 +251,7 @@ class _Bench:
         except HeadshareError as error:
             if isinstance(error, TrainingError | OutputError):  # not the method's
                 raise
-            return Compared(key, name, ratio, failed=str(error))
+            return Compared(key, name, ratio, failed=_in_one_line(error))
 
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
@@ -323,7 +331,7 @@ class _Bench:
         if found is None:
             found = replace(task.run(runner, key), model=self.dense.name)
             kept.add(found)
-        return replace(found, model=DENSE, key=cell.key)
+        return replace(found, model=DENSE, task=task.name, key=cell.key)
 
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.grid.text is None:
@@ -346,6 +354,11 @@ class _Bench:
     def _stock(self) -> Runner:
         """The dense model, which predictions are compared with."""
         return Runner.of(self.dense, self.grid.settings)
+
+
+def _in_one_line(error: HeadshareError) -> str:
+    """What went wrong, as it can stand in a table."""
+    return " ".join(str(error).replace("|", "/").split())[:MAX_TEXT]
 
 
 def _told(cell: Compared, plan: SharePlan) -> Compared:

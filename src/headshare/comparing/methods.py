@@ -255,13 +255,15 @@ def _deletion(case: Case) -> SharePlan:
     return case.saving(case.common.units(*TIES).only({Form.REMOVE}))
 
 
-@method("deletion-same", "DirectShare's recipients deleted, as many as save the bytes")
+@method("deletion-same", "DirectShare's recipients deleted, the best matched first, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
     plan = case.directshare()
     layout, removed = attention_of(case.dense), dict[int, list[int]]()
-    units = [tie.recipient for selection in plan.selections for tie in selection.ties]
+    (scores,) = case.common.scores("qk").tables
+    ties = [tie for selection in plan.selections for tie in selection.ties]
+    ties.sort(key=lambda tie: -float(scores.scores[layout.index(tie.recipient), layout.index(tie.donor)]))
     found = SharePlan()
-    for unit in _with_one_kept(units, layout.groups):
+    for unit in _with_one_kept([tie.recipient for tie in ties], layout.groups):
         removed.setdefault(unit.layer, []).append(unit.group)
         found = SharePlan(model_type=plan.model_type, removals=(Removal(layout=layout, removed=removed),))
         if estimate_plan(case.dense, found).saved_bytes >= case.saved_bytes:

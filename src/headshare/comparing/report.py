@@ -2,7 +2,7 @@
 becomes of the paper's claims."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ from headshare.comparing.claims import ACCURACY, Checked, checked
 from headshare.comparing.grid import ABOUT, About
 from headshare.comparing.tables import table, verdict
 from headshare.errors import EvaluationError
+from headshare.evaluating.harness import named
 from headshare.evaluating.results import RESULTS, current, read_results, table_of
 from headshare.evaluating.results import Measured as Row
 from headshare.files import read_yaml
@@ -32,6 +33,20 @@ def _shown(text: str) -> str:
     if not is_shown(text) or "|" in text:
         raise ValueError(f"{text!a:.60} cannot be shown in a table")
     return text
+
+
+def _check_shown(file: Path, *words: str) -> None:
+    """Raise EvaluationError if one of the texts that somebody else may have written cannot be shown in a table."""
+    try:
+        for text in words:
+            _shown(text)
+    except ValueError as error:
+        raise EvaluationError(f"{file}: {error}.") from None
+
+
+def _words_of(rows: Iterable[Row]) -> Iterator[str]:
+    for row in rows:
+        yield from (row.task, *row.metrics)
 
 
 class Published(BaseModel):
@@ -64,7 +79,9 @@ class Measured:
         """
         try:
             about = _ABOUT.validate_json((folder / ABOUT).read_bytes())
-            for text in (about.title, about.model, about.text, about.calibration, about.training, *about.versions):
+            for text in (about.title, about.model, about.text, about.calibration, about.training, about.dtype):
+                _shown(text)
+            for text in (*about.versions, *about.versions.values()):
                 _shown(text)
         except (OSError, ValueError) as error:
             raise EvaluationError(
@@ -72,6 +89,8 @@ class Measured:
                 f"with --out {folder} first."
             ) from None
         by_key = {cell.key: cell for cell in read_cells(folder / CELLS)}
+        for cell in by_key.values():
+            _check_shown(folder / CELLS, cell.method, cell.note, cell.failed, *_words_of(cell.results))
         if len({len(cell.losses) for cell in by_key.values() if cell.key in about.keys and cell.losses}) > 1:
             raise EvaluationError(
                 f"{folder / CELLS} has cells of one text with other numbers of windows. Compare again."
@@ -100,6 +119,7 @@ class Evaluated:
             EvaluationError: if it holds something else, or two models of one name.
         """
         rows = current(read_results(folder / RESULTS))
+        _check_shown(folder / RESULTS, *_words_of(rows))
         short = {row.model: Path(row.model).name for row in rows}
         if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
             raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
@@ -184,11 +204,12 @@ def _beside(one: Measured, tables: Sequence[Published]) -> list[str]:
     """Our accuracies beside the paper's, in percent, where it has this model."""
     lines: list[str] = []
     for found in (found for found in tables if found.model.casefold() == one.about.model.casefold()):
-        ours = {cell.title: {row.task: row for row in cell.results} for cell in one.cells}
+        ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in one.cells}
         common = [task for task in found.tasks if any(task in results for results in ours.values())]
         if not common:
             continue
-        lines += ["", f"Beside table {found.table} of the paper (ours / the paper's, percent):", ""]
+        beside = f"Beside table {found.table} of the paper (ours / the paper's, percent, on the paper's own questions):"
+        lines += ["", beside, ""]
         lines += ["| | " + " | ".join(common) + " |", "|---" + "|--:" * len(common) + "|"]
         for name, values in found.rows.items():
             paper = dict(zip(found.tasks, values, strict=True))
