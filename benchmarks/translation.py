@@ -19,6 +19,7 @@ from headshare.comparing.tables import table
 from headshare.progress import shown
 from headshare.sharing import expand
 from headshare.training import TrainSettings, train
+from headshare.writing import file_digest
 from machine import machine, parsed
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "table-6.yaml"
@@ -43,8 +44,17 @@ def settings(args: argparse.Namespace, data: Path, steps: int, rate: float) -> d
 
 
 def finetuned(args: argparse.Namespace, data: Path) -> Path:
-    """The model, taught to translate: shared at nothing, trained, and written back as a stock folder."""
+    """The model, taught to translate: shared at nothing, trained, and written back as a stock folder. One that was
+    taught otherwise is not taken."""
     folder: Path = args.out / "finetuned"
+    how = {
+        "model": str(Path(args.model).resolve()), "text": file_digest(data), "steps": args.finetune_steps,
+        "rate": args.finetune_rate, "window": args.window, "products": args.products,
+    }  # fmt: skip
+    record = args.out / "finetuned.json"
+    if record.is_file() and json.loads(record.read_text()) != how:
+        sys.exit(f"{args.out} holds a model that was fine-tuned otherwise ({record}). Use another --out.")
+    record.write_text(json.dumps(how))
     if not folder.is_dir():
         dense = hs.open_checkpoint(args.model)
         same, trained = args.out / "same", args.out / "trained"

@@ -26,6 +26,7 @@ from headshare.baselines import (
 from headshare.budget import plan_for_bytes
 from headshare.calibration import Calibration
 from headshare.controls import weight_of
+from headshare.errors import CheckpointError
 from headshare.models import load_model
 from headshare.units import HeadUnit
 
@@ -194,6 +195,13 @@ def test_rounded_rows_have_whole_multiples_of_their_scale(bits: int, dense: hs.C
         numbers, rows = numbers + dense_weight.numel(), rows + len(dense_weight)
     assert saved == numbers * 4 - numbers * bits // 8 - rows * 4
     assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_are_not_left_as_they_are_unsaid(family: str, tmp_path: Path) -> None:
+    model = load_model(hs.open_checkpoint(tiny.make(family, tmp_path / "experts")))
+    with pytest.raises(CheckpointError, match=r"experts\..* holds the matrices of several experts"):
+        round_to_integers(model)
 
 
 def test_matrices_that_stand_the_other_way_round_have_a_scale_an_output_too(tmp_path: Path) -> None:

@@ -680,12 +680,19 @@ def test_a_tag_of_the_harness_is_told_its_tasks(
 def test_a_models_own_habits_of_writing_do_not_count(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "penalised"
     shutil.copytree(model, folder)
-    transformers.GenerationConfig(repetition_penalty=9.0, num_beams=3, do_sample=True, top_k=2).save_pretrained(folder)
-    found = [
-        continuations(Runner.of(hs.open_checkpoint(one), Settings()), ["the cat was there"], Writing(24))
-        for one in (model, folder)
+    habits: list[dict[str, Any]] = [
+        {"repetition_penalty": 9.0, "num_beams": 3, "do_sample": True, "top_k": 2},
+        {"suppress_tokens": list(range(3, 40))},
+        {"encoder_repetition_penalty": 5.0},
+        {"min_p": 0.9, "do_sample": True},
+        {"num_return_sequences": 2, "do_sample": True},
     ]
-    assert found[0] == found[1]
+    for writing in (Writing(24), Writing(24, temperature=1.0)):
+        prompts = ["the cat was there", "the wind"]
+        plain = continuations(Runner.of(hs.open_checkpoint(model), Settings()), prompts, writing)
+        for own in habits:
+            transformers.GenerationConfig(**own).save_pretrained(folder)
+            assert continuations(Runner.of(hs.open_checkpoint(folder), Settings()), prompts, writing) == plain
 
 
 def test_what_was_measured_of_another_model_of_the_same_name_is_not_current() -> None:

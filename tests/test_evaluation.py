@@ -5,10 +5,20 @@ from pathlib import Path as Folder
 
 import pytest
 import torch
+import transformers
 
 import headshare as hs
 import tiny
-from headshare.evaluation import Predictions, Windows, losses_and_divergences, perplexity, window_losses
+from headshare.errors import EvaluationError
+from headshare.evaluation import (
+    Predictions,
+    Windows,
+    agreement,
+    losses_and_divergences,
+    perplexity,
+    predicts_next,
+    window_losses,
+)
 from headshare.models import load_model
 
 
@@ -62,3 +72,21 @@ def test_the_dense_model_runs_once_for_all_models_where_there_is_room(tmp_path: 
         found += [losses_and_divergences(other, predictions)[1] for _ in range(3)]
         assert len(ran) == runs
     assert all(torch.equal(found[0], divergences) for divergences in found[1:])
+
+
+def test_embeddings_that_cannot_be_compared_are_refused(tmp_path: Folder) -> None:
+    model = load_model(hs.open_checkpoint(tiny.make("mpnet", tmp_path / "mpnet")))
+    windows = Windows(tiny.tokens(16, 4), False)
+    assert agreement(model, model, windows).cosine == pytest.approx(1.0)
+    wider = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "wider", hidden_size=64)))
+    with pytest.raises(EvaluationError, match="embeddings of 32 and of 64 numbers"):
+        agreement(model, wider, windows)
+    damaged = load_model(hs.open_checkpoint(tiny.make("mpnet", tmp_path / "damaged")))
+    next(damaged.parameters()).data.fill_(math.nan)
+    with pytest.raises(EvaluationError, match="an embedding is NaN or infinite"):
+        agreement(model, damaged, windows)
+
+
+def test_what_predicts_a_text_from_another_predicts_no_next_token() -> None:
+    assert predicts_next("Gemma3ForConditionalGeneration", {"model_type": "gemma3"})
+    assert not predicts_next("BartForConditionalGeneration", transformers.BartConfig().to_dict())

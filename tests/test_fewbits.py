@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.packing import Packing
 from headshare.plans import Selection, SharePlan
+from headshare.streams import Layers
 from headshare.units import HeadUnit, Part, Tie
 from headshare.verification import verify
 from nearest import Nearest, stand_in
@@ -228,9 +230,26 @@ def test_the_largest_group_that_fits_is_taken(dense: hs.Checkpoint, text: Calibr
 def test_numbers_that_are_not_finite_are_not_rounded(
     dense: hs.Checkpoint, text: Calibration, nearest: list[Nearest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = Nearest.quantize
-    monkeypatch.setattr(Nearest, "quantize", lambda self: (real(self)[0] / 0, *real(self)[1:]))
+    real = Nearest.add_batch
+    monkeypatch.setattr(Nearest, "add_batch", lambda self, inputs, _: real(self, inputs / 0, _))
     with pytest.raises(CheckpointError, match=r"layers.0.self_attn.q_proj.weight has numbers that are not finite"):
+        rounded(dense, text)
+
+
+@pytest.mark.usefixtures("gptqmodel")
+@pytest.mark.parametrize("times", [math.inf, math.nan, 1e25])
+def test_what_the_library_rounds_without_the_inputs_is_refused(
+    times: float, dense: hs.Checkpoint, text: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so in its log alone."""
+    real = Layers.run
+
+    def run(self: Layers, *given: Any) -> Any:
+        left, seen = real(self, *given)
+        return left, replace(seen, inputs={path: one * times for path, one in seen.inputs.items()})
+
+    monkeypatch.setattr(Layers, "run", run)
+    with pytest.raises(CheckpointError, match=r"GPTQ cannot round .*q_proj.weight has .* Nothing is rounded"):
         rounded(dense, text)
 
 

@@ -277,6 +277,8 @@ def test_parts_that_do_not_fit_are_refused_by_name(name: str, tensor: Tensor | N
     changed = hs.open_checkpoint(packed.path)
     with pytest.raises(PlanError, match=name.rpartition(".")[0]):
         expand(changed, packed.path.parent / "whole")
+    with pytest.raises(hs.HeadshareError):
+        load_model(changed)
     assert any(name.rpartition(".")[0] in problem for problem in verify(changed).problems)
 
 

@@ -16,6 +16,7 @@ from headshare.calibration import Calibration
 from headshare.checkpoints import Checkpoint
 from headshare.configuration import text_config
 from headshare.controls import weight_of
+from headshare.errors import CheckpointError
 from headshare.layerprices import saved_bytes
 from headshare.layout import Layout, Place
 from headshare.models import load_model
@@ -163,9 +164,14 @@ def round_to_integers(model: nn.Module, *, bits: int = 8, stored: torch.dtype | 
     this type, whatever the model computes in (default: its own); scales are counted in it too.
 
     An output's largest number becomes 2^(bits - 1) - 1. Embeddings, the head and norms stay.
+
+    Raises:
+        CheckpointError: if there are experts, all in one tensor.
     """
     saved = 0.0
     most = 2 ** (bits - 1) - 1
+    if experts := next((name for name, one in model.named_parameters() if one.ndim > 2), None):
+        raise CheckpointError(f"{experts} holds the matrices of several experts, which are not rounded yet.")
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not any(step.isdigit() for step in name.split(".")):
             continue

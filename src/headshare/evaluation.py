@@ -295,6 +295,7 @@ def is_causal(model: Any) -> bool:
 def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a model class of this name, with this config.json, predicts the next token."""
     named = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    named = named and not config.get("is_encoder_decoder", False)  # these predict a text from another one
     masked = config.get("model_type") in ("bert", "roberta", "xlm-roberta") and not config.get("is_decoder", False)
     return named and not masked
 
@@ -302,7 +303,14 @@ def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
 @torch.inference_mode()
 def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
     """How alike two encoders' sentence embeddings (mean over tokens of the last hidden state) are, and how well each
-    finds a window's second half by its first."""
+    finds a window's second half by its first.
+
+    Raises:
+        EvaluationError: if the embeddings are of different widths, or not finite.
+    """
+    widths = [text_config(one.config.to_dict())["hidden_size"] for one in (model, dense)]
+    if len(set(widths)) > 1:
+        raise EvaluationError(f"embeddings of {widths[0]} and of {widths[1]} numbers cannot be compared.")
     half = windows.length // 2
     pieces = slice(None), slice(half), slice(half, None)
     found = [
@@ -317,6 +325,8 @@ def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
 
 def _embedding(model: Any, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " hidden"]:
     found: Tensor = hidden_states(model, tokens[None])[0].float().mean(dim=0).cpu()
+    if not torch.isfinite(found).all():
+        raise EvaluationError("an embedding is NaN or infinite; the weights are damaged or overflow this dtype.")
     return found
 
 
@@ -349,8 +359,9 @@ def evaluate(
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
     """
     windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
-    check_window(window, longest_window(checkpoint.config))
-    check_vocabulary(checkpoint.config, windows.tokens)
+    for one in (checkpoint, *([] if against is None else [against])):
+        check_window(window, longest_window(one.config))
+        check_vocabulary(one.config, windows.tokens)
     model = load_model(checkpoint, **options)
     if against is not None:
         return agreement(model, load_model(against, **options), windows)

@@ -6,6 +6,7 @@ whose inputs are those of all the users; gptqmodel does the rounding.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,14 +151,19 @@ class _Piece:
 
     def put(self, found: Grouped) -> None:
         """Round, and put the rows into their matrix."""
-        with contextlib.redirect_stdout(sys.stderr):
-            weight, scale, zero, *_ = self._task.quantize()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                weight, scale, zero, _, _, loss, *_ = self._task.quantize()
+        except ValueError:  # no rounding of finite loss
+            loss = None
         self._task = None
-        assert bool((zero == OFFSET).all())
-        if not (torch.isfinite(weight).all() and torch.isfinite(scale).all()):
+        # of what GPTQ cannot round it rounds each number to the nearest, and tells by the loss alone
+        if not isinstance(loss, float) or not math.isfinite(loss):
             raise CheckpointError(
-                f"{self.name} has numbers that are not finite, or its inputs have. Nothing is rounded."
+                f"GPTQ cannot round a matrix: {self.name} has numbers that are not finite, or its inputs have, or they "
+                "are too large to be multiplied. Nothing is rounded."
             )
+        assert bool((zero == OFFSET).all())
         wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
         found.packed[self.rows] = pack((weight / wide).round().cpu())
         found.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
@@ -204,7 +210,13 @@ def _maker(group: int) -> Any:
             task = GPTQ(
                 linear,
                 QuantizeConfig(
-                    bits=BITS, group_size=group, sym=True, desc_act=False, act_group_aware=False, offload_to_disk=False
+                    bits=BITS,
+                    group_size=group,
+                    sym=True,
+                    desc_act=False,
+                    act_group_aware=False,
+                    offload_to_disk=False,
+                    fallback=None,
                 ),
             )
             task.quantizer.configure(perchannel=True)

@@ -6,7 +6,7 @@ the lowest bits up, plus eight; `weight_scale` (rows, inputs / group); and `weig
 axis, so what a plan does to the rows of a matrix it does to those of both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headshare.errors import PlanError
 from headshare.gaps import GappedTensor
+from headshare.headers import TensorInfo
 from headshare.refits import MAX_TENSORS, Text
 
 NESTED = "quantization_config"
@@ -23,6 +24,7 @@ BITS = 4
 A_WORD = 32 // BITS
 OFFSET = 1 << (BITS - 1)
 PARTS = PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+TYPES = {PACKED: "I32", SCALE: "F16", SHAPE: "I64"}  # as safetensors calls them
 SCALE_DTYPE = torch.float16
 GROUPS = (128, 64, 32, 16, 8)
 AT_ONCE = 2**19  # numbers that are unpacked together
@@ -93,6 +95,17 @@ class Packing(BaseModel):
 def part_of(name: str, part: str) -> str:
     """What a part of a matrix is called, beside the matrix's own name."""
     return f"{name.removesuffix('.weight')}.{part}"
+
+
+def check_types(infos: Iterable[TensorInfo]) -> None:
+    """Raise PlanError if a part of a packed matrix is of another type than such parts are, which loading would convert
+    to: numbers, and not the bits that are packed in them."""
+    for info in infos:
+        wanted = TYPES.get(info.name.rpartition(".")[2], info.dtype)
+        if info.dtype != wanted:
+            raise PlanError(
+                f"{info.name} is of type {info.dtype}; it should be {wanted}. Download the checkpoint again."
+            )
 
 
 def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dict[str, GappedTensor]:

@@ -5,12 +5,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from headshare.errors import EvaluationError
 from headshare.evaluating.harness import INSTALL, Runner, Settings
@@ -83,20 +85,34 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
     tokens = torch.tensor([[0] * (longest - len(one)) + one for one in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
     end = runner.tokenizer.eos_token_id
-    padding = 0 if end is None else end
-    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    chosen: dict[str, Any] = {"do_sample": False}
     if writing.temperature:
         chosen = {"do_sample": True, "temperature": writing.temperature, "top_k": 0, "top_p": 1.0}
     stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
-    with quiet(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    cards = [] if device.type == "cpu" else [device]
+    with _without_habits(runner.model) as own, quiet(), torch.random.fork_rng(devices=cards):
         torch.manual_seed(writing.seed)
-        out = runner.model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=writing.tokens, pad_token_id=padding,
-            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, **chosen, **stop,
-        )  # fmt: skip
+        how = GenerationConfig(
+            max_new_tokens=writing.tokens,
+            pad_token_id=0 if end is None else end,
+            eos_token_id=end if own.eos_token_id is None else own.eos_token_id,
+            **chosen,
+        )
+        out = runner.model.generate(input_ids=tokens, attention_mask=mask, generation_config=how, **stop)
     for row in out[:, longest:]:
         text: str = runner.tokenizer.decode(row, skip_special_tokens=True)
         yield text.partition(writing.stop)[0] if writing.stop else text
+
+
+@contextmanager
+def _without_habits(model: Any) -> Iterator[GenerationConfig]:
+    """The checkpoint's own settings of generation, which may suppress, penalise or sharpen, are put aside."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield own
+    finally:
+        model.generation_config = own
 
 
 def samples_of(texts: Sequence[tuple[str, Sequence[str]]], prompts: Sequence[str]) -> str:

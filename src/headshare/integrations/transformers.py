@@ -6,8 +6,9 @@ the plan touches while the model is still on the meta device. Weights then load 
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from headshare.checkpoints import METHOD, quantization_entry
 from headshare.errors import PlanError, StorageError
 from headshare.gaps import gapped_tensors, reduced_readouts, reduced_tensors
+from headshare.headers import read_header
 from headshare.integrations.shrinking import regrow, shrink, shrunk_of
-from headshare.packing import Packing, packed_tensors
+from headshare.packing import Packing, check_types, packed_tensors
 from headshare.placement import held_again
 from headshare.plans import FORMAT, SharePlan
 from headshare.refits import RefitRecord, is_shown
@@ -101,13 +103,17 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     _gathered: Mapping[str, Any] | None = None
     _mapped: frozenset[str] = frozenset()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
         """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
         still to be worked out is worked out on `owner`, which has the sizes of all storages."""
         plan, packing = self.quantization_config.plan, self.quantization_config.packing
         if packing is not None:
             tensors = gapped_tensors(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
+            for file in checkpoint_files or ():
+                check_types(read_header(Path(file)))
             install_packed(model, packing, tensors, {name: module_path(model, name) for name in tensors})
             return
         if plan.removals:
@@ -151,6 +157,9 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         self._model, self._stock, self._tensors = None, {}, {}
+        for path, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(path)
         self._frozen = read_banks(model)
         return model
 

@@ -10,15 +10,21 @@ from torch.nn import functional
 
 from headshare.errors import PlanError
 from headshare.gaps import GappedTensor
-from headshare.packing import A_WORD, SCALE_DTYPE, SHAPE, Packing, unpack
+from headshare.packing import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
 from headshare.storage.owner import OWN, Slot, Spans, borrowed
 
 
 class PackedLinear(nn.Module):
-    """Drop-in for nn.Linear whose weight is rounded to four bits: unpacked for each product, and dropped after it."""
+    """Drop-in for nn.Linear whose weight is rounded to four bits: unpacked for each product, and dropped after it.
+
+    Raises:
+        PlanError: if the groups do not fill its inputs.
+    """
 
     def __init__(self, dense: nn.Linear, packing: Packing, tensor: GappedTensor | None) -> None:
         super().__init__()
+        if dense.in_features % packing.group:
+            raise PlanError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
         self.out_features, self.in_features = dense.out_features, dense.in_features
         rows = self.out_features if tensor is None else tensor.stored_shape[0]
         device = dense.weight.device
@@ -32,6 +38,19 @@ class PackedLinear(nn.Module):
         self._donors: tuple[PackedLinear, ...] = ()
         self._spans: dict[int, Spans] = {OWN: ((0, rows),)}
         self._slots: tuple[Slot, ...] = (Slot(OWN, 0),)
+
+    def check(self, path: str) -> None:
+        """Whether what was loaded is of such a matrix, by the shape that it says; what lies on disk is not read.
+
+        Raises:
+            PlanError: if it is not.
+        """
+        shape, wanted = self.get_buffer(SHAPE), [self.out_features, self.in_features]
+        if not shape.is_meta and shape.tolist() != wanted:
+            raise PlanError(
+                f"{path}.{PACKED} and what stands beside it are not of the model's matrix of shape {wanted}: they are "
+                "missing, or of another one. Download the checkpoint again."
+            )
 
     def link(
         self, tensor: GappedTensor, tensors: Mapping[str, GappedTensor], modules: Mapping[str, "PackedLinear"]
