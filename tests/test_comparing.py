@@ -226,6 +226,8 @@ def test_a_page_says_by_which_versions_each_cell_was_measured(
         (["--few-shot", "1"], "--few-shot would not be used"),
         (["--language", "french"], "--language would not be used"),
         (["--calibration-tokens", "99"], "--calibration-tokens would not be used"),
+        (["--limit", "3"], "--limit would not be used"),
+        (["--batch-size", "4"], "--batch-size would not be used"),
     ],
 )
 @pytest.mark.parametrize("name", ["compare", "eval"])

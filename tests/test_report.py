@@ -152,6 +152,12 @@ def test_results_of_eval_stand_on_the_page_too(place: Path, tmp_path: Path, comm
     assert "## evaluated" in out
     assert f"| model | {rows[0].in_cell} |" in out
     assert str(tmp_path) not in out
+    grid = Grid(("directshare",), (0.5,), text=text)
+    compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "evaluated", title="Both")
+    page = command("report", tmp_path / "evaluated")[1]
+    assert page.index("## Both") < page.index("## evaluated")
+    assert f"| model | {rows[0].in_cell} |" in page
+    (tmp_path / "evaluated" / "about.json").unlink()
     (tmp_path / "evaluated/results.json").write_text("[1]")
     status, _, said = command("report", tmp_path / "evaluated")
     assert status == 1

@@ -5,7 +5,6 @@ What it needs is imported when it begins: the other commands should not wait for
 """
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +100,8 @@ def compare_command(
                         ("calibration", ("calibration_tokens", "calibration_window"))):  # fmt: skip
         if not getattr(recipe, name) and not (name == "tasks" and recipe.train):
             refuse_unused(context, f"there is no --{name}", words, EvaluationError)
+    if not (recipe.tasks or recipe.source or recipe.train):
+        refuse_unused(context, "there is no --tasks and no --source", ("limit", "batch_size"), EvaluationError)
     if recipe.model is None:
         raise EvaluationError("there is no model to make smaller: name one, or a --config that does.")
     grid = recipe.grid()
@@ -133,9 +134,13 @@ def report_command(
     from headshare.comparing.report import Evaluated, Measured, published, report
     from headshare.evaluating.results import RESULTS
 
-    results = [one for one in folders if (one / RESULTS).is_file() and not (one / ABOUT).is_file()]
-    measured = [Measured.load(folder) for folder in folders if folder not in results]
-    evaluated = [Evaluated.load(folder) for folder in results]
+    has_results = {folder: (folder / RESULTS).is_file() for folder in folders}
+    compared = {
+        folder: Measured.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
+    }
+    evaluated = [Evaluated.load(folder) for folder in folders if has_results[folder]]
+    evaluated = [one for one in evaluated if one.tells_more_than(compared.get(one.folder))]
+    measured = list(compared.values())
     tables, shown = published(paper) if paper else (), []
     if figures is not None:
         start = out.absolute().parent if out else Path.cwd()
@@ -145,5 +150,5 @@ def report_command(
     page = report(measured, tables, shown, evaluated)
     if out is not None:
         write_whole(out, page.encode())
-    data = {"tables": [one.to_dict() for one in measured], "evaluated": [asdict(one) for one in evaluated]}
+    data = {"tables": [one.to_dict() for one in measured], "evaluated": [one.to_dict() for one in evaluated]}
     print_result(data, page, as_json)

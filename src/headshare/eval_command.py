@@ -97,7 +97,7 @@ def evaluate_command(
     if source is None:
         refuse_unused(context, "there is no --source", ("prompt", "language"), EvaluationError)
         if not tasks:
-            refuse_unused(context, "there are no --tasks and no --source", ("limit",), EvaluationError)
+            refuse_unused(context, "there are no --tasks and no --source", ("limit", "batch_size"), EvaluationError)
     from headshare.evaluating import Parallel, Settings, Text, measure, table_of
     from headshare.evaluating.measuring import to_dict
 

@@ -183,7 +183,7 @@ class About:
             "; ".join(measured),
             "" if calibration is None else f"{Path(calibration.source).name}, {calibration.tokens.numel()} tokens",
             "" if trained is None else f"{Path(trained.text.data).name}{_shown(trained.learning.arguments)}",
-            grid.settings.limit,
+            grid.settings.limit if grid.tasks or parallel else None,
             {name: " and ".join(dict.fromkeys(some)) for name, some in by_name.items()},
             tuple(cell.key for cell in cells),
             grid.settings.dtype,

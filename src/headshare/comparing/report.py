@@ -110,6 +110,16 @@ class Evaluated:
 
     title: str
     rows: list[Row]
+    folder: Path
+
+    def tells_more_than(self, measured: Measured | None) -> bool:
+        """Whether there is more than what a comparison in the same folder measured of its dense model."""
+        known = {row.task for cell in measured.cells for row in cell.results} if measured else set()
+        return any(measured is None or row.model != measured.about.model or row.task not in known for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluated":
@@ -123,7 +133,7 @@ class Evaluated:
         short = {row.model: Path(row.model).name for row in rows}
         if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
             raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
-        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows])
+        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows], folder)
 
 
 def published(path: Path) -> list[Published]:
