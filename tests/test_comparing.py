@@ -364,6 +364,13 @@ def test_a_plan_that_ties_nothing_deletes() -> None:
     assert told in verdict(cells)
 
 
+def test_a_note_names_the_ratio_where_it_is_another_at_another() -> None:
+    zeros = [replace(cell("magnitude-zeros", 1.0, ratio=ratio), note=f"{ratio} zeros") for ratio in (0.1, 0.3)]
+    means = [replace(cell("mean-unit", 1.0, ratio=ratio), note="counted") for ratio in (0.1, 0.3)]
+    notes = table([*zeros, *means]).split("\n\n")[1].splitlines()
+    assert notes == ["magnitude-zeros 0.1: 0.1 zeros.", "magnitude-zeros 0.3: 0.3 zeros.", "mean-unit: counted."]
+
+
 def test_a_cell_says_what_its_plan_takes(compared: dict[str, Compared]) -> None:
     given = {name: cell.given_up for name, cell in compared.items()}
     half = 4 * 2 // 2  # int(ratio x layers x units): four layers, two units each

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
@@ -39,7 +40,10 @@ def table(cells: Sequence[Compared]) -> str:
         values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
         values += [by_task.get(task, "") for task in tasks]
         lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
-    notes = dict.fromkeys(f"{cell.method}: {cell.note}." for cell in cells if cell.note)
+    several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if cell.note})
+    notes = dict.fromkeys(
+        f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note
+    )
     return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
 
 
