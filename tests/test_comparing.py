@@ -364,6 +364,14 @@ def test_a_plan_that_ties_nothing_deletes() -> None:
     assert told in verdict(cells)
 
 
+def test_a_unit_that_is_tied_part_by_part_counts_once(place: Path) -> None:
+    dense = hs.open_checkpoint(place / "model")
+    plan = hs.make_plan(hs.score_units(dense, "separate"), 0.5)
+    units = {tie.recipient for selection in plan.selections for tie in selection.ties}
+    assert GivenUp.of(plan) == GivenUp(len(units), 0, 0)
+    assert len(units) < plan.ties
+
+
 def test_a_note_names_the_ratio_where_it_is_another_at_another() -> None:
     zeros = [replace(cell("magnitude-zeros", 1.0, ratio=ratio), note=f"{ratio} zeros") for ratio in (0.1, 0.3)]
     means = [replace(cell("mean-unit", 1.0, ratio=ratio), note="counted") for ratio in (0.1, 0.3)]

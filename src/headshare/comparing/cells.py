@@ -34,8 +34,9 @@ class GivenUp:
 
     @classmethod
     def of(cls, plan: SharePlan) -> "GivenUp":
-        """Counted over all layers."""
-        return cls(plan.ties, plan.removed(Kind.ATTENTION), plan.removed(Kind.FFN))
+        """Counted over all layers; a unit whose parts are tied to several donors counts once."""
+        tied = {(one.layout.kind, tie.recipient) for one in plan.selections for tie in one.ties}
+        return cls(len(tied), plan.removed(Kind.ATTENTION), plan.removed(Kind.FFN))
 
     @property
     def in_cell(self) -> str:
