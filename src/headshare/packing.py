@@ -16,7 +16,6 @@ from torch import Tensor
 
 from headshare.errors import PlanError
 from headshare.gaps import GappedTensor
-from headshare.headers import TensorInfo
 from headshare.refits import MAX_TENSORS, Text
 
 NESTED = "quantization_config"
@@ -97,15 +96,13 @@ def part_of(name: str, part: str) -> str:
     return f"{name.removesuffix('.weight')}.{part}"
 
 
-def check_types(infos: Iterable[TensorInfo]) -> None:
-    """Raise PlanError if a part of a packed matrix is of another type than such parts are, which loading would convert
-    to: numbers, and not the bits that are packed in them."""
-    for info in infos:
-        wanted = TYPES.get(info.name.rpartition(".")[2], info.dtype)
-        if info.dtype != wanted:
-            raise PlanError(
-                f"{info.name} is of type {info.dtype}; it should be {wanted}. Download the checkpoint again."
-            )
+def check_types(stored: Iterable[tuple[str, str]]) -> None:
+    """Raise PlanError if of these tensors, by name and type, a part of a packed matrix is of another type than such
+    parts are. Loading would convert it: the numbers, and not the bits that are packed in them."""
+    for name, dtype in stored:
+        wanted = TYPES.get(name.rpartition(".")[2], dtype)
+        if dtype != wanted:
+            raise PlanError(f"{name} is of type {dtype}; it should be {wanted}. Download the checkpoint again.")
 
 
 def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dict[str, GappedTensor]:

@@ -113,7 +113,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             tensors = gapped_tensors(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
             for file in checkpoint_files or ():
-                check_types(read_header(Path(file)))
+                check_types((info.name, info.dtype) for info in read_header(Path(file)))
             install_packed(model, packing, tensors, {name: module_path(model, name) for name in tensors})
             return
         if plan.removals:
