@@ -156,11 +156,13 @@ def counted(method: Any, made: list[str], stop: list[bool]) -> Any:
 def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
     """The model that is compared may lie in the folder that the comparison is written to."""
     dense = add_tokenizer(tiny.make_llama(tmp_path / "model"))
+    (tmp_path / "rounded").mkdir()
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis").write_text("mine")
     text = Text(a_text(tmp_path / "text", 200), 32)
     compare(hs.open_checkpoint(dense), Grid(("directshare",), (0.5,), text=text), tmp_path)
     assert hs.open_checkpoint(dense).plan is None
+    assert (tmp_path / "rounded").is_dir()
     assert (tmp_path / "work" / "thesis").read_text() == "mine"
     assert not list(tmp_path.glob(".headshare-*"))
 

@@ -560,18 +560,24 @@ def test_the_harnesss_own_tasks_go_by_their_names(data: Path) -> None:
     assert chosen_tasks(["boolq"], None)[0].parts is None
 
 
+def only_tasks(monkeypatch: pytest.MonkeyPatch, folder: Path, *tasks: str) -> None:
+    """Let the harness have these tasks alone, each of the sentences in one file."""
+    (folder / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
+    for number, task in enumerate(tasks):
+        (folder / f"{number}.yaml").write_text(
+            f"{task}dataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}, cache_dir: {folder / 'cache'}}}\n"
+        )
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+
+
 def test_a_task_of_the_harness_that_does_not_choose_reports_its_own_metrics(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
-    (tmp_path / "task.yaml").write_text(
-        "task: bits\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-        "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-        "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
-    )
-    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+    tasks = "task: bits\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    tasks += "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
+    only_tasks(monkeypatch, tmp_path, tasks)
     (one,) = measured(runner, data, "bits")
     nats = 0.0
     for text in SENTENCES:
@@ -588,21 +594,18 @@ def test_answers_taken_from_the_text_in_several_ways_are_each_reported(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As gsm8k does: its questions count once."""
-    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
-    (tmp_path / "task.yaml").write_text(
-        "task: twice\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-        "doc_to_text: '{{text}}'\ndoc_to_target: nothing\n"
+    only_tasks(
+        monkeypatch,
+        tmp_path,
+        "task: twice\noutput_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: nothing\n"
         "generation_kwargs: {until: ['x'], do_sample: false, max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
         "filter_list:\n"
         "- {name: always, filter: [{function: regex, regex_pattern: 'cannot be', fallback: nothing}, "
         "{function: take_first}]}\n"
         "- {name: never, filter: [{function: regex, regex_pattern: 'cannot be', fallback: other}, "
-        "{function: take_first}]}\n"
+        "{function: take_first}]}\n",
     )
-    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
     (one,) = measured(runner, data, "twice")
     assert {name: metric.value for name, metric in one.metrics.items()} == {
         "exact_match,always": 1.0,
@@ -664,15 +667,9 @@ def test_a_damaged_archive_is_one_error(data: Path) -> None:
 def test_a_tag_of_the_harness_is_told_its_tasks(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(
-            f"tag: both\ntask: {name}\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
-            f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-            "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
-        )
-    manager = TaskManager(include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+    tasks = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    tasks += "metric_list: [{metric: word_perplexity}]\n"
+    only_tasks(monkeypatch, tmp_path, *(f"tag: both\ntask: {name}\n{tasks}" for name in ("one", "two")))
     with pytest.raises(EvaluationError, match=r"both is several tasks.*one, two"):
         runner.run(harness.Chosen("both", "harness"), "key")
 

@@ -230,10 +230,17 @@ def test_the_largest_group_that_fits_is_taken(dense: hs.Checkpoint, text: Calibr
 def test_numbers_that_are_not_finite_are_not_rounded(
     dense: hs.Checkpoint, text: Calibration, nearest: list[Nearest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = Nearest.add_batch
-    monkeypatch.setattr(Nearest, "add_batch", lambda self, inputs, _: real(self, inputs / 0, _))
-    with pytest.raises(CheckpointError, match=r"layers.0.self_attn.q_proj.weight has numbers that are not finite"):
-        rounded(dense, text)
+    real, add = Nearest.quantize, Nearest.add_batch
+    for name, changed in (
+        ("quantize", lambda self: (real(self)[0] / 0, *real(self)[1:])),
+        ("add_batch", lambda self, inputs, _: add(self, inputs / 0, _)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(Nearest, name, changed)
+            with pytest.raises(
+                CheckpointError, match=r"layers.0.self_attn.q_proj.weight has numbers that are not finite"
+            ):
+                rounded(dense, text)
 
 
 @pytest.mark.usefixtures("gptqmodel")

@@ -5,6 +5,7 @@ What it needs is imported when it begins: the other commands should not wait for
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,8 +139,8 @@ def report_command(
     compared = {
         folder: Measured.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
     }
-    evaluated = [Evaluated.load(folder) for folder in folders if has_results[folder]]
-    evaluated = [one for one in evaluated if one.tells_more_than(compared.get(one.folder))]
+    loaded = {folder: Evaluated.load(folder) for folder in folders if has_results[folder]}
+    evaluated = [one for folder, one in loaded.items() if one.tells_more_than(compared.get(folder))]
     measured = list(compared.values())
     tables, shown = published(paper) if paper else (), []
     if figures is not None:
@@ -150,5 +151,5 @@ def report_command(
     page = report(measured, tables, shown, evaluated)
     if out is not None:
         write_whole(out, page.encode())
-    data = {"tables": [one.to_dict() for one in measured], "evaluated": [one.to_dict() for one in evaluated]}
+    data = {"tables": [one.to_dict() for one in measured], "evaluated": [asdict(one) for one in evaluated]}
     print_result(data, page, as_json)

@@ -154,11 +154,13 @@ class _Piece:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 weight, scale, zero, _, _, loss, *_ = self._task.quantize()
+            # of what GPTQ cannot round it rounds each number to the nearest, and tells by the loss alone
+            finite = isinstance(loss, float) and math.isfinite(loss)
+            finite = finite and bool(torch.isfinite(weight).all() and torch.isfinite(scale).all())
         except ValueError:  # no rounding of finite loss
-            loss = None
+            finite = False
         self._task = None
-        # of what GPTQ cannot round it rounds each number to the nearest, and tells by the loss alone
-        if not isinstance(loss, float) or not math.isfinite(loss):
+        if not finite:
             raise CheckpointError(
                 f"GPTQ cannot round a matrix: {self.name} has numbers that are not finite, or its inputs have, or they "
                 "are too large to be multiplied. Nothing is rounded."

@@ -48,7 +48,7 @@ from headshare.gaps import (
     tied_names,
 )
 from headshare.headers import DTYPES, read_header
-from headshare.packing import A_WORD, PACKED, PARTS, SCALE, SHAPE, Packing, packed_tensors, part_of, unpack
+from headshare.packing import A_WORD, PACKED, PARTS, SCALE, SHAPE, TYPES, Packing, packed_tensors, part_of, unpack
 from headshare.plans import FORMAT, SharePlan
 from headshare.progress import track
 from headshare.refits import RefitRecord
@@ -205,8 +205,9 @@ def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], p
     stems = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith(PARTS)}
     for stem in sorted(stems):
         found = [checkpoint.tensors.get(part_of(stem, part)) for part in PARTS]
-        if [one and (one.dtype, len(one.shape)) for one in found] != [("I32", 2), ("F16", 2), ("I64", 1)]:
-            raise PlanError(f"{what}: {stem} should have {', '.join(PARTS)}, of I32, F16 and I64.")
+        wanted_types = [(TYPES[PACKED], 2), (TYPES[SCALE], 2), (TYPES[SHAPE], 1)]
+        if [one and (one.dtype, len(one.shape)) for one in found] != wanted_types:
+            raise PlanError(f"{what}: {stem} should have {', '.join(PARTS)}, of {', '.join(TYPES.values())}.")
         packed, scale, shape = (one for one in found if one is not None)
         rows, words = packed.shape
         for name, wanted in ((scale.name, (rows, words * A_WORD // packing.group)), (shape.name, (2,))):

@@ -41,8 +41,8 @@ class GivenUp:
     @property
     def in_cell(self) -> str:
         """As a table shows it."""
-        counts = (f"{self.tied:,} tied", self.tied), (f"{self.removed:,} removed", self.removed)
-        return ", ".join(text for text, count in (*counts, (f"{self.neurons:,} neurons", self.neurons)) if count)
+        counts = {"tied": self.tied, "removed": self.removed, "neurons": self.neurons}
+        return ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
 
 
 @dataclass(frozen=True)

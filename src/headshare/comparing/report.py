@@ -79,9 +79,8 @@ class Measured:
         """
         try:
             about = _ABOUT.validate_json((folder / ABOUT).read_bytes())
-            for text in (about.title, about.model, about.text, about.calibration, about.training, about.dtype):
-                _shown(text)
-            for text in (*about.versions, *about.versions.values()):
+            words = (about.title, about.model, about.text, about.calibration, about.training, about.dtype)
+            for text in (*words, *about.versions, *about.versions.values()):
                 _shown(text)
         except (OSError, ValueError) as error:
             raise EvaluationError(
@@ -110,16 +109,11 @@ class Evaluated:
 
     title: str
     rows: list[Row]
-    folder: Path
 
     def tells_more_than(self, measured: Measured | None) -> bool:
         """Whether there is more than what a comparison in the same folder measured of its dense model."""
         known = {row.task for cell in measured.cells for row in cell.results} if measured else set()
         return any(measured is None or row.model != measured.about.model or row.task not in known for row in self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluated":
@@ -133,7 +127,7 @@ class Evaluated:
         short = {row.model: Path(row.model).name for row in rows}
         if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
             raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
-        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows], folder)
+        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows])
 
 
 def published(path: Path) -> list[Published]:

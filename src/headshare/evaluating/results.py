@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,11 +124,16 @@ class Kept(Generic[Row]):
 
     def add(self, row: Row) -> None:
         """Keep it, in the file too, in the place of what has its key, beside what other runs added meanwhile."""
-        with nullcontext() if self.file is None else _alone(self.file.parent):
-            before = self.rows if self.file is None else self._read()
-            self.rows = [*(one for one in before if one.key != row.key), row]
-            if self.file is not None:
-                write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
+        if self.file is None:
+            self._put(row)
+            return
+        with _alone(self.file.parent):
+            self.rows = self._read()
+            self._put(row)
+            write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
+
+    def _put(self, row: Row) -> None:
+        self.rows = [*(one for one in self.rows if one.key != row.key), row]
 
 
 @contextmanager
