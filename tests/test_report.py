@@ -110,7 +110,7 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
         Published(table="10", model="another", tasks=("piqa",), rows={"directshare 0.1": (99.0,)}),
     ]
     page = report([Measured(about("Llama-2-7b-hf", *cells), cells)], tables)
-    assert "## A title" in page
+    assert "## A title, on Llama-2-7b-hf\n" in page
     assert "the first 200 questions" in page
     assert "| directshare 0.1 | 40.00 / 61.25 |" in page
     assert "rte" not in page
@@ -118,6 +118,9 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
     assert "| PostShare is above DirectShare | Llama-2-7b-hf | holds: 1 |" in page
     assert "| PostShare is above DirectShare | 0.1 | holds | directshare 40.0 %, postshare 50.0 % |" in page
     assert "No claim" in report([Measured(about(), cells[:1])])
+    worse = [*cells[:2], scored("postshare", 0.1, 0.1, 0.02)]
+    twice = report([Measured(about("a", *these), these) for these in (cells, cells, worse)])
+    assert "| PostShare is above DirectShare | a | does not hold: 1, holds: 1 |" in twice
     shot = [replace(one, results=tuple(replace(row, task=f"{row.task}:5") for row in one.results)) for one in cells]
     assert "| directshare 0.1 | 40.00 / 61.25 |" in report([Measured(about("Llama-2-7b-hf", *shot), shot)], tables)
 

@@ -161,7 +161,8 @@ def report(
     lines = ["# Results", "", *_summary(claims)]
     for one, shown in zip_longest(measured, figures, fillvalue=()):
         assert isinstance(one, Measured)
-        lines += ["", f"## {one.about.title or one.about.model}", "", _about(one.about), "", table(one.cells), ""]
+        heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
+        lines += ["", f"## {heading}", "", _about(one.about), "", table(one.cells), ""]
         lines += [verdict(one.cells), *_beside(one, tables), *_claims(checked(one.cells))]
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     for results in evaluated:
@@ -181,13 +182,17 @@ def _about(about: About) -> str:
 
 
 def _summary(claims: Sequence[tuple[Measured, Checked]]) -> list[str]:
-    """How often each claim holds, model by model."""
+    """How often each claim holds, model by model. What several comparisons found in the same figures counts once."""
     if not claims:
         return ["No claim of the paper can be checked on these tables."]
     counted: dict[str, dict[str, Counter[str]]] = {}
-    for one, found in claims:
-        counted.setdefault(found.claim, {}).setdefault(one.about.model, Counter())[found.says.value] += 1
-    lines = ["What the paper says, and how often it holds here (at how many ratios, or of how many methods):", ""]
+    for model, found in dict.fromkeys((one.about.model, found) for one, found in claims):
+        counted.setdefault(found.claim, {}).setdefault(model, Counter())[found.says.value] += 1
+    lines = [
+        "What the paper says, and how often it holds here, over ratios or methods and comparisons (the same figures "
+        "count once):",
+        "",
+    ]
     lines += ["| claim | model | |", "|---|---|---|"]
     lines += [
         f"| {claim} | {model} | {', '.join(f'{says}: {count}' for says, count in sorted(counts.items()))} |"
