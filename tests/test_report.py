@@ -1,10 +1,12 @@
 """Claims follow from numbers, and the page holds what was measured."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,6 +253,74 @@ def test_accuracies_have_a_figure_of_their_own(tmp_path: Path) -> None:
     assert "postshare 0.3, piqa" in path.read_text()
     assert "accuracy, %" in path.read_text()
     assert draw([cell("int8", 0.3, failed="no")], tmp_path, "none") == []
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures as they were drawn, in order."""
+    from matplotlib.figure import Figure
+
+    found: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *words, **more: (found.append(self), save(self, *words, **more))
+    )
+    return found
+
+
+def lines_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    """Points by the style of their line: marked ones by colour, others by how they are drawn."""
+    return {
+        (one.get_color() if one.get_marker() != "None" else one.get_linestyle()): list(map(tuple, one.get_xydata()))
+        for one in axes.lines
+    }
+
+
+def test_quality_is_drawn_above_dense_and_what_rounds_beside_it(tmp_path: Path, figures: list[Any]) -> None:
+    cells = [
+        cell("dense", 0.0, 1.0),
+        cell("directshare", 0.3, 2.0),
+        cell("directshare", 0.1, 0.5),
+        cell("int8", 0.0, 1.0),
+    ]
+    cells = [replace(one, saved_fraction=one.ratio / 10) for one in cells]
+    draw(cells, tmp_path, "x")
+    left, right = figures[0].axes
+    e = math.e
+    assert lines_of(left)["C0"] == [(1.0, pytest.approx(e**0.5 - e)), (3.0, pytest.approx(e**2 - e))]
+    assert lines_of(right)["C1"] == [(0.0, 0.0)]
+    assert left.get_ylim()[0] < e**0.5 - e
+    assert left.get_ylim()[1] > e**2 - e
+
+
+def test_each_task_is_drawn_beside_the_dense_model_and_guessing(tmp_path: Path, figures: list[Any]) -> None:
+    """Against the ratio; with one ratio, method beside method."""
+    cells = [
+        scored("dense", 0.0, 0.7, 0.05),
+        scored("directshare", 0.1, 0.6, 0.02),
+        scored("directshare", 0.3, 0.4, 0.02),
+    ]
+    ((_, path),) = draw([*cells, scored("int8", 0.0, 0.69, 0.05)], tmp_path, "x")
+    assert path.name == "x-tasks.svg"
+    (axes,) = figures[0].axes
+    points = {key: [(x, round(y, 9)) for x, y in some] for key, some in lines_of(axes).items()}
+    assert points["C0"] == [(0.1, 60.0), (0.3, 40.0)]
+    assert points["C1"] == [(0.0, 69.0)]
+    assert [y for _, y in points["-"]] == [70.0, 70.0]
+    assert [y for _, y in points[":"]] == [50.0, 50.0]
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_height()) == (pytest.approx(65), pytest.approx(10))
+    assert all(word in path.read_text() for word in ("directshare", "int8", "piqa, %", "ratio"))
+    draw([*cells[:2], scored("postshare", 0.1, 0.65, 0.02)], tmp_path, "one")
+    assert [lines_of(figures[1].axes[0])[f"C{number}"][0][0] for number in (0, 1)] == [0, 1]
+
+
+def test_translations_are_drawn_by_their_own_metric(tmp_path: Path, figures: list[Any]) -> None:
+    cells = [translated("dense", 0.0, 30.0, 1.0), translated("directshare", 0.1, 20.0, 1.0)]
+    ((_, path),) = draw(cells, tmp_path, "x")
+    assert "translation of en, bleu" in path.read_text()
+    assert lines_of(figures[0].axes[0])["C0"] == [(0, 20.0)]
+    assert ":" not in lines_of(figures[0].axes[0])
 
 
 def test_many_methods_that_give_up_the_same_leave_room_for_their_row(tmp_path: Path) -> None:

@@ -1,20 +1,24 @@
-"""Figures of a comparison: quality against what is saved, what each layer gives up, and losses against steps."""
+"""Figures of a comparison: quality against what is saved, tasks against the ratio, what each layer gives up, and losses
+against steps."""
 
 import io
 import textwrap
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from headshare.comparing.cells import DENSE, Compared
 from headshare.comparing.methods import METHODS, ROUNDED
 from headshare.errors import EvaluationError, OutputError
+from headshare.evaluating.results import Measured
 from headshare.files import explain, write_whole
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
 MARKERS = "osv"
 LABEL = 50  # letters in a line of a row's label
+ACROSS = 4  # panels beside one another
 Drawn = Callable[[Any, list[Compared]], bool]
 
 
@@ -49,30 +53,92 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
 
 
 def _quality(figure: Any, cells: list[Compared]) -> bool:
-    """A line for each method that was measured at several ratios, a point for others; beside them what rounds, which
-    saves many times as much."""
+    """A line for each method that was measured at several ratios, a point for others: what it is above dense, by
+    powers of ten, and near dense in proportion. Beside them what rounds, which saves many times as much."""
     dense = next((cell.perplexity for cell in cells if cell.method == DENSE), None)
-    measured = [cell for cell in cells if cell.perplexity is not None and cell.method != DENSE]
-    if dense is None or not measured:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for cell in cells:
+        if dense is not None and cell.perplexity is not None and cell.method != DENSE:
+            points.setdefault(cell.method, []).append((100 * cell.saved_fraction, cell.perplexity - dense))
+    if dense is None or not points:
         return False
-    methods = list(dict.fromkeys(cell.method for cell in measured))
-    sets = [some for rounds in (False, True) if (some := [name for name in methods if _rounds(name) == rounds])]
+    sets = [some for rounds in (False, True) if (some := [name for name in points if _rounds(name) == rounds])]
     panels = figure.subplots(1, len(sets), sharey=True, squeeze=False, width_ratios=[3, 1][: len(sets)])[0]
-    for number, method in enumerate(methods):
+    for number, (method, above) in enumerate(points.items()):
         axes = next(axes for axes, some in zip(panels, sets, strict=True) if method in some)
-        points = sorted((cell.saved_fraction, cell.perplexity) for cell in measured if cell.method == method)
-        saved, values = [100 * one for one, _ in points], [one for _, one in points]
-        axes.plot(saved, values, marker=MARKERS[number // 10 % 3], markersize=4, color=f"C{number}", label=method)
+        axes.plot(*zip(*sorted(above), strict=True), **_mark(number), label=method)
+    values = [value for above in points.values() for _, value in above]
+    near = max(dense / 100, min(map(abs, values)))
     for axes in panels:
-        axes.axhline(dense, color="gray", linewidth=0.8, label=DENSE if axes is panels[0] else None)
-        axes.set(yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.axhline(0, color="gray", linewidth=0.8, label=f"{DENSE}, {dense:,.4g}" if axes is panels[0] else None)
+        axes.set_yscale("symlog", linthresh=near, subs=range(2, 10))
+        axes.yaxis.set_major_formatter("{x:+g}")
         axes.grid(visible=True, which="both", alpha=0.2)
-    panels[0].set(ylabel="perplexity")
+    panels[0].set(
+        ylabel="perplexity above dense", ylim=(1.5 * min(0, *values) - near / 2, 1.5 * max(0, *values) + near / 2)
+    )
     figure.supxlabel("saved, % of the model's bytes", fontsize="medium")
     figure.legend(fontsize="small", ncols=4, loc="outside upper center")
     return True
+
+
+def _mark(number: int) -> dict[str, Any]:
+    """Tells one method from others."""
+    return {"marker": MARKERS[number // 10 % 3], "markersize": 4, "linewidth": 1.2, "color": f"C{number}"}
+
+
+def _tasks(figure: Any, cells: list[Compared]) -> bool:
+    """A panel a task: its metric against the ratio, or beside one another where there is one ratio. The band is dense
+    with a standard error to each side, the dots are what guessing gives, or always the same answer."""
+    methods = list(dict.fromkeys(cell.method for cell in cells if cell.results and cell.method != DENSE))
+    names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
+    if not methods:
+        return False
+    ratios = {cell.ratio for cell in cells if cell.results and cell.ratio}
+    rows = -(-len(names) // ACROSS)
+    figure.set_figheight(1.2 + 2.1 * rows)
+    panels = figure.subplots(rows, min(ACROSS, len(names)), squeeze=False).flat
+    lines: dict[str, Any] = {}
+    for axes, name in zip_longest(list(panels), names):
+        if name is None:
+            axes.remove()
+            continue
+        found = {(cell.method, cell.ratio): row for cell in cells for row in cell.results if row.task == name}
+        metric = next(iter(found.values())).main[0]
+        for number, method in enumerate(methods):
+            points = sorted(
+                (ratio if len(ratios) > 1 else number, value)
+                for (of, ratio), row in found.items()
+                if of == method and (value := _shown(row)) is not None
+            )
+            if points:
+                (lines[method],) = axes.plot(*zip(*points, strict=True), **_mark(number))
+        _beside(axes, found.get((DENSE, 0.0)))
+        axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
+        if len(ratios) == 1:
+            axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
+    if len(ratios) > 1:
+        figure.supxlabel("ratio", fontsize="medium")
+    figure.legend(lines.values(), lines, fontsize="small", ncols=4, loc="outside upper center")
+    return True
+
+
+def _beside(axes: Any, dense: Measured | None) -> None:
+    """What others are seen beside: the dense model, and guessing."""
+    if dense is None or (value := _shown(dense)) is None:
+        return
+    name, metric = dense.main
+    error = (100 if name == "acc" else 1) * (metric.error or 0.0)
+    axes.axhspan(value - error, value + error, color="gray", alpha=0.25, linewidth=0)
+    axes.axhline(value, color="gray", linewidth=0.8)
+    if name == "acc" and dense.guessed:
+        axes.axhline(100 * max(dense.guessed), color="black", linewidth=0.8, linestyle=":")
+
+
+def _shown(row: Measured) -> float | None:
+    """Its metric: accuracies in percent."""
+    name, metric = row.main
+    return None if metric.value is None else metric.value * (100 if name == "acc" else 1)
 
 
 def _rounds(method: str) -> bool:
@@ -131,6 +197,7 @@ def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, 
 
 FIGURES: dict[str, tuple[str, Drawn]] = {
     "quality": ("perplexity against the bytes that are saved", _quality),
+    "tasks": ("each task: the dense model is the gray band, guessing the dotted line", _tasks),
     "layers": ("the share of its units that each layer gives up", _layers),
     "curves": ("the loss against steps", _curves),
 }
