@@ -279,6 +279,24 @@ def test_rows_on_which_annotators_did_not_agree_are_left_out(data: Path) -> None
     assert [one.answer for one in parts["cmnli"].questions] == [1, 0]
 
 
+def test_news_that_is_kept_class_by_class_is_mixed(data: Path) -> None:
+    """The first so many questions are of many classes, and always the same ones."""
+    names = ["news_story", "news_culture", "news_sports", "news_stock"]
+    rows = [{"sentence": f"{name} {n}", "label_desc": name} for name in names for n in range(25)]
+    orders = []
+    for order in (rows, rows[::-1]):
+        for file in ("tnews.jsonl", "tnews_dev.jsonl"):
+            (data / file).write_text("".join(json.dumps(row) + "\n" for row in order))
+        part = TASKS["tnews"].parts(data)["tnews"]
+        assert sorted(one.contexts for one in part.questions) == sorted(one.contexts for one in part.examples)
+        orders.append(part.questions)
+        for some in (part.questions, part.examples):
+            classes = [one.contexts[0].split()[0] for one in some[:20]]
+            assert {classes.count(name) for name in names} <= set(range(2, 10))
+    assert orders[0] == orders[1]
+    assert len(orders[0]) == 100
+
+
 def test_race_is_taken_apart_by_level(data: Path) -> None:
     assert len(TASKS["race_high"].parts(data)["race_high"].questions) == 1
     assert len(TASKS["race_middle"].parts(data)["race_middle"].questions) == 2

@@ -79,15 +79,18 @@ def _lines(
     kept: Callable[[Any], bool] = lambda _: True,
     examples: str | None = None,
     space: str = " ",
+    mixed: bool = False,
 ) -> Callable[[Callable[[Sequence[Any]], Question]], Callable[[Sequence[Any]], Question]]:
     """Register a task of which every line is a question, or all lines that agree in the field `together` are one;
-    `kept` says of which lines, and `examples` is the file of those that are shown."""
+    `kept` says of which lines, and `examples` is the file of those that are shown. `mixed` puts the questions in the
+    order of their digests: those of a file that goes class by class would begin with one class alone."""
 
     def register(question: Callable[[Sequence[Any]], Question]) -> Callable[[Sequence[Any]], Question]:
         def questions(path: Path) -> tuple[Question, ...]:
             rows = [(where, one) for where, one in json_lines(path, row, name) if kept(one)]
             groups = groupby(rows, key=lambda pair: getattr(pair[1], together) if together else pair[0])
-            return tuple(_asked(question, list(group)) for _, group in groups)
+            found = [_asked(question, list(group)) for _, group in groups]
+            return tuple(sorted(found, key=_mixing) if mixed else found)
 
         def read(path: Path) -> dict[str, Part]:
             shown = path.with_name(examples) if examples else path
@@ -97,6 +100,10 @@ def _lines(
         return question
 
     return register
+
+
+def _mixing(question: Question) -> str:
+    return hashlib.sha256("\n".join(question.contexts).encode()).hexdigest()
 
 
 def _exam(
@@ -319,7 +326,7 @@ NEWS = {
 }  # fmt: skip
 
 
-@_lines("tnews", row=_News, examples="tnews_dev.jsonl", space="")
+@_lines("tnews", row=_News, examples="tnews_dev.jsonl", space="", mixed=True)
 def _tnews(rows: Sequence[_News]) -> Question:
     if rows[0].label_desc not in NEWS:
         raise EvaluationError(f"there is no class {rows[0].label_desc!r:.60}; there are {', '.join(NEWS)}.")
