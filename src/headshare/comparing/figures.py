@@ -182,7 +182,7 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
         panels[1].errorbar(steps, values, errors, marker=".", capsize=2, linewidth=1, label=name)
     for panel, label in zip(panels, ("loss on windows held out, nats a token", "accuracy, %"), strict=False):
         panel.set_ylabel(label)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("steps")
     return True
 
