@@ -114,6 +114,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
             if points:
                 (lines[method],) = axes.plot(*zip(*points, strict=True), **_mark(number))
         _beside(axes, found.get((DENSE, 0.0)))
+        axes.locator_params(axis="y", nbins=5)  # as many at any size: the layout is made before it is known
         axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
         if len(ratios) == 1:
             axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
