@@ -444,6 +444,7 @@ def test_methods_that_train_are_measured_as_they_are_written(place: Path, tmp_pa
     assert plain.saved_bytes == pulled.saved_bytes == recovered.saved_bytes
     assert plain.memory_bytes == pulled.memory_bytes == recovered.memory_bytes
     assert len({value(plain), value(pulled), value(recovered)}) == 3
+    assert pulled.note == recovered.note == ""
     settings = training(place).model_copy(update={"sharing": Sharing(ratio=0.5)})
     train(place / "model", tmp_path / "apart", settings)
     with hs.open_checkpoint(tmp_path / "apart") as apart:
@@ -451,6 +452,16 @@ def test_methods_that_train_are_measured_as_they_are_written(place: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("apart")) == [
         "about.json", "cells.csv", "cells.json", "table.md",
     ]  # fmt: skip
+
+
+def test_training_that_made_nothing_better_is_said(place: Path, tmp_path: Path) -> None:
+    """The weights are those that were not trained, so the figures are DirectShare's: a reader is told why."""
+    idle = training(place, learning_rate=0.0, max_steps=2)
+    grid = Grid(("directshare", "postshare"), (0.5,), text=Text(place / "test", 32), training=idle)
+    _, plain, pulled = compare(hs.open_checkpoint(place / "model"), grid, tmp_path)
+    assert pulled.losses == plain.losses
+    assert "no step of training was better than none" in pulled.note
+    assert pulled.note in (tmp_path / "table.md").read_text()
 
 
 def test_other_settings_of_training_are_other_cells_and_only_of_those_that_train(place: Path, tmp_path: Path) -> None:

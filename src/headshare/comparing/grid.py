@@ -53,6 +53,7 @@ ABOUT = "about.json"
 # hidden: a folder of the user's is not called so
 MADE, MADE_ROUNDED, WORK = ".headshare-model", ".headshare-rounded", ".headshare-prices"
 WRITTEN = ("table.md", "cells.csv", ABOUT)
+UNTRAINED = "no step of training was better than none on the text held out, so the weights are those from before it"
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,9 @@ class _Bench:
         seconds = time.monotonic() - begun
         with open_checkpoint(folder) as written:
             assert written.plan is not None
-            cell = replace(_told(cell, written.plan), curve=tuple(_curve(folder)))
+            record = json.loads((folder / TRAINING_RECORD).read_text())
+            note = "" if record["best_step"] else UNTRAINED
+            cell = replace(_told(cell, written.plan), curve=tuple(_curve(record)), note=note)
             saved = estimate_plan(self.dense, written.plan).saved_bytes
             found = self._measured(cell, written, saved=saved, seconds=seconds)
         shutil.rmtree(folder)
@@ -366,9 +369,9 @@ def _told(cell: Compared, plan: SharePlan) -> Compared:
     return replace(cell, given_up=GivenUp.of(plan), by_layer=tuple(given_up(plan)))
 
 
-def _curve(folder: Path) -> Iterator[dict[str, float]]:
+def _curve(record: Mapping[str, Any]) -> Iterator[dict[str, float]]:
     """What was measured while a model was trained."""
-    for row in json.loads((folder / TRAINING_RECORD).read_text())["curve"]:
+    for row in record["curve"]:
         loss = row.get("eval_shared_loss", row.get("eval_loss"))
         if loss is not None and math.isfinite(loss):  # JSON has no other numbers
             accuracies = {key.removeprefix("eval_"): row[key] for key in row if key.endswith(("_acc", "_acc_error"))}
