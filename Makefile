@@ -38,7 +38,7 @@ format: $(VENV)/installed
 
 results: $(VENV)/installed
 	rm -rf docs/results
-	$(BIN)/headshare report $(sort $(dir $(wildcard docs/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
+	$(BIN)/headshare report $(sort $(patsubst %/cells.json,%,$(wildcard docs/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
 
 clean:
 	rm -rf $(VENV) demo-output dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

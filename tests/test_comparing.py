@@ -377,8 +377,12 @@ def test_a_unit_that_is_tied_part_by_part_counts_once(place: Path) -> None:
 def test_a_note_names_the_ratio_where_it_is_another_at_another() -> None:
     zeros = [replace(cell("magnitude-zeros", 1.0, ratio=ratio), note=f"{ratio} zeros") for ratio in (0.1, 0.3)]
     means = [replace(cell("mean-unit", 1.0, ratio=ratio), note="counted") for ratio in (0.1, 0.3)]
-    notes = table([*zeros, *means]).split("\n\n")[1].splitlines()
-    assert notes == ["magnitude-zeros 0.1: 0.1 zeros.", "magnitude-zeros 0.3: 0.3 zeros.", "mean-unit: counted."]
+    pulled = [replace(cell("postshare", 1.0, ratio=ratio), note=note) for ratio, note in ((0.1, ""), (0.5, "in vain"))]
+    notes = table([*zeros, *means, *pulled]).split("\n\n")[1].splitlines()
+    assert notes == [
+        "magnitude-zeros 0.1: 0.1 zeros.", "magnitude-zeros 0.3: 0.3 zeros.", "mean-unit: counted.",
+        "postshare 0.5: in vain.",
+    ]  # fmt: skip
 
 
 def test_a_cell_says_what_its_plan_takes(compared: dict[str, Compared]) -> None:

@@ -127,6 +127,49 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
     assert "| directshare 0.1 | 40.00 / 61.25 |" in report([Measured(about("Llama-2-7b-hf", *shot), shot)], tables)
 
 
+def page_of(*tables: list[Compared]) -> str:
+    return report([Measured(about("a", *cells), cells) for cells in tables])
+
+
+def test_what_several_comparisons_measured_alike_counts_once() -> None:
+    """A method over some of its ratios and over others is the same method; its rivals stand in any of them."""
+    dense, *shared = (
+        cell("directshare" if ratio else "dense", ratio, 1.0 + ratio, 1.1 + ratio)
+        for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)
+    )
+    rival = cell("match-k", 0.1, 2.0, 2.1)
+    tables = (
+        [dense, *shared[:2]],
+        [dense, shared[0], *shared[2:]],
+        [dense, *shared[1:3]],
+        [dense, rival],
+        [dense, rival],
+    )
+    page = page_of(*tables)
+    assert "| more sharing, less quality | a | holds: 1 |" in page
+    assert "| q and k together are the best to match by | a | holds: 1 |" in page
+
+
+def test_what_is_told_alike_but_measured_otherwise_counts_apart() -> None:
+    methods = (("dense", 0.0, 0.7), ("directshare", 0.1, 0.4), ("postshare", 0.1, 0.5))
+    one = [scored(method, ratio, share, 0.02) for method, ratio, share in methods]
+    other = [replace(cell, results=tuple(replace(row, task="rte") for row in cell.results)) for cell in one]
+    assert "| PostShare is above DirectShare | a | holds: 2 |" in page_of(one, other, one)
+    text = [cell(method, ratio, *losses) for method, ratio, losses in
+            (("dense", 0.0, (1.0, 2.0)), ("directshare", 0.1, (3.0, 4.0)), ("postshare", 0.1, (2.0, 3.0)))]  # fmt: skip
+    again = [*text[:2], cell("postshare", 0.1, 2.00001, 3.00001)]
+    assert "| PostShare is above DirectShare | a | holds: 2 |" in page_of(text, again, again)
+    deeper = cell("directshare", 0.3, 5.0, 6.0)
+    failed = [*text[:2], deeper, cell("postshare", 0.1, failed="no")]
+    assert "| more sharing, less quality | a | holds: 1 |" in page_of(failed, [*text, deeper])
+
+
+def test_a_page_of_several_models_counts_each() -> None:
+    cells = [cell("dense", 0.0, 1.0, 2.0), cell("directshare", 0.1, 3.0, 4.0), cell("postshare", 0.1, 2.0, 3.0)]
+    page = report([Measured(about(model, *cells), cells) for model in ("a", "b")])
+    assert all(f"| PostShare is above DirectShare | {model} | holds: 1 |" in page for model in "ab")
+
+
 def test_the_published_figures_are_of_methods_and_tasks_that_there_are() -> None:
     found = published(PUBLISHED)
     assert {one.table for one in found} == {"1", "2", "3", "4", "5", "7", "8", "9", "10", "12"}
@@ -311,8 +354,17 @@ def test_each_task_is_drawn_beside_the_dense_model_and_guessing(tmp_path: Path, 
     (band,) = axes.patches
     assert (band.get_y(), band.get_height()) == (pytest.approx(65), pytest.approx(10))
     assert all(word in path.read_text() for word in ("directshare", "int8", "piqa, %", "ratio"))
-    draw([*cells[:2], scored("postshare", 0.1, 0.65, 0.02)], tmp_path, "one")
-    assert [lines_of(figures[1].axes[0])[f"C{number}"][0][0] for number in (0, 1)] == [0, 1]
+    assert "what has none" in path.read_text()
+    draw(cells, tmp_path, "none")
+    assert figures[1].get_supxlabel() == "ratio"
+    for others, where in (
+        ([cells[1], scored("postshare", 0.1, 0.65, 0.02)], "ratio 0.1"),
+        ([scored(name, 0.0, 0.65, 0.02) for name in ("int8", "gptq4")], ""),
+    ):
+        draw([cells[0], *others], tmp_path, "one")
+        (axes,) = figures[-1].axes
+        assert [lines_of(axes)[f"C{number}"][0][0] for number in (0, 1)] == [0, 1]
+        assert (list(axes.get_xticks()), figures[-1].get_supxlabel()) == ([], where)
 
 
 def test_translations_are_drawn_by_their_own_metric(tmp_path: Path, figures: list[Any]) -> None:
@@ -352,7 +404,7 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
-    folders = sorted(path for path in (ROOT / "docs" / "measured").iterdir() if path.is_dir())
+    folders = sorted(path.parent for path in (ROOT / "docs" / "measured").glob("*/cells.json"))
     measured = [Measured.load(folder) for folder in folders]
     drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
     shown = [[(title, f"results/{path.name}") for title, path in some] for some in drawn]

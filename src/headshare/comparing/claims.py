@@ -101,7 +101,7 @@ def _best_match(cells: Sequence[Compared]) -> Iterator[Checked]:
         best = min(others, key=lambda cell: _more_loss(cell, others[0])[0])
         more, error, words = _more_loss(by_name[PAPERS], best)
         says = _says(more, error, if_more=Says.FAILS, if_less=Says.HOLDS, if_level=Says.LEVEL)
-        yield Checked("q and k together are the best to match by, or level with the best", f"{ratio:g}", says, words)
+        yield Checked("q and k together are the best to match by", f"{ratio:g}", says, words)
 
 
 def _pairs(first: str, second: str, claim: str) -> Callable[[Sequence[Compared]], Iterator[Checked]]:

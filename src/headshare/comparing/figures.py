@@ -94,7 +94,9 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
     names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     if not methods:
         return False
-    ratios = {cell.ratio for cell in cells if cell.results and cell.ratio}
+    measured = {(cell.method, cell.ratio) for cell in cells if cell.results}
+    ratios = {ratio for _, ratio in measured if ratio}
+    beside = len(ratios) < 2
     rows = -(-len(names) // ACROSS)
     figure.set_figheight(1.2 + 2.1 * rows)
     panels = figure.subplots(rows, min(ACROSS, len(names)), squeeze=False).flat
@@ -107,7 +109,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         metric = next(iter(found.values())).main[0]
         for number, method in enumerate(methods):
             points = sorted(
-                (ratio if len(ratios) > 1 else number, value)
+                (number if beside else ratio, value)
                 for (of, ratio), row in found.items()
                 if of == method and (value := _shown(row)) is not None
             )
@@ -116,10 +118,13 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         _beside(axes, found.get((DENSE, 0.0)))
         axes.locator_params(axis="y", nbins=5)  # as many at any size: the layout is made before it is known
         axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
-        if len(ratios) == 1:
+        if beside:
             axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
-    if len(ratios) > 1:
-        figure.supxlabel("ratio", fontsize="medium")
+    if beside:
+        where = "".join(f"ratio {ratio:g}" for ratio in ratios)
+    else:
+        where = "ratio" if all(ratio for method, ratio in measured if method != DENSE) else "ratio; 0 is what has none"
+    figure.supxlabel(where, fontsize="medium")
     figure.legend(lines.values(), lines, fontsize="small", ncols=4, loc="outside upper center")
     return True
 
@@ -197,8 +202,12 @@ def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, 
 
 
 FIGURES: dict[str, tuple[str, Drawn]] = {
-    "quality": ("perplexity against the bytes that are saved", _quality),
-    "tasks": ("each task: the dense model is the gray band, guessing the dotted line", _tasks),
+    "quality": ("perplexity above the dense model's, against the bytes that are saved", _quality),
+    "tasks": (
+        "each task: the gray band is the dense model and a standard error to each side, the dotted line guessing, or "
+        "always the same answer where that is better",
+        _tasks,
+    ),
     "layers": ("the share of its units that each layer gives up", _layers),
     "curves": ("the loss against steps", _curves),
 }

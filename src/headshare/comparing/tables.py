@@ -40,7 +40,7 @@ def table(cells: Sequence[Compared]) -> str:
         values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
         values += [by_task.get(task, "") for task in tasks]
         lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
-    several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if cell.note})
+    several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if not cell.failed})
     notes = dict.fromkeys(
         f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note
     )
