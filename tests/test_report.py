@@ -289,12 +289,13 @@ def test_figures_show_what_there_is(place: Path, tmp_path: Path, command: Callab
     assert "int8" not in (tmp_path / "drawn/1-layers.svg").read_text()
 
 
-def test_accuracies_have_a_figure_of_their_own(tmp_path: Path) -> None:
+def test_accuracies_have_a_figure_of_their_own(tmp_path: Path, figures: list[Any]) -> None:
     curve = tuple({"step": float(step), "loss": 2.0 - step / 10, "piqa_acc": 0.5 + step / 20} for step in range(3))
     some = replace(cell("postshare", 0.3, 1.0, 2.0), curve=curve)
     ((_, path),) = [one for one in draw([some], tmp_path, "x") if "curves" in one[1].name]
     assert "postshare 0.3, piqa" in path.read_text()
     assert "accuracy, %" in path.read_text()
+    assert all(step == round(step) for step in figures[-1].axes[-1].get_xticks())
     assert draw([cell("int8", 0.3, failed="no")], tmp_path, "none") == []
 
 
@@ -355,6 +356,7 @@ def test_each_task_is_drawn_beside_the_dense_model_and_guessing(tmp_path: Path, 
     assert (band.get_y(), band.get_height()) == (pytest.approx(65), pytest.approx(10))
     assert all(word in path.read_text() for word in ("directshare", "int8", "piqa, %", "ratio"))
     assert "what has none" in path.read_text()
+    assert list(axes.get_xticks()) == [0.0, 0.1, 0.3]
     draw(cells, tmp_path, "none")
     assert figures[1].get_supxlabel() == "ratio"
     for others, where in (

@@ -18,6 +18,7 @@ STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
 MARKERS = "osv"
 LABEL = 50  # letters in a line of a row's label
+TICKS = 5  # ratios that have room for their numbers
 ACROSS = 4  # panels beside one another
 Drawn = Callable[[Any, list[Compared]], bool]
 
@@ -120,6 +121,8 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
         if beside:
             axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
+        elif len(ratios) <= TICKS:
+            axes.set_xticks(sorted({ratio for method, ratio in measured if method != DENSE}))
     if beside:
         where = "".join(f"ratio {ratio:g}" for ratio in ratios)
     else:
@@ -190,6 +193,7 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
         panel.set_ylabel(label)
         panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("steps")
+    panels[-1].locator_params(axis="x", integer=True)
     return True
 
 

@@ -203,7 +203,7 @@ def _summary(measured: Sequence[Measured]) -> list[str]:
         return ["No claim of the paper can be checked on these tables."]
     lines = [
         "What the paper says, and at how many ratios, or of how many methods, it holds here. Comparisons that agree in "
-        "what each of them measured are one.",
+        "all that both measured are one; those on other windows are not.",
         "",
     ]
     lines += ["| claim | model | |", "|---|---|---|"]
