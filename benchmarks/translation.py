@@ -46,7 +46,7 @@ def settings(args: argparse.Namespace, data: Path, steps: int, rate: float) -> d
 def finetuned(args: argparse.Namespace, data: Path) -> Path:
     """The model, taught to translate: shared at nothing, trained, and written back as a stock folder. One that was
     taught otherwise is not taken."""
-    folder: Path = args.out / "finetuned"
+    folder: Path = args.out / f"{Path(args.model).resolve().name}-finetuned"
     how = {
         "model": str(Path(args.model).resolve()), "text": file_digest(data), "steps": args.finetune_steps,
         "rate": args.finetune_rate, "window": args.window, "products": args.products,

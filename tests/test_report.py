@@ -120,6 +120,7 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
     assert "| PostShare is above DirectShare | Llama-2-7b-hf | holds: 1 |" in page
     assert "| PostShare is above DirectShare | 0.1 | holds | directshare 40.0 %, postshare 50.0 % |" in page
     assert "No claim" in report([Measured(about(), cells[:1])])
+    assert "\n\n\n" not in page + page_of(cells[1:])
     worse = [*cells[:2], scored("postshare", 0.1, 0.1, 0.02)]
     twice = report([Measured(about("a", *these), these) for these in (cells, cells, worse)])
     assert "| PostShare is above DirectShare | a | does not hold: 1, holds: 1 |" in twice

@@ -141,7 +141,8 @@ def compare(
         for folder in (out / MADE, out / MADE_ROUNDED):
             shutil.rmtree(folder, ignore_errors=True)
         work.close()
-    write_whole(out / "table.md", f"{table(found)}\n\n{verdict(found)}\n".encode())
+    words = "\n\n".join(filter(None, (table(found), verdict(found))))
+    write_whole(out / "table.md", f"{words}\n".encode())
     write_whole(out / "cells.csv", as_csv(found).encode())
     about = About.of(dense, grid, calibration, title, found)
     write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())

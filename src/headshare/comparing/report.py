@@ -161,8 +161,9 @@ def report(
     for one, shown in zip_longest(measured, figures, fillvalue=()):
         assert isinstance(one, Measured)
         heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
-        lines += ["", f"## {heading}", "", _about(one.about), "", table(one.cells), ""]
-        lines += [verdict(one.cells), *_beside(one, tables), *_claims(checked(one.cells))]
+        lines += ["", f"## {heading}", "", _about(one.about), "", table(one.cells)]
+        lines += [line for words in [verdict(one.cells)] if words for line in ("", words)]
+        lines += [*_beside(one, tables), *_claims(checked(one.cells))]
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     for results in evaluated:
         lines += ["", f"## {results.title}", "", table_of(results.rows)]
