@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def llama(tmp_path: Path) -> Path:
 def _one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects of imported libraries are not gone through again at every collection."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What was set aside is freed like anything else."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

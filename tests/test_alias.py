@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -132,35 +132,53 @@ def kinds_of(model: nn.Module) -> set[str]:
     return {name for _, one in shared_projections(model) for kind, name in names.items() if isinstance(one, kind)}
 
 
-def mapping_of(tensor: Tensor) -> tuple[bytes, bytes, int]:
-    """What is mapped at a tensor's address: device and inode of a file, what may be done there, and the offset."""
-    address = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
+class Mapping(NamedTuple):
+    """A line of /proc/self/maps: addresses, device and inode of a file, what may be done there, and the offset."""
+
+    start: int
+    stop: int
+    file: bytes
+    mode: bytes
+    offset: int
+
+
+def mappings() -> list[Mapping]:
+    found = []
+    for line in Path("/proc/self/maps").read_bytes().rstrip(b"\n").split(b"\n"):
         bounds, mode, offset, device, inode, *_ = line.split(maxsplit=5)
         start, stop = (int(bound, 16) for bound in bounds.split(b"-"))
-        if start <= address < stop:
-            return device + b":" + inode, mode, int(offset, 16) + address - start
+        found.append(Mapping(start, stop, device + b":" + inode, mode, int(offset, 16)))
+    return found
+
+
+def mapping_of(tensor: Tensor, among: list[Mapping] | None = None) -> Mapping:
+    """What is mapped at a tensor's address, now or when these were read."""
+    address = tensor.data_ptr()
+    for one in mappings() if among is None else among:
+        if one.start <= address < one.stop:
+            return one
     raise AssertionError("no mapping there")
 
 
-def in_memory(tensor: Tensor) -> tuple[bytes, int]:
+def in_memory(tensor: Tensor, among: list[Mapping] | None = None) -> tuple[bytes, int]:
     """Which bytes stand at a tensor's address: device and inode of the file that is mapped there, and the offset."""
-    file, _, offset = mapping_of(tensor)
-    return file, offset
+    one = mapping_of(tensor, among)
+    return one.file, one.offset + tensor.data_ptr() - one.start
 
 
 def assert_rows_are_the_donors_own(model: nn.Module, plan: SharePlan) -> None:
     """First and last row (or column) of every gap: the recipient's address and the donor's show the same bytes."""
     tensors, modules, seen = gapped_tensors(plan), dict(shared_projections(model)), 0
+    wholes = {name: modules[module_path(model, name)].whole_weight() for name in tensors}
+    now = mappings()  # while all of them are there
     for name, tensor in tensors.items():
-        whole = modules[module_path(model, name)].whole_weight()
         for start, stop, donor, donor_start in tensor.gaps:
             lent, first = modules[module_path(model, donor)].weight, tensors[donor].stored_index(donor_start)
             for row in (0, stop - start - 1):
-                ours = whole.select(tensor.axis, start + row)
+                ours = wholes[name].select(tensor.axis, start + row)
                 theirs = lent.select(tensor.axis, first + row)
-                assert in_memory(ours) == in_memory(theirs), (name, start + row)
-                assert in_memory(ours)[0] != b"00:00:0", "anonymous memory"
+                assert in_memory(ours, now) == in_memory(theirs, now), (name, start + row)
+                assert in_memory(ours, now)[0] != b"00:00:0", "anonymous memory"
                 seen += 1
     assert seen > 0
 
@@ -303,7 +321,7 @@ def test_the_system_itself_forbids_writing_to_shared_pages(any_case: Case, conve
     model = convert(any_case.load())
     for path, module in shared_projections(model):
         for tensor in (module.weight, module.whole_weight()):
-            assert not tensor.numel() or mapping_of(tensor)[1] == b"r--s", path
+            assert not tensor.numel() or mapping_of(tensor).mode == b"r--s", path
 
 
 def test_what_is_loaded_is_what_a_stock_model_computes(any_case: Case) -> None:

@@ -162,7 +162,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(params=["share", "expand"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    dense = tiny.make_llama(tmp_path / "dense", save={"max_shard_size": "80KB"})
+    dense = tiny.make_llama(tmp_path / "dense", num_hidden_layers=2, save={"max_shard_size": "40KB"})
     (dense / "tokenizer.json").write_text("{}")
     (dense / "1_Pooling").mkdir()
     (dense / "1_Pooling" / "config.json").write_text("{}")
