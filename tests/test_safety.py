@@ -416,7 +416,7 @@ def on_a_disk_with(room: int, work: Callable[[], object]) -> Callable[[], object
     return limited
 
 
-@pytest.mark.parametrize("room", [1, 1_000, 20_000, 60_000])
+@pytest.mark.parametrize("room", [1, 1_000, 20_000, 30_000])
 def test_a_disk_that_fills_up_is_one_clear_error_and_leaves_nothing(room: int, case: Case, tmp_path: Path) -> None:
     with nothing_changes(tmp_path):
         told = told_by_child(on_a_disk_with(room, lambda: case.write(tmp_path / "out", False)))
