@@ -9,7 +9,6 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -41,6 +40,7 @@ class Bank(ABC):
 
     def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
         self.tensors = tensors
+        self._will_not_train_was_said = False
         self._held: dict[str, Held] = {}
         self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
 
@@ -62,6 +62,12 @@ class Bank(ABC):
         if not self._held:
             self._held = self.seal()
         return self._held[name]
+
+    def say_once_that_it_will_not_train(self) -> None:
+        """One warning, however many modules read this bank."""
+        if not self._will_not_train_was_said:
+            self._will_not_train_was_said = True
+            LOGGER.warning("the shared weights of this model are read-only and will not train. %s", HOW_TO_TRAIN)
 
     def converted(self, dtype: torch.dtype) -> "Bank":
         """The same weights in another type of number: one bank, however many modules ask for it."""
@@ -199,9 +205,7 @@ class FrozenProjection(SharedProjection):
     def train(self, mode: bool = True) -> "FrozenProjection":
         """Dropout and the like may be switched on; the shared weights stay as they are, and that is said once."""
         if mode and not self.training:
-            _warn_once(
-                id(self.bank), "the shared weights of this model are read-only and will not train. " + HOW_TO_TRAIN
-            )
+            self.bank.say_once_that_it_will_not_train()
         return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenProjection":
@@ -292,8 +296,3 @@ def _keep_still(whole: Tensor | Slots) -> None:
     for tensor in whole if isinstance(whole, Slots) else (whole,):
         if tensor.is_cuda:
             torch._dynamo.mark_static_address(tensor)
-
-
-@cache
-def _warn_once(_: int, message: str) -> None:
-    LOGGER.warning(message)
