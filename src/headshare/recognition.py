@@ -1,7 +1,7 @@
 """Find a model's layout from its configuration and the names and shapes of its tensors, or say why that is not safe."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from headshare.errors import ArchitectureError, PlanError
@@ -222,11 +222,9 @@ def _prefixes(family: Family, layers: int, shapes: Shapes) -> list[str]:
 
 
 def _is_whole(prefix: str, family: Family, layers: int, shapes: Shapes) -> bool:
-    def present(layer: int) -> Iterator[bool]:
-        for module in _modules(family.qkv):
-            yield f"{prefix}{family.layer}.{module}.weight".replace("{layer}", str(layer)) in shapes
-
-    return all(all(present(layer)) for layer in range(layers)) and not any(present(layers))
+    names = [f"{prefix}{family.layer}.{module}.weight" for module in _modules(family.qkv)]
+    present = (name.replace("{layer}", str(layer)) in shapes for layer in range(layers) for name in names)
+    return all(present) and not any(name.replace("{layer}", str(layers)) in shapes for name in names)
 
 
 def _the_prefix(prefixes: list[str], config: Mapping[str, Any], shapes: Shapes, family: Family) -> str | None:

@@ -6,10 +6,11 @@ A *stream* is the hidden states of all calibration windows as they enter one lay
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -60,6 +61,16 @@ class Seen:
             for found in (self.inputs, self.outputs)
         )
         return Seen(inputs, outputs)
+
+    def note(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Note what went into and came out of the module at this path."""
+        self.inputs[path] = args[0].clone()
+        self.outputs[path] = output.clone()  # some layers add to it in place
+
+    def note_and_stop(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> NoReturn:
+        """Note what would go into the module at this path, and throw _ReachedError."""
+        self.inputs[path] = args[0]
+        raise _ReachedError
 
 
 @dataclass(frozen=True)
@@ -349,15 +360,7 @@ class Layers:
 @contextmanager
 def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
     """Within this block, what passes through the modules at these paths is noted."""
-
-    def watch(path: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen.inputs[path] = args[0].clone()
-            seen.outputs[path] = output.clone()  # some layers add to it in place
-
-        return note
-
-    handles = [module.get_submodule(path).register_forward_hook(watch(path)) for path in paths]
+    handles = [module.get_submodule(path).register_forward_hook(partial(seen.note, path)) for path in paths]
     try:
         yield
     finally:
@@ -368,12 +371,7 @@ def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator
 @contextmanager
 def _stopping(module: nn.Module, path: str, seen: Seen) -> Iterator[None]:
     """Within this block, the module at this path notes its input and throws _ReachedError."""
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.inputs[path] = args[0]
-        raise _ReachedError
-
-    handle = module.get_submodule(path).register_forward_pre_hook(stop)
+    handle = module.get_submodule(path).register_forward_pre_hook(partial(seen.note_and_stop, path))
     try:
         yield
     finally:
