@@ -114,13 +114,14 @@ def test_layers_offloaded_to_disk_lend_and_borrow(shared: Path, llama: Path, tmp
     assert generated.shape == (2, 15)
 
 
-def test_torch_compile_takes_the_whole_model_as_one_graph(shared: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_takes_the_whole_model_as_one_graph(shared: Path, backend: str) -> None:
     code = f"""
 import sys, torch, headshare
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(shared)!r})
 tokens = torch.arange(5, 15)[None]
-compiled = torch.compile(model, fullgraph=True)
+compiled = torch.compile(model, fullgraph=True, backend={backend!r})
 with torch.no_grad():
     difference = (compiled(tokens, use_cache=False).logits - model(tokens, use_cache=False).logits).abs().max().item()
 sys.exit(difference > 1e-4)
