@@ -288,6 +288,13 @@ def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, pl
         Grid(**given)
 
 
+def test_what_cannot_be_compared_leaves_no_folder(place: Path, tmp_path: Path) -> None:
+    grid = Grid(("directshare",), (0.5,), text=Text(a_text(tmp_path / "text", 20), 32))
+    with hs.open_checkpoint(place / "model") as dense, pytest.raises(EvaluationError, match="window"):
+        compare(dense, grid, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_methods_that_look_at_a_text_ask_for_one(place: Path, tmp_path: Path) -> None:
     for name in ("auto", "llm-pruner", "directshare+refit", "gptq4", "directshare+gptq4"):
         with pytest.raises(EvaluationError, match=f"^{re.escape(name)} looks at a text: .* --calibration"):

@@ -659,8 +659,24 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_measured(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(Runner, "run", None)
-    with pytest.raises(EvaluationError, match="cannot be a folder of results"):
-        measure([model], tasks=["piqa"], data=data, out=tmp_path / "file")
+    for out in (tmp_path / "file", tmp_path / ("long" * 100)):
+        with pytest.raises(EvaluationError, match="cannot be a folder of results"):
+            measure([model], tasks=["piqa"], data=data, out=out)
+
+
+@pytest.mark.parametrize("wrong", ["task", "row", "model"])
+def test_what_cannot_be_measured_leaves_no_folder(wrong: str, model: Path, data: Path, tmp_path: Path) -> None:
+    task, measured_model = "piqua" if wrong == "task" else "piqa", shutil.copytree(model, tmp_path / "model")
+    if wrong == "row":
+        (data / "piqa.jsonl").write_text("[1]\n")
+    if wrong == "model":
+        (measured_model / "model.safetensors").write_bytes(b"cut")
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "out", tmp_path / "mine"):
+        with pytest.raises(hs.HeadshareError):
+            measure([measured_model], tasks=[task], data=data, out=out)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_a_device_that_is_not_there_is_one_error(model: Path, data: Path) -> None:

@@ -33,7 +33,7 @@ from headshare.errors import EvaluationError, HeadshareError, OutputError, Train
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
 from headshare.evaluating.measuring import Text
-from headshare.evaluating.results import Measured, kept_results, key_of, versions
+from headshare.evaluating.results import Measured, kept_results, key_of, not_left_empty, versions
 from headshare.evaluation import Predictions, losses_and_divergences
 from headshare.fewbits import Rounded, round_by_gptq
 from headshare.files import write_whole
@@ -117,6 +117,26 @@ def compare(
         raise EvaluationError(f"{reading[0]} looks at a text: name one with --calibration FILE, or self.")
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
+    with not_left_empty(out):
+        found = _cells(dense, grid, chosen, out, calibration, device, restart)
+    words = "\n\n".join(filter(None, (table(found), verdict(found))))
+    write_whole(out / "table.md", f"{words}\n".encode())
+    write_whole(out / "cells.csv", as_csv(found).encode())
+    about = About.of(dense, grid, calibration, title, found)
+    write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())
+    return found
+
+
+def _cells(
+    dense: Checkpoint,
+    grid: Grid,
+    chosen: Sequence[Chosen | Parallel],
+    out: Path,
+    calibration: Calibration | None,
+    device: str,
+    restart: bool,
+) -> list[Compared]:
+    """Every cell of the grid, in its order; those that are missing are measured and kept one by one."""
     kept = kept_cells(out)
     if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
         raise EvaluationError(
@@ -136,17 +156,11 @@ def compare(
             kept.add(cell)
             say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
         by_key = {row.key: row for row in kept.rows}
-        found = [by_key[key] for key in keys]
+        return [by_key[key] for key in keys]
     finally:
         for folder in (out / MADE, out / MADE_ROUNDED):
             shutil.rmtree(folder, ignore_errors=True)
         work.close()
-    words = "\n\n".join(filter(None, (table(found), verdict(found))))
-    write_whole(out / "table.md", f"{words}\n".encode())
-    write_whole(out / "cells.csv", as_csv(found).encode())
-    about = About.of(dense, grid, calibration, title, found)
-    write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())
-    return found
 
 
 @dataclass(frozen=True)

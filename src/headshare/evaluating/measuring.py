@@ -11,7 +11,7 @@ from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Runner, Settings, chosen_tasks
-from headshare.evaluating.results import Kept, Measured, Metric, kept_results, key_of
+from headshare.evaluating.results import Kept, Measured, Metric, kept_results, key_of, not_left_empty
 from headshare.evaluation import WINDOW, Windows, check_vocabulary, check_window, perplexity, read_text, windows_of
 from headshare.progress import say
 from headshare.workspace import fingerprint
@@ -89,11 +89,11 @@ def measure(
         CheckpointError: if a model cannot be loaded.
     """
     settings = settings or Settings()
-    kept, chosen = kept_results(out), chosen_tasks(tasks, data)
-    jobs: list[_Job] = [one for one in (text, *chosen, parallel) if one is not None]
-    if not jobs:
-        raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
-    with ExitStack() as opened:
+    with not_left_empty(out), ExitStack() as opened:
+        kept, chosen = kept_results(out), chosen_tasks(tasks, data)
+        jobs: list[_Job] = [one for one in (text, *chosen, parallel) if one is not None]
+        if not jobs:
+            raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
         checkpoints = [opened.enter_context(open_checkpoint(model, revision=revision)) for model in models]
         return [row for one in checkpoints for row in _measured(one, jobs, settings, kept)]
 

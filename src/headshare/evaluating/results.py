@@ -148,6 +148,20 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def not_left_empty(folder: Path | None) -> Iterator[None]:
+    """A folder that is made within this block and stays empty, because something was wrong, is gone after it."""
+    new = False
+    with suppress(OSError):  # there can be no such folder: whoever makes it says so
+        new = folder is not None and not folder.exists()
+    try:
+        yield
+    finally:
+        if folder is not None and new:
+            with suppress(OSError):  # it was not made, or something is in it
+                folder.rmdir()
+
+
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
