@@ -90,7 +90,7 @@ def compare_command(
         name: listed(value) if name in LISTS else value for name, value in given.items() if is_given(context, name)
     }
     from headshare.comparing import Recipe, compare
-    from headshare.comparing.tables import table, to_dict, verdict
+    from headshare.comparing.tables import in_words, to_dict
 
     if train is not None:
         chosen["train"] = read_yaml(train, TrainingError)
@@ -111,7 +111,7 @@ def compare_command(
         cells = compare(
             dense, grid, out, calibration=text_of, device=recipe.device, restart=restart, title=recipe.title
         )
-    print_result(to_dict(cells), f"{table(cells)}\n\n{verdict(cells)}", as_json)
+    print_result(to_dict(cells), in_words(cells), as_json)
 
 
 def report_command(

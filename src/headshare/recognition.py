@@ -69,7 +69,7 @@ def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> La
     ffn = family.ffn
     down_name = f"{base}{ffn.down}.weight"
     first = down_name.replace("{layer}", "0")
-    if any(down_name.replace("{layer}", str(layer)) not in shapes for layer in range(layers)):
+    if not _in_every_layer(down_name, layers, shapes):
         raise ArchitectureError(
             f"this model has no {first} in every layer: its feed-forward is a mixture of experts or irregular. "
             "Experts are left alone; share its attention with --parts qkv."
@@ -209,8 +209,11 @@ def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Fa
 
 
 def _o_present(family: Family, prefix: str, layers: int, shapes: Shapes) -> bool:
-    o_name = f"{prefix}{family.layer}.{family.o}.weight"
-    return all(o_name.replace("{layer}", str(layer)) in shapes for layer in range(layers))
+    return _in_every_layer(f"{prefix}{family.layer}.{family.o}.weight", layers, shapes)
+
+
+def _in_every_layer(template: str, layers: int, shapes: Shapes) -> bool:
+    return all(template.replace("{layer}", str(layer)) in shapes for layer in range(layers))
 
 
 def _prefixes(family: Family, layers: int, shapes: Shapes) -> list[str]:
@@ -223,8 +226,9 @@ def _prefixes(family: Family, layers: int, shapes: Shapes) -> list[str]:
 
 def _is_whole(prefix: str, family: Family, layers: int, shapes: Shapes) -> bool:
     names = [f"{prefix}{family.layer}.{module}.weight" for module in _modules(family.qkv)]
-    present = (name.replace("{layer}", str(layer)) in shapes for layer in range(layers) for name in names)
-    return all(present) and not any(name.replace("{layer}", str(layers)) in shapes for name in names)
+    return all(_in_every_layer(name, layers, shapes) for name in names) and not any(
+        name.replace("{layer}", str(layers)) in shapes for name in names
+    )
 
 
 def _the_prefix(prefixes: list[str], config: Mapping[str, Any], shapes: Shapes, family: Family) -> str | None:

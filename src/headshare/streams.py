@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -349,7 +349,8 @@ class Layers:
             ArchitectureError: if it is never reached.
         """
         seen = Seen()
-        with _watching(module, watch, seen), _stopping(module, path, seen):
+        stopping = module.get_submodule(path).register_forward_pre_hook(partial(seen.note_and_stop, path))
+        with stopping, _watching(module, watch, seen):
             try:
                 self.call(module, layer, hidden)
             except _ReachedError:
@@ -360,22 +361,10 @@ class Layers:
 @contextmanager
 def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
     """Within this block, what passes through the modules at these paths is noted."""
-    handles = [module.get_submodule(path).register_forward_hook(partial(seen.note, path)) for path in paths]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.enter_context(module.get_submodule(path).register_forward_hook(partial(seen.note, path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _stopping(module: nn.Module, path: str, seen: Seen) -> Iterator[None]:
-    """Within this block, the module at this path notes its input and throws _ReachedError."""
-    handle = module.get_submodule(path).register_forward_pre_hook(partial(seen.note_and_stop, path))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _on(device: torch.device, value: Tensor) -> Tensor:

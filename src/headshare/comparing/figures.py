@@ -95,8 +95,8 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
     names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     if not methods:
         return False
-    measured = {(cell.method, cell.ratio) for cell in cells if cell.results}
-    ratios = {ratio for _, ratio in measured if ratio}
+    places = sorted({cell.ratio for cell in cells if cell.results and cell.method != DENSE})
+    ratios = [ratio for ratio in places if ratio]
     beside = len(ratios) < 2
     rows = -(-len(names) // ACROSS)
     figure.set_figheight(1.2 + 2.1 * rows)
@@ -122,11 +122,11 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         if beside:
             axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
         elif len(ratios) <= TICKS:
-            axes.set_xticks(sorted({ratio for method, ratio in measured if method != DENSE}))
+            axes.set_xticks(places)
     if beside:
         where = "".join(f"ratio {ratio:g}" for ratio in ratios)
     else:
-        where = "ratio" if all(ratio for method, ratio in measured if method != DENSE) else "ratio; 0 is what has none"
+        where = "ratio" if all(places) else "ratio; 0 is what has none"
     figure.supxlabel(where, fontsize="medium")
     figure.legend(lines.values(), lines, fontsize="small", ncols=4, loc="outside upper center")
     return True

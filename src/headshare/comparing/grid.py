@@ -28,7 +28,7 @@ from headshare.comparing.methods import (
     base_of,
     reads_text,
 )
-from headshare.comparing.tables import as_csv, table, verdict
+from headshare.comparing.tables import as_csv, in_words
 from headshare.errors import EvaluationError, HeadshareError, OutputError, TrainingError
 from headshare.evaluating.generating import Parallel
 from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
@@ -119,8 +119,7 @@ def compare(
     chosen += [] if grid.parallel is None else [grid.parallel]
     with not_left_empty(out):
         found = _cells(dense, grid, chosen, out, calibration, device, restart)
-    words = "\n\n".join(filter(None, (table(found), verdict(found))))
-    write_whole(out / "table.md", f"{words}\n".encode())
+    write_whole(out / "table.md", f"{in_words(found)}\n".encode())
     write_whole(out / "cells.csv", as_csv(found).encode())
     about = About.of(dense, grid, calibration, title, found)
     write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from headshare.comparing.cells import CELLS, Compared, read_cells
 from headshare.comparing.claims import ACCURACY, Checked, checked
 from headshare.comparing.grid import ABOUT, About
-from headshare.comparing.tables import table, verdict
+from headshare.comparing.tables import in_words
 from headshare.errors import EvaluationError
 from headshare.evaluating.harness import named
 from headshare.evaluating.results import RESULTS, current, read_results, table_of
@@ -161,8 +161,7 @@ def report(
     for one, shown in zip_longest(measured, figures, fillvalue=()):
         assert isinstance(one, Measured)
         heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
-        lines += ["", f"## {heading}", "", _about(one.about), "", table(one.cells)]
-        lines += [line for words in [verdict(one.cells)] if words for line in ("", words)]
+        lines += ["", f"## {heading}", "", _about(one.about), "", in_words(one.cells)]
         lines += [*_beside(one, tables), *_claims(checked(one.cells))]
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     for results in evaluated:

@@ -58,6 +58,11 @@ def _with_error(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f}{error}"
 
 
+def in_words(cells: Sequence[Compared]) -> str:
+    """The table, and below it the verdict where there is one."""
+    return "\n\n".join(filter(None, (table(cells), verdict(cells))))
+
+
 def verdict(cells: Sequence[Compared]) -> str:
     """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
     shares beside the best that only deletes, with the standard error of the difference over windows. A method that may
