@@ -21,8 +21,8 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {**plain, **nested} if isinstance(nested, dict) else plain
     try:
         config = CONFIG_MAPPING[model_type].from_dict(plain).get_text_config()
+        names = {*config.to_dict(), *getattr(config, "attribute_map", {})}
     except Exception as error:  # the library validates with its own, changing, exception types
         reason = str(error).strip().splitlines()[-1].strip()
         raise ArchitectureError(f"config.json is not a valid '{model_type}' configuration: {reason}") from None
-    names = {*config.to_dict(), *getattr(config, "attribute_map", {})}
     return {name: getattr(config, name, None) for name in names} | {"model_type": model_type}

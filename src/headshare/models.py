@@ -14,6 +14,7 @@ import headshare.integrations.transformers  # noqa: F401 - registers the format
 from headshare.checkpoints import Checkpoint, open_checkpoint
 from headshare.errors import CheckpointError, EvaluationError
 from headshare.packing import PARTS
+from headshare.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
 
 
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
@@ -37,16 +38,12 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     `storage` says how a shared model holds its weights; `options` go to `from_pretrained`.
 
     Raises:
-        CheckpointError: if transformers has no such class, the weights of the bare model are incomplete, or there is no
-            such device.
+        CheckpointError: if transformers has no such class, the model needs code of its own, the weights of the bare
+            model are incomplete, or there is no such device.
     """
     if isinstance(options.get("device_map"), str):
         _check_device(options["device_map"])
-    if "auto_map" in checkpoint.config and str(checkpoint.config.get("model_type")) not in _known_types():
-        raise CheckpointError(
-            f"{checkpoint.name} needs model code of its own (auto_map), which headshare does not run. "
-            "Load it yourself with trust_remote_code=True if you trust it; share, expand and inspect need no model."
-        )
+    check_model_code(checkpoint)
     if checkpoint.plan is not None:
         options = {**options, "config": _config_with(checkpoint, storage)}
     for model_class in (*_named_class(checkpoint), transformers.AutoModel):
@@ -67,8 +64,9 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     """The stock model that config.json names, or the bare one where it names none, with no weights.
 
     Raises:
-        CheckpointError: if transformers has no such class.
+        CheckpointError: if transformers has no such class, or the model needs code of its own.
     """
+    check_model_code(checkpoint)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     model_class = next(iter(_named_class(checkpoint)), transformers.AutoModel)
     with quiet(), torch.device("meta"):
@@ -76,13 +74,13 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         return (
             model_class._from_config(built)
             if issubclass(model_class, transformers.PreTrainedModel)
-            else model_class.from_config(built)
+            else model_class.from_config(built, trust_remote_code=False)
         )
 
 
 def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
     """The model's configuration, asking for this storage."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     config.quantization_config = {**config.quantization_config, "storage": storage}
     return config
 
@@ -105,7 +103,7 @@ def _named_class(checkpoint: Checkpoint) -> list[Any]:
 
 def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
-        model, report = model_class.from_pretrained(path, output_loading_info=True, **options)
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **{**LOCAL_ONLY, **options})
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
     if model_class is transformers.AutoModel:
@@ -130,10 +128,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     Raises:
         EvaluationError: if the folder has none.
+        CheckpointError: if it, or the model beside it, needs code of its own.
     """
+    check_model_code(checkpoint)
+    check_tokenizer_code(checkpoint)
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EvaluationError(
@@ -145,12 +146,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def unique_parameter_bytes(model: Any) -> int:
     """Bytes of all parameters, each counted once however many names it has."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _known_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
 
 
 @contextmanager

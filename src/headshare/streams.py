@@ -27,6 +27,7 @@ from headshare.layout import Layout
 from headshare.models import load_model, quiet
 from headshare.precision import full_float32
 from headshare.recognition import attention_layout, ffn_layout
+from headshare.remote_code import check_model_code
 from headshare.units import Part
 from headshare.whole import WholeTensors
 
@@ -405,16 +406,13 @@ def _empty_model(checkpoint: Checkpoint, head: bool) -> Any:
     Raises:
         CheckpointError: if the model needs code of its own.
     """
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(
-            f"{checkpoint.name} needs model code of its own, which headshare does not run; it cannot be calibrated."
-        )
+    check_model_code(checkpoint)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     with quiet(), init_empty_weights(include_buffers=False):
         built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         _without_cache(built)
         kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-        return kind.from_config(built).eval()
+        return kind.from_config(built, trust_remote_code=False).eval()
 
 
 def _without_cache(config: Any) -> None:
