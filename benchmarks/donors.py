@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 import headshare as hs
-from headshare.baselines import attention_of
-from headshare.calibration import calibration_from
-from headshare.configuration import text_config
-from headshare.costs import Fit
-from headshare.halves import DenseLayer, Half
-from headshare.layout import Layout
+from headshare.architecture.config import text_config
+from headshare.calibration.costs.least_squares import Fit
+from headshare.calibration.costs.local import HELD_OUT, fitted_windows, looked_at
+from headshare.calibration.costs.sublayer import DenseLayer, Half
+from headshare.calibration.layerwise.layers import Layers
+from headshare.experiments.baselines import attention_of
+from headshare.plan.layout import Layout
+from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.precision import short_products
-from headshare.pricing import HELD_OUT, fitted_windows, looked_at
 from headshare.progress import shown, track
-from headshare.streams import Layers
-from headshare.units import HeadUnit, Kind, Part
+from headshare.text.tokens import calibration_from
 from machine import machine
 
 MIXES = (0.25, 0.5, 0.75)

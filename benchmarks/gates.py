@@ -21,15 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 import headshare as hs
-from headshare.baselines import attention_of
-from headshare.calibration import Calibration, calibration_from
-from headshare.configuration import text_config
-from headshare.controls import recipients_of
-from headshare.evaluation import Windows, window_losses
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
+from headshare.architecture.config import text_config
+from headshare.evaluation.perplexity import Windows, window_losses
+from headshare.experiments.baselines import attention_of
+from headshare.experiments.controls import recipients_of
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.units import Kind, Part
 from headshare.progress import shown, track
-from headshare.units import Kind, Part
+from headshare.text.tokens import Calibration, calibration_from
 from machine import machine, parsed
 
 BATCH = 4

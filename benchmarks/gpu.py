@@ -23,16 +23,16 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from headshare.architecture.recognition import attention_layout
 from headshare.errors import StorageError
-from headshare.gaps import gapped_tensors
-from headshare.plans import Choice, Selection, SharePlan
-from headshare.recognition import attention_layout
-from headshare.storage import STORAGES
-from headshare.storage.frozen import read_banks
-from headshare.storage.product import Slots, slot_linear
+from headshare.plan.plan import Choice, Selection, SharePlan
+from headshare.plan.tensors import gapped_tensors
+from headshare.plan.units import HeadUnit, Tie
+from headshare.storage.pooled.frozen import read_banks
+from headshare.storage.pooled.product import Slots, slot_linear
+from headshare.storage.pooled.vmm import Block, Span, cuda_driver
 from headshare.storage.projection import SharedProjection
-from headshare.storage.vmm import Block, Span, cuda_driver
-from headshare.units import HeadUnit, Tie
+from headshare.storage.registry import STORAGES
 from machine import machine
 from make_checkpoint import SHAPES as CHECKPOINTS
 from make_checkpoint import config_of

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from headshare.gaps import Gap, GappedTensor
-from headshare.storage import STORAGES
-from headshare.storage.frozen import read_banks
+from headshare.plan.tensors import Gap, GappedTensor
+from headshare.storage.pooled.frozen import read_banks
+from headshare.storage.registry import STORAGES
 from machine import machine
 
 RATIO = 0.3

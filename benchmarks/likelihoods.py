@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 import headshare as hs
-from headshare.evaluating.harness import Runner, Settings, chosen_tasks
+from headshare.evaluation.harness import Runner, Settings, chosen_tasks
 from machine import machine
 
 Requests = list[tuple[Any, list[int], list[int]]]

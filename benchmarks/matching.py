@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import headshare as hs
-from headshare.planning import best_pairs
+from headshare.matching.pairing import best_pairs
 from machine import machine
 from make_checkpoint import config_of, tensors_of
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import headshare as hs
-from headshare.similarity import CHUNK_NUMBERS, layouts_of
-from headshare.units import Part, Parts
+from headshare.matching.similarity import CHUNK_NUMBERS, layouts_of
+from headshare.plan.units import Part, Parts
 from machine import machine
 
 

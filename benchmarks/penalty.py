@@ -16,9 +16,9 @@ import time
 import torch
 
 import headshare as hs
-from headshare.memory import watched_peak
-from headshare.models import load_model
-from headshare.penalty import TiePenalty
+from headshare.bench.memory import watched_peak
+from headshare.integrations.transformers.loading import load_model
+from headshare.training.penalty import TiePenalty
 from machine import machine
 
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 import headshare as hs
-from headshare.calibration import Calibration
-from headshare.paths import Form
-from headshare.paths import Path as PricedPath
-from headshare.pricing import price_units
+from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.curves import Path as PricedPath
+from headshare.calibration.costs.local import price_units
+from headshare.text.tokens import Calibration
 from machine import machine
 from make_checkpoint import config_of, tensors_of
 

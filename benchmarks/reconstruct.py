@@ -14,14 +14,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import headshare as hs
-from headshare.calibration import calibration_from
-from headshare.controls import overwrite_recipients
-from headshare.evaluation import Predictions, Windows, losses_and_divergences
-from headshare.models import load_model
-from headshare.plans import SharePlan
+from headshare.calibration.refit.refitter import Refitter
+from headshare.evaluation.perplexity import Predictions, Windows, losses_and_divergences
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.plan import SharePlan
+from headshare.plan.units import Part
 from headshare.progress import shown, track
-from headshare.refitting import Refitter
-from headshare.units import Part
+from headshare.text.tokens import calibration_from
 from machine import machine, parsed
 from quality import put
 

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 
 import headshare as hs
-from headshare.accounting import estimate, estimate_plan
-from headshare.budget import plan_for_bytes
-from headshare.calibrating import prices_on
-from headshare.calibration import Calibration, calibration_from
-from headshare.evaluation import Windows, opening_token, perplexity
-from headshare.models import load_model, load_tokenizer
-from headshare.paths import Form
-from headshare.plans import SharePlan
+from headshare.calibration.allocate import plan_for_bytes
+from headshare.calibration.costs.curves import Form
+from headshare.calibration.run import prices_on
+from headshare.evaluation.perplexity import Windows, opening_token, perplexity
+from headshare.files.resume import Workspace, fingerprint
+from headshare.integrations.transformers.loading import load_model, load_tokenizer
+from headshare.plan.plan import SharePlan
+from headshare.plan.units import Kind
 from headshare.progress import shown
+from headshare.sharing.size import estimate, estimate_plan
+from headshare.text.tokens import Calibration, calibration_from
 from headshare.training import TrainSettings, train
 from headshare.training.settings import Text
-from headshare.training.texts import Packed, training_windows
-from headshare.units import Kind
-from headshare.workspace import Workspace, fingerprint
+from headshare.training.windows import Packed, training_windows
 from machine import machine, parsed
 from quality import numbers, test_windows
 

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 import headshare as hs
-from headshare.comparing import Recipe, compare
-from headshare.comparing.tables import table
+from headshare.experiments import Recipe, compare
+from headshare.experiments.report.tables import table
 from headshare.progress import shown
-from headshare.sharing import expand
+from headshare.sharing.safetensors_writer import file_digest
+from headshare.sharing.share import expand
 from headshare.training import TrainSettings, train
-from headshare.writing import file_digest
 from machine import machine, parsed
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "table-6.yaml"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headshare import fewbits
+from headshare.calibration import gptq as fewbits
 
 
 class Nearest:

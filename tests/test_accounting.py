@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
-from headshare.checkpoints import Checkpoint
-from headshare.headers import DTYPES, TensorInfo
-from headshare.models import load_model, unique_parameter_bytes
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 
 MODEL = "model.safetensors"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

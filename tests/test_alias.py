@@ -33,16 +33,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import headshare as hs
-import headshare.storage.alias as alias_module
+import headshare.storage.pooled.alias as alias_module
 import tiny
-from headshare.controls import overwrite_recipients
-from headshare.gaps import gapped_tensors
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.plans import Selection, SharePlan
-from headshare.storage.alias import AliasBank
-from headshare.storage.frozen import FrozenProjection
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.tensors import gapped_tensors
 from headshare.storage.owner import OwnerProjection
+from headshare.storage.pooled.alias import AliasBank
+from headshare.storage.pooled.frozen import FrozenProjection
 from headshare.storage.projection import SharedProjection, shared_projections
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="aliases are for Linux")
@@ -186,7 +186,7 @@ def assert_rows_are_the_donors_own(model: nn.Module, plan: SharePlan) -> None:
 def run(code: str, *arguments: object, **environment: str) -> str:
     """What a script of its own process prints; a crash is a failure here, with what it said."""
     head = "import sys, os, gc, json, copy, pickle, torch, tiny, headshare as hs, transformers\n"
-    head += "from headshare.models import load_model\ntorch.set_num_threads(1)\n"
+    head += "from headshare.integrations.transformers.loading import load_model\ntorch.set_num_threads(1)\n"
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")]),
@@ -1248,9 +1248,9 @@ def test_too_few_mappings_left_means_owner_or_an_error(
 
 
 def test_mappings_are_counted_as_the_system_counts_them(cases: Callable[[str], Case]) -> None:
-    from headshare.storage.alias import mappings_needed
-    from headshare.storage.arena import mappings_left
-    from headshare.storage.slots import racks_of
+    from headshare.storage.pooled.alias import mappings_needed
+    from headshare.storage.pooled.arena import mappings_left
+    from headshare.storage.pooled.slots import racks_of
 
     for kind in ("paged", "padded", "phi3"):
         case = cases(kind)

@@ -13,8 +13,9 @@ from torch_pruning.pruner.importance import GroupTaylorImportance
 
 import headshare as hs
 import tiny
-from headshare.accounting import estimate_plan
-from headshare.baselines import (
+from headshare.calibration.allocate import plan_for_bytes
+from headshare.errors import CheckpointError
+from headshare.experiments.baselines import (
     attention_of,
     magnitudes,
     overwrite_with_mean,
@@ -23,12 +24,11 @@ from headshare.baselines import (
     taylor,
     zero_smallest,
 )
-from headshare.budget import plan_for_bytes
-from headshare.calibration import Calibration
-from headshare.controls import weight_of
-from headshare.errors import CheckpointError
-from headshare.models import load_model
-from headshare.units import HeadUnit
+from headshare.experiments.controls import weight_of
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.units import HeadUnit
+from headshare.sharing.size import estimate_plan
+from headshare.text.tokens import Calibration
 
 
 @pytest.fixture

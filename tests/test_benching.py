@@ -7,9 +7,9 @@ import torch
 
 import headshare as hs
 import tiny
-from headshare.benching import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
-from headshare.memory import forget_cached, give_back_freed, pss_bytes
-from headshare.table import bench_table
+from headshare.bench.bench import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
+from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
+from headshare.experiments.demo_table import bench_table
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_loading_is_measured_in_processes_of_their_own(shared: Path) -> None:
 
 
 def _model(folder: Path) -> torch.nn.Module:
-    from headshare.models import load_model
+    from headshare.integrations.transformers.loading import load_model
 
     return load_model(hs.open_checkpoint(folder))
 
@@ -77,7 +77,7 @@ def _model(folder: Path) -> torch.nn.Module:
 def test_a_bench_has_every_task_and_subject(llama: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"dense": Loaded(1.0, 2.0, 1000, 900), "alias": Loaded(1.5, 2.5, 910, 800)}
     monkeypatch.setattr(
-        "headshare.benching.measure_loading", lambda *_, **__: {name: [one] * 2 for name, one in given.items()}
+        "headshare.bench.bench.measure_loading", lambda *_, **__: {name: [one] * 2 for name, one in given.items()}
     )
     subjects = [Subject("dense", llama), Subject("alias", shared, "alias")]
     found = bench(subjects, tokens=[1, 8], repeats=3, loads=2)
@@ -93,7 +93,9 @@ def test_a_bench_has_every_task_and_subject(llama: Path, shared: Path, monkeypat
 
 def test_an_encoder_has_no_decoding_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.make("mpnet", tmp_path / "dense")
-    monkeypatch.setattr("headshare.benching.measure_loading", lambda *_, **__: {"dense": [Loaded(1.0, 2.0, None, 900)]})
+    monkeypatch.setattr(
+        "headshare.bench.bench.measure_loading", lambda *_, **__: {"dense": [Loaded(1.0, 2.0, None, 900)]}
+    )
     found = bench([Subject("dense", folder)], tokens=[4], repeats=2, loads=1)
     assert list(found.tasks) == ["prefill 4"]
     assert found.memory["dense"].saved_of_ideal is None

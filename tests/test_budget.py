@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from headshare import budget
-from headshare.accounting import estimate_plan
-from headshare.budget import Budgeted, plan_for_bytes, plan_for_steps, plan_for_units
-from headshare.calibration import Calibration
-from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.calibration import allocate as budget
+from headshare.calibration.allocate import Budgeted, plan_for_bytes, plan_for_steps, plan_for_units
+from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.calibration.costs.local import price_units
+from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from headshare.errors import PlanError
-from headshare.layout import Layout, Place
-from headshare.paths import Form, Path, Prices, Step
-from headshare.plans import Choice, Removal, SharePlan
-from headshare.pricing import price_units
-from headshare.units import HeadUnit, Kind, Part
+from headshare.plan.layout import Layout, Place
+from headshare.plan.plan import Choice, Removal, SharePlan
+from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.sharing.size import estimate_plan
+from headshare.text.tokens import Calibration
 
 LAYERS, GROUPS, NEURONS = 4, 3, 12
 TIES = (Form.QK, Form.QKV, Form.QKVO)

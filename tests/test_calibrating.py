@@ -15,22 +15,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-import headshare.calibrating
-import headshare.cli
-import headshare.pricing
-import headshare.probing
-import headshare.reconstruction
-import headshare.sharing
-import headshare.workspace
-import headshare.writing
+import headshare.calibration.costs.local
+import headshare.calibration.costs.measured
+import headshare.calibration.refit.reconstruction
+import headshare.calibration.run
+import headshare.cli.app
+import headshare.files.resume
+import headshare.sharing.safetensors_writer
+import headshare.sharing.share
 import tiny
-from headshare.budget import Budgeted
-from headshare.calibrating import Setting, budget_of, calibrated_run, measure, plan_on
-from headshare.calibration import calibration_from
+from headshare.calibration.allocate import Budgeted
+from headshare.calibration.run import Setting, budget_of, calibrated_run, measure, plan_on
+from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError, OutputError, PlanError
-from headshare.refits import RefitRecord
-from headshare.verification import verify
-from headshare.workspace import Workspace, fingerprint, settle, workspace_of
+from headshare.evaluation.verify import verify
+from headshare.files.resume import Workspace, fingerprint, settle, workspace_of
+from headshare.text.tokens import calibration_from
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 from test_safety import contents, in_child, left_behind
 
@@ -109,7 +109,7 @@ def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool
         killing(place, number, after=after, on=on)
         sys.argv = ["headshare", *words]
         try:
-            headshare.cli.main()
+            headshare.cli.app.main()
         except SystemExit as ended:
             assert not ended.code
 
@@ -118,7 +118,7 @@ def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool
     return status != 0
 
 
-STATE = (headshare.workspace, "write_whole")
+STATE = (headshare.files.resume, "write_whole")
 LAYERS = 4  # each priced, and all but layer 0, which ties nothing, measured
 PLACES = {
     "before the state is begun": (STATE, "", 0, False),
@@ -128,8 +128,8 @@ PLACES = {
     "at a refitted tensor": (STATE, "_proj", 0, False),
     "between two of them": (STATE, "_proj", 0, True),
     "later still": (STATE, "_proj", 1, True),
-    "in the middle of the weight file": ((headshare.sharing, "stream"), "", 5, False),
-    "before the folder has its name": ((headshare.writing, "_put_in_place"), "", 0, False),
+    "in the middle of the weight file": ((headshare.sharing.share, "stream"), "", 5, False),
+    "before the folder has its name": ((headshare.sharing.safetensors_writer, "_put_in_place"), "", 0, False),
 }
 
 
@@ -155,7 +155,7 @@ def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def quietly(words: list[str]) -> None:
     sys.argv = ["headshare", *words]
     try:
-        headshare.cli.main()
+        headshare.cli.app.main()
     except SystemExit as ended:
         assert not ended.code
 
@@ -180,14 +180,14 @@ def test_a_run_goes_on_and_does_not_begin_anew(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert killed(BY_OUTPUT, (headshare.writing, "_put_in_place"), 0)
+    assert killed(BY_OUTPUT, (headshare.sharing.safetensors_writer, "_put_in_place"), 0)
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("it was done already")
 
-    monkeypatch.setattr("headshare.pricing._paths", again)
-    monkeypatch.setattr("headshare.probing._Walk", again)
-    monkeypatch.setattr("headshare.refitting.Refitter._solve", again)
+    monkeypatch.setattr("headshare.calibration.costs.local._paths", again)
+    monkeypatch.setattr("headshare.calibration.costs.measured._Walk", again)
+    monkeypatch.setattr("headshare.calibration.refit.refitter.Refitter._solve", again)
     assert run(*BY_OUTPUT).status == 0
 
 
@@ -199,14 +199,14 @@ def test_a_run_that_was_killed_while_it_measured_prices_nothing_again_and_measur
     def again(*_: object, **__: object) -> None:
         raise AssertionError("it was done already")
 
-    measured, priced = [], headshare.probing._Walk._priced
+    measured, priced = [], headshare.calibration.costs.measured._Walk._priced
 
     def noting(self: Any, layer: int, paths: Any) -> Any:
         measured.append(layer)
         return priced(self, layer, paths)
 
-    monkeypatch.setattr("headshare.pricing._paths", again)
-    monkeypatch.setattr("headshare.probing._Walk._priced", noting)
+    monkeypatch.setattr("headshare.calibration.costs.local._paths", again)
+    monkeypatch.setattr("headshare.calibration.costs.measured._Walk._priced", noting)
     assert run(*BY_OUTPUT).status == 0
     assert measured == [2, 3]
     assert contents(things / "out") == uninterrupted["out"]
@@ -218,7 +218,7 @@ def test_a_share_killed_when_its_output_was_there_leaves_no_state_to_the_next(
     run: Run,
 ) -> None:
     for after in (False, True):
-        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.workspace.Workspace, "_empty"), 1, after=after)
+        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.files.resume.Workspace, "_empty"), 1, after=after)
         assert contents(things / "out") == uninterrupted["out"]
         assert_one_error_line(found := run(*BY_OUTPUT))
         assert "exists" in found.err
@@ -229,9 +229,9 @@ REFIT_PLACES = {
     "before the first tensor": (STATE, 1, False),
     "between the streams and the progress": (STATE, 4, True),
     "in a later layer": (STATE, 9, False),
-    "before the folders are exchanged": ((headshare.writing, "_exchange"), 0, False),
-    "after the folders are exchanged": ((headshare.writing, "_exchange"), 0, True),
-    "before the state is removed": ((headshare.workspace.Workspace, "_empty"), 1, False),
+    "before the folders are exchanged": ((headshare.sharing.safetensors_writer, "_exchange"), 0, False),
+    "after the folders are exchanged": ((headshare.sharing.safetensors_writer, "_exchange"), 0, True),
+    "before the state is removed": ((headshare.files.resume.Workspace, "_empty"), 1, False),
 }
 
 
@@ -336,9 +336,10 @@ def test_another_plan_or_setting_of_the_same_text_does_not_mix_with_what_was_don
 
 def test_restart_begins_anew(stopped: Path, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     priced = []
-    paths = headshare.pricing._paths
+    paths = headshare.calibration.costs.local._paths
     monkeypatch.setattr(
-        "headshare.pricing._paths", lambda layer, *rest: (priced.append(layer.number), paths(layer, *rest))[1]
+        "headshare.calibration.costs.local._paths",
+        lambda layer, *rest: (priced.append(layer.number), paths(layer, *rest))[1],
     )
     assert run(*BY_OUTPUT, "--seed", "1", "--restart").status == 0
     assert priced == [0, 1, 2, 3]
@@ -437,7 +438,7 @@ def test_nothing_is_kept_of_a_run_that_failed_when_it_was_to_begin(
     def refuse(*_: object, **__: object) -> None:
         raise PlanError("this model can have none of the forms asked for.")
 
-    monkeypatch.setattr("headshare.calibrating.price_units", refuse)
+    monkeypatch.setattr("headshare.calibration.run.price_units", refuse)
     assert_one_error_line(run(*BY_OUTPUT))
     assert left_behind(things) == []
 
@@ -554,7 +555,7 @@ def test_an_encoder_is_planned_by_relative_errors_as_it_predicts_no_next_token(
     name: str, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_tokenizer(tiny.make(name, things / name), bos=False)
-    monkeypatch.setattr("headshare.calibrating.probe_prices", None)
+    monkeypatch.setattr("headshare.calibration.run.probe_prices", None)
     data = run("plan", name, "-o", "plan.json", "--save", "3%", *TEXT, "--no-measure", "--json").data
     assert data["price_unit"] == "relative error"
     assert data["price"] > 0
@@ -632,7 +633,7 @@ def test_gradient_steps_change_more_than_readouts_and_the_record_says_which(
     things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = itertools.count(1)  # every look is better than the last: the text is too short for real ones
-    monkeypatch.setattr(headshare.reconstruction, "_held_out", lambda *_: 1 / next(errors))
+    monkeypatch.setattr(headshare.calibration.refit.reconstruction, "_held_out", lambda *_: 1 / next(errors))
     share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--reconstruct", "8"]
     assert run(*share).status == 0
     assert run(*REFIT, "--reconstruct", "8", "--out", "again").status == 0
@@ -736,7 +737,7 @@ def test_a_refit_that_fails_keeps_the_old_folder(things: Path, run: Run, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("headshare.sharing.write_safetensors", full)
+        patched.setattr("headshare.sharing.share.write_safetensors", full)
         found = run(*REFIT)
         assert_one_error_line(found)
         assert contents(things / "shared") == before
@@ -797,7 +798,7 @@ def test_a_checkpoint_that_was_written_again_is_another(source: Path, tmp_path: 
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:
-    assert headshare.calibrating.device_named("cpu") == "cpu"
+    assert headshare.calibration.run.device_named("cpu") == "cpu"
     for name in ("cuda:999", "tpu", "", "cpu;"):
         with pytest.raises(CalibrationError, match="no device"):
-            headshare.calibrating.device_named(name)
+            headshare.calibration.run.device_named(name)

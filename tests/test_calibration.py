@@ -24,9 +24,10 @@ from tokenizers.pre_tokenizers import Split
 
 import headshare as hs
 import tiny
-from headshare import calibration, documents
-from headshare.calibration import BYTES_PER_TOKEN, calibration_from
 from headshare.progress import shown
+from headshare.text import documents
+from headshare.text import tokens as calibration
+from headshare.text.tokens import BYTES_PER_TOKEN, calibration_from
 from test_cli import WORDS, a_text, add_tokenizer
 
 WINDOW = 16

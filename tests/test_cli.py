@@ -26,10 +26,10 @@ from torch.nn import functional
 
 import headshare as hs
 import tiny
-from headshare.benching import load_once
-from headshare.cli import app, main
-from headshare.demo import Row
-from headshare.table import HEADERS
+from headshare.bench.bench import load_once
+from headshare.cli.app import app, main
+from headshare.experiments.demo import Row
+from headshare.experiments.demo_table import HEADERS
 from nearest import stand_in
 
 WEIGHTS = "model.safetensors"
@@ -73,8 +73,8 @@ def runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    monkeypatch.setattr("headshare.benching.measure_loading", load_here)
-    monkeypatch.setattr("headshare.demo.measure_loading", load_here)
+    monkeypatch.setattr("headshare.bench.bench.measure_loading", load_here)
+    monkeypatch.setattr("headshare.experiments.demo.measure_loading", load_here)
 
     def command(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["headshare", *map(str, words)])
@@ -909,7 +909,7 @@ def test_an_interrupted_command_ends_without_a_traceback_and_leaves_nothing(
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("headshare.sharing.stream", interrupt)
+    monkeypatch.setattr("headshare.sharing.share.stream", interrupt)
     before = seen(tmp_path)
     found = run("share", model, "out")
     assert found.status == 130

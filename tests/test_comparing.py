@@ -18,21 +18,21 @@ import pytest
 
 import headshare as hs
 import tiny
-from headshare.accounting import estimate
-from headshare.calibration import calibration_from
-from headshare.comparing import METHODS, Compared, Grid, Recipe, compare
-from headshare.comparing.cells import GivenUp, kept_cells
-from headshare.comparing.methods import DELETING, REFIT, SHARING, TRAINED, TYING, Case, Common
-from headshare.comparing.tables import as_csv, table, verdict
 from headshare.errors import EvaluationError, TrainingError
-from headshare.evaluating import Parallel, Settings, Text, measure
-from headshare.evaluating.harness import named
-from headshare.evaluating.tasks import TASKS
-from headshare.evaluation import evaluate
-from headshare.models import load_model, unique_parameter_bytes
+from headshare.evaluation import Parallel, Settings, Text, measure
+from headshare.evaluation.harness import named
+from headshare.evaluation.perplexity import evaluate
+from headshare.evaluation.tasks import TASKS
+from headshare.experiments import METHODS, Compared, Grid, Recipe, compare
+from headshare.experiments.cells import GivenUp, kept_cells
+from headshare.experiments.methods import DELETING, REFIT, SHARING, TRAINED, TYING, Case, Common
+from headshare.experiments.report.tables import as_csv, table, verdict
+from headshare.files.resume import Workspace
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.units import HeadUnit
+from headshare.sharing.size import estimate
+from headshare.text.tokens import calibration_from
 from headshare.training import Sharing, TrainSettings, train
-from headshare.units import HeadUnit
-from headshare.workspace import Workspace
 from nearest import stand_in
 from test_cli import a_text, add_tokenizer
 from test_evaluating import model  # noqa: F401 - a fixture
@@ -212,7 +212,7 @@ def test_what_eval_kept_of_the_dense_model_is_not_measured_again(
 def test_a_page_says_by_which_versions_each_cell_was_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headshare.comparing.grid.versions", lambda *_: {"torch": "1.0"})
+    monkeypatch.setattr("headshare.experiments.grid.versions", lambda *_: {"torch": "1.0"})
     run(place, tmp_path, "directshare")
     monkeypatch.undo()
     run(place, tmp_path, "directshare", "magnitude")
@@ -502,7 +502,7 @@ def test_restart_is_of_the_training_run_too(place: Path, tmp_path: Path, monkeyp
         seen.append(restart)
         raise TrainingError("stopped")
 
-    monkeypatch.setattr("headshare.comparing.grid.train", stopped)
+    monkeypatch.setattr("headshare.experiments.grid.train", stopped)
     grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=training(place))
     for restart in (False, True):
         with pytest.raises(TrainingError):
@@ -541,7 +541,7 @@ def test_settings_of_training_that_would_not_be_used_are_refused(place: Path) ->
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    from headshare.cli import main
+    from headshare.cli.app import main
 
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])

@@ -28,15 +28,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
-from headshare.evaluating import harness
-from headshare.evaluating.generating import Parallel, Writing, bleu_and_meteor, continuations
-from headshare.evaluating.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
-from headshare.evaluating.measuring import Text, measure
-from headshare.evaluating.questions import Question
-from headshare.evaluating.results import Measured, Metric, current, kept_results, read_results, table_of
-from headshare.evaluating.tasks import TASKS, Part
-from headshare.evaluation import evaluate, perplexity, windows_of
-from headshare.models import load_tokenizer
+from headshare.evaluation import harness
+from headshare.evaluation.generation import Parallel, Writing, bleu_and_meteor, continuations
+from headshare.evaluation.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
+from headshare.evaluation.measuring import Text, measure
+from headshare.evaluation.perplexity import evaluate, perplexity, windows_of
+from headshare.evaluation.questions import Question
+from headshare.evaluation.results import Measured, Metric, current, kept_results, read_results, table_of
+from headshare.evaluation.tasks import TASKS, Part
+from headshare.integrations.transformers.loading import load_tokenizer
 
 SENTENCES = [
     "the guinea pig went to the house because the cat was there",
@@ -551,7 +551,7 @@ def test_files_that_cannot_be_used_are_one_error(how: str, says: str, data: Path
 
 
 def test_a_zip_that_unpacks_to_too_much_is_not_unpacked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headshare.evaluating.questions.FILE_BYTES", 20)
+    monkeypatch.setattr("headshare.evaluation.questions.FILE_BYTES", 20)
     with pytest.raises(EvaluationError, match="more than 20 bytes"):
         chosen_tasks(["mmlu"], data)
 
@@ -751,7 +751,7 @@ def test_a_question_is_one_context_or_one_ending() -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """The command, as its status and what it wrote."""
-    from headshare.cli import main
+    from headshare.cli.app import main
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])

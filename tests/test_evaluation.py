@@ -10,7 +10,7 @@ import transformers
 import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
-from headshare.evaluation import (
+from headshare.evaluation.perplexity import (
     Predictions,
     Windows,
     agreement,
@@ -19,14 +19,14 @@ from headshare.evaluation import (
     predicts_next,
     window_losses,
 )
-from headshare.models import load_model
+from headshare.integrations.transformers.loading import load_model
 
 
 @pytest.mark.parametrize(("together", "runs"), [(2048, 1), (32, 3), (1, 5)])
 def test_each_windows_loss_is_the_one_that_the_model_gives_for_labels(
     together: int, runs: int, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headshare.evaluation.TOGETHER", together)
+    monkeypatch.setattr("headshare.evaluation.perplexity.TOGETHER", together)
     model = load_model(hs.open_checkpoint(tiny.make_llama(tmp_path / "llama", initializer_range=0.2)))
     windows = Windows(tiny.tokens(16, 5), False)
     with torch.no_grad():

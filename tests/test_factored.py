@@ -19,20 +19,20 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
-from headshare.configuration import text_config
-from headshare.controls import overwrite_recipients, with_random_donors
-from headshare.factors import join_columns, split_columns
-from headshare.gaps import GappedTensor, Product, extra_tensors, gapped_tensors
-from headshare.inspection import describe, picture
-from headshare.layout import Layout, Place
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.plans import Choice, Factored, Removal, Selection, SharePlan
-from headshare.recognition import attention_layout
-from headshare.refits import RefitRecord
-from headshare.sharing import check_shared, write_overwritten, write_refitted
-from headshare.storage.factored import FactoredProjection
-from headshare.units import HeadUnit, Kind, Part, Tie
-from headshare.verification import verify
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout
+from headshare.checkpoint.refit_record import RefitRecord
+from headshare.evaluation.verify import verify
+from headshare.experiments.controls import overwrite_recipients, with_random_donors
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.describe import describe, picture
+from headshare.plan.layout import Layout, Place
+from headshare.plan.plan import Choice, Factored, Removal, Selection, SharePlan
+from headshare.plan.tensors import GappedTensor, Product, extra_tensors, gapped_tensors
+from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.sharing.factors import join_columns, split_columns
+from headshare.sharing.share import check_shared, write_overwritten, write_refitted
+from headshare.storage.low_rank import FactoredProjection
 
 MODEL = "model.safetensors"
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
@@ -464,7 +464,7 @@ def test_verify_finds_a_model_that_forgets_a_factor(tmp_path: Path, monkeypatch:
                 model.model.layers[2].self_attn.o_proj.factor_in[0] = 0
         return model
 
-    monkeypatch.setattr("headshare.verification.load_model", load_wrong)
+    monkeypatch.setattr("headshare.evaluation.verify.load_model", load_wrong)
     found = verify(out)
     assert not found.ok and "should be equal to" in found.problems[0]
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import headshare as hs
 import tiny
-from headshare.controls import overwrite_recipients
-from headshare.models import load_model, unique_parameter_bytes
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 
 CASES = [
     pytest.param(name, parts, id=f"{name}-{parts}")

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 import headshare as hs
 import tiny
-from headshare.calibration import Calibration
-from headshare.comparing import Grid, compare
+from headshare.calibration.gptq import Rounded, round_by_gptq
+from headshare.calibration.layerwise.layers import Layers
+from headshare.checkpoint.int4 import Packing
 from headshare.errors import CheckpointError, EvaluationError, PlanError
-from headshare.evaluating import Text
-from headshare.fewbits import Rounded, round_by_gptq
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
-from headshare.packing import Packing
-from headshare.plans import Selection, SharePlan
-from headshare.streams import Layers
-from headshare.units import HeadUnit, Part, Tie
-from headshare.verification import verify
+from headshare.evaluation import Text
+from headshare.evaluation.verify import verify
+from headshare.experiments import Grid, compare
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.units import HeadUnit, Part, Tie
+from headshare.text.tokens import Calibration
 from nearest import Nearest, stand_in
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 

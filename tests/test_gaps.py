@@ -16,10 +16,10 @@ from safetensors.torch import save_file as save_torch
 
 import headshare as hs
 import tiny
-from headshare import assembly
-from headshare.checkpoints import Checkpoint
-from headshare.gaps import Gap, GappedTensor, Run, gapped_tensors, recipients_by_layer, scale_names
-from headshare.plans import SharePlan
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import Gap, GappedTensor, Run, gapped_tensors, recipients_by_layer, scale_names
+from headshare.sharing import assembly
 
 Weights = dict[str, np.ndarray]
 Json = dict[str, Any]

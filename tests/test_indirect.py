@@ -20,19 +20,20 @@ from transformers import AutoModelForCausalLM
 
 import headshare as hs
 import tiny
-from headshare.cli import main
-from headshare.gaps import gapped_tensors
-from headshare.inspection import describe_split
-from headshare.integrations.transformers import device_of
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.placement import held_again, split_evenly
-from headshare.plans import Selection, SharePlan
-from headshare.storage import choose_storage, product
-from headshare.storage.indirect import IndirectBank, IndirectProjection
-from headshare.storage.product import Slots, slot_linear
+from headshare.cli.app import main
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.integrations.transformers.quantizer import device_of
+from headshare.plan.describe import describe_split
+from headshare.plan.placement import held_again, split_evenly
+from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.tensors import gapped_tensors
+from headshare.storage.pooled import product
+from headshare.storage.pooled.indirect import IndirectBank, IndirectProjection
+from headshare.storage.pooled.product import Slots, slot_linear
+from headshare.storage.pooled.shelves import shelves_of
+from headshare.storage.pooled.slots import racks_of
 from headshare.storage.projection import shared_projections
-from headshare.storage.shelves import shelves_of
-from headshare.storage.slots import racks_of
+from headshare.storage.registry import choose_storage
 
 if find_spec("triton") is None:
     pytest.skip("the extra `kernels` is not installed", allow_module_level=True)
@@ -40,7 +41,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # triton decides for each kernel whether it is to be interpreted, when the kernel's module is imported
 with mock.patch.dict(os.environ, {} if ON_GPU else {"TRITON_INTERPRET": "1"}):
-    from headshare.storage import kernels
+    from headshare.storage.pooled import kernels
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -398,7 +399,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(path: str, device_map: object) -> str:
         return "cpu:1" if any(f"layers.{layer}." in path for layer in (2, 3)) else "cpu:0"
 
-    monkeypatch.setattr("headshare.integrations.transformers.device_of", place)
+    monkeypatch.setattr("headshare.integrations.transformers.quantizer.device_of", place)
 
 
 def test_units_used_on_two_devices_are_held_on_both_and_said_so(
@@ -534,7 +535,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
         assert "no kernels for torch.float64" in caplog.text
         assert chosen(heads_of_16, devices={"cuda", "disk"}) == "owner"
         assert "placed on cuda, disk" in caplog.text
-        monkeypatch.setattr("headshare.storage.indirect.kernels_installed", lambda: False)
+        monkeypatch.setattr("headshare.storage.pooled.indirect.kernels_installed", lambda: False)
         assert chosen(heads_of_16) == "owner"
         assert "triton is not installed" in caplog.text
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 
 import tiny
 from headshare.errors import EvaluationError
-from headshare.evaluating.harness import _hushed
-from headshare.evaluating.likelihoods import ContextsOnce
+from headshare.evaluation.harness import _hushed
+from headshare.evaluation.likelihoods import ContextsOnce
 
 LONGEST = 64
 CAUSAL = sorted(

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
-from headshare import matching, similarity
-from headshare.checkpoints import Checkpoint
-from headshare.headers import TensorInfo
-from headshare.matching import Products
-from headshare.planning import best_pairs
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import TensorInfo
+from headshare.matching import functions as matching
+from headshare.matching import similarity
+from headshare.matching.functions import Products
+from headshare.matching.pairing import best_pairs
 
 Weights = dict[str, torch.Tensor]
 Units = list[list[np.ndarray]]  # [layer][group]: one flat float64 vector

@@ -20,16 +20,16 @@ from torch import Tensor
 
 import headshare as hs
 import tiny
-from headshare.checkpoints import Checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.int4 import Packing, pack, unpack
 from headshare.errors import CheckpointError, PlanError, StorageError, TrainingError
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
-from headshare.packing import Packing, pack, unpack
-from headshare.plans import Selection, SharePlan
-from headshare.sharing import Grouped, expand, write_packed
+from headshare.evaluation.verify import verify
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.units import HeadUnit, Tie
+from headshare.sharing.share import Grouped, expand, write_packed
 from headshare.training import train
-from headshare.units import HeadUnit, Tie
-from headshare.verification import verify
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 from test_training import settings
 

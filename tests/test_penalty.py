@@ -10,12 +10,12 @@ from torch.nn import functional
 
 import headshare as hs
 import tiny
-from headshare.controls import overwrite_recipients
 from headshare.errors import PlanError
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
-from headshare.penalty import Distance, TiePenalty
-from headshare.plans import SharePlan
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import SharePlan
+from headshare.training.penalty import Distance, TiePenalty
 
 Case = tuple[Any, SharePlan]
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import headshare as hs
-from headshare.layout import Layout, Place
-from headshare.planning import MODES, best_pairs, published_count
-from headshare.scores import Scores, ScoreTable
-from headshare.units import Kind
+from headshare.matching.pairing import MODES, best_pairs, published_count
+from headshare.matching.scores import Scores, ScoreTable
+from headshare.plan.layout import Layout, Place
+from headshare.plan.units import Kind
 
 Pairs = dict[int, int]  # recipient: donor, as unit numbers
 PAPER = os.environ.get("HEADSHARE_PAPER_DATA")

@@ -14,18 +14,19 @@ from torch import Tensor
 
 import headshare as hs
 import tiny
-from headshare import layerprices, pricing
-from headshare.calibration import Calibration
-from headshare.checkpoints import Checkpoint, open_checkpoint
-from headshare.configuration import text_config
-from headshare.costs import RIDGE, Fit, Products, Remainder
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.calibration.costs import descent as layerprices
+from headshare.calibration.costs import local as pricing
+from headshare.calibration.costs.curves import Form, Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.calibration.costs.least_squares import RIDGE, Fit, Products, Remainder
+from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
+from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from headshare.errors import CheckpointError, PlanError
-from headshare.layout import Layout
-from headshare.models import load_model
-from headshare.paths import Form, Path, Prices, Step, paths_from_json, paths_to_json
-from headshare.pricing import fitted_windows, looked_at, price_units
-from headshare.recognition import attention_layout, ffn_layout
-from headshare.units import HeadUnit, Kind, Part
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.layout import Layout
+from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.text.tokens import Calibration
 
 TIES = (Form.QK, Form.QKV, Form.QKVO)
 OWN = (Form.QK, Form.QKV, Form.FACTORED, Form.REMOVE)  # those that one readout may have together

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headshare import readouts
+from headshare.calibration.refit import regression as readouts
+from headshare.calibration.refit.regression import RIDGES, Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
 from headshare.precision import _both, full_float32
-from headshare.readouts import RIDGES, Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
 
 TOKENS, INPUTS, OUTPUTS = 300, 12, 7
 UNSOLVED = "the equations cannot be solved"

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 import headshare as hs
 import tiny
-from headshare import reconstruction, refitting
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit import reconstruction
+from headshare.calibration.refit import refitter as refitting
+from headshare.calibration.refit.reconstruction import Wanted, reconstruct
+from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
+from headshare.calibration.refit.regression import token_weights
+from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
-from headshare.gaps import gapped_tensors
-from headshare.models import load_model
-from headshare.plans import SharePlan
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import gapped_tensors
+from headshare.plan.units import Part
 from headshare.precision import short_products
-from headshare.readouts import token_weights
-from headshare.reconstruction import Wanted, reconstruct
-from headshare.refits import RefitRecord
-from headshare.refitting import Refit, Refitter, Step, refit
-from headshare.streams import Layers
-from headshare.units import Part
 from test_refitting import ALL, WINDOW, calibration, dense_of, last_states, missed, plan_of, same, stock
 
 CASES = [

@@ -16,21 +16,21 @@ from torch import Tensor
 
 import headshare as hs
 import tiny
-from headshare import streams
-from headshare.calibration import Calibration
-from headshare.configuration import text_config
-from headshare.controls import overwrite_recipients
-from headshare.gaps import gapped_tensors, scale_name
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
-from headshare.plans import Factored, Removal, Selection, SharePlan
-from headshare.readouts import token_weights
-from headshare.recognition import attention_layout, ffn_layout
-from headshare.refits import RefitRecord
-from headshare.refitting import Refit, Refitter, Step, refit
-from headshare.residuals import residual_of, watched
-from headshare.streams import Layers
-from headshare.units import HeadUnit, Kind, Part, Tie
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.calibration.layerwise import layers as streams
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
+from headshare.calibration.refit.regression import token_weights
+from headshare.calibration.refit.residuals import residual_of, watched
+from headshare.checkpoint.refit_record import RefitRecord
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import Factored, Removal, Selection, SharePlan
+from headshare.plan.tensors import gapped_tensors, scale_name
+from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.text.tokens import Calibration
 from test_streams import MORE, hidden_states
 
 WINDOWS, WINDOW = 32, 20

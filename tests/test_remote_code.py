@@ -6,9 +6,9 @@ import pytest
 
 import headshare as hs
 import tiny
+from headshare.calibration.layerwise.layers import Layers
 from headshare.errors import CheckpointError, HeadshareError
-from headshare.models import empty_model, load_tokenizer
-from headshare.streams import Layers
+from headshare.integrations.transformers.loading import empty_model, load_tokenizer
 from test_cli import Run, a_text, add_tokenizer, runs  # noqa: F401 - a fixture
 
 

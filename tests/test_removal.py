@@ -20,19 +20,19 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
-from headshare.cli import app
-from headshare.configuration import text_config
-from headshare.controls import overwrite_recipients, with_random_donors
-from headshare.gaps import Gap, GappedTensor, gapped_biases, gapped_tensors, reduced_tensors
-from headshare.indices import Span, read_indices, spans_of, write_indices
-from headshare.inspection import describe, picture
-from headshare.layout import Layout
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.plans import Choice, Removal, Selection, SharePlan
-from headshare.recognition import attention_layout, ffn_layout
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.cli.app import app
+from headshare.evaluation.verify import verify
+from headshare.experiments.controls import overwrite_recipients, with_random_donors
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.describe import describe, picture
+from headshare.plan.layout import Layout
+from headshare.plan.plan import Choice, Removal, Selection, SharePlan
+from headshare.plan.spans import Span, read_indices, spans_of, write_indices
+from headshare.plan.tensors import Gap, GappedTensor, gapped_biases, gapped_tensors, reduced_tensors
+from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.storage.projection import SharedProjection
-from headshare.units import HeadUnit, Kind, Part, Tie
-from headshare.verification import verify
 
 MODEL = "model.safetensors"
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
@@ -382,7 +382,7 @@ def test_verify_finds_a_model_that_computes_something_else(tmp_path: Path, monke
                 model.model.layers[2].mlp.down_proj.weight[:, 0] = 0
         return model
 
-    monkeypatch.setattr("headshare.verification.load_model", load_wrong)
+    monkeypatch.setattr("headshare.evaluation.verify.load_model", load_wrong)
     found = verify(out)
     assert not found.ok and "should be equal to" in found.problems[0]
 

@@ -12,20 +12,20 @@ import pytest
 
 import headshare as hs
 import tiny
-from headshare.baselines import attention_of
-from headshare.comparing import METHODS, Compared, Grid, compare
-from headshare.comparing.claims import Checked, Says, checked
-from headshare.comparing.figures import draw
-from headshare.comparing.grid import About
-from headshare.comparing.methods import base_of
-from headshare.comparing.report import Measured, Published, published, report
 from headshare.errors import EvaluationError
-from headshare.evaluating import Text, measure
-from headshare.evaluating.results import Measured as Row
-from headshare.evaluating.results import Metric
-from headshare.evaluating.tasks import TASKS
-from headshare.inspection import given_up
-from headshare.plans import Removal, SharePlan
+from headshare.evaluation import Text, measure
+from headshare.evaluation.results import Measured as Row
+from headshare.evaluation.results import Metric
+from headshare.evaluation.tasks import TASKS
+from headshare.experiments import METHODS, Compared, Grid, compare
+from headshare.experiments.baselines import attention_of
+from headshare.experiments.grid import About
+from headshare.experiments.methods import base_of
+from headshare.experiments.report.claims import Checked, Says, checked
+from headshare.experiments.report.figures import draw
+from headshare.experiments.report.page import Measured, Published, published, report
+from headshare.plan.describe import given_up
+from headshare.plan.plan import Removal, SharePlan
 from headshare.training import TrainSettings
 from test_comparing import command, place  # noqa: F401 - fixtures
 

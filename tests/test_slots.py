@@ -5,8 +5,8 @@ from math import gcd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headshare.gaps import GappedTensor, gapped_tensors
-from headshare.storage.slots import Rack, racks_of
+from headshare.plan.tensors import GappedTensor, gapped_tensors
+from headshare.storage.pooled.slots import Rack, racks_of
 from test_gaps import Example, examples
 
 Row = tuple[str, int]  # a dense tensor's name, and an index along the axis in which units lie

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import headshare as hs
 import tiny
-from headshare import streams
-from headshare.models import load_model
-from headshare.plans import Removal, Selection, SharePlan
-from headshare.probing import predicts
-from headshare.recognition import ffn_layout
-from headshare.streams import Layers
-from headshare.units import Part
+from headshare.architecture.recognition import ffn_layout
+from headshare.calibration.costs.measured import predicts
+from headshare.calibration.layerwise import layers as streams
+from headshare.calibration.layerwise.layers import Layers
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.plan import Removal, Selection, SharePlan
+from headshare.plan.units import Part
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 MORE: dict[str, tuple[type, Any, str | None]] = {

@@ -22,21 +22,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import headshare as hs
 import tiny
-from headshare.budget import plan_for_bytes
-from headshare.calibration import calibration_from
-from headshare.controls import overwrite_recipients
+from headshare.calibration.allocate import plan_for_bytes
+from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.local import price_units
 from headshare.errors import OutputError, PlanError, TrainingError
-from headshare.evaluating import Settings as Limited
-from headshare.evaluating import measure
-from headshare.integrations.transformers import module_path
-from headshare.models import load_model
-from headshare.paths import Form
-from headshare.plans import SharePlan
-from headshare.pricing import price_units
+from headshare.evaluation import Settings as Limited
+from headshare.evaluation import measure
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.plan import SharePlan
+from headshare.text.tokens import calibration_from
 from headshare.training import Method, SharingTrainer, TrainSettings, train
 from headshare.training.arguments import trainer_arguments
 from headshare.training.state import checkpoints, note_writing, settle, taken_up
-from headshare.training.texts import Packed, training_windows
+from headshare.training.windows import Packed, training_windows
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 
 CONTEXT = 16

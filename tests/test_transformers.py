@@ -14,10 +14,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trai
 
 import headshare as hs
 import tiny
-from headshare.controls import overwrite_recipients
-from headshare.gaps import gapped_tensors
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.plans import Selection, SharePlan
+from headshare.experiments.controls import overwrite_recipients
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.tensors import gapped_tensors
 from headshare.storage.projection import SharedProjection, shared_projections
 
 
@@ -263,7 +263,7 @@ def scaled_plan(dense: hs.Checkpoint) -> SharePlan:
 
 
 def test_a_scale_of_ones_changes_nothing_and_a_scale_of_zero_deletes(llama: Path, tmp_path: Path) -> None:
-    from headshare.controls import delete_units
+    from headshare.experiments.controls import delete_units
 
     dense = hs.open_checkpoint(llama)
     plan = scaled_plan(dense)

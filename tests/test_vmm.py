@@ -16,13 +16,14 @@ import torch
 
 import headshare as hs
 import tiny
-from headshare.gaps import gapped_tensors
-from headshare.models import load_model, unique_parameter_bytes
-from headshare.placement import split_evenly
-from headshare.storage import STORAGES, vmm
-from headshare.storage.frozen import MappedProjection
+from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.placement import split_evenly
+from headshare.plan.tensors import gapped_tensors
+from headshare.storage.pooled import vmm
+from headshare.storage.pooled.frozen import MappedProjection
+from headshare.storage.pooled.vmm import Driver, Span, VmmBank, VmmStorage, access_of, allocation
 from headshare.storage.projection import shared_projections
-from headshare.storage.vmm import Driver, Span, VmmBank, VmmStorage, access_of, allocation
+from headshare.storage.registry import STORAGES
 
 GRANULE = 4096
 LIBC = ctypes.CDLL(None, use_errno=True)

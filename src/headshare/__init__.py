@@ -3,10 +3,8 @@
 Importing it registers the checkpoint format with transformers, and changes nothing else.
 """
 
-from headshare.accounting import Estimate, estimate, estimate_plan
-from headshare.calibrating import Budget, budget_of, plan_on, refit_on
-from headshare.calibration import Calibration, calibration_from
-from headshare.checkpoints import Checkpoint, open_checkpoint
+from headshare.calibration.run import Budget, budget_of, plan_on, refit_on
+from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from headshare.errors import (
     ArchitectureError,
     CalibrationError,
@@ -17,15 +15,17 @@ from headshare.errors import (
     PlanError,
     StorageError,
 )
-from headshare.integrations.transformers import HeadshareConfig
-from headshare.matching import match_function
-from headshare.models import load
-from headshare.planning import make_plan
-from headshare.plans import SharePlan
-from headshare.scores import Scores
-from headshare.sharing import SharedCheckpoint, expand, share
-from headshare.similarity import score_units
-from headshare.units import HeadUnit, Part, Parts, Tie
+from headshare.integrations.transformers.loading import load
+from headshare.integrations.transformers.quantizer import HeadshareConfig
+from headshare.matching.functions import match_function
+from headshare.matching.pairing import make_plan
+from headshare.matching.scores import Scores
+from headshare.matching.similarity import score_units
+from headshare.plan.plan import SharePlan
+from headshare.plan.units import HeadUnit, Part, Parts, Tie
+from headshare.sharing.share import SharedCheckpoint, expand, share
+from headshare.sharing.size import Estimate, estimate, estimate_plan
+from headshare.text.tokens import Calibration, calibration_from
 
 __all__ = [
     "ArchitectureError",

@@ -1,5 +1,5 @@
 """`python -m headshare` is the command line."""
 
-from headshare.cli import main
+from headshare.cli.app import main
 
 main()

@@ -1,1 +1,1 @@
-"""How shared checkpoints load in other libraries."""
+"""Integrations: shared checkpoints in other libraries."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from headshare.gaps import GappedTensor
+from headshare.plan.tensors import GappedTensor
 from headshare.storage.projection import SharedProjection, Style
 
 FEW_TOKENS = 3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headshare.errors import PlanError
-from headshare.gaps import GappedTensor
+from headshare.plan.tensors import GappedTensor
 
 
 class Style(StrEnum):

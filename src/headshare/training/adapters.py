@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from headshare.errors import TrainingError
-from headshare.models import quiet
+from headshare.integrations.transformers.loading import quiet
 from headshare.storage.projection import SharedProjection
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from headshare.plan.units import Tie
 from headshare.training.settings import Method, TrainSettings
-from headshare.units import Tie
 
 
 @dataclass(frozen=True)

@@ -23,29 +23,29 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from headshare.checkpoints import OUTPUT_DTYPES, Checkpoint, open_checkpoint
-from headshare.configuration import text_config
+from headshare.architecture.config import text_config
+from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint, open_checkpoint
 from headshare.errors import PlanError, TrainingError
-from headshare.evaluation import is_causal
-from headshare.models import load_model, quiet
-from headshare.penalty import TiePenalty
-from headshare.planning import make_plan
-from headshare.plans import SharePlan
+from headshare.evaluation.perplexity import is_causal
+from headshare.files.resume import fingerprint
+from headshare.integrations.transformers.loading import load_model, quiet
+from headshare.matching.pairing import make_plan
+from headshare.matching.similarity import score_units
+from headshare.plan.plan import SharePlan
 from headshare.progress import say
-from headshare.sharing import check_fits, check_shared, copy_other_files, share, write_trained
-from headshare.similarity import score_units
+from headshare.sharing.safetensors_writer import check_output, check_vacant
+from headshare.sharing.share import check_fits, check_shared, copy_other_files, share, write_trained
 from headshare.storage.owner import OwnerProjection
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
 from headshare.training.hub import HUB_ARGUMENTS, Hub
+from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import Method, Sharing, TrainSettings
 from headshare.training.state import RECORD, checkpoints, note_writing, settle, taken_up, work_of
 from headshare.training.tasks import MeasuredTasks
-from headshare.training.texts import Packed, Streamed, training_windows
 from headshare.training.trainer import SharingTrainer
-from headshare.workspace import fingerprint
-from headshare.writing import check_output, check_vacant
+from headshare.training.windows import Packed, Streamed, training_windows
 
 CHANGEABLE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import TrainingError
-from headshare.files import read_yaml
-from headshare.penalty import Distance
+from headshare.files.atomic import read_yaml
+from headshare.training.penalty import Distance
 
 RECIPE: Mapping[str, Any] = {
     "learning_rate": 5e-5,

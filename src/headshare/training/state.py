@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from headshare.errors import OutputError, TrainingError
-from headshare.files import write_whole
-from headshare.workspace import identity_of, locked, workspace_of
+from headshare.files.atomic import write_whole
+from headshare.files.resume import identity_of, locked, workspace_of
 
 _WHAT = "run.json"
 RECORD = "training.json"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from headshare.checkpoints import Checkpoint
-from headshare.evaluating.harness import Chosen, Runner, Settings, chosen_tasks
-from headshare.evaluation import longest_window
-from headshare.models import load_tokenizer
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.evaluation.harness import Chosen, Runner, Settings, chosen_tasks
+from headshare.evaluation.perplexity import longest_window
+from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.training.settings import Tasks
 
 

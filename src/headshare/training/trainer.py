@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from headshare.errors import TrainingError
-from headshare.integrations.transformers import HeadshareQuantizer
-from headshare.penalty import TiePenalty, in_zero_parts
+from headshare.integrations.transformers.quantizer import HeadshareQuantizer
 from headshare.progress import say
+from headshare.training.penalty import TiePenalty, in_zero_parts
 from headshare.training.settings import Loss
 
 SHARED = "shared"

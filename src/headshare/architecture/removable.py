@@ -1,0 +1,59 @@
+"""Whether a model can go without units, and whether a plan's removals are of that very model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from headshare.architecture.families import ATTENTION_COUNTS, family_of
+from headshare.architecture.recognition import Shapes, attention_layout, ffn_layout
+from headshare.errors import PlanError
+from headshare.plan.layout import Layout, Place
+from headshare.plan.plan import SharePlan
+from headshare.plan.units import Kind
+
+
+def removal_refusal(config: Mapping[str, Any], kind: Kind) -> str | None:
+    """Why units of this kind cannot be removed from a model of this (text) configuration, or None.
+
+    Whether there are any to remove is another question: the layout answers it.
+    """
+    model_type = str(config.get("model_type", "unknown"))
+    if kind is Kind.FFN:
+        return None if family_of(model_type) else f"headshare does not know how '{model_type}' models use their neurons"
+    counts = ATTENTION_COUNTS.get(model_type)
+    if counts is None:
+        return f"the attention of '{model_type}' models is not known to work with fewer heads in some layers"
+    if counts.unless is not None and config.get(counts.unless):
+        return f"with {counts.unless}, the attention of '{model_type}' models needs as many heads in every layer"
+    return None
+
+
+def check_removals(plan: SharePlan, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """Check removals against a (text) configuration and the dense shapes of a checkpoint or a model.
+
+    Raises:
+        PlanError: if the family's models cannot go without such units, or the plan's units are not this model's.
+        ArchitectureError: if the model's layout is not known, or it is a mixture of experts.
+    """
+    for removal in plan.removals:
+        kind = removal.layout.kind
+        reason = removal_refusal(config, kind)
+        if reason is not None:
+            raise PlanError(f"{kind} units cannot be removed from this model: {reason}. Share it without `removals`.")
+        is_attention = kind is Kind.ATTENTION
+        found = attention_layout(config, shapes) if is_attention else ffn_layout(config, shapes, removal.layout.groups)
+        if _geometry(found) != _geometry(removal.layout):
+            raise PlanError(f"the plan removes {kind} units that are not laid out as this model's; it is for another.")
+
+
+def _geometry(layout: Layout) -> tuple[Any, ...]:
+    """The layout, whatever stands before the layers in its tensors' names: a model may call them otherwise."""
+    parts = {part: (_below_the_layer(place), *_numbers(place)) for part, place in layout.parts.items()}
+    return layout.layers, layout.groups, parts
+
+
+def _below_the_layer(place: Place) -> str:
+    return place.tensor.partition("{layer}")[2]
+
+
+def _numbers(place: Place) -> tuple[Any, ...]:
+    return place.axis, place.shape, place.start, place.step, place.rows

@@ -1,0 +1,1 @@
+"""Speed, loading time and memory of a shared model beside the dense one."""

@@ -1,0 +1,294 @@
+"""What giving channels up does to a readout's output after the best refit: least squares in float64, block by block.
+
+The readout starts as the dense layer's and is refitted, against the dense layer's output, whenever something is given
+up: ridge regression towards where it started, the ridge `RIDGE` times the inputs' mean square. What comes in place of
+lost channels has a ridge of its own, as large a part of its own mean square: however often the same comes again, sums
+stay well conditioned. Errors are squared and summed over rows. Knows no model and no plan.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headshare.sharing.factors import whitened_svd
+
+RIDGE = 1e-3
+
+Inputs = Float[Tensor, "tokens channels"]
+Readout = Float[Tensor, "hidden channels"]
+Columns = Int[Tensor, " columns"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A readout fitted to give the dense layer's output from the inputs that are left. Exact at every step.
+
+    `weight` is the refitted readout over all channels, zero where one is gone; `inverse` is the inverse of the inputs'
+    Gram matrix with its ridge, likewise; `error` is what fitted outputs miss of `target`, squared, ridge included.
+    Channels go by the formula of optimal brain surgery (Hassibi and Stork, 1993) in blocks: with Q the inverse Gram
+    matrix, removing block r costs tr(W_r Q_rr^-1 W_r^T), and W_k becomes W_k - W_r Q_rr^-1 Q_rk.
+    """
+
+    inputs: Inputs
+    target: Float[Tensor, "tokens hidden"]
+    inverse: Float[Tensor, "channels channels"]
+    weight: Readout
+    error: float
+
+    @classmethod
+    def of(cls, inputs: Inputs, weight: Readout) -> "Fit":
+        """The fit of a dense readout to its own outputs, which misses nothing."""
+        inputs, weight = inputs.double(), weight.double()
+        gram = inputs.T @ inputs
+        gram = _ridged(gram, gram.diagonal())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        return cls(inputs, inputs @ weight.T, inverse, weight, 0.0)
+
+    def without(self, columns: Columns) -> "Fit":
+        """The fit that is left when these channels are gone."""
+        across = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
+        inverse = self.inverse - self.inverse[:, columns] @ across
+        weight = self.weight - self.weight[:, columns] @ across
+        inverse[columns] = 0
+        inverse[:, columns] = 0
+        weight[:, columns] = 0
+        return Fit(self.inputs, self.target, inverse, weight, self.error + self.cost_of(columns))
+
+    def with_features(self, columns: Columns, features: Inputs) -> "Fit":
+        """The fit with these features in the place of channels that are gone."""
+        added = self.beside(features)
+        inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram, added.squares)))
+        new = inner @ added.missed
+        inputs, weight = self.inputs.clone(), self.weight - new.T @ added.known
+        inverse = self.inverse + added.known.T @ inner @ added.known
+        inputs[:, columns] = added.features
+        weight[:, columns] = new.T
+        inverse[columns] = -inner @ added.known
+        inverse[:, columns] = (-inner @ added.known).T
+        inverse[columns[:, None], columns] = inner
+        return Fit(inputs, self.target, inverse, weight, self.error - float((new * added.missed).sum()))
+
+    def beside(self, features: Inputs) -> "Beside":
+        """These features, and how they stand to what is left."""
+        features = features.double()
+        cross = features.T @ self.inputs
+        known = cross @ self.inverse
+        missed = cross.new_zeros(len(cross), len(self.weight))
+        if self.error:  # else nothing is missed, and the largest product is saved
+            missed = features.T @ self.target - cross @ self.weight.T
+        gram = features.T @ features
+        return Beside(features, cross, known, gram.diagonal(), gram - known @ cross.T, missed)
+
+    def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Fit":
+        """The fit without channels, and with features that are read out by this product, which stays as it is."""
+        left = self.without(columns)
+        added = left.beside(features)
+        weight = left.weight - product @ added.known
+        error = left.error - float((product.T * (2 * added.missed - added.gram @ product.T)).sum())
+        return Fit(left.inputs, left.target - added.features @ product.T, left.inverse, weight, error)
+
+    def products(self, columns: Columns, features: Inputs) -> "Products":
+        """What features would do in the place of these channels if their columns were a product of small rank."""
+        return Products.of(self.without(columns).beside(features))
+
+    def cost_of(self, columns: Columns) -> float:
+        """What removing these channels adds to the error."""
+        return float(self.lost(columns[None]).costs)
+
+    def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
+        """Some units' channels, each unit's on its own beside all others, ready to be compared with many features."""
+        gram = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
+        return Lost(columns, gram, self.weight[:, columns].movedim(1, 0))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Channels of several units, each unit on its way out alone: what other channels do not explain of them, as a Gram
+    matrix, and the columns they have in the readout."""
+
+    columns: Int[Tensor, "units columns"]
+    gram: Float[Tensor, "units columns columns"]
+    weight: Float[Tensor, "units hidden columns"]
+
+    @cached_property
+    def weight_gram(self) -> Float[Tensor, "units columns columns"]:
+        """Products of the columns with each other."""
+        return self.weight.mT @ self.weight
+
+    @property
+    def costs(self) -> Float[Tensor, " units"]:
+        """What removing each unit adds to the error."""
+        return (self.gram * self.weight_gram).sum(dim=(1, 2))
+
+    def only(self, units: range) -> "Lost":
+        """Some of the units."""
+        some = slice(units.start, units.stop)
+        return Lost(self.columns[some], self.gram[some], self.weight[some])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Features beside a fit: their products with its inputs, the coefficients by which those explain them, sums of
+    their squares, the Gram matrix of what is not explained, and products with what the fit misses of the target."""
+
+    features: Float[Tensor, "tokens features"]
+    cross: Float[Tensor, "features channels"]
+    known: Float[Tensor, "features channels"]
+    squares: Float[Tensor, " features"]
+    gram: Float[Tensor, "features features"]
+    missed: Float[Tensor, "features hidden"]
+
+    def joined(self, other: "Beside") -> "Beside":
+        """These features and others, beside the same fit."""
+        across = self.features.T @ other.features - self.known @ other.cross.T
+        return Beside(
+            torch.cat([self.features, other.features], dim=1),
+            torch.cat([self.cross, other.cross]),
+            torch.cat([self.known, other.known]),
+            torch.cat([self.squares, other.squares]),
+            torch.cat([torch.cat([self.gram, across], dim=1), torch.cat([across.T, other.gram], dim=1)]),
+            torch.cat([self.missed, other.missed]),
+        )
+
+    def gains_for(self, lost: Lost) -> Float[Tensor, " units"]:
+        """How much less the error is with these features read out by columns of their own than with each unit removed.
+
+        Only beside a fit that misses nothing.
+        """
+        gram, across = self._without(lost)
+        explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram, self.squares), across)
+        return (explained * lost.weight_gram).sum(dim=(1, 2))
+
+    def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
+        """The same where they are read out by a donor's columns, each behind one scale."""
+        gram, across = self._without(lost)
+        missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
+        return _scaled_gain(gram, self.squares, missed, donor.double())
+
+    def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
+        """How much less the error is with these features, in any fit; in the fit without a lost unit if there is one.
+
+        The first features are read out by the donor's columns, as many as those are, each behind one scale; those after
+        them by columns of their own. All are solved for together with the fit's columns.
+        """
+        gram, missed, count = self.gram, self.missed, donor.shape[1]
+        if lost is not None:
+            grams, across = self._without(lost)
+            gram, missed = grams[0], missed + across[0] @ lost.weight[0].T
+        between, wanted = gram[:count, count:], missed[count:]
+        own = _ridged(gram[count:, count:], self.squares[count:])
+        solved = torch.linalg.solve(own, torch.cat([between.T, wanted], dim=1))
+        gain = float((solved[:, count:] * wanted).sum())
+        gram, missed = gram[:count, :count] - between @ solved[:, :count], missed[:count] - between @ solved[:, count:]
+        donor = donor.double()
+        return gain + float(_scaled_gain(gram, self.squares[:count], (missed * donor.T).sum(dim=1), donor))
+
+    def _without(
+        self, lost: Lost
+    ) -> tuple[Float[Tensor, "units features features"], Float[Tensor, "units features lost"]]:
+        """The features' Gram matrix beside what is left without each unit, and their products with that unit."""
+        coefficients = self.known[:, lost.columns].movedim(1, 0)
+        across = coefficients @ lost.gram
+        return self.gram + across @ coefficients.mT, across
+
+
+@dataclass(frozen=True)
+class Products:
+    """The best columns of every rank for some features: reduced-rank regression (Izenman, 1975) from one factorisation.
+
+    `gains` are how much less the error is with rank 1, 2 and so on.
+    """
+
+    gains: Float[Tensor, " ranks"]
+    left: Float[Tensor, "features ranks"]
+    right: Float[Tensor, "ranks hidden"]
+
+    @classmethod
+    def of(cls, beside: Beside) -> "Products":
+        """From features beside the fit that they would join."""
+        factor = torch.linalg.cholesky(_ridged(beside.gram, beside.squares))
+        left, values, right = whitened_svd(factor, beside.missed)
+        return cls(values.square().cumsum(0), torch.linalg.solve_triangular(factor.T, left * values, upper=True), right)
+
+    def product(self, rank: int) -> Float[Tensor, "hidden features"]:
+        """The columns of this rank."""
+        return (self.left[:, :rank] @ self.right[:rank]).T
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a readout has left: a fit of the columns it stores, and features that it reads out by a donor's columns,
+    each behind one scale. Columns and scales are fitted jointly."""
+
+    fit: Fit
+    scaled: Beside
+    donor: Float[Tensor, "hidden scaled"]
+
+    @classmethod
+    def of(cls, fit: Fit) -> "Remainder":
+        """All of it stored."""
+        return cls(fit, fit.beside(fit.inputs[:, :0]), fit.weight[:, :0])
+
+    @cached_property
+    def error(self) -> float:
+        """What the best columns and scales miss."""
+        return self.fit.error - self.scaled.gain(self.donor)
+
+    def price(self, lost: Lost, features: Inputs | None = None, donor: Readout | None = None) -> float:
+        """What it adds to the error to give one unit's channels up: for nothing; for features that columns of their own
+        read out; or for features that a donor's columns read out, behind scales."""
+        new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
+        donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
+        return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error
+
+    @property
+    def scales(self) -> Float[Tensor, " scaled"]:
+        """The best scales."""
+        missed, columns = (self.scaled.missed * self.donor.T).sum(dim=1), self.donor.T @ self.donor
+        inner = _ridged(self.scaled.gram * columns, self.scaled.squares * columns.diagonal())
+        found: Tensor = torch.linalg.solve(inner, missed)
+        return found
+
+    def predicted(self, inputs: Inputs, scaled: Float[Tensor, "tokens scaled"]) -> Float[Tensor, "tokens hidden"]:
+        """What is read out of other tokens' inputs and scaled features, less what fixed products make of theirs."""
+        product = self.donor * self.scales
+        return inputs.double() @ (self.fit.weight - product @ self.scaled.known).T + scaled.double() @ product.T
+
+    def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Remainder":
+        """What is left with features, in the place of these channels, that are read out by this product as it is."""
+        fit = self.fit.with_fixed(columns, features, product)
+        return Remainder(fit, fit.beside(self.scaled.features), self.donor)
+
+    def without(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> "Remainder":
+        """What is left then."""
+        fit, scaled, donors = self.fit.without(columns), self.scaled.features, self.donor
+        if features is not None and donor is not None:
+            scaled = torch.cat([scaled, features.double()], dim=1)
+            donors = torch.cat([donors, donor.double()], dim=1)
+        elif features is not None:
+            fit = fit.with_features(columns, features)
+        return Remainder(fit, fit.beside(scaled), donors)
+
+
+def _ridged(
+    gram: Float[Tensor, "*units size size"], squares: Float[Tensor, " size"]
+) -> Float[Tensor, "*units size size"]:
+    ridged = gram.clone()
+    ridged.diagonal(dim1=-2, dim2=-1).add_(RIDGE * squares.mean() + torch.finfo(gram.dtype).tiny)
+    return ridged
+
+
+def _scaled_gain(
+    gram: Float[Tensor, "*units size size"],
+    squares: Float[Tensor, " size"],
+    missed: Float[Tensor, "*units size"],
+    donor: Float[Tensor, "hidden size"],
+) -> Float[Tensor, "*units"]:
+    """The scales' own Gram matrix is the features' times, number by number, that of the donor's columns."""
+    columns = donor.T @ donor
+    inner = _ridged(gram * columns, squares * columns.diagonal())
+    scales: Tensor = torch.linalg.solve(inner, missed[..., None])[..., 0]
+    return (missed * scales).sum(dim=-1)

@@ -1,0 +1,227 @@
+"""Round a model's matrices to few bits by GPTQ, each shared unit once, on what all its users give it.
+
+GPTQ (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: accurate post-training quantization", 2022) rounds each row of a
+matrix by itself, given the products of its inputs. So the rows of one tensor that have the same users are one matrix,
+whose inputs are those of all the users; gptqmodel does the rounding.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from headshare.calibration.layerwise.layers import Layers
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
+from headshare.errors import CheckpointError, PlanError
+from headshare.integrations.transformers.loading import empty_model
+from headshare.integrations.transformers.quantizer import module_path
+from headshare.plan.tensors import GappedTensor
+from headshare.progress import track
+from headshare.sharing.expanded import WholeTensors
+from headshare.sharing.share import Grouped, write_packed
+from headshare.text.tokens import Calibration
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A checkpoint, and its layers' matrices rounded, whole, by name: what `save` will write."""
+
+    checkpoint: Checkpoint
+    packing: Packing
+    matrices: Mapping[str, Grouped]
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the rounded checkpoint as a folder, whole or not at all, and check what was written.
+
+        Raises:
+            OutputError: if the folder exists or cannot be written.
+        """
+        return write_packed(self.checkpoint, self.matrices, self.packing, Path(out), overwrite=overwrite)
+
+
+def round_by_gptq(
+    checkpoint: Checkpoint, calibration: Calibration, *, group: int | None = None, device: str = "cpu"
+) -> Rounded:
+    """Round a dense or a shared checkpoint's matrices to four bits, all on the inputs that they have before any is
+    rounded, with a scale for each `group` of inputs (default: the largest of 128, 64, 32, 16 and 8 that fits all).
+
+    In memory are one layer and the hidden states at a time, the products of the inputs of shared rows until their last
+    user has been walked, and what is rounded, packed.
+
+    Raises:
+        CheckpointError: if gptqmodel is not there, the model's matrices stand the other way round (GPT-2's), it has
+            experts, it is rounded already, or it cannot be walked layer by layer.
+        PlanError: if the plan does more than share rows (of q, k, v, gate and up), or the group does not fit.
+    """
+    if checkpoint.plan is None:
+        checkpoint.require_dense("round it")
+    whole = WholeTensors.of(checkpoint)
+    tensors, shapes = whole.tensors, whole.shapes
+    if any(tensor.axis or tensor.removed for tensor in tensors.values()):
+        raise PlanError(
+            "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."
+        )
+    layers = Layers(checkpoint, device=device)
+    if layers.in_out:
+        raise CheckpointError(f"{checkpoint.name} holds its matrices as (input, output), which are not rounded yet.")
+    if layers.ffn is None:
+        raise CheckpointError(f"{checkpoint.name} has experts, which are not rounded yet.")
+    names = [layers.tensors_of(layer) for layer in range(layers.count)]
+    packing = _packing(checkpoint, [name for layer in names for name in layer], shapes, group)
+    make = _maker(packing.group)
+    pieces = [piece for layer in names for name in layer for piece in _pieces(name, tensors, shapes)]
+    users: dict[str, list[_Piece]] = {}
+    for piece in pieces:
+        for user in piece.users:
+            users.setdefault(user, []).append(piece)
+    found = {name: _empty(shapes[name], packing.group) for layer in names for name in layer}
+    stream = layers.start(calibration.tokens)
+    for layer, by_name in track(list(enumerate(names)), "rounding", len(names)):
+        module = layers.build(layer)
+        for at in layers.batches(range(len(stream)), stream.shape[1]):
+            left, seen = layers.run(module, layer, stream[at], tuple(dict.fromkeys(by_name.values())))
+            stream[at] = left.cpu()
+            for name, path in by_name.items():
+                for piece in users[name]:
+                    piece.task(make, whole, layers.device).add_batch(seen.inputs[path], None)
+        for name in by_name:
+            for piece in dict.fromkeys(piece for piece in users[name] if piece.users[-1] == name):
+                piece.put(found[piece.name])
+    for name, tensor in tensors.items():
+        for gap in (gap for gap in tensor.gaps if name in found):
+            mine, theirs, span = found[name], found[gap.donor], gap.stop - gap.start
+            mine.packed[gap.start : gap.stop] = theirs.packed.narrow(0, gap.donor_start, span)
+            mine.scale[gap.start : gap.stop] = theirs.scale.narrow(0, gap.donor_start, span)
+    return Rounded(checkpoint, packing, found)
+
+
+def _packing(
+    checkpoint: Checkpoint, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], group: int | None
+) -> Packing:
+    """How these matrices are packed; every other linear module of the model is left as it is.
+
+    Raises:
+        PlanError: if a group of so many inputs does not fit a matrix.
+    """
+    inputs = {shapes[name][1] for name in names}
+    fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
+    if group is not None and (group < A_WORD or group % A_WORD):
+        raise PlanError(f"a group of {group} inputs does not fill words of {A_WORD}; use a multiple of {A_WORD}.")
+    if (group is None and not fitting) or (group is not None and any(count % group for count in inputs)):
+        sizes = ", ".join(map(str, sorted(inputs)))
+        raise PlanError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
+    model = empty_model(checkpoint)
+    rounded = {module_path(model, name) for name in names}
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return Packing(group=group or fitting[0], ignore=tuple(path for path in linear if path not in rounded))
+
+
+def _empty(shape: tuple[int, ...], group: int) -> Grouped:
+    rows, inputs = shape
+    packed = torch.zeros(rows, inputs // A_WORD, dtype=torch.int32)
+    return Grouped(packed, torch.zeros(rows, inputs // group, dtype=SCALE_DTYPE))
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Rows of one tensor that have the same users: tensors, in the order in which layers use them, its own first. A
+    tensor that uses them several times is there as often, and so are its inputs."""
+
+    name: str
+    rows: Int[Tensor, " rows"]
+    users: tuple[str, ...]
+    _task: Any = None
+
+    def task(self, make: Any, whole: WholeTensors, device: torch.device) -> Any:
+        """GPTQ of these rows."""
+        if self._task is None:
+            weight = whole.read(self.name)[self.rows]
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device)
+            linear.weight.data.copy_(weight)
+            self._task = make(linear)
+        return self._task
+
+    def put(self, found: Grouped) -> None:
+        """Round, and put the rows into their matrix."""
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                weight, scale, zero, _, _, loss, *_ = self._task.quantize()
+            # of what GPTQ cannot round it rounds each number to the nearest, and tells by the loss alone
+            finite = isinstance(loss, float) and math.isfinite(loss)
+            finite = finite and bool(torch.isfinite(weight).all() and torch.isfinite(scale).all())
+        except ValueError:  # no rounding of finite loss
+            finite = False
+        self._task = None
+        if not finite:
+            raise CheckpointError(
+                f"GPTQ cannot round a matrix: {self.name} has numbers that are not finite, or its inputs have, or they "
+                "are too large to be multiplied. Nothing is rounded."
+            )
+        assert bool((zero == OFFSET).all())
+        wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+        found.packed[self.rows] = pack((weight / wide).round().cpu())
+        found.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
+
+
+def _pieces(name: str, tensors: Mapping[str, GappedTensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:
+    """The rows that a tensor stores, by their users."""
+    users: list[tuple[str, ...]] = [(name,)] * shapes[name][0]
+    for other in sorted(tensors.values(), key=lambda one: _layer_of(one.name)):
+        for gap in (gap for gap in other.gaps if gap.donor == name):
+            for row in range(gap.donor_start, gap.donor_start + gap.stop - gap.start):
+                users[row] = (*users[row], other.name)
+    stored = torch.full((len(users),), name not in tensors)
+    if name in tensors:
+        for start, stop in tensors[name].kept():
+            stored[start:stop] = True
+    for same in dict.fromkeys(users):
+        rows = torch.tensor([row for row, one in enumerate(users) if one == same and stored[row]], dtype=torch.long)
+        if len(rows):
+            yield _Piece(name, rows, same)
+
+
+def _layer_of(name: str) -> int:
+    return next(int(step) for step in name.split(".") if step.isdigit())
+
+
+def _maker(group: int) -> Any:
+    """Makes gptqmodel's GPTQ of a linear module.
+
+    Raises:
+        CheckpointError: if gptqmodel is not installed.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            from gptqmodel.quantization import QuantizeConfig
+            from gptqmodel.quantization.gptq import GPTQ
+    except ImportError as error:
+        raise CheckpointError(
+            f'rounding to few bits needs gptqmodel ({error}): pip install "headshare[gptq]"'
+        ) from None
+
+    def make(linear: nn.Linear) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):
+            task = GPTQ(
+                linear,
+                QuantizeConfig(
+                    bits=BITS,
+                    group_size=group,
+                    sym=True,
+                    desc_act=False,
+                    act_group_aware=False,
+                    offload_to_disk=False,
+                    fallback=None,
+                ),
+            )
+            task.quantizer.configure(perchannel=True)
+        return task
+
+    return make

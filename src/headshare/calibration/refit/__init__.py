@@ -1,0 +1,1 @@
+"""Refits: output projections in closed form, and gradient reconstruction of one layer."""

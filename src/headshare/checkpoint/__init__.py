@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: headers, rows on demand, and the entry of headshare in config.json."""

@@ -1,0 +1,21 @@
+"""Measure models on tasks: tasks of lm-evaluation-harness by name, and ours, which run from local files."""
+
+from headshare.evaluation.generation import Parallel, Writing, continuations, samples_of
+from headshare.evaluation.harness import Runner, Settings
+from headshare.evaluation.measuring import Text, measure
+from headshare.evaluation.results import Measured, Metric, read_results, table_of
+
+__all__ = [
+    "Measured",
+    "Metric",
+    "Parallel",
+    "Runner",
+    "Settings",
+    "Text",
+    "Writing",
+    "continuations",
+    "measure",
+    "read_results",
+    "samples_of",
+    "table_of",
+]

@@ -1,0 +1,258 @@
+"""Verify a shared checkpoint by opening it again: digests, map, every kept row, and what the model computes."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json
+from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
+from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
+from headshare.evaluation.perplexity import longest_window
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import READOUTS, GappedTensor, bias_name, extra_tensors, scale_names
+from headshare.progress import track
+from headshare.sharing.safetensors_writer import MANIFEST, file_digest
+from headshare.sharing.share import check_fits, check_shared, expand, same_numbers, tensors_of, write_overwritten
+from headshare.sharing.size import parameter_infos
+
+PROBE_TOKENS = 48
+MODEL_OVERHEAD = 1.6
+ROUNDING = 1e-3
+
+
+@dataclass
+class Verification:
+    """What was found. `ok` is true only if every check that was made passed; `notes` names any that was not made."""
+
+    ok: bool = True
+    max_logit_diff: float | None = None
+    files_checked: int = 0
+    tensors_checked: int = 0
+    parameter_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+    def fail(self, problem: str) -> None:
+        """Record a check that did not pass."""
+        self.ok = False
+        self.problems.append(problem)
+
+
+def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: bool = True) -> Verification:
+    """Check files against their digests, tensors against the plan, and, with `against`, every number against the dense
+    model's. Then compare the model's logits (hidden states, for a bare encoder) with those of a stock model whose
+    recipient rows were overwritten with donor rows: made from `against`, or from the shared checkpoint itself. They
+    must be equal; where units are removed or factored sums have other terms, so both are then computed in float32 at
+    least, and may differ by a rounding.
+
+    A problem is reported, not raised.
+
+    Raises:
+        CheckpointError: if the checkpoint is not a shared one, or cannot be opened at all.
+    """
+    result = Verification()
+    if shared.plan is None:
+        raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
+    try:
+        _check_files(shared, result)
+        check_shared(shared)
+        if against is not None:
+            against.require_dense("verify against")
+            check_fits(shared.plan, against)
+            _check_numbers(shared, against, result)
+        result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
+        if logits and result.ok:
+            _check_logits(shared, against, result)
+    except HeadshareError as error:
+        result.fail(str(error))
+    return result
+
+
+def _check_files(shared: Checkpoint, result: Verification) -> None:
+    manifest = shared.path / MANIFEST
+    if not manifest.is_file():
+        result.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
+        return
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict):
+        result.fail(f"{MANIFEST} lists no files")
+        return
+    for name in sorted({info.file for info in shared.tensors.values()} - set(files)):
+        result.fail(f"{MANIFEST} has no digest of {name}")
+    for name, entry in track(files.items(), "digests", len(files)):
+        path = shared.path / Path(name).name
+        if not path.is_file():
+            result.fail(f"{name} is missing")
+        elif not isinstance(entry, dict) or file_digest(path) != entry.get("sha256"):
+            result.fail(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
+        result.files_checked += 1
+
+
+def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) -> None:
+    """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
+    assert shared.plan is not None
+    tensors, extras = tensors_of(shared.plan, dense), extra_tensors(shared.plan)
+    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if shared.packing else {}
+    for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(extras)):
+        result.fail(f"{name} is in only one of the two checkpoints")
+    common = sorted(set(dense.tensors) & set(shared.tensors))
+    converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
+    for name in sorted(refitted - _refittable(dense, stepped=bool(shared.refit and shared.refit.steps))):
+        result.fail(f"the record of the refit names {name}, which no refit changes")
+    _check_lent(shared, dense, refitted, tensors, result)
+    common = [name for name in common if name not in refitted]
+    for name in track(common, "numbers", len(common)):
+        if dense.tensors[name].dtype != shared.tensors[name].dtype:
+            converted.add(f"{dense.tensors[name].dtype} to {shared.tensors[name].dtype}")
+        if not same_numbers(shared, dense, name, tensors.get(name)):
+            result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
+        result.tensors_checked += 1
+    if shared.refit:
+        result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
+    if _multiplies_factors(shared.plan):
+        result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
+    if shared.packing:
+        result.notes.append(f"not compared with the dense model: {shared.packing.in_words()}")
+    if converted:
+        result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
+
+
+def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
+    """What a refit may change: weights and biases of W_o and W_down; with gradient steps the weights of all parts."""
+    config = text_config(dense.config)
+    layouts = [attention_layout(config, dense.shapes)]
+    with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
+        layouts.append(ffn_layout(config, dense.shapes))
+    found: set[str] = set()
+    for layout in layouts:
+        for part, place in layout.parts.items():
+            names = [place.name(layer) for layer in range(layout.layers)]
+            if part in READOUTS:
+                found.update(names, map(bias_name, names))
+            elif stepped:
+                found.update(names)
+    return frozenset(found)
+
+
+def _check_lent(
+    shared: Checkpoint,
+    dense: Checkpoint,
+    refitted: frozenset[str],
+    tensors: Mapping[str, GappedTensor],
+    result: Verification,
+) -> None:
+    """What other layers borrow of q, k, v, gate and up is the dense model's, whatever a refit did to the rest."""
+    readouts = _refittable(dense, stepped=False)
+    lent: dict[str, set[tuple[int, int]]] = {}
+    for gap in (gap for tensor in tensors.values() for gap in tensor.gaps):
+        if gap.donor in refitted - readouts and gap.donor in shared.tensors:
+            lent.setdefault(gap.donor, set()).add((gap.donor_start, gap.stop - gap.start))
+    for name, spans in lent.items():
+        tensor, whole, kept = tensors[name], dense.read(name), shared.read(name)
+        for start, size in spans:
+            own = kept.narrow(tensor.axis, tensor.stored_index(start), size)
+            if not torch.equal(own, whole.narrow(tensor.axis, start, size).to(own.dtype)):
+                result.fail(f"{name} lends numbers that are not the dense model's, which no refit changes")
+                break
+
+
+def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verification) -> None:
+    if "auto_map" in shared.config:
+        result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
+        return
+    assert shared.plan is not None
+    reason = _why_rounding_differs(shared.plan)
+    stored = next(iter(shared.tensors.values())).torch_dtype
+    dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
+    widened = dtype.itemsize / stored.itemsize
+    unpacked = [math.prod(info.shape) * A_WORD for name, info in shared.tensors.items() if name.endswith(PACKED)]
+    whole = sum(info.nbytes for info in shared.tensors.values()) + sum(unpacked) * torch.float32.itemsize
+    needed = int(MODEL_OVERHEAD * widened * whole)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
+        return
+    with _stock_folder(shared, against) as stock:
+        probe = _probe(shared)
+        ours = _outputs(shared, probe, dtype)
+        theirs = _outputs(stock, probe, dtype)
+    if not torch.isfinite(ours).all():
+        result.fail("the shared model's logits are NaN or infinite")
+        return
+    difference = (ours - theirs).abs().max().item()
+    result.max_logit_diff = difference
+    allowed = ROUNDING * theirs.abs().max().item() if reason else 0.0
+    if difference > allowed:
+        result.fail(
+            f"logits differ by up to {difference} from the stock model with overwritten rows; they should be equal"
+            + (f" to {allowed:.1e}" if reason else "")
+        )
+    elif reason:
+        result.notes.append(f"logits compared to {allowed:.1e}: {reason}")
+
+
+def _why_rounding_differs(plan: SharePlan) -> str | None:
+    """What makes a shared model round in another way than the stock one; None where it does not."""
+    if any(removal.count for removal in plan.removals):
+        return "without removed units, sums are rounded in another way"
+    if _multiplies_factors(plan):
+        return "factors are multiplied one after the other here, and with each other there"
+    if scale_names(plan):
+        return "scales of ties multiply inputs here, and weights there"
+    return None
+
+
+def _multiplies_factors(plan: SharePlan) -> bool:
+    return any(one.count for one in plan.factored)
+
+
+@contextmanager
+def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
+    """A stock checkpoint with donors' rows in place of recipients', written where there is room and then removed."""
+    assert shared.plan is not None
+    scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
+    same_dtype = against is not None and all(
+        against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
+    )
+    try:
+        if against is not None and same_dtype and not (extra_tensors(shared.plan) or shared.refit or shared.packing):
+            folder = write_overwritten(against, shared.plan, scratch / "stock")
+        else:
+            folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
+        with open_checkpoint(folder) as stock:
+            yield stock
+    except OutputError as error:
+        raise OutputError(f"{error} Point TMPDIR at a disk with room, or pass --no-logits.") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _probe(checkpoint: Checkpoint) -> Tensor:
+    """Fixed pseudo-random token ids that every model of this vocabulary has. Shape: 2 x tokens."""
+    vocabulary = text_config(checkpoint.config).get("vocab_size") or 1000
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(10, vocabulary - 1), vocabulary, (2, PROBE_TOKENS), generator=generator)
+
+
+@torch.inference_mode()
+def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
+    model: Any = load_model(checkpoint, storage="owner", dtype="auto" if not dtype.is_floating_point else dtype)
+    out = model(input_ids=probe[:, : longest_window(checkpoint.config) or PROBE_TOKENS])
+    value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
+    return value.float()

@@ -1,0 +1,119 @@
+"""A comparison as one value: from YAML, from the command line, or both."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import EvaluationError
+from headshare.evaluation import Parallel, Settings, Text
+from headshare.evaluation.generation import SOURCE
+from headshare.evaluation.perplexity import WINDOW
+from headshare.experiments.grid import Grid
+from headshare.files.atomic import read_yaml
+from headshare.text.tokens import TOKENS, Calibration, calibration_from
+from headshare.training import TrainSettings
+
+LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
+
+
+class Recipe(BaseModel):
+    """What is compared, on what model, by what. `title` says what it is for; `train` holds the settings of `headshare
+    train`, but for the method and the plan, for methods that train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = ""
+    model: str | None = None
+    methods: tuple[str, ...] = LIGHT
+    ratios: tuple[float, ...] = (0.1, 0.3)
+    text: Path | None = None
+    tokens: int | None = None
+    window: Annotated[int, Field(ge=2)] = WINDOW
+    source: Path | None = None
+    reference: Path | None = None
+    prompt: str = SOURCE + "\n"
+    language: str | None = None
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    limit: int | None = None
+    few_shot: int | None = None
+    batch_size: int = 16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    calibration: str | None = None
+    calibration_tokens: int = TOKENS
+    calibration_window: int = WINDOW
+    train: dict[str, Any] | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    @classmethod
+    def load(cls, path: Path | None, options: Mapping[str, Any]) -> "Recipe":
+        """A YAML file's settings, with those of the command line in their place.
+
+        Raises:
+            EvaluationError: if the file cannot be read, or a setting is none.
+        """
+        found = {} if path is None else read_yaml(path, EvaluationError)
+        if not isinstance(found, dict):
+            raise EvaluationError(f"{path} holds no settings but {found!r:.60}. See recipes/ for examples.")
+        try:
+            return cls.model_validate({**found, **options})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(step) for step in first["loc"]) or "the top"
+            where = path or "the options"
+            raise EvaluationError(f"{where}: {first['msg']} at {place}; found {first['input']!r:.100}.") from None
+
+    def grid(self) -> Grid:
+        """The cells that it asks for.
+
+        Raises:
+            EvaluationError: as `Grid` and `Parallel` do, or if one side of a translation is missing.
+            TrainingError: if `train` is not what training settings are.
+        """
+        if (self.source is None) != (self.reference is None):
+            raise EvaluationError("a translation needs both a source and a reference.")
+        return Grid(
+            methods=self.methods,
+            ratios=self.ratios,
+            tasks=self.tasks,
+            data=self.data_dir,
+            text=None if self.text is None else Text(self.text, self.window, self.tokens),
+            parallel=None
+            if self.source is None or self.reference is None
+            else Parallel(self.source, self.reference, self.prompt, self.limit, language=self.language),
+            settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
+            seed=self.seed,
+            training=self._training(),
+        )
+
+    def _training(self) -> TrainSettings | None:
+        if self.train is None:
+            return None
+        if set_here := sorted({"method", "sharing", "seed"} & self.train.keys()):
+            raise EvaluationError(f"{set_here[0]} in `train` would not be used: the comparison sets it. Leave it out.")
+        found = TrainSettings.made({"method": "postshare", **self.train})
+        if found.tasks.names and found.tasks.data_dir is None:  # those of the comparison
+            tasks = found.tasks.model_copy(update={"data_dir": self.data_dir})
+            return found.model_copy(update={"tasks": tasks})
+        return found
+
+    def calibration_on(self, dense: Checkpoint) -> Calibration | None:
+        """The calibration text, if there is one.
+
+        Raises:
+            CalibrationError: if it cannot be had.
+        """
+        if self.calibration is None:
+            return None
+        return calibration_from(
+            self.calibration,
+            dense,
+            tokens=self.calibration_tokens,
+            window=self.calibration_window,
+            seed=self.seed,
+            device=self.device,
+        )

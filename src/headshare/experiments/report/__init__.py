@@ -1,0 +1,1 @@
+"""Reports: tables, figures, and what becomes of the paper's claims."""

@@ -1,0 +1,153 @@
+"""What the paper says of its methods that can be checked on any model: each claim against the cells of one grid."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from headshare.experiments.cells import DENSE, Compared
+from headshare.experiments.methods import MATCHES, ROUNDED, SHARING, TRAINED, base_of
+
+ERRORS = 2.0  # standard errors that a difference must be, to be one
+PAPERS = "directshare"
+ACCURACY, BLEU = "acc", "bleu"
+RIVALS = tuple(f"match-{name}" for name in MATCHES)
+
+
+class Says(StrEnum):
+    """What the numbers say of a claim."""
+
+    HOLDS = "holds"
+    LEVEL = "level"
+    FAILS = "does not hold"
+    OPEN = "cannot be told"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A claim at one ratio, or of one method: what the numbers say, and which numbers."""
+
+    claim: str
+    where: str
+    says: Says
+    evidence: str
+
+
+def checked(cells: Sequence[Compared]) -> list[Checked]:
+    """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
+    errors; without a text the mean accuracy does, and without tasks BLEU. Level is what differs by less: with few
+    windows, much does."""
+    done = [cell for cell in cells if cell.losses or score(cell) is not None]
+    made = [cell for cell in done if cell.method != DENSE]
+    claims = [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(made)]
+    dense = next((cell for cell in done if cell.method == DENSE and cell.losses), None)
+    return claims + ([] if dense is None else list(_four_bits(dense, made)))
+
+
+def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
+    """By how much the first is worse, the standard error, and both in words."""
+    if one.losses and other.losses:
+        more, error = one.loses_more_than(other)
+        return more, error, f"{one.method} {one.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
+    first, second = score(one), score(other)
+    if first is None or second is None:
+        return math.nan, math.nan, ""
+    words = f"{one.method} {first.shown}, {other.method} {second.shown}"
+    return second.value - first.value, math.hypot(first.error, second.error), words
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does its tasks: the more the better, with its standard error, and as a table shows it."""
+
+    value: float
+    error: float
+    shown: str
+
+
+def score(cell: Compared) -> Score | None:
+    """The mean accuracy over tasks, or the mean BLEU; None where neither was measured."""
+    for name in (ACCURACY, BLEU):
+        found = [row.metrics[name] for row in cell.results if name in row.metrics]
+        known = [(metric.value, metric.error) for metric in found if metric.value is not None]
+        if known:
+            errors = [math.nan if error is None else error for _, error in known]
+            value = statistics.mean(value for value, _ in known)
+            shown = f"{100 * value:.1f} %" if name == ACCURACY else f"BLEU {value:.1f}"
+            return Score(value, math.hypot(*errors) / len(known), shown)
+    return None
+
+
+def _says(more: float, error: float, *, if_more: Says, if_less: Says, if_level: Says) -> Says:
+    if math.isnan(more) or math.isnan(error):
+        return Says.OPEN
+    return if_more if more > ERRORS * error else if_less if more < -ERRORS * error else if_level
+
+
+def _by_ratio(cells: Iterable[Compared]) -> dict[float, dict[str, Compared]]:
+    found: dict[float, dict[str, Compared]] = {}
+    for cell in cells:
+        found.setdefault(cell.ratio, {})[cell.method] = cell
+    return dict(sorted(found.items()))
+
+
+def _best_match(cells: Sequence[Compared]) -> Iterator[Checked]:
+    for ratio, by_name in _by_ratio(cells).items():
+        others = [by_name[name] for name in RIVALS if name in by_name]
+        if PAPERS not in by_name or not others:
+            continue
+        best = min(others, key=lambda cell: _more_loss(cell, others[0])[0])
+        more, error, words = _more_loss(by_name[PAPERS], best)
+        says = _says(more, error, if_more=Says.FAILS, if_less=Says.HOLDS, if_level=Says.LEVEL)
+        yield Checked("q and k together are the best to match by", f"{ratio:g}", says, words)
+
+
+def _pairs(first: str, second: str, claim: str) -> Callable[[Sequence[Compared]], Iterator[Checked]]:
+    """The first method is worse than the second."""
+
+    def check(cells: Sequence[Compared]) -> Iterator[Checked]:
+        for ratio, by_name in _by_ratio(cells).items():
+            if first in by_name and second in by_name:
+                more, error, words = _more_loss(by_name[first], by_name[second])
+                says = _says(more, error, if_more=Says.HOLDS, if_less=Says.FAILS, if_level=Says.OPEN)
+                yield Checked(claim, f"{ratio:g}", says, words)
+
+    return check
+
+
+_separate = _pairs("match-separate", PAPERS, "matching q, k and v each by itself is worse")
+_postshare = _pairs(PAPERS, "postshare", "PostShare is above DirectShare")
+
+
+def _decay(cells: Sequence[Compared]) -> Iterator[Checked]:
+    sharing = (cell.method for cell in cells if base_of(cell.method) in (*SHARING, *TRAINED, "random-donors"))
+    for name in dict.fromkeys(sharing):
+        some = sorted((cell for cell in cells if cell.method == name), key=lambda cell: cell.ratio)
+        if len(some) < 2 or len({cell.saved_bytes for cell in some}) < 2:
+            continue
+        steps = [_more_loss(later, before) for before, later in itertools.pairwise(some)]
+        each = [_says(m, e, if_more=Says.HOLDS, if_less=Says.FAILS, if_level=Says.OPEN) for m, e, _ in steps]
+        says = Says.FAILS if Says.FAILS in each else Says.OPEN if Says.OPEN in each else Says.HOLDS
+        yield Checked("more sharing, less quality", name, says, ", ".join(_figure(cell) for cell in some))
+
+
+def _figure(cell: Compared) -> str:
+    found = score(cell)
+    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else found.shown
+    return f"{value} at {cell.ratio:g}"
+
+
+def _four_bits(dense: Compared, cells: Sequence[Compared]) -> Iterator[Checked]:
+    for ratio, by_name in _by_ratio(cells).items():
+        for name, rounded in by_name.items():
+            plain = by_name.get(name.removesuffix(ROUNDED))
+            if plain is None or plain is rounded or not (plain.losses and rounded.losses):
+                continue
+            each = zip(dense.losses, plain.losses, rounded.losses, strict=True)
+            more = [(last - shared) - (shared - first) for first, shared, last in each]
+            error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
+            says = _says(statistics.mean(more), error, if_more=Says.FAILS, if_less=Says.HOLDS, if_level=Says.OPEN)
+            words = ", ".join(f"{cell.method} {cell.perplexity:,.4g}" for cell in (dense, plain, rounded))
+            yield Checked("4 bits on top lose less than sharing did", f"{ratio:g}", says, words)

@@ -1,0 +1,217 @@
+"""Figures of a comparison: quality against what is saved, tasks against the ratio, what each layer gives up, and losses
+against steps."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from headshare.errors import EvaluationError, OutputError
+from headshare.evaluation.results import Measured
+from headshare.experiments.cells import DENSE, Compared
+from headshare.experiments.methods import METHODS, ROUNDED
+from headshare.files.atomic import explain, write_whole
+
+STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
+WIDE = 8.0
+MARKERS = "osv"
+LABEL = 50  # letters in a line of a row's label
+TICKS = 5  # ratios that have room for their numbers
+ACROSS = 4  # panels beside one another
+Drawn = Callable[[Any, list[Compared]], bool]
+
+
+def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path]]:
+    """Draw what there is to be drawn of these cells, as SVG files whose names begin with this one. Returns what each
+    shows, and where it is.
+
+    Raises:
+        EvaluationError: if matplotlib is not installed.
+        OutputError: if they cannot be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvaluationError("figures are drawn by matplotlib. Run: pip install 'headshare[report]'") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(explain(error, folder)) from None
+    found = []
+    with matplotlib.rc_context(STYLE):
+        for kind, (title, drawn) in FIGURES.items():
+            figure = Figure(figsize=(WIDE, 4.5), layout="constrained")
+            if drawn(figure, cells):
+                path = folder / f"{name}-{kind}.svg"
+                picture = io.BytesIO()
+                figure.savefig(picture, format="svg", metadata={"Date": None})
+                write_whole(path, picture.getvalue())
+                found.append((title, path))
+    return found
+
+
+def _quality(figure: Any, cells: list[Compared]) -> bool:
+    """A line for each method that was measured at several ratios, a point for others: what it is above dense, by
+    powers of ten, and near dense in proportion. Beside them what rounds, which saves many times as much."""
+    dense = next((cell.perplexity for cell in cells if cell.method == DENSE), None)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for cell in cells:
+        if dense is not None and cell.perplexity is not None and cell.method != DENSE:
+            points.setdefault(cell.method, []).append((100 * cell.saved_fraction, cell.perplexity - dense))
+    if dense is None or not points:
+        return False
+    sets = [some for rounds in (False, True) if (some := [name for name in points if _rounds(name) == rounds])]
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False, width_ratios=[3, 1][: len(sets)])[0]
+    for number, (method, above) in enumerate(points.items()):
+        axes = next(axes for axes, some in zip(panels, sets, strict=True) if method in some)
+        axes.plot(*zip(*sorted(above), strict=True), **_mark(number), label=method)
+    values = [value for above in points.values() for _, value in above]
+    near = max(dense / 100, min(map(abs, values)))
+    for axes in panels:
+        axes.axhline(0, color="gray", linewidth=0.8, label=f"{DENSE}, {dense:,.4g}" if axes is panels[0] else None)
+        axes.set_yscale("symlog", linthresh=near, subs=range(2, 10))
+        axes.yaxis.set_major_formatter("{x:+g}")
+        axes.grid(visible=True, which="both", alpha=0.2)
+    panels[0].set(
+        ylabel="perplexity above dense", ylim=(1.5 * min(0, *values) - near / 2, 1.5 * max(0, *values) + near / 2)
+    )
+    figure.supxlabel("saved, % of the model's bytes", fontsize="medium")
+    figure.legend(fontsize="small", ncols=4, loc="outside upper center")
+    return True
+
+
+def _mark(number: int) -> dict[str, Any]:
+    """Tells one method from others."""
+    return {"marker": MARKERS[number // 10 % 3], "markersize": 4, "linewidth": 1.2, "color": f"C{number}"}
+
+
+def _tasks(figure: Any, cells: list[Compared]) -> bool:
+    """A panel a task: its metric against the ratio, or beside one another where there is one ratio. The band is dense
+    with a standard error to each side, the dots are what guessing gives, or always the same answer."""
+    methods = list(dict.fromkeys(cell.method for cell in cells if cell.results and cell.method != DENSE))
+    names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
+    if not methods:
+        return False
+    places = sorted({cell.ratio for cell in cells if cell.results and cell.method != DENSE})
+    ratios = [ratio for ratio in places if ratio]
+    beside = len(ratios) < 2
+    rows = -(-len(names) // ACROSS)
+    figure.set_figheight(1.2 + 2.1 * rows)
+    panels = figure.subplots(rows, min(ACROSS, len(names)), squeeze=False).flat
+    lines: dict[str, Any] = {}
+    for axes, name in zip_longest(list(panels), names):
+        if name is None:
+            axes.remove()
+            continue
+        found = {(cell.method, cell.ratio): row for cell in cells for row in cell.results if row.task == name}
+        metric = next(iter(found.values())).main[0]
+        for number, method in enumerate(methods):
+            points = sorted(
+                (number if beside else ratio, value)
+                for (of, ratio), row in found.items()
+                if of == method and (value := _shown(row)) is not None
+            )
+            if points:
+                (lines[method],) = axes.plot(*zip(*points, strict=True), **_mark(number))
+        _beside(axes, found.get((DENSE, 0.0)))
+        axes.locator_params(axis="y", nbins=5)  # as many at any size: the layout is made before it is known
+        axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
+        if beside:
+            axes.set(xticks=[], xlim=(-0.5, len(methods) - 0.5))
+        elif len(ratios) <= TICKS:
+            axes.set_xticks(places)
+    if beside:
+        where = "".join(f"ratio {ratio:g}" for ratio in ratios)
+    else:
+        where = "ratio" if all(places) else "ratio; 0 is what has none"
+    figure.supxlabel(where, fontsize="medium")
+    figure.legend(lines.values(), lines, fontsize="small", ncols=4, loc="outside upper center")
+    return True
+
+
+def _beside(axes: Any, dense: Measured | None) -> None:
+    """What others are seen beside: the dense model, and guessing."""
+    if dense is None or (value := _shown(dense)) is None:
+        return
+    name, metric = dense.main
+    error = (100 if name == "acc" else 1) * (metric.error or 0.0)
+    axes.axhspan(value - error, value + error, color="gray", alpha=0.25, linewidth=0)
+    axes.axhline(value, color="gray", linewidth=0.8)
+    if name == "acc" and dense.guessed:
+        axes.axhline(100 * max(dense.guessed), color="black", linewidth=0.8, linestyle=":")
+
+
+def _shown(row: Measured) -> float | None:
+    """Its metric: accuracies in percent."""
+    name, metric = row.main
+    return None if metric.value is None else metric.value * (100 if name == "acc" else 1)
+
+
+def _rounds(method: str) -> bool:
+    return method.endswith(ROUNDED) or (method in METHODS and METHODS[method].fixed)
+
+
+def _layers(figure: Any, cells: list[Compared]) -> bool:
+    """A row for all cells of a ratio that give up as many units of each layer: the darker, the more."""
+    same: dict[tuple[float, tuple[float, ...]], list[str]] = {}
+    for cell in (cell for cell in cells if cell.by_layer):
+        same.setdefault((cell.ratio, cell.by_layer), []).append(cell.method)
+    rows = {
+        textwrap.fill(f"{', '.join(names)} {ratio:g}", LABEL, break_on_hyphens=False): by_layer
+        for (ratio, by_layer), names in same.items()
+    }
+    if not rows:
+        return False
+    figure.set_figheight(1.2 + (0.08 + 0.14 * max(label.count("\n") + 1 for label in rows)) * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow([[100 * one for one in row] for row in rows.values()], aspect="auto", cmap="Greys", vmin=0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("layer")
+    figure.colorbar(image, label="units given up, %")
+    return True
+
+
+def _curves(figure: Any, cells: list[Compared]) -> bool:
+    """Loss on what is held out, as sharing then gives it; and below it accuracies with their standard errors, where
+    tasks were measured."""
+    trained = [cell for cell in cells if cell.curve]
+    if not trained:
+        return False
+    scored = list(_accuracies(trained))
+    panels = figure.subplots(2 if scored else 1, sharex=True, squeeze=False)[:, 0]
+    figure.set_figheight(4.5 * len(panels))
+    for cell in trained:
+        points = [(row["step"], row["loss"]) for row in cell.curve]
+        panels[0].plot(*zip(*points, strict=True), marker=".", label=cell.title)
+    for name, found in scored:
+        steps, values, errors = zip(*found, strict=True)
+        panels[1].errorbar(steps, values, errors, marker=".", capsize=2, linewidth=1, label=name)
+    for panel, label in zip(panels, ("loss on windows held out, nats a token", "accuracy, %"), strict=False):
+        panel.set_ylabel(label)
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[-1].set_xlabel("steps")
+    panels[-1].locator_params(axis="x", integer=True)
+    return True
+
+
+def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, float, float]]]]:
+    for cell in cells:
+        for key in [key for key in cell.curve[0] if key.endswith("_acc")]:
+            error = f"{key}_error"
+            points = [(row["step"], 100 * row[key], 100 * row.get(error, 0.0)) for row in cell.curve if key in row]
+            yield f"{cell.title}, {key.removesuffix('_acc')}", points
+
+
+FIGURES: dict[str, tuple[str, Drawn]] = {
+    "quality": ("perplexity above the dense model's, against the bytes that are saved", _quality),
+    "tasks": (
+        "each task: the gray band is the dense model and a standard error to each side, the dotted line guessing, or "
+        "always the same answer where that is better",
+        _tasks,
+    ),
+    "layers": ("the share of its units that each layer gives up", _layers),
+    "curves": ("the loss against steps", _curves),
+}

@@ -1,0 +1,131 @@
+"""The cells of a comparison as a table, in words, and as CSV."""
+
+import csv
+import io
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+from headshare.evaluation.results import guesses_of
+from headshare.experiments.cells import DENSE, Compared
+from headshare.experiments.methods import DELETING, REFIT, SHARING
+
+
+def table(cells: Sequence[Compared]) -> str:
+    """Markdown: a row a cell, with what its plan takes; bytes in MiB, divergences in nats a token and accuracies in
+    percent, both with standard errors, a tilde where an accuracy is not two of them above guessing, or above always the
+    same answer."""
+    tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
+    asked = {row.task: row.questions for cell in cells for row in cell.results if row.chance is not None}
+    shown = [f"{task} ({asked[task]})" if task in asked else task for task in tasks]
+    sizes = ["saved", "disk, MiB", "memory, MiB"]
+    heads = ["ratio", "method", "plan", *sizes, "perplexity", "divergence", *shown, "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:|---|---" + "|--:" * (len(heads) - 3) + "|"]
+    guessed = {row.task: guesses_of(row) for cell in cells for row in cell.results if row.chance is not None}
+    if guessed:
+        guesses = [guessed.get(task, "") for task in tasks]
+        lines.append("| | guessing | | | | | | | " + " | ".join(guesses) + " | |")
+    for cell in cells:
+        ratio = f"{cell.ratio:g}" if cell.ratio else ""
+        if cell.failed:
+            lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
+            continue
+        plan = "" if cell.given_up is None else cell.given_up.in_cell
+        by_task = {row.task: row.in_cell for row in cell.results}
+        values = [ratio, cell.method, plan, f"{cell.saved_fraction:.2%}"]
+        values += map(_mib, (cell.disk_bytes, cell.memory_bytes))
+        values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
+        values += [by_task.get(task, "") for task in tasks]
+        lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
+    several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if not cell.failed})
+    notes = dict.fromkeys(
+        f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note
+    )
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
+
+
+def _with_error(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
+
+
+def in_words(cells: Sequence[Compared]) -> str:
+    """The table, and below it the verdict where there is one."""
+    return "\n\n".join(filter(None, (table(cells), verdict(cells))))
+
+
+def verdict(cells: Sequence[Compared]) -> str:
+    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
+    shares beside the best that only deletes, with the standard error of the difference over windows. A method that may
+    share and whose plan ties nothing deletes. What trains or rounds does more, and is in neither."""
+    lines = []
+    for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
+        some = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
+        some.sort(key=lambda cell: statistics.mean(cell.losses))
+        if not some:
+            continue
+        words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
+        by = f"At {ratio:g}, by" if ratio else "By"
+        lines.append(f"{by} perplexity, best first: {words}.")
+        sharing = next(filter(_shares, some), None)
+        deleting = next(filter(_deletes, some), None)
+        if sharing and deleting:
+            more, error = sharing.loses_more_than(deleting)
+            if math.isnan(error):
+                continue
+            word = "ahead of" if more < -2 * error else "behind" if more > 2 * error else "level with"
+            lines.append(
+                f"The best that shares, {_named(sharing)}, is {word} the best that only deletes, {_named(deleting)}: "
+                f"{more:+.4f} nats a token (standard error {error:.4f})."
+            )
+    return "\n".join(lines)
+
+
+def _shares(cell: Compared) -> bool:
+    return cell.method.removesuffix(REFIT) in SHARING and (cell.given_up is None or cell.given_up.tied > 0)
+
+
+def _deletes(cell: Compared) -> bool:
+    return cell.method.removesuffix(REFIT) in (*SHARING, *DELETING) and not _shares(cell)
+
+
+def _named(cell: Compared) -> str:
+    """The method, and what its plan takes."""
+    return cell.method + (f" ({cell.given_up.in_cell})" if cell.given_up else "")
+
+
+def as_csv(cells: Sequence[Compared]) -> str:
+    """A line a cell and metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("method", "ratio", "tied", "removed", "neurons", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
+    writer.writerow([*names, "task", "metric", "value", "standard_error", "chance", "questions"])
+    for row in _rows(cells):
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
+    for cell in cells:
+        given = ("", "", "") if cell.given_up is None else astuple(cell.given_up)
+        start = [cell.method, cell.ratio, *given, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        if cell.losses:
+            yield [*start, "text", "perplexity", cell.perplexity, "", "", len(cell.losses)]
+            yield [*start, "text", "divergence", statistics.mean(cell.divergences), "", "", len(cell.divergences)]
+        for row in cell.results:
+            for name, metric in row.metrics.items():
+                yield [*start, row.task, name, metric.value, metric.error, row.chance, row.questions]
+
+
+def to_dict(cells: Sequence[Compared]) -> dict[str, Any]:
+    """The same as `--json` prints it."""
+    return {"cells": [asdict(cell) for cell in cells], "verdict": verdict(cells)}

@@ -1,0 +1,166 @@
+"""Load a checkpoint, dense or shared, as a transformers model and tokenizer, running no code it brings along."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import headshare.integrations.transformers.quantizer  # noqa: F401 - registers the format
+from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.checkpoint.int4 import PARTS
+from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
+from headshare.errors import CheckpointError, EvaluationError
+
+
+def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
+    """The transformers model in a folder or under a hub id, dense or shared, in evaluation mode.
+
+    `storage` says how a shared model holds its weights: `auto`, `alias`, `owner` (to train it), `indirect` or `vmm`.
+    `options` go to `from_pretrained`: dtype, device_map and the like.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or transformers cannot load it.
+        PlanError: if there is no such storage.
+        StorageError: if this machine cannot hold the model so.
+    """
+    with open_checkpoint(model) as checkpoint:
+        return load_model(checkpoint, storage=storage, **options)
+
+
+def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any) -> Any:
+    """The model class that config.json names, if the checkpoint has all its weights; else the bare encoder or decoder.
+
+    `storage` says how a shared model holds its weights; `options` go to `from_pretrained`.
+
+    Raises:
+        CheckpointError: if transformers has no such class, the model needs code of its own, the weights of the bare
+            model are incomplete, or there is no such device.
+    """
+    if isinstance(options.get("device_map"), str):
+        _check_device(options["device_map"])
+    check_model_code(checkpoint)
+    if checkpoint.plan is not None:
+        options = {**options, "config": _config_with(checkpoint, storage)}
+    for model_class in (*_named_class(checkpoint), transformers.AutoModel):
+        with quiet():
+            model, report = _from_pretrained(model_class, checkpoint.path, options)
+        if not report["missing_keys"]:
+            return model.eval()
+        if missing := sorted(key for key in report["missing_keys"] if key.endswith(PARTS)):
+            raise CheckpointError(
+                f"{checkpoint.name} has no {missing[0]}, a matrix of 4 bits by its config.json. Download it again."
+            )
+    raise CheckpointError(
+        f"{checkpoint.name} lacks weights that its model needs: {sorted(report['missing_keys'])[:3]}."
+    )
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """The stock model that config.json names, or the bare one where it names none, with no weights.
+
+    Raises:
+        CheckpointError: if transformers has no such class, or the model needs code of its own.
+    """
+    check_model_code(checkpoint)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    model_class = next(iter(_named_class(checkpoint)), transformers.AutoModel)
+    with quiet(), torch.device("meta"):
+        built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+        return (
+            model_class._from_config(built)
+            if issubclass(model_class, transformers.PreTrainedModel)
+            else model_class.from_config(built, trust_remote_code=False)
+        )
+
+
+def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
+    """The model's configuration, asking for this storage."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    config.quantization_config = {**config.quantization_config, "storage": storage}
+    return config
+
+
+def _named_class(checkpoint: Checkpoint) -> list[Any]:
+    """The model class that config.json names first, where it names one that transformers has."""
+    names = checkpoint.config.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} has architectures {names!r:.100}; it should be a list."
+        )
+    found = getattr(transformers, str(names[0]), None) if names else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if names and not is_model:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} names the class {names[0]!r:.100}, which transformers does not have."
+        )
+    return [found] if is_model else []
+
+
+def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **{**LOCAL_ONLY, **options})
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    if model_class is transformers.AutoModel:
+        report["missing_keys"] = {key for key in report["missing_keys"] if "pooler" not in key}
+    return model, report
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that torch does not know, or that is not there; `auto` and other names are accelerate's."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        if name in ("auto", "balanced", "sequential"):
+            return
+        raise CheckpointError(f"there is no device {name!r:.40}. Use cpu, cuda:0 or auto.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"there are {torch.cuda.device_count()} GPUs here, and {name} is none. Use cpu.")
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        EvaluationError: if the folder has none.
+        CheckpointError: if it, or the model beside it, needs code of its own.
+    """
+    check_model_code(checkpoint)
+    check_tokenizer_code(checkpoint)
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(
+            f"{checkpoint.name} has no tokenizer that transformers can load ({reason}). "
+            "Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights."
+        ) from None
+
+
+def unique_parameter_bytes(model: Any) -> int:
+    """Bytes of all parameters, each counted once however many names it has."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars and loading reports; errors still come through."""
+    logger = transformers.utils.logging
+    level = logger.get_verbosity()
+    bars = logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.set_verbosity(level)
+        if bars:
+            logger.enable_progress_bar()

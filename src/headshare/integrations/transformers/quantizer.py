@@ -1,0 +1,302 @@
+"""Load and save shared checkpoints with transformers: `import headshare`, then `from_pretrained` as for any model.
+
+To transformers, sharing is a quantisation method: config.json names it, and its quantizer replaces the modules that
+the plan touches while the model is still on the meta device. Weights then load under their own names.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from headshare.checkpoint.checkpoint import METHOD, quantization_entry
+from headshare.checkpoint.header import read_header
+from headshare.checkpoint.int4 import Packing, check_types, packed_tensors
+from headshare.checkpoint.refit_record import RefitRecord, is_shown
+from headshare.errors import PlanError, StorageError
+from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
+from headshare.plan.placement import held_again
+from headshare.plan.plan import FORMAT, SharePlan
+from headshare.plan.tensors import gapped_tensors, reduced_readouts, reduced_tensors
+from headshare.storage.int4 import PackedLinear, install_packed, unpacked
+from headshare.storage.low_rank import install_factored
+from headshare.storage.pooled.frozen import HOW_TO_TRAIN, read_banks
+from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
+from headshare.storage.registry import STORAGES, check_storage, choose_storage
+
+LOGGER = logging.getLogger("headshare")
+REPLICATING = ("indirect", "vmm")
+
+
+@register_quantization_config(METHOD)
+class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """The `quantization_config` entry of a shared checkpoint: format, plan, and how to hold it in memory.
+
+    Raises:
+        PlanError: if the plan is not valid; it is untrusted until it has passed here.
+    """
+
+    def __init__(
+        self,
+        plan: Any = None,
+        format: int = FORMAT,  # noqa: A002 - the key in config.json
+        storage: str = "auto",
+        quant_method: str = METHOD,
+        refit: Any = None,
+        base_model: Any = None,
+        quantization_config: Any = None,
+        **_: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise PlanError(
+                f"the checkpoint has format {format}; this headshare reads format {FORMAT}. Upgrade headshare."
+            )
+        self.quant_method = quant_method
+        self.format = format
+        check_storage(storage)
+        self.storage = storage
+        self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
+        self.refit = refit if refit is None or isinstance(refit, RefitRecord) else RefitRecord.from_dict(refit)
+        self.packing = (
+            quantization_config
+            if quantization_config is None or isinstance(quantization_config, Packing)
+            else Packing.from_dict(quantization_config)
+        )
+        if self.packing is not None and storage not in ("auto", "owner"):
+            raise PlanError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
+        self.base_model = base_model if isinstance(base_model, str) and is_shown(base_model) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; how a model was held in memory is not part of it."""
+        return quantization_entry(self.plan, self.refit, self.base_model, self.packing)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: a plan has no defaults to leave out."""
+        return self.to_dict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadshareConfig":
+        return HeadshareConfig(
+            self.plan,
+            self.format,
+            self.storage,
+            refit=self.refit,
+            base_model=self.base_model,
+            quantization_config=self.packing,
+        )
+
+
+@register_quantizer(METHOD)
+class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Builds the shared modules before weights load, and gives back dense ones on `model.dequantize()`."""
+
+    requires_calibration = False
+    _frozen = False
+    _model: nn.Module | None = None
+    _gathered: Mapping[str, Any] | None = None
+    _mapped: frozenset[str] = frozenset()
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
+        still to be worked out is worked out on `owner`, which has the sizes of all storages."""
+        plan, packing = self.quantization_config.plan, self.quantization_config.packing
+        if packing is not None:
+            tensors = gapped_tensors(plan)
+            packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
+            for file in checkpoint_files or ():
+                check_types((info.name, info.dtype) for info in read_header(Path(file)))
+            install_packed(model, packing, tensors, {name: module_path(model, name) for name in tensors})
+            return
+        if plan.removals:
+            shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
+        readouts = reduced_readouts(plan)
+        install_factored(model, readouts, {name: module_path(model, name) for name in readouts})
+        self._tensors = reduced_tensors(plan)
+        self._modules = {name: module_path(model, name) for name in self._tensors}
+        self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
+        self._model = model
+        if isinstance(device_map, str):
+            STORAGES["owner"]({}).install(model, self._tensors, self._modules)
+        else:
+            self._install(model, device_map)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """transformers calls this again once it has worked out a device map."""
+        if self._model is not None and isinstance(device_map, dict):
+            _put_back(self._model, self._stock)
+            self._install(self._model, device_map)
+
+    def _install(self, model: nn.Module, device_map: Any) -> None:
+        dtypes = stored_dtypes(self._stock.values())
+        chosen = choose_storage(self.quantization_config.storage, self._tensors, dtypes, _device_types(device_map))
+        devices = {name: device_of(path, device_map) for name, path in self._modules.items()}
+        STORAGES[chosen](devices).install(model, self._tensors, self._modules)
+        if chosen in REPLICATING and len(set(devices.values())) > 1:
+            self._say_what_is_held_again(devices)
+        if chosen == "vmm":
+            self._mapped = frozenset(f"{path}.weight" for path in self._modules.values())
+
+    def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
+        itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in self._modules.items()}
+        found = held_again(self.quantization_config.plan, devices, itemsizes)
+        units, nbytes = sum(pair.units for pair in found), sum(pair.nbytes for pair in found)
+        LOGGER.info("%d units, %d bytes, are held more than once: on each device that uses them", units, nbytes)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> int:  # noqa: ARG002
+        """Bytes of one number, as transformers reserves memory before it loads: mapped weights bring their own."""
+        return 0 if param_name in self._mapped else param.element_size()
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self._model, self._stock, self._tensors = None, {}, {}
+        for path, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(path)
+        self._frozen = read_banks(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        plan = self.quantization_config.plan
+        if self.quantization_config.packing is not None:
+            number: Any = model.dtype
+            packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
+            _put_back(model, {path: unpacked(module, number) for path, module in packed})
+            return _converted(model, dtype)
+        removed = {name: module_path(model, name) for name in shrunk_of(plan)}
+        shared = dict(shared_projections(model))
+        stock = _stock_modules(model, {*shared, *removed.values()})
+        whole = {path: dense_module(projection, stock[path]) for path, projection in shared.items()}
+        _put_back(model, whole)
+        regrow(model, plan, stock, removed)
+        return _converted(model, dtype)
+
+    @contextmanager
+    def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
+        """Within, `save_pretrained` saves these tensors: put together by an engine that keeps parameters in parts, and
+        which transformers would pass by for a model with a quantizer."""
+        self._gathered = state_dict
+        try:
+            yield
+        finally:
+            self._gathered = None
+
+    def get_state_dict_and_metadata(self, _: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
+        """transformers asks this before it saves; None stands for the model's own."""
+        return self._gathered, {}
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """A shared model saves as it was loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether every stored number is an ordinary parameter.
+
+        Raises:
+            StorageError: if shared weights are read-only. The Trainer asks, and would otherwise train only the others.
+        """
+        if self.quantization_config.packing is not None:
+            raise StorageError("this model's matrices are rounded to 4 bits, which are not trained. Train it before.")
+        if self._frozen:
+            raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer asks this before it trains a quantised model in full."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile sees plain tensor operations."""
+        return True
+
+
+def module_path(model: nn.Module, tensor: str) -> str:
+    """Where the model keeps a checkpoint's tensor: at its own path, with the base model's prefix more or less, or
+    in the module most like it.
+
+    Raises:
+        PlanError: if the model has no such module.
+    """
+    path = tensor.removesuffix(".weight")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        if _has(model, candidate):
+            return candidate
+    found = _most_alike(path, [name for name, _ in model.named_modules()])
+    if found is not None:
+        return found
+    raise PlanError(f"the plan shares {tensor}, which {type(model).__name__} does not have.")
+
+
+def _most_alike(path: str, names: list[str]) -> str | None:
+    """The one module that ends as this path does and shares most of its other steps: transformers moves whole towers
+    (language_model.model.layers to model.language_model.layers), but keeps what they are called."""
+    steps = path.split(".")
+    layer = next((n for n, step in enumerate(steps) if step.isdigit()), None)
+    if not layer:
+        return None
+    tail = "." + ".".join(steps[layer - 1 :])
+    alike = sorted((len(set(steps) & set(name.split("."))), name) for name in names if name.endswith(tail))
+    if not alike or (len(alike) > 1 and alike[-2][0] == alike[-1][0]):
+        return None
+    return alike[-1][1]
+
+
+def _converted(model: nn.Module, dtype: Any) -> nn.Module:
+    """The model with its weights in this type. Buffers keep theirs: frequencies of rotary embeddings are in float32,
+    whatever the weights are."""
+    if isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def device_of(path: str, device_map: Any) -> str:
+    """Where a module is to be, by the longest of the map's keys that it lies under; numbers are CUDA devices."""
+    places = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
+    above = [key for key in places if not key or path == key or path.startswith(f"{key}.")]
+    return _device_name(places[max(above, key=len)] if above else "cpu")
+
+
+def _device_types(device_map: Any) -> set[str]:
+    """cpu, cuda, disk and the like, from a device map as transformers resolves it; numbers are accelerators."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+    return {_device_name(place).partition(":")[0] for place in places}
+
+
+def _device_name(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Dense modules, empty, of the kinds this model would have without sharing, by path."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        stock = type(model)(config)
+    return {path: stock.get_submodule(path) for path in paths}

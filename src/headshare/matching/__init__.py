@@ -1,0 +1,1 @@
+"""Pairs chosen by weights: match functions, scores, and the pairing of DirectShare."""

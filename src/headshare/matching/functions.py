@@ -1,0 +1,112 @@
+"""Match functions: two stacks of units in, one number per pair out; higher means more alike.
+
+A match function sees the units' inner products, part by part, never their weights: all cosines follow from those.
+To add one, decorate a function and give it a test and a line in the docs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headshare.errors import PlanError
+from headshare.plan.plan import MAX_NAME
+from headshare.plan.units import FFN_PARTS, Kind, Part
+
+Products = Mapping[Part, Float[Tensor, "units units"]]
+MatchingScores = Float[Tensor, "units units"]
+
+
+@dataclass(frozen=True)
+class MatchFunction:
+    """A named match function, the parts it reads, and whether each part is matched, and tied, on its own."""
+
+    name: str
+    kind: Kind
+    parts: tuple[Part, ...]
+    score: Callable[[Products], MatchingScores]
+    separate: bool = False
+
+
+MATCH_FUNCTIONS: dict[str, MatchFunction] = {}
+
+
+def match_function(
+    name: str, *parts: Part, kind: Kind = Kind.ATTENTION, separate: bool = False
+) -> Callable[[Callable[[Products], MatchingScores]], Callable[[Products], MatchingScores]]:
+    """Register a match function under a name; `parts` are those whose inner products it needs.
+
+    Raises:
+        PlanError: if the name is longer than a plan can hold.
+    """
+    if len(name) > MAX_NAME:
+        raise PlanError(f"a match function's name has at most {MAX_NAME} characters; this one has {len(name)}.")
+
+    def register(score: Callable[[Products], MatchingScores]) -> Callable[[Products], MatchingScores]:
+        MATCH_FUNCTIONS[name] = MatchFunction(name, kind, parts, score, separate)
+        return score
+
+    return register
+
+
+def cosine(products: Products, *parts: Part) -> MatchingScores:
+    """Cosine of the concatenated, flattened parts (arXiv 2402.11819, Eq. 3), signed. A zero unit has cosine 0."""
+    total = torch.stack([products[part] for part in parts]).sum(dim=0)
+    norms = total.diagonal().clamp(min=0).sqrt()
+    scale = norms[:, None] * norms[None, :]
+    return torch.where(scale > 0, total / scale, torch.zeros_like(total))
+
+
+@match_function("qk", Part.Q, Part.K)
+def qk(products: Products) -> MatchingScores:
+    """The paper's choice: what decides where a head looks."""
+    return cosine(products, Part.Q, Part.K)
+
+
+@match_function("q", Part.Q)
+def q(products: Products) -> MatchingScores:
+    """Queries alone."""
+    return cosine(products, Part.Q)
+
+
+@match_function("k", Part.K)
+def k(products: Products) -> MatchingScores:
+    """Keys alone."""
+    return cosine(products, Part.K)
+
+
+@match_function("v", Part.V)
+def v(products: Products) -> MatchingScores:
+    """Values alone."""
+    return cosine(products, Part.V)
+
+
+@match_function("qkv", Part.Q, Part.K, Part.V)
+def qkv(products: Products) -> MatchingScores:
+    """All that a unit reads from the residual stream."""
+    return cosine(products, Part.Q, Part.K, Part.V)
+
+
+@match_function("separate", Part.Q, Part.K, Part.V, separate=True)
+def separate(products: Products) -> MatchingScores:
+    """Each of q, k and v by itself: called once for each, with that part's products only."""
+    return cosine(products, *products)
+
+
+@match_function("ffn", *FFN_PARTS, kind=Kind.FFN)
+def ffn(products: Products) -> MatchingScores:
+    """The feed-forward's features: gate and up where both are there, else up."""
+    return cosine(products, *(part for part in (Part.GATE, Part.UP) if part in products))
+
+
+def get_match_function(name: str) -> MatchFunction:
+    """Look a match function up by its name.
+
+    Raises:
+        PlanError: naming those that exist.
+    """
+    if name not in MATCH_FUNCTIONS:
+        raise PlanError(f"there is no match function '{name}'. There are: {', '.join(MATCH_FUNCTIONS)}.")
+    return MATCH_FUNCTIONS[name]

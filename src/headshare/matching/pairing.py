@@ -1,0 +1,245 @@
+"""From scores to a plan: which recipients give up their weights, and to whom they are tied. Never sees a weight."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headshare.errors import PlanError
+from headshare.matching.scores import Scores, ScoreTable
+from headshare.plan.layout import Layout
+from headshare.plan.plan import Choice, Selection, SharePlan
+from headshare.plan.units import HeadUnit, Kind, Part, Parts, Tie
+
+ScoreMatrix = Float[Tensor, "units units"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a mode is asked for: this many recipients, none of them in a protected layer."""
+
+    layout: Layout
+    scores: ScoreMatrix
+    recipients: int
+    protected: frozenset[int]
+
+    def candidates(self) -> list[int]:
+        """The units that may become recipients, in order: not in layer 0, not protected."""
+        layers = [layer for layer in range(1, self.layout.layers) if layer not in self.protected]
+        return [self.layout.index(HeadUnit(layer, group)) for layer in layers for group in range(self.layout.groups)]
+
+
+Mode = Callable[[Request], list[Tie]]
+MODES: dict[str, Mode] = {}
+
+
+def mode(function: Mode) -> Mode:
+    """Register a way to choose ties under the function's name."""
+    MODES[function.__name__] = function
+    return function
+
+
+def units_at(ratio: float, units: int) -> int:
+    """How many recipients a ratio means: int(ratio x units), with the ratio taken as the decimal it was written as."""
+    return int(Fraction(str(ratio)) * units)
+
+
+def ratio_of(kind: Kind, ratio: float, ffn_ratio: float | None) -> float:
+    """The ratio for this kind of unit: the feed-forward's own, where it has one."""
+    return ffn_ratio if kind is Kind.FFN and ffn_ratio is not None else ratio
+
+
+def make_plan(
+    scores: Scores,
+    ratio: float = 0.3,
+    *,
+    parts: str | Parts = "qkv",
+    mode: str = "star",
+    ffn_ratio: float | None = None,
+    protect: Collection[int] = (),
+) -> SharePlan:
+    """Choose int(ratio x units) recipients in each grid and tie each to a donor of a strictly earlier layer.
+
+    `ffn_ratio` is the feed-forward's own ratio where it differs. Layers in `protect` give nothing up.
+
+    Raises:
+        PlanError: if the ratio cannot be met (it says the maximum), or the scores lack what the parts need.
+    """
+    wanted = Parts.parse(parts)
+    if mode not in MODES:
+        raise PlanError(f"there is no mode '{mode}'. There are: {', '.join(MODES)}.")
+    digest = scores.digest
+    selections = []
+    for kind in Kind:
+        tied, share = wanted.of(kind), ratio_of(kind, ratio, ffn_ratio)
+        for table in _tables_for(scores, kind, tied):
+            shared = tuple(part for part in tied if part in table.parts)
+            recipients = checked_recipients(table.layout, share, protect)
+            request = Request(table.layout, table.scores, recipients, frozenset(protect))
+            choice = Choice(match=table.match, mode=mode, ratio=share, scores_digest=digest)
+            ties = tuple(sorted(MODES[mode](request)))
+            selections.append(Selection(layout=table.layout.only(shared), ties=ties, chosen=choice))
+    return SharePlan(model_type=scores.model_type, selections=tuple(selections))
+
+
+def _tables_for(scores: Scores, kind: Kind, tied: tuple[Part, ...]) -> list[ScoreTable]:
+    tables = [table for table in scores.tables if table.layout.kind is kind]
+    if tied and not tables:
+        raise PlanError(f"the scores hold no {kind} units. Score the model again with parts {'+'.join(tied)}.")
+    if tied:
+        check_covered(tied, [table.parts for table in tables], tables[0].layout)
+    return [table for table in tables if set(tied) & set(table.parts)]
+
+
+def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], layout: Layout) -> None:
+    """Raise PlanError unless some table chooses the ties of each part; a feed-forward without gate needs none."""
+    covered = {part for parts in tables for part in parts}
+    absent = {Part.GATE} if layout.kind is Kind.FFN and len(tied) > 1 and Part.GATE not in layout.parts else set()
+    missing = [part for part in tied if part not in covered | absent]
+    if missing:
+        raise PlanError(
+            f"no ties are chosen for part {', '.join(missing)} of the {layout.kind} layers, only for "
+            f"{', '.join(sorted(covered))}. Choose among those, or a match function that covers it."
+        )
+
+
+def checked_recipients(layout: Layout, ratio: float, protected: Collection[int] = ()) -> int:
+    """The number of recipients that a ratio means for this grid.
+
+    Raises:
+        PlanError: if the ratio is not a number from 0 to what layers that may give up units allow, or a protected
+            layer does not exist.
+    """
+    absent = [layer for layer in sorted(protected) if not 0 <= layer < layout.layers]
+    if absent:
+        raise PlanError(f"there is no layer {absent[0]} to protect: the model has layers 0 to {layout.layers - 1}.")
+    open_layers = sum(layer not in protected for layer in range(1, layout.layers))
+    most = open_layers * layout.groups
+    if not 0 <= ratio <= 1 or units_at(ratio, layout.units) > most:
+        raise PlanError(
+            f"a ratio of {ratio} of {layout.units} {layout.kind} units cannot be met. Layer 0 and protected layers "
+            f"give nothing up, so the ratio is from 0 to {_ratio_for(most, layout.units)} ({most} units)."
+        )
+    return units_at(ratio, layout.units)
+
+
+def _ratio_for(recipients: int, units: int) -> str:
+    """The shortest decimal, of four digits or more, that means this many recipients."""
+    for digits in range(4, 12):
+        ratio = Fraction(-(-recipients * 10**digits // units), 10**digits)
+        if int(ratio * units) == recipients:
+            return f"{float(ratio):.{digits}f}"
+    return str(recipients / units)
+
+
+@mode
+def star(request: Request) -> list[Tie]:
+    """Take pairs from the best score down, with donors only among kept units: exactly N units saved, one hop.
+
+    A pair is passed over if its recipient already lends, its donor is already given up, or it would keep one unit
+    more than N recipients leave room for; so the last recipient can always be tied to layer 0.
+    """
+    layout = request.layout
+    candidates = request.candidates()
+    spare = len(candidates) - request.recipients
+    donor_of: dict[int, int] = {}
+    kept: set[int] = set(range(layout.units)) - set(candidates)
+    for recipient, donor in _pairs_by_score(request.scores, layout, candidates):
+        if len(donor_of) == request.recipients:
+            break
+        if recipient in donor_of or recipient in kept or donor in donor_of:
+            continue
+        if donor not in kept:
+            if spare == 0:
+                continue
+            spare -= 1
+            kept.add(donor)
+        donor_of[recipient] = donor
+    return _ties(layout, donor_of)
+
+
+@mode
+def root(request: Request) -> list[Tie]:
+    """The paper's pairs (each recipient's best donor, best N kept), with chains followed to their root: N saved."""
+    donor_of = _best_pairs(request)
+
+    def follow(unit: int) -> int:
+        while unit in donor_of:
+            unit = donor_of[unit]
+        return unit
+
+    return _ties(request.layout, {recipient: follow(donor) for recipient, donor in donor_of.items()})
+
+
+@mode
+def published(request: Request) -> list[Tie]:
+    """What the authors' release does with the paper's pairs, kept for comparison.
+
+    There, tying a recipient to a donor gives the donor back its own weights even if it was a recipient itself,
+    so only recipients that no other pair uses as a donor change: fewer than N.
+    """
+    donor_of = _best_pairs(request)
+    donors = set(donor_of.values())
+    return _ties(request.layout, {r: d for r, d in donor_of.items() if r not in donors})
+
+
+@dataclass(frozen=True)
+class PublishedCount:
+    """The authors' release, counted: pairs chosen, heads whose weights change, heads' worth of storage saved."""
+
+    pairs: int
+    changed: int
+    saved: int
+
+
+def published_count(pairs: Sequence[tuple[int, int]]) -> PublishedCount:
+    """Count what the release does with these (recipient, donor) pairs.
+
+    It stores one copy for each pair, and every unit in no pair once; so it saves the units in some pair less the pairs.
+    """
+    recipients, donors = {r for r, _ in pairs}, {d for _, d in pairs}
+    return PublishedCount(
+        pairs=len(pairs), changed=len(recipients - donors), saved=len(recipients | donors) - len(pairs)
+    )
+
+
+def best_pairs(layout: Layout, scores: ScoreMatrix, recipients: int, protected: Collection[int] = ()) -> dict[int, int]:
+    """Algorithm 1: each unit's best donor among strictly earlier layers, and the best `recipients` of those pairs.
+
+    Equal scores go to the lowest layer, then the lowest unit, for donors and for recipients alike.
+    """
+    return _best_pairs(Request(layout, scores, recipients, frozenset(protected)))
+
+
+def _best_pairs(request: Request) -> dict[int, int]:
+    groups, scores = request.layout.groups, request.scores.numpy()
+    best: list[tuple[float, int, int]] = []
+    for recipient in request.candidates():
+        row = scores[recipient, : recipient // groups * groups]
+        donor = int(np.argmax(row))
+        best.append((-float(row[donor]), recipient, donor))
+    return {recipient: donor for _, recipient, donor in sorted(best)[: request.recipients]}
+
+
+def _pairs_by_score(scores: ScoreMatrix, layout: Layout, candidates: list[int]) -> "zip[tuple[int, int]]":
+    """All (recipient, donor) pairs from the best score down; equal scores in order of recipient, then donor."""
+    counts = [unit // layout.groups * layout.groups for unit in candidates]
+    empty = torch.zeros(0, dtype=torch.long)
+    recipients = torch.cat([empty, *(torch.full((n,), unit) for unit, n in zip(candidates, counts, strict=True))])
+    donors = torch.cat([empty, *(torch.arange(n) for n in counts)])
+    order = _descending(scores[recipients, donors])
+    return zip(recipients[order].tolist(), donors[order].tolist(), strict=True)
+
+
+def _descending(values: Float[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
+    order: NDArray[np.intp] = np.argsort(-values.numpy(), kind="stable")
+    return torch.from_numpy(order)
+
+
+def _ties(layout: Layout, donor_of: dict[int, int]) -> list[Tie]:
+    return [Tie(layout.unit(recipient), layout.unit(donor)) for recipient, donor in sorted(donor_of.items())]

@@ -1,0 +1,97 @@
+"""Matching scores of all pairs of units as a value, and its file. Knows nothing of how they were computed."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from headshare.errors import HeadshareError, PlanError
+from headshare.files.atomic import write_whole
+from headshare.plan.layout import Layout
+from headshare.plan.plan import MAX_NAME
+from headshare.plan.units import Part
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Matching scores of all pairs in one grid of units. Row: recipient, column: donor; meaningful below the diagonal
+    of layers, zero elsewhere. `parts` are those whose ties this table chooses (all, unless matched separately)."""
+
+    layout: Layout
+    match: str
+    parts: tuple[Part, ...]
+    scores: Float[Tensor, "units units"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score_units` found: one table for each grid, or one for each part when matched separately."""
+
+    model_type: str
+    tables: tuple[ScoreTable, ...]
+
+    def __post_init__(self) -> None:
+        for name in (self.model_type, *(table.match for table in self.tables)):
+            if len(name) > MAX_NAME:
+                raise PlanError(f"the name {name:.40}... has {len(name)} characters; a plan holds at most {MAX_NAME}.")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over layouts and scores, so that a plan can say what it was made from."""
+        digest = hashlib.sha256(self._header().encode())
+        for table in self.tables:
+            digest.update(table.scores.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _header(self) -> str:
+        tables = [
+            {"match": table.match, "parts": list(table.parts), "layout": table.layout.model_dump(mode="json")}
+            for table in self.tables
+        ]
+        return json.dumps({"format": 1, "model_type": self.model_type, "tables": tables}, sort_keys=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: one float64 matrix a table, everything else in its metadata.
+
+        Raises:
+            OutputError: if it cannot be written; nothing is left behind.
+        """
+        matrices = {str(index): table.scores.contiguous() for index, table in enumerate(self.tables)}
+        write_whole(path, save(matrices, metadata={"headshare": self._header()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: if the file is missing or is not a scores file.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"there is no scores file at {path}. Make one with: headshare score MODEL -o {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["headshare"])
+                tables = tuple(
+                    _read_table(entry, file.get_tensor(str(index))) for index, entry in enumerate(header["tables"])
+                )
+            return cls(model_type=str(header["model_type"]), tables=tables)
+        except HeadshareError:
+            raise
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise PlanError(f"{path} is not a scores file of headshare: {error}") from None
+
+
+def _read_table(entry: dict[str, object], scores: Tensor) -> ScoreTable:
+    layout = Layout.model_validate(entry["layout"])
+    parts = tuple(Part(part) for part in entry["parts"])  # type: ignore[attr-defined]
+    if scores.shape != (layout.units, layout.units) or scores.dtype != torch.float64:
+        raise ValueError(f"{tuple(scores.shape)} {scores.dtype} scores for {layout.units} units")
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores that are not finite")
+    return ScoreTable(layout, str(entry["match"]), parts, scores)

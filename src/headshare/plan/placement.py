@@ -1,0 +1,55 @@
+"""Which units a model on several devices holds more than once: a donor's rows stand on every device that uses them.
+
+Knows a plan and where each tensor is to be; never sees a weight.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from headshare.errors import PlanError
+from headshare.plan.plan import SharePlan
+
+
+class HeldAgain(NamedTuple):
+    """Units that live on `home` and are held on `device` too, and the bytes they take there."""
+
+    home: str
+    device: str
+    units: int
+    nbytes: int
+
+
+def held_again(plan: SharePlan, devices: Mapping[str, str], itemsizes: Mapping[str, int]) -> list[HeldAgain]:
+    """What each device holds of units that live on another, for each pair of them.
+
+    `devices` and `itemsizes` say, for every tensor of the plan, where it is and how many bytes its numbers take.
+    """
+    units: dict[tuple[str, str], set[tuple[int, int, int]]] = {}
+    parts: dict[tuple[str, str], dict[tuple[str, int], int]] = {}
+    for number, selection in enumerate(plan.selections):
+        for place in selection.layout.parts.values():
+            for recipient, donor in selection.ties:
+                name = place.name(donor.layer)
+                pair = (devices[name], devices[place.name(recipient.layer)])
+                if pair[0] != pair[1]:
+                    units.setdefault(pair, set()).add((number, *donor))
+                    size = place.numel * itemsizes[name]
+                    parts.setdefault(pair, {})[name, place.span(donor.group)[0]] = size
+    return [HeldAgain(*pair, len(units[pair]), sum(parts[pair].values())) for pair in sorted(units)]
+
+
+def split_evenly(plan: SharePlan, devices: int) -> dict[str, str]:
+    """The device of each of the plan's tensors when its layers are split over this many, named device 0, 1, ...
+
+    Raises:
+        PlanError: if there are more devices than layers, or none.
+    """
+    layers = min((selection.layout.layers for selection in plan.selections), default=devices)
+    if not 1 <= devices <= layers:
+        raise PlanError(f"{layers} layers cannot be split over {devices} devices; choose 1 to {layers}.")
+    return {
+        place.name(layer): f"device {layer * devices // selection.layout.layers}"
+        for selection in plan.selections
+        for place in selection.layout.parts.values()
+        for layer in range(selection.layout.layers)
+    }

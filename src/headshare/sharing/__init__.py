@@ -1,0 +1,1 @@
+"""The shared format: share, expand and rewrite checkpoints, and their exact sizes."""

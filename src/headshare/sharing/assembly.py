@@ -1,0 +1,128 @@
+"""Where every output tensor's numbers come from, as a value; and one executor that streams them, slice by slice."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.plan.tensors import NOTHING, PRODUCT, GappedTensor, Run
+
+SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One output tensor: runs of stored indices along `axis`, each from some tensor of the source (or, from NOTHING,
+    zeros), laid end to end.
+
+    `dtype` is the safetensors name of the output's type; `file` is where the tensor goes. `shared` marks what a plan
+    touches: a loaded model maps it from the file, if it fills whole pages there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    axis: int
+    runs: tuple[Run, ...]
+    shared: bool = False
+
+    @property
+    def paged(self) -> bool:
+        """Whether the tensor is to begin at a page's boundary: it is shared, and ends at one too."""
+        return self.shared and self.axis == 0 and self.nbytes > 0 and self.nbytes % PAGE == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the output."""
+        count = 1
+        for number in self.shape:
+            count *= number
+        return count * DTYPES[self.dtype].itemsize
+
+
+def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
+    """The tensor as it is, stored as `dtype` if it is a floating-point weight."""
+    length = info.shape[0] if info.shape else 1
+    return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Run(info.name, 0, length),))
+
+
+def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None, *, shared: bool = True) -> Assembly:
+    """What a dense tensor keeps under a plan. It is `shared` where others take from it, or it from them."""
+    runs = tuple(Run(info.name, start, stop) for start, stop in tensor.kept())
+    return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, shared)
+
+
+def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:
+    """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint.
+
+    Columns that the plan stores as a product are left as the dense tensor has them.
+    """
+    runs = (run._replace(source=info.name) if run.source == PRODUCT else run for run in tensor.whole())
+    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
+
+
+def filled(info: TensorInfo, tensor: GappedTensor, tensors: Mapping[str, GappedTensor]) -> Assembly:
+    """The same, read from a shared checkpoint, where donors too hold only what they keep. There are zeros where the
+    tensor's own factors are to be multiplied out."""
+    runs = []
+    for source, start, stop in tensor.whole():
+        if source in (NOTHING, PRODUCT):
+            runs.append(Run(NOTHING, start, stop))
+        else:
+            first = tensors[source].stored_index(start)
+            runs.append(Run(source, first, first + stop - start))
+    return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
+
+
+def output_dtype(info: TensorInfo, dtype: str | None) -> str:
+    """The type this tensor is stored as when floating-point weights become `dtype`."""
+    return dtype if dtype is not None and info.torch_dtype.is_floating_point else info.dtype
+
+
+def stream(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    """The output tensor's numbers in order, as slices of at most about SLICE_BYTES."""
+    slices = _rows(assembly, source) if assembly.axis == 0 else _columns(assembly, source)
+    dtype = DTYPES[assembly.dtype]
+    for piece in slices:
+        yield piece.to(dtype).contiguous()
+
+
+def _rows(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    for name, start, stop in assembly.runs:
+        if name == NOTHING:
+            yield torch.zeros(stop - start, *assembly.shape[1:], dtype=DTYPES[assembly.dtype])
+            continue
+        step = _rows_per_slice(source.tensors[name])
+        for first in range(start, stop, step):
+            yield source.read(name, first, min(first + step, stop))
+
+
+def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
+    if not assembly.runs:
+        return
+    names = dict.fromkeys(run.source for run in assembly.runs if run.source != NOTHING)
+    if not names:
+        yield torch.zeros(assembly.shape, dtype=DTYPES[assembly.dtype])
+        return
+    step = max(1, min(_rows_per_slice(source.tensors[name]) for name in names) // len(names))
+    for first in range(0, assembly.shape[0], step):
+        last = min(first + step, assembly.shape[0])
+        rows = {name: source.read(name, first, last) for name in names}
+        some = next(iter(rows.values()))
+        yield torch.cat(
+            [
+                some.new_zeros(last - first, stop - start) if name == NOTHING else rows[name][:, start:stop]
+                for name, start, stop in assembly.runs
+            ],
+            dim=1,
+        )
+
+
+def _rows_per_slice(info: TensorInfo) -> int:
+    row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+    return max(1, SLICE_BYTES // max(1, row))

@@ -1,0 +1,100 @@
+"""A shared model's tensors in the dense model's shapes: from a shared checkpoint, or from a dense one and a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import CheckpointError
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import GappedTensor, factor_names, scale_name
+from headshare.sharing.assembly import filled, overwritten, stream
+from headshare.sharing.factors import split_columns
+from headshare.sharing.share import check_fits, check_shared, multiply_out, scale_columns, tensors_of
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """Tensors by name, whole: gaps filled from donors, scales multiplied in, products multiplied out (those nearest to
+    the dense columns, where nothing is stored yet), zeros where units are removed.
+
+    `tensors` is what a plan makes of them; `stored` says that the checkpoint holds only what it keeps.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, GappedTensor]
+    stored: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "WholeTensors":
+        """Those of a checkpoint as it is, shared or dense.
+
+        Raises:
+            CheckpointError, PlanError: if it is shared and does not hold what its plan says.
+        """
+        if checkpoint.packing is not None:
+            raise CheckpointError(
+                f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."
+            )
+        if checkpoint.plan is None:
+            return cls(checkpoint, {}, stored=False)
+        return cls(checkpoint, tensors_of(check_shared(checkpoint), checkpoint), stored=True)
+
+    @classmethod
+    def planned(cls, dense: Checkpoint, plan: SharePlan) -> "WholeTensors":
+        """Those that sharing a dense checkpoint by this plan gives; scales are one.
+
+        Raises:
+            PlanError: if the plan is for another model.
+        """
+        check_fits(plan, dense)
+        return cls(dense, tensors_of(plan, dense), stored=False)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Dense shapes by name; the tensors of scales and factors, which a dense model has not, are left out."""
+        extra = {scale_name(name) for name, tensor in self.tensors.items() if tensor.scaled}
+        extra |= {one for name, tensor in self.tensors.items() if tensor.factored for one in factor_names(name)}
+        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in extra}
+        return own | {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint.tensors
+
+    def read(self, name: str) -> Tensor:
+        """This tensor, whole, in the type it is stored as and memory of its own. Its shape is the dense one.
+
+        Raises:
+            CheckpointError: if the file ends early or cannot be read.
+        """
+        tensor, info = self.tensors.get(name), self.checkpoint.tensors[name]
+        if tensor is None or not (tensor.gaps or tensor.removed or tensor.factored):
+            return self.checkpoint.read(name)
+        assembly = filled(info, tensor, self.tensors) if self.stored else overwritten(info, tensor)
+        whole = torch.cat(list(stream(assembly, self.checkpoint)))
+        scale = self.scale(name)
+        if scale is not None:
+            scale_columns(whole, tensor, scale)
+        if tensor.factored:
+            multiply_out(whole, tensor, *self._factors(name, tensor))
+        return whole
+
+    def _factors(self, name: str, tensor: GappedTensor) -> tuple[Tensor, Tensor]:
+        """The two factors as they are stored, or those nearest to a dense model's columns."""
+        if self.stored:
+            factor_in, factor_out = map(self.checkpoint.read, factor_names(name))
+            return factor_in, factor_out
+        dense = self.checkpoint.read(name)
+        columns = dense.T if tensor.axis == 0 else dense
+        split = [split_columns(columns[:, start:stop], rank) for start, stop, rank in tensor.factored]
+        return torch.cat([factor_in for factor_in, _ in split]), torch.cat([out for _, out in split], dim=1)
+
+    def scale(self, name: str) -> Float[Tensor, " scaled"] | None:
+        """The scales of this readout's shared channels, in order; None where it has none, or all are one."""
+        tensor = self.tensors.get(name)
+        if not self.stored or tensor is None or not tensor.scaled:
+            return None
+        return self.checkpoint.read(scale_name(name))

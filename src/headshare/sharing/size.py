@@ -1,0 +1,185 @@
+"""Exact bytes, before any weight is read: what a plan, or a ratio, makes of a checkpoint."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+
+from headshare.architecture.config import text_config
+from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.errors import PlanError
+from headshare.matching.pairing import check_covered, checked_recipients, ratio_of
+from headshare.matching.similarity import layouts_of, match_for, tied_together
+from headshare.plan.layout import Layout
+from headshare.plan.plan import Choice, Selection, SharePlan
+from headshare.plan.tensors import GappedTensor, extra_tensors, gapped_biases, gapped_tensors
+from headshare.plan.units import HeadUnit, Kind, Parts, Tie
+
+LITTLE = 0.02
+SMALL_PARTS = 0.15
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$|\.(?:masked_)?attn\.masked_bias$|attention\.masked_bias$")
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_TIED_OUTPUTS = (
+    *("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight"),
+    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What sharing saves. Bytes are of parameters, as the model holds them in memory and the checkpoint on disk.
+
+    `units` and `recipients` are summed over the grids that share (attention, feed-forward; each part when matched
+    separately); `removed_units` of attention and `removed_neurons` are gone altogether. Fractions are of the whole
+    model: `saved_fraction` what goes, `parts_fraction` what was at stake.
+    """
+
+    units: int
+    recipients: int
+    dense_bytes: int
+    shared_bytes: int
+    saved_bytes: int
+    saved_fraction: float
+    parts_fraction: float
+    removed_units: int = 0
+    removed_neurons: int = 0
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The same under the names that `--json` prints."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """One or two sentences for the person who decides, honest where little can be saved."""
+        gone = [f"{self.removed_units} attention units"] * bool(self.removed_units)
+        gone += [f"{self.removed_neurons} neurons"] * bool(self.removed_neurons)
+        removed = f", {' and '.join(gone)} removed" if gone else ""
+        text = (
+            f"{self.recipients} of {self.units} units shared{removed}: {_mib(self.dense_bytes)} becomes "
+            f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
+        )
+        if self.parts_fraction < SMALL_PARTS:
+            text += f" The chosen parts are only {self.parts_fraction:.1%} of this model; no ratio can save more."
+        if self.recipients and self.saved_fraction < LITTLE:
+            small = "more parts (--parts qkvo or qkvo+ffn)" if self.parts_fraction < SMALL_PARTS else "a higher ratio"
+            text += f" That is little: consider {small}."
+        return text
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    ratio: float = 0.3,
+    *,
+    parts: str | Parts = "qkv",
+    match: str = "qk",
+    ffn_groups: int = 1,
+    ffn_ratio: float | None = None,
+    dtype: str | None = None,
+) -> Estimate:
+    """The bytes that `share` will leave at this ratio. Reads names and shapes only; exact for star and root plans.
+
+    Raises:
+        ArchitectureError, PlanError, CheckpointError: as `share` would.
+    """
+    checkpoint.require_dense("estimate the saving of")
+    wanted = Parts.parse(parts)
+    selections: list[Selection] = []
+    for layout in layouts_of(checkpoint, wanted, ffn_groups):
+        share = ratio_of(layout.kind, ratio, ffn_ratio)
+        function = match_for(layout, match)
+        tables = tied_together(function, layout)
+        asked = wanted.of(layout.kind)
+        check_covered(asked, tables, layout)
+        ties = _any_ties(layout, checked_recipients(layout, share))
+        choice = Choice(match=function.name, ratio=share)
+        for table in tables:
+            tied = tuple(part for part in asked if part in table)
+            if tied:
+                selections.append(Selection(layout=layout.only(tied), ties=ties, chosen=choice))
+    return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
+
+
+def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
+    """Ties enough to count bytes: all to layer 0, whose units never give anything up."""
+    first = HeadUnit(0, 0)
+    return tuple(Tie(layout.unit(layout.groups + index), first) for index in range(count))
+
+
+def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
+    """The bytes that this very plan leaves of this checkpoint, stored as `dtype` or as they are.
+
+    Raises:
+        PlanError: if there is no such type.
+    """
+    code = dtype_code(dtype)
+    parameters = parameter_infos(checkpoint)
+    dense = sum(stored_bytes(info, code) for info in parameters.values())
+    tensors = gapped_tensors(plan) | gapped_biases(plan)
+    present = {name: tensor for name, tensor in tensors.items() if name in checkpoint.tensors}
+    saved = sum(absent_numbers(tensor) * item_size(checkpoint.tensors[name], code) for name, tensor in present.items())
+    places = {part: (layout, place) for layout in plan.layouts for part, place in layout.parts.items()}
+    at_stake = sum(
+        layout.units * place.numel * item_size(checkpoint.tensors[place.name(0)], code)
+        for layout, place in places.values()
+    )
+    for extra in extra_tensors(plan).values():
+        saved -= prod(extra.shape) * item_size(checkpoint.tensors[extra.weight], code)
+    return Estimate(
+        units=sum(selection.layout.units for selection in plan.selections),
+        recipients=plan.ties,
+        dense_bytes=dense,
+        shared_bytes=dense - saved,
+        saved_bytes=saved,
+        saved_fraction=saved / dense,
+        parts_fraction=at_stake / dense,
+        removed_units=plan.removed(Kind.ATTENTION),
+        removed_neurons=plan.removed(Kind.FFN),
+    )
+
+
+def absent_numbers(tensor: GappedTensor) -> int:
+    """How many numbers of a tensor a plan leaves out."""
+    return prod(tensor.shape) - prod(tensor.stored_shape)
+
+
+def dtype_code(dtype: str | None) -> str | None:
+    """What safetensors calls this type.
+
+    Raises:
+        PlanError: naming those that weights can be stored as.
+    """
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise PlanError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+    return None if dtype is None else OUTPUT_DTYPES[dtype]
+
+
+def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The stored tensors that are parameters, each counted once: no rotary tables, masks or second tied embedding."""
+    infos = {name: info for name, info in checkpoint.tensors.items() if not _is_buffer(info)}
+    inputs = {infos[name].shape for name in infos if name.endswith(_INPUT_EMBEDDINGS)}
+    if text_config(checkpoint.config).get("tie_word_embeddings"):
+        repeated = [name for name in _TIED_OUTPUTS if name in infos and infos[name].shape in inputs]
+        for name in repeated:
+            infos.pop(name)
+            infos.pop(name.removesuffix("weight") + "bias" if "decoder" in name else "", None)
+    return infos
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    mask = len(info.shape) == 4 and info.name.endswith((".attn.bias", ".attention.bias"))
+    return mask or bool(_BUFFERS.search(info.name))
+
+
+def stored_bytes(info: TensorInfo, dtype: str | None) -> int:
+    """Bytes of this tensor once floating-point weights are stored as `dtype` (None: as they are)."""
+    return info.nbytes // DTYPES[info.dtype].itemsize * item_size(info, dtype)
+
+
+def item_size(info: TensorInfo, dtype: str | None) -> int:
+    """Bytes of one number of this tensor, stored as `dtype` if it is a floating-point weight."""
+    convert = dtype is not None and info.torch_dtype.is_floating_point
+    return DTYPES[dtype].itemsize if convert and dtype is not None else DTYPES[info.dtype].itemsize

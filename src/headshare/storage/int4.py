@@ -1,0 +1,133 @@
+"""Matrices of four bits: each module keeps the packed rows it owns, and a recipient asks its donors for the rest."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
+from headshare.errors import PlanError
+from headshare.plan.tensors import GappedTensor
+from headshare.storage.owner import OWN, Slot, Spans, borrowed
+
+
+class PackedLinear(nn.Module):
+    """Drop-in for nn.Linear whose weight is rounded to four bits: unpacked for each product, and dropped after it.
+
+    Raises:
+        PlanError: if the groups do not fill its inputs.
+    """
+
+    def __init__(self, dense: nn.Linear, packing: Packing, tensor: GappedTensor | None) -> None:
+        super().__init__()
+        if dense.in_features % packing.group:
+            raise PlanError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
+        self.out_features, self.in_features = dense.out_features, dense.in_features
+        rows = self.out_features if tensor is None else tensor.stored_shape[0]
+        device = dense.weight.device
+        words, groups = self.in_features // A_WORD, self.in_features // packing.group
+        packed = torch.empty((rows, words), dtype=torch.int32, device=device)
+        scale = torch.empty((rows, groups), dtype=SCALE_DTYPE, device=device)
+        self.weight_packed = nn.Parameter(packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.register_buffer(SHAPE, torch.empty((2,), dtype=torch.int64, device=device))
+        self.bias = None if dense.bias is None else nn.Parameter(torch.empty_like(dense.bias), requires_grad=False)
+        self._donors: tuple[PackedLinear, ...] = ()
+        self._spans: dict[int, Spans] = {OWN: ((0, rows),)}
+        self._slots: tuple[Slot, ...] = (Slot(OWN, 0),)
+
+    def check(self, path: str) -> None:
+        """Whether what was loaded is of such a matrix, by the shape that it says; what lies on disk is not read.
+
+        Raises:
+            PlanError: if it is not.
+        """
+        shape, wanted = self.get_buffer(SHAPE), [self.out_features, self.in_features]
+        if not shape.is_meta and shape.tolist() != wanted:
+            raise PlanError(
+                f"{path}.{PACKED} and what stands beside it are not of the model's matrix of shape {wanted}: they are "
+                "missing, or of another one. Download the checkpoint again."
+            )
+
+    def link(
+        self, tensor: GappedTensor, tensors: Mapping[str, GappedTensor], modules: Mapping[str, "PackedLinear"]
+    ) -> None:
+        """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
+        if not tensor.gaps:
+            return
+        names, self._spans, self._slots = borrowed(tensor, tensors)
+        self._donors = tuple(modules[name] for name in names)
+
+    def forward(self, x: Tensor | None = None, *, lend: Spans = ()) -> Tensor | tuple[Tensor, ...]:
+        """The projection of x. For a recipient that calls, with `lend`: views of these spans of the packed rows and of
+        their scales."""
+        if x is None:
+            return self._lent(lend)
+        return functional.linear(x, self.whole_weight(x.dtype), self.bias)
+
+    def whole_weight(self, dtype: torch.dtype) -> Float[Tensor, "rows inputs"]:
+        """The weight, each borrowed row in its place."""
+        pieces = {
+            number: self._lent(spans) if number == OWN else self._donors[number](lend=spans)
+            for number, spans in self._spans.items()
+        }
+        packed, scale = (
+            [pieces[donor][2 * nth + which].to(self.weight_packed.device) for donor, nth in self._slots]
+            for which in (0, 1)
+        )
+        return unpack(torch.cat(packed), torch.cat(scale), dtype)
+
+    def _lent(self, spans: Spans) -> tuple[Tensor, ...]:
+        return tuple(stored[start:stop] for start, stop in spans for stored in (self.weight_packed, self.weight_scale))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Scales keep their type: what converts a model's numbers would round them."""
+        before = self.weight_scale.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != before.dtype:
+            self.weight_scale = nn.Parameter(before.to(self.weight_scale.device), requires_grad=False)
+        return self
+
+    def extra_repr(self) -> str:
+        """What prints show beside the class's name."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"stored={tuple(self.weight_packed.shape)}"
+        )
+
+
+def install_packed(
+    model: nn.Module, packing: Packing, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]
+) -> None:
+    """Replace every linear module that is not ignored. `modules` maps each tensor that a plan touches to its module's
+    path.
+
+    Raises:
+        PlanError: if one of those is not replaced.
+    """
+    names = {path: name for name, path in modules.items()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ignored = {one for path in packing.ignore for one in (path, path.removeprefix(prefix), prefix + path)}
+    found: dict[str, PackedLinear] = {}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path not in ignored:
+            found[path] = PackedLinear(module, packing, tensors.get(names.get(path, "")))
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, found[path])
+    if left := [path for path in modules.values() if path not in found]:
+        raise PlanError(f"the plan shares rows of {left[0]}, which is not a linear module of four bits here.")
+    by_name = {name: found[path] for name, path in modules.items()}
+    for name, module in by_name.items():
+        module.link(tensors[name], tensors, by_name)
+
+
+def unpacked(module: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    """A stock module with the same weight and bias."""
+    with torch.device("meta"):
+        like = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    like.weight = nn.Parameter(module.whole_weight(dtype))
+    like.bias = None if module.bias is None else nn.Parameter(module.bias.detach().clone())
+    return like

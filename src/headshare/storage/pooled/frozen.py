@@ -1,0 +1,298 @@
+"""Projections whose weights several modules read at once and nobody may write, and the bank that holds them.
+
+Whatever would make such a module own a copy of its weight, silently, is stopped or done rightly here: conversion
+rebuilds the bank, copies refer to the same one, pickles carry each unit once, writes and training are refused.
+"""
+
+import copy
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headshare.errors import StorageError
+from headshare.plan.tensors import GappedTensor
+from headshare.storage.pooled.product import Slots
+from headshare.storage.pooled.readonly import ReadOnlyParameter, read_only
+from headshare.storage.projection import SharedProjection
+
+LOGGER = logging.getLogger("headshare")
+
+
+class Held(NamedTuple):
+    """A tensor in a bank: its stored rows in the stock module's orientation, and what the product reads.
+
+    That is the whole weight, in the same orientation, or the slots of its rows.
+    """
+
+    stored: Tensor
+    whole: Tensor | Slots
+
+
+class Bank(ABC):
+    """The one copy of every unit that some projections read. Filled tensor by tensor, then sealed."""
+
+    def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
+        self.tensors = tensors
+        self._will_not_train_was_said = False
+        self._held: dict[str, Held] = {}
+        self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
+
+    @abstractmethod
+    def put(self, name: str, stored: Tensor) -> Tensor:
+        """Take a tensor's stored rows in. Returns the view of them that its module shows."""
+
+    @abstractmethod
+    def seal(self) -> dict[str, Held]:
+        """Make what is in it read-only, and say where everything is."""
+
+    @classmethod
+    def on(cls, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> "Bank":  # noqa: ARG003
+        """An empty bank for tensors that are on these devices; a bank that knows but one place needs no more."""
+        return cls(tensors)
+
+    def held(self, name: str) -> Held:
+        """Where a tensor is, in a bank that is filled; the first to ask seals it."""
+        if not self._held:
+            self._held = self.seal()
+        return self._held[name]
+
+    def say_once_that_it_will_not_train(self) -> None:
+        """One warning, however many modules read this bank."""
+        if not self._will_not_train_was_said:
+            self._will_not_train_was_said = True
+            LOGGER.warning("the shared weights of this model are read-only and will not train. %s", HOW_TO_TRAIN)
+
+    def converted(self, dtype: torch.dtype) -> "Bank":
+        """The same weights in another type of number: one bank, however many modules ask for it."""
+        found = self._converted.get(dtype)
+        if found is None:
+            stored = {name: held.stored.to(dtype) for name, held in self._held.items()}
+            found = self._converted[dtype] = rebuilt(type(self), self.tensors, stored)
+        return found
+
+    def __init_subclass__(cls) -> None:
+        ForkingPickler.register(cls, _reduced_for_a_process)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stored = {name: held.stored.clone(memory_format=torch.contiguous_format) for name, held in self._held.items()}
+        empty = {name: rows.dtype for name, rows in stored.items() if not rows.numel()}  # which processes cannot share
+        return _unpickled, (type(self), self.tensors, {n: r for n, r in stored.items() if n not in empty}, empty)
+
+
+def _reduced_for_a_process(bank: Bank) -> tuple[Any, ...]:
+    """The same for another process, as bytes: tensors would be handed over by descriptors that must be kept alive."""
+    _, (kind, tensors, stored, empty) = bank.__reduce__()
+    sent = {
+        name: (rows.cpu().flatten().view(torch.uint8).numpy(), rows.dtype, rows.device) for name, rows in stored.items()
+    }
+    return _received, (kind, tensors, sent, empty)
+
+
+def _received(
+    kind: type[Bank],
+    tensors: Mapping[str, GappedTensor],
+    sent: Mapping[str, tuple[np.ndarray, torch.dtype, torch.device]],
+    empty: Mapping[str, torch.dtype],
+) -> Bank:
+    stored = {
+        name: torch.from_numpy(raw).view(dtype).view(tensors[name].stored_shape).to(device)
+        for name, (raw, dtype, device) in sent.items()
+    }
+    return _unpickled(kind, tensors, stored, empty)
+
+
+def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
+    """A bank of these stored rows, on the devices that they are on."""
+    bank = kind.on(tensors, {name: rows.device for name, rows in stored.items()})
+    for name, rows in stored.items():
+        bank.put(name, rows)
+    return bank
+
+
+def _unpickled(
+    kind: type[Bank],
+    tensors: Mapping[str, GappedTensor],
+    stored: Mapping[str, Tensor],
+    empty: Mapping[str, torch.dtype],
+) -> Bank:
+    device = next((rows.device for rows in stored.values()), torch.device("cpu"))
+    none = {n: torch.empty(tensors[n].stored_shape, dtype=dtype, device=device) for n, dtype in empty.items()}
+    return rebuilt(kind, tensors, {**stored, **none})
+
+
+class FrozenProjection(SharedProjection):
+    """A projection that reads a bank. `weight` shows its stored rows, read-only; biases and scales are its own.
+
+    Abstract: a storage says in `forward` how it multiplies with what the bank holds.
+    """
+
+    _whole: Tensor | Slots
+    _shown: ReadOnlyParameter
+
+    def __init__(self, dense: nn.Module, name: str, bank: Bank) -> None:
+        super().__init__(dense, bank.tensors[name])
+        self.name = name
+        self.bank = bank
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Loading sets `weight`: the bank takes in what it sets, and the parameter stands on the bank's memory."""
+        if name == "weight" and "_shown" in self.__dict__:
+            raise StorageError(f"this weight is read-only, and cannot be replaced either. {HOW_TO_TRAIN}")
+        if name == "weight" and "bank" in self.__dict__ and isinstance(value, Tensor) and not value.is_meta:
+            self._parameters["weight"] = shown = ReadOnlyParameter(self.bank.put(self.name, value.detach()))
+            shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers asks
+        else:
+            super().__setattr__(name, value)
+
+    def read_bank(self) -> None:
+        """Look up where the bank, which is filled by now, holds this module's weight."""
+        held = self.bank.held(self.name)
+        self.__dict__["_whole"] = held.whole
+        self._parameters["weight"] = self.__dict__["_shown"] = ReadOnlyParameter(held.stored)
+        _keep_still(held.whole)
+
+    def check_weight(self) -> None:
+        """Refuse to run when something has put another weight here, which the product would not read; or when inductor
+        is to freeze weights, which gives every layer a copy of its own.
+
+        Raises:
+            StorageError: saying so.
+        """
+        if torch.compiler.is_compiling():
+            if torch._inductor.config.freezing:
+                raise StorageError(
+                    "inductor's freezing copies every layer's weights, which undoes sharing. Switch it off."
+                )
+        elif self._parameters.get("weight") is not self._shown:
+            raise StorageError(
+                "the weight of a projection that reads a shared bank was replaced; its product does not read what was "
+                f"put there. {HOW_TO_TRAIN}"
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        if prefix + "weight" in state_dict:
+            raise StorageError(f"{prefix}weight is read-only: no other weights can be loaded into it. {HOW_TO_TRAIN}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(prefix + "weight")
+        if isinstance(weight, Tensor) and not keep_vars and not weight.is_contiguous():
+            destination[prefix + "weight"] = weight.contiguous()  # savers take nothing else
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenProjection":
+        """Conversion to another type of number rebuilds the bank once; another device or other numbers are refused."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        dtype = weight.dtype if weight.is_meta else _converts_to(fn, weight)
+        del self._parameters["weight"]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters = {"weight": weight, **self._parameters}
+        if dtype != weight.dtype:
+            self.bank = self.bank.converted(dtype)
+            self.read_bank()
+        return self
+
+    def train(self, mode: bool = True) -> "FrozenProjection":
+        """Dropout and the like may be switched on; the shared weights stay as they are, and that is said once."""
+        if mode and not self.training:
+            self.bank.say_once_that_it_will_not_train()
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenProjection":
+        """A twin with biases of its own that reads the same bank."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        held = {key: self.__dict__.get(key) for key in ("bank", "_whole", "_shown") if key in self.__dict__}
+        weight = self._parameters["weight"]
+        memo[id(weight)] = weight  # nobody can write it, so both may show it
+        twin.__dict__ = {
+            key: held[key] if key in held else copy.deepcopy(value, memo) for key, value in self.__dict__.items()
+        }
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without weight: a pickled model carries its bank, which carries each unit once."""
+        state = self.__dict__.copy()
+        for key in ("_whole", "_shown"):
+            state.pop(key, None)
+        weight = self._parameters["weight"]
+        if weight is not None and not weight.is_meta:
+            state["_parameters"] = {key: None if key == "weight" else p for key, p in self._parameters.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read the bank that came along."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._parameters["weight"] is None:
+            self.read_bank()
+
+
+PROBE = (1.0, -2.0, 0.5, 0.0)
+HOW_TO_TRAIN = 'To train them, load the model by headshare.load(..., storage="owner").'
+
+
+class MappedProjection(FrozenProjection):
+    """A projection whose whole weight is one ordinary tensor over the bank's memory: the stock product as it is."""
+
+    _whole: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The projection of x."""
+        self.check_weight()
+        return self.multiply(x, self._whole)
+
+    def whole_weight(self) -> Tensor:
+        """The dense weight as the bank shows it; read-only."""
+        return read_only(self._whole)
+
+
+def _converts_to(fn: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
+    """The type of number that fn converts this weight to, by what it does to a few numbers.
+
+    Raises:
+        StorageError: if it moves them to another device, or changes them.
+    """
+    numbers = torch.tensor(PROBE, dtype=weight.dtype, device=weight.device)
+    found = fn(numbers.clone())
+    if found.device != weight.device:
+        raise StorageError(
+            f"this model's shared weights are held on {weight.device} and cannot be moved to {found.device}: each "
+            "module would get a copy of its own. Load the model for that device (device_map=), or "
+            'with storage="owner".'
+        )
+    if found.shape != numbers.shape or not torch.equal(found, numbers.to(found.dtype)):
+        raise StorageError(f"this function would change shared weights, which are read-only. {HOW_TO_TRAIN}")
+    return found.dtype
+
+
+def install_frozen(
+    model: nn.Module, bank: Bank, modules: Mapping[str, str], kind: type[FrozenProjection] = MappedProjection
+) -> None:
+    """Replace every module that holds one of the bank's tensors. `modules` maps tensor names to modules' paths."""
+    for name in bank.tensors:
+        parent, _, leaf = modules[name].rpartition(".")
+        setattr(model.get_submodule(parent), leaf, kind(model.get_submodule(modules[name]), name, bank))
+
+
+def read_banks(model: nn.Module) -> bool:
+    """Once all weights are loaded: seal the banks and let every module find its weight. False if there are none."""
+    frozen = [module for module in model.modules() if isinstance(module, FrozenProjection)]
+    for module in frozen:
+        module.read_bank()
+    return bool(frozen)
+
+
+def _keep_still(whole: Tensor | Slots) -> None:
+    """Tell torch.compile that these tensors stay where they are: graphs then read them there, not a copy."""
+    for tensor in whole if isinstance(whole, Slots) else (whole,):
+        if tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor)

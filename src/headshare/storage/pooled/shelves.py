@@ -1,0 +1,85 @@
+"""Which slots of a rack stand on which device: those of the tensors that are there, and those that they borrow.
+
+A slot whose tensor is on one device and whose borrower is on another is held on both, and filled when it arrives.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headshare.errors import StorageError
+from headshare.plan.tensors import GappedTensor
+from headshare.storage.pooled.slots import Rack
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One rack on one device. `positions` gives each of the rack's slots that stands here its place, from 0 on.
+
+    They stand in the rack's order, so that the slots of a tensor that is here are one run.
+    """
+
+    rack: Rack
+    device: torch.device
+    names: frozenset[str]
+    positions: Mapping[int, int]
+
+    def table(self, name: str) -> list[int]:
+        """The positions of the slots of a whole weight that is used here, in order."""
+        return [self.positions[slot] for slot in self.rack.table(name)]
+
+    def wanted(self, name: str) -> tuple[list[int], list[int]]:
+        """Which of a tensor's own slots stand here (all, where the tensor is here), and at which positions."""
+        placed = self.rack.placed[name]
+        own = [n for n in range(placed.count) if placed.first + n in self.positions]
+        return own, [self.positions[placed.first + n] for n in own]
+
+
+def shelves_of(rack: Rack, devices: Mapping[str, torch.device]) -> list[Shelf]:
+    """The shelves of a rack, one for each device that has some of its tensors."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name in rack.placed:
+        by_device.setdefault(devices[name], []).append(name)
+    return [_shelf(rack, device, names) for device, names in by_device.items()]
+
+
+def _shelf(rack: Rack, device: torch.device, names: list[str]) -> Shelf:
+    placed = [rack.placed[name] for name in names]
+    own = {slot for one in placed for slot in range(one.first, one.first + one.count)}
+    used = {slot for name in names for slot in rack.table(name)}
+    positions = {slot: position for position, slot in enumerate(sorted(own | used))}
+    return Shelf(rack, device, frozenset(names), positions)
+
+
+def in_slots(tensor: GappedTensor, rack: Rack, stored: Tensor) -> Tensor:
+    """Stored rows, in the stock module's orientation, as slots; a view. Shape: count x height x width."""
+    rows = stored.T if tensor.axis == 1 else stored
+    return rows.view(rows.shape[0] // rack.height, rack.height, rack.width)
+
+
+def turned(tensor: GappedTensor, rows: Tensor) -> Tensor:
+    """Rows in the stock module's orientation; the inverse of what `in_slots` does to it."""
+    return rows.T if tensor.axis == 1 else rows
+
+
+def torch_devices(devices: Mapping[str, str], storage: str) -> dict[str, torch.device]:
+    """The devices of all tensors, checked to be of one kind: CUDA, or for testing this machine's CPU.
+
+    Raises:
+        StorageError: if they are not.
+    """
+    found = sorted({device.partition(":")[0] for device in devices.values()})
+    if found not in (["cuda"], ["cpu"]):
+        raise StorageError(
+            f"storage {storage} holds all shared weights on CUDA devices; this model's are placed on "
+            f'{" and ".join(found)}. Place them so (device_map=), or load the model with storage="owner".'
+        )
+    return {name: _with_index(torch.device(device)) for name, device in devices.items()}
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

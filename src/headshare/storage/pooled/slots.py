@@ -1,0 +1,89 @@
+"""Where each tensor's rows stand in a bank: slots of equal height, and for each tensor the slots of its whole weight.
+
+Knows names, shapes and gaps only. Rows here run along the axis in which units lie, so a tensor whose units are columns
+stands transposed. Every storage that keeps weights once, and refers to them by place, works from this.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+from headshare.plan.tensors import GappedTensor
+
+
+class SlotRun(NamedTuple):
+    """`slots` slots of a whole weight from `position` on: those of `source` from its own `start` on."""
+
+    position: int
+    source: str
+    start: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor in a bank: its own slots are [first, first + count); its whole weight is these runs, in order."""
+
+    name: str
+    first: int
+    count: int
+    runs: tuple[SlotRun, ...]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its whole weight is anything but its own slots in order."""
+        return self.runs != (SlotRun(0, self.name, 0, self.count),)
+
+    @property
+    def size(self) -> int:
+        """Slots of the whole weight."""
+        return sum(run.slots for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Rack:
+    """All tensors of one width: `slots` slots of `height` rows of `width` numbers."""
+
+    width: int
+    height: int
+    slots: int
+    placed: Mapping[str, Placed]
+
+    def table(self, name: str) -> list[int]:
+        """The slots of a tensor's whole weight, in order."""
+        runs = [(self.placed[run.source].first + run.start, run.slots) for run in self.placed[name].runs]
+        return [slot for first, count in runs for slot in range(first, first + count)]
+
+
+def racks_of(tensors: Mapping[str, GappedTensor]) -> list[Rack]:
+    """One rack for each width. Slots are as high as all boundaries allow: their greatest common divisor."""
+    by_width: dict[int, list[GappedTensor]] = {}
+    for tensor in tensors.values():
+        by_width.setdefault(tensor.shape[1 - tensor.axis], []).append(tensor)
+    return [_rack(width, by_width[width], tensors) for width in sorted(by_width)]
+
+
+def _rack(width: int, chosen: list[GappedTensor], tensors: Mapping[str, GappedTensor]) -> Rack:
+    wholes = {
+        tensor.name: [
+            (source, tensors[source].stored_index(start), stop - start) for source, start, stop in tensor.whole()
+        ]
+        for tensor in chosen
+    }
+    lengths = [length for tensor in chosen for length in (tensor.size, tensor.stored_shape[tensor.axis])]
+    height = gcd(*lengths, *(edge for runs in wholes.values() for _, *edges in runs for edge in edges)) or 1
+    placed, first = {}, 0
+    for tensor in chosen:
+        count = tensor.stored_shape[tensor.axis] // height
+        placed[tensor.name] = Placed(tensor.name, first, count, _runs(wholes[tensor.name], height))
+        first += count
+    return Rack(width, height, first, placed)
+
+
+def _runs(whole: list[tuple[str, int, int]], height: int) -> tuple[SlotRun, ...]:
+    runs, position = [], 0
+    for source, start, length in whole:
+        runs.append(SlotRun(position, source, start // height, length // height))
+        position += length // height
+    return tuple(runs)

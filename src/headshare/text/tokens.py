@@ -1,0 +1,280 @@
+"""Calibration tokens in equal windows: from a text, from rows of documents, or written by the model itself.
+
+However large a file or a data set is, what is read of it stays in proportion to the tokens that are asked for: at most
+`BYTES_PER_TOKEN` for each, but whole rows. A larger file is read in stretches that lie spread over all of it, one at a
+random place in each of as many equal parts as windows are asked for; a document that reaches over many parts gives more
+of its beginning. A data set is read from its first document on.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig
+
+from headshare.architecture.config import text_config
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import CalibrationError, EvaluationError
+from headshare.evaluation.perplexity import (
+    WINDOW,
+    check_finite,
+    check_vocabulary,
+    check_window,
+    cut,
+    ids_of,
+    is_causal,
+    longest_window,
+    opening_token,
+)
+from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
+from headshare.progress import track
+from headshare.text.documents import DATA_SET, SOURCES, data_set_rows, documents_of, json_rows, text_of
+
+LOGGER = logging.getLogger("headshare")
+TOKENS = 32_768
+SELF = "self"
+BYTES_PER_TOKEN = 16  # about four times what English takes, so that there are windows to choose from
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration tokens in equal windows, each opened by the beginning-of-text token where `bos` says so.
+
+    `source` says in words what they came from; `seed` is the one that chose them.
+    """
+
+    tokens: Int[Tensor, "windows window"]
+    bos: bool
+    source: str
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the shape, of `bos` and of the tokens as 64-bit integers, lowest byte first: the same for the same
+        text, wherever it came from."""
+        found = hashlib.sha256(f"{tuple(self.tokens.shape)} {self.bos}".encode())
+        found.update(self.tokens.cpu().numpy().astype("<i8").tobytes())
+        return found.hexdigest()
+
+    def mixed(self) -> "Calibration":
+        """The same windows in an order that the seed draws, so that some of them stand for all of the text."""
+        return replace(self, tokens=self.tokens[_shuffled(len(self.tokens), self.seed)])
+
+    def split(self, held_out: float = 0.125) -> tuple["Calibration", "Calibration"]:
+        """Windows to fit on, and that share of the windows held out, chosen by the seed; both in text order, neither
+        empty.
+
+        Raises:
+            CalibrationError: if there are fewer than two windows, or the share is not between 0 and 1.
+        """
+        windows = len(self.tokens)
+        if not 0 < held_out < 1:
+            raise CalibrationError(f"the share held out is {held_out}; it must lie between 0 and 1, such as 0.125.")
+        if windows < 2:
+            raise CalibrationError(
+                f"{self.source} gave {windows} window, which cannot be split into windows to fit on and windows held "
+                "out. Ask for at least two windows' worth of tokens, or for a smaller window."
+            )
+        held = torch.zeros(windows, dtype=torch.bool)
+        held[_choice(min(max(round(windows * held_out), 1), windows - 1), windows, self.seed)] = True
+        return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
+
+
+def calibration_from(
+    source: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    tokens: int = TOKENS,
+    window: int = WINDOW,
+    seed: int = 0,
+    field: str | None = None,
+    bos: bool | None = None,
+    device: str | None = None,
+) -> Calibration:
+    """`tokens // window` windows for this model, or as many as there are; the same for the same seed.
+
+    `source` is one of:
+        a text file in UTF-8;
+        a .jsonl file, a document a line, its text under `field` (default: `text`, else the one field that is a string);
+        `self`: written by the model, sampled at temperature 1 from the beginning-of-text token, or from a random token
+            where there is none, and past every end of text; `device` says where (default: where the model loads);
+        `hf:NAME[:CONFIG][:SPLIT]`: a data set's first documents, read through the `datasets` library (default: of
+            `train`). It runs no code that a data set brings along.
+
+    Documents are joined by the end-of-text token, or a line's end where the tokenizer has none. The windows are chosen
+    at random among all whole ones, and stay in their order. `bos` opens each with the beginning-of-text token; default:
+    if the model has one. A source with fewer windows gives all of them, and says so in the log.
+
+    Raises:
+        CalibrationError: if there is no such source, it cannot be read, it holds less than one window, or the
+            tokenizer, the model or the window do not fit.
+        CheckpointError: if the model cannot be loaded to write.
+    """
+    try:
+        check_window(window, longest_window(checkpoint.config), "--calibration-window")
+        if tokens < window:
+            raise CalibrationError(f"{tokens} tokens are less than one window of {window}; ask for at least {window}.")
+        if field is not None and not _has_rows(source):
+            raise CalibrationError(f"{source} has no fields to take {field!r} from; only .jsonl and hf: sources have.")
+        tokenizer = load_tokenizer(checkpoint)
+        first = opening_token(tokenizer, bos)
+        if source == SELF:
+            starts = _starts(checkpoint, tokenizer, first, tokens // window, seed)
+            found, name = _written(checkpoint, starts, window, seed, device), f"text written by {checkpoint.name}"
+        else:
+            runs = _runs(source, tokenizer, tokens // window, window, field, seed)
+            found, name = _chosen(runs, str(source), tokens // window, window, first, seed), str(source)
+        check_vocabulary(checkpoint.config, found)
+    except EvaluationError as error:  # what hinders measuring on a text hinders calibrating on it
+        raise CalibrationError(str(error)) from error
+    return Calibration(found, first is not None, name, seed)
+
+
+def _has_rows(source: str | Path) -> bool:
+    return str(source).startswith(DATA_SET) or Path(source).suffix == ".jsonl"
+
+
+# ---- choosing windows
+
+
+def _choice(count: int, among: int, seed: int) -> Int[Tensor, " count"]:
+    """So many different indices, in order."""
+    return _shuffled(among, seed)[:count].sort().values
+
+
+def _shuffled(count: int, seed: int) -> Int[Tensor, " count"]:
+    """All indices, in an order that the seed draws."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _chosen(
+    runs: Iterable[list[int]], source: str, count: int, window: int, first: int | None, seed: int
+) -> Int[Tensor, "windows window"]:
+    """Windows of these runs of tokens; none reaches over the end of a run."""
+    total, pieces = 0, []
+    for run in runs:
+        total += len(run)
+        pieces.append(cut(run, window, first))
+    found = torch.cat(pieces)
+    if len(found) == 0:
+        raise CalibrationError(
+            f"{source} gives {total} tokens, less than one window of {window}. Use a longer text or a smaller window."
+        )
+    if len(found) < count:
+        LOGGER.warning(
+            "%s gives %d windows of %d tokens (%d tokens); %d windows were asked for. All of them are used.",
+            *(source, len(found), window, found.numel(), count),
+        )
+        return found
+    return found[_choice(count, len(found), seed)]
+
+
+# ---- reading
+
+
+def _runs(
+    source: str | Path, tokenizer: Any, count: int, window: int, field: str | None, seed: int
+) -> Iterator[list[int]]:
+    """Tokens that stand together: of one stretch of a file, or of a data set."""
+    length = window * BYTES_PER_TOKEN
+    if str(source).startswith(DATA_SET):
+        yield _joined(documents_of(data_set_rows(str(source)), field), tokenizer, count * length)[0]
+        return
+    path = Path(source)
+    try:
+        if not path.is_file():
+            hint = "" if path.suffix or path.exists() else f" For a data set of that name: {DATA_SET}{source}"
+            raise CalibrationError(f"there is no file {str(source)!r:.300}. Calibration takes {SOURCES}.{hint}")
+        stretches = _stretches(path.stat().st_size, length, count, seed)
+        if path.suffix == ".jsonl":
+            yield from _runs_of_rows(path, stretches, tokenizer, field)
+        else:
+            yield from (ids_of(tokenizer, text_of(path, start, stop)) for start, stop in stretches)
+    except OSError as error:
+        raise CalibrationError(f"{str(path)!r:.300} cannot be read: {error.strerror or error}.") from None
+
+
+def _stretches(size: int, length: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """The whole file; or of a larger one, a stretch of `length` bytes in each of `count` equal parts. The first is the
+    file's beginning."""
+    if size <= length * count:
+        return [(0, size)]
+    part = size / count
+    places = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = [int(number * part + place * (part - length)) for number, place in enumerate(places)]
+    return [(start, start + length) for start in (0, *starts[1:])]
+
+
+def _runs_of_rows(
+    path: Path, stretches: list[tuple[int, int]], tokenizer: Any, field: str | None
+) -> Iterator[list[int]]:
+    """Tokens of the documents in each stretch. Going backwards, what a stretch within a document does not use up is
+    left to the stretch that the document begins in."""
+    runs, limit, end = [], 0, path.stat().st_size
+    for start, stop in reversed(stretches):
+        rows = json_rows(path, start, stop, end)
+        run, limit = _joined(documents_of(rows, field), tokenizer, limit + stop - start)
+        runs.append(run)
+        end = start
+    return reversed(runs)
+
+
+def _joined(documents: Iterable[str], tokenizer: Any, limit: int) -> tuple[list[int], int]:
+    """Tokens of the documents up to so many characters, joined by what ends a text; and how many are left."""
+    last = tokenizer.eos_token_id
+    separator = ids_of(tokenizer, "\n") if last is None else [last]
+    run: list[int] = []
+    for document in documents:
+        if document.strip():
+            run += (separator if run else []) + ids_of(tokenizer, document[:limit])
+        limit = max(limit - len(document), 0)
+        if limit == 0:
+            break
+    return run, limit
+
+
+# ---- written by the model itself
+
+
+def _starts(
+    checkpoint: Checkpoint, tokenizer: Any, first: int | None, count: int, seed: int
+) -> Int[Tensor, "windows 1"]:
+    """The token that each window begins with: the beginning-of-text token, or random ones with a meaning."""
+    if first is not None:
+        return torch.full((count, 1), first)
+    size = min(text_config(checkpoint.config).get("vocab_size") or len(tokenizer), len(tokenizer))
+    words = torch.tensor(sorted({*range(size)} - {*tokenizer.all_special_ids}))
+    return words[torch.randint(len(words), (count, 1), generator=torch.Generator().manual_seed(seed))]
+
+
+@torch.inference_mode()
+def _written(
+    checkpoint: Checkpoint, starts: Int[Tensor, "windows 1"], window: int, seed: int, device: str | None
+) -> Int[Tensor, "windows window"]:
+    """What the model writes after each start, drawn from its own distribution; the global random state stays."""
+    model = load_model(checkpoint, **({} if device is None else {"device_map": device}))
+    if not is_causal(model):
+        raise CalibrationError(
+            f"{checkpoint.name} is an encoder ({type(model).__name__}) and writes no text to calibrate it on. "
+            "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
+        )
+    check_finite(model(input_ids=starts[:1].to(model.device), use_cache=False).logits)
+    # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
+    model.generation_config = GenerationConfig()
+    drawn = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - 1)
+    batches = torch.split(starts.to(model.device), BATCH)
+    cards = [model.device] if model.device.type == "cuda" else []
+    with quiet(), torch.random.fork_rng(devices=cards):
+        torch.manual_seed(seed)
+        written = [
+            model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=drawn).cpu()
+            for batch in track(batches, "batches of text written by the model", len(batches))
+        ]
+    return torch.cat(written)

@@ -1,0 +1,166 @@
+"""Windows to train on: documents packed end to end, each window as the model is measured, with its first token."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import CalibrationError, EvaluationError, TrainingError
+from headshare.evaluation.perplexity import check_vocabulary, check_window, ids_of, longest_window, opening_token
+from headshare.integrations.transformers.loading import load_tokenizer
+from headshare.text.documents import DATA_SET, data_set_rows, documents_of, json_rows
+from headshare.training.settings import Text
+
+PIECE = 2**20  # characters that are tokenized together
+NO_TEXTS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".xz", ".zst", ".zip")
+
+Window = Int[Tensor, " context"]
+
+
+class Packed(Dataset[dict[str, Tensor]]):
+    """Windows in memory."""
+
+    def __init__(self, tokens: Int[Tensor, "windows context"]) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return _example(self.tokens[number])
+
+
+class Streamed(IterableDataset[dict[str, Tensor]]):
+    """Windows that are read over and over, in their order, without the first few, which are held out. It has no end,
+    so that a run which goes on finds its place by counting. `beginning` is what tells this text from others."""
+
+    def __init__(
+        self,
+        windows: Callable[[], Iterator[Window]],
+        held_out: int,
+        limit: int | None,
+        beginning: Int[Tensor, "windows context"],
+    ) -> None:
+        self.beginning = beginning
+        self.windows, self.first, self.last = windows, held_out, None if limit is None else held_out + limit
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from map(_example, islice(self.windows(), self.first, self.last))
+
+
+def _example(window: Window) -> dict[str, Tensor]:
+    tokens = window.long()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Streamed, Packed]:
+    """Windows to train on, and windows held out.
+
+    Raises:
+        TrainingError: if the text is missing, empty, shorter than the windows that are asked for, or not this model's.
+    """
+    kept: Packed | Streamed
+    try:
+        check_window(text.context, longest_window(checkpoint.config), "--context")
+        read = _reader(checkpoint, text, text.data)
+        if text.stream:
+            apart = 0 if text.held_out_data else text.held_out
+            first = _first(read(), apart + 1, text.data)
+            kept, found = Streamed(read, apart, text.limit, first), first[:apart]
+        else:
+            more = 0 if text.held_out_data else text.held_out
+            tokens = _first(read(), None if text.limit is None else text.limit + more, text.data, least=1)
+            apart = 0 if text.held_out_data else _held_out(len(tokens), text)
+            kept, found = Packed(tokens[: len(tokens) - apart][: text.limit]), tokens[len(tokens) - apart :]
+        if text.held_out_data:
+            found = _first(_reader(checkpoint, text, text.held_out_data)(), text.held_out, text.held_out_data, least=1)
+        for tokens in (found, kept.beginning if isinstance(kept, Streamed) else kept.tokens):
+            check_vocabulary(checkpoint.config, tokens)
+    except (EvaluationError, CalibrationError) as error:
+        raise TrainingError(str(error)) from error
+    return kept, Packed(found)
+
+
+def _held_out(windows: int, text: Text) -> int:
+    """How many of these windows are held out: as many as asked, and an eighth at most."""
+    if windows < 2:
+        raise TrainingError(
+            f"{text.data} gives {windows} window of {text.context} tokens; training needs one and another held out. "
+            "Use a longer text, a shorter context, or name a text to measure on."
+        )
+    return min(text.held_out, max(1, windows // 8))
+
+
+def _first(
+    windows: Iterator[Window], most: int | None, source: str, *, least: int | None = None
+) -> Int[Tensor, "windows context"]:
+    found = list(islice(windows, most))
+    needed = most or 1 if least is None else least
+    if len(found) < needed:
+        raise TrainingError(
+            f"{source} gives {len(found)} whole windows, and {needed} are needed at least. Use a longer text or a "
+            "shorter context."
+        )
+    return torch.stack(found)
+
+
+def _reader(checkpoint: Checkpoint, text: Text, source: str) -> Callable[[], Iterator[Window]]:
+    """What reads the windows of a source, from its beginning each time."""
+    tokenizer = load_tokenizer(checkpoint)
+    first = opening_token(tokenizer, None)
+    path = None if source.startswith(DATA_SET) else Path(source)
+    if path is not None and path.suffix in NO_TEXTS:
+        raise TrainingError(
+            f"{source} is no plain text. Write its documents to a .jsonl file, one a line, or name a data set as "
+            f"{DATA_SET}NAME[:CONFIG][:SPLIT]."
+        )
+    if path is not None and not path.is_file():
+        raise TrainingError(
+            f"there is no file {source!r:.300} to train on. Name a UTF-8 text file, a .jsonl file with a document a "
+            f"line, or a data set as {DATA_SET}NAME[:CONFIG][:SPLIT]."
+        )
+    return lambda: _windows(_ids(source, tokenizer, text.field), text.context, first)
+
+
+def _windows(pieces: Iterator[list[int]], context: int, first: int | None) -> Iterator[Window]:
+    """All whole windows of these tokens, one after the other."""
+    opening = [] if first is None else [first]
+    body, waiting = context - len(opening), list[int]()
+    for piece in pieces:
+        waiting += piece
+        whole = len(waiting) // body * body
+        for start in range(0, whole, body):
+            yield torch.tensor(opening + waiting[start : start + body], dtype=torch.int32)
+        del waiting[:whole]
+
+
+def _ids(source: str, tokenizer: Any, field: str | None) -> Iterator[list[int]]:
+    """The tokens of all documents, each ended by the end-of-text token, or by a line's end where there is none."""
+    last = tokenizer.eos_token_id
+    end = ids_of(tokenizer, "\n") if last is None else [last]
+    if not source.startswith(DATA_SET) and Path(source).suffix != ".jsonl":
+        yield from (ids_of(tokenizer, piece) for piece in _pieces(Path(source)))
+        return
+    if source.startswith(DATA_SET):
+        rows = data_set_rows(source)
+    else:
+        size = Path(source).stat().st_size
+        rows = json_rows(Path(source), 0, size, size)
+    yield from (ids_of(tokenizer, text) + end for text in documents_of(rows, field) if text.strip())
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A text file in pieces that end where lines do."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                yield piece + file.readline(PIECE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read as UTF-8 text: {error}") from None
