@@ -26,7 +26,7 @@ from headshare.calibration.costs.least_squares import Fit
 from headshare.calibration.costs.local import HELD_OUT, fitted_windows, looked_at
 from headshare.calibration.costs.sublayer import DenseLayer, Half
 from headshare.calibration.layerwise.layers import Layers
-from headshare.experiments.baselines import attention_of
+from headshare.checkpoint.layouts import attention_of
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.precision import short_products

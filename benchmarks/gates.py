@@ -22,14 +22,15 @@ from torch import Tensor
 
 import headshare as hs
 from headshare.architecture.config import text_config
-from headshare.evaluation.perplexity import Windows, window_losses
-from headshare.experiments.baselines import attention_of
+from headshare.architecture.modules import module_path
+from headshare.checkpoint.layouts import attention_of
+from headshare.evaluation.perplexity import window_losses
 from headshare.experiments.controls import recipients_of
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.units import Kind, Part
 from headshare.progress import shown, track
 from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.windows import Windows
 from machine import machine, parsed
 
 BATCH = 4

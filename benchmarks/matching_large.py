@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import headshare as hs
-from headshare.matching.similarity import CHUNK_NUMBERS, layouts_of
+from headshare.checkpoint.layouts import layouts_of
+from headshare.matching.products import CHUNK_NUMBERS
 from headshare.plan.units import Part, Parts
 from machine import machine
 

@@ -27,31 +27,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import headshare as hs
-from headshare.calibration.allocate import Budgeted, plan_for_bytes, plan_for_units
+from headshare.architecture.modules import module_path
+from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.costs.curves import Form, Prices, paths_from_json, paths_to_json
 from headshare.calibration.costs.curves import Path as PricedPath
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
+from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.evaluation.perplexity import (
-    Predictions,
-    Windows,
-    losses_and_divergences,
-    perplexity,
-    read_text,
-    windows_of,
-)
-from headshare.experiments.baselines import attention_of
+from headshare.checkpoint.layouts import attention_of
+from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
-from headshare.integrations.transformers.quantizer import module_path
+from headshare.matching.estimate import estimate
 from headshare.matching.pairing import units_at
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
-from headshare.sharing.size import estimate, estimate_plan
+from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.windows import Windows, read_text, windows_of
 from machine import machine, parsed
 
 CONTROL = "deletion of units"

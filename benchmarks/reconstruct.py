@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import headshare as hs
 from headshare.calibration.refit.refitter import Refitter
-from headshare.evaluation.perplexity import Predictions, Windows, losses_and_divergences
+from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part
 from headshare.progress import shown, track
 from headshare.text.tokens import calibration_from
+from headshare.text.windows import Windows
 from machine import machine, parsed
 from quality import put
 

@@ -22,16 +22,19 @@ import torch
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes
+from headshare.calibration.choose import prices_on
 from headshare.calibration.costs.curves import Form
-from headshare.calibration.run import prices_on
-from headshare.evaluation.perplexity import Windows, opening_token, perplexity
-from headshare.files.resume import Workspace, fingerprint
+from headshare.checkpoint.fingerprint import fingerprint
+from headshare.evaluation.perplexity import perplexity
+from headshare.files.resume import Workspace
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
+from headshare.matching.estimate import estimate
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
-from headshare.sharing.size import estimate, estimate_plan
+from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.windows import Windows, opening_token
 from headshare.training import TrainSettings, train
 from headshare.training.settings import Text
 from headshare.training.windows import Packed, training_windows

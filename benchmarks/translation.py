@@ -16,9 +16,9 @@ from pathlib import Path
 import headshare as hs
 from headshare.experiments import Recipe, compare
 from headshare.experiments.report.tables import table
+from headshare.files.folder import file_digest
 from headshare.progress import shown
-from headshare.sharing.safetensors_writer import file_digest
-from headshare.sharing.share import expand
+from headshare.sharing.expand import expand
 from headshare.training import TrainSettings, train
 from machine import machine, parsed
 

@@ -35,11 +35,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import headshare as hs
 import headshare.storage.pooled.alias as alias_module
 import tiny
+from headshare.architecture.modules import module_path
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
-from headshare.integrations.transformers.quantizer import module_path
-from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.storage.owner import OwnerProjection
 from headshare.storage.pooled.alias import AliasBank
 from headshare.storage.pooled.frozen import FrozenProjection

@@ -14,9 +14,9 @@ from torch_pruning.pruner.importance import GroupTaylorImportance
 import headshare as hs
 import tiny
 from headshare.calibration.allocate import plan_for_bytes
+from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError
 from headshare.experiments.baselines import (
-    attention_of,
     magnitudes,
     overwrite_with_mean,
     removal_prices,

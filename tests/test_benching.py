@@ -9,7 +9,7 @@ import headshare as hs
 import tiny
 from headshare.bench.bench import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
-from headshare.experiments.demo_table import bench_table
+from headshare.bench.tables import bench_table
 
 
 @pytest.fixture

@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 
 import tiny
 from headshare.calibration import allocate as budget
-from headshare.calibration.allocate import Budgeted, plan_for_bytes, plan_for_steps, plan_for_units
+from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.costs.curves import Form, Path, Prices, Step
 from headshare.calibration.costs.local import price_units
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.calibration.costs.to_plan import Budgeted, plan_for_steps
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
-from headshare.plan.plan import Choice, Removal, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
+from headshare.plan.ties import Choice
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration

@@ -20,16 +20,21 @@ import headshare.calibration.costs.measured
 import headshare.calibration.refit.reconstruction
 import headshare.calibration.run
 import headshare.cli.app
+import headshare.files.folder
 import headshare.files.resume
-import headshare.sharing.safetensors_writer
-import headshare.sharing.share
+import headshare.files.state_files
+import headshare.sharing.writer
 import tiny
-from headshare.calibration.allocate import Budgeted
-from headshare.calibration.run import Setting, budget_of, calibrated_run, measure, plan_on
+from headshare.calibration.budget import budget_of
+from headshare.calibration.choose import plan_on
+from headshare.calibration.costs.to_plan import Budgeted
+from headshare.calibration.measure import measure
+from headshare.calibration.run import Setting, calibrated_run
+from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError, OutputError, PlanError
 from headshare.evaluation.verify import verify
-from headshare.files.resume import Workspace, fingerprint, settle, workspace_of
+from headshare.files.resume import Workspace, settle, workspace_of
 from headshare.text.tokens import calibration_from
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 from test_safety import contents, in_child, left_behind
@@ -118,7 +123,7 @@ def killed(words: list[str], place: tuple[Any, str], number: int, *, after: bool
     return status != 0
 
 
-STATE = (headshare.files.resume, "write_whole")
+STATE = (headshare.files.state_files, "write_whole")
 LAYERS = 4  # each priced, and all but layer 0, which ties nothing, measured
 PLACES = {
     "before the state is begun": (STATE, "", 0, False),
@@ -128,8 +133,8 @@ PLACES = {
     "at a refitted tensor": (STATE, "_proj", 0, False),
     "between two of them": (STATE, "_proj", 0, True),
     "later still": (STATE, "_proj", 1, True),
-    "in the middle of the weight file": ((headshare.sharing.share, "stream"), "", 5, False),
-    "before the folder has its name": ((headshare.sharing.safetensors_writer, "_put_in_place"), "", 0, False),
+    "in the middle of the weight file": ((headshare.sharing.writer, "stream"), "", 5, False),
+    "before the folder has its name": ((headshare.files.folder, "_put_in_place"), "", 0, False),
 }
 
 
@@ -180,7 +185,7 @@ def test_a_run_goes_on_and_does_not_begin_anew(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert killed(BY_OUTPUT, (headshare.sharing.safetensors_writer, "_put_in_place"), 0)
+    assert killed(BY_OUTPUT, (headshare.files.folder, "_put_in_place"), 0)
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("it was done already")
@@ -229,8 +234,8 @@ REFIT_PLACES = {
     "before the first tensor": (STATE, 1, False),
     "between the streams and the progress": (STATE, 4, True),
     "in a later layer": (STATE, 9, False),
-    "before the folders are exchanged": ((headshare.sharing.safetensors_writer, "_exchange"), 0, False),
-    "after the folders are exchanged": ((headshare.sharing.safetensors_writer, "_exchange"), 0, True),
+    "before the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, False),
+    "after the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, True),
     "before the state is removed": ((headshare.files.resume.Workspace, "_empty"), 1, False),
 }
 
@@ -438,7 +443,7 @@ def test_nothing_is_kept_of_a_run_that_failed_when_it_was_to_begin(
     def refuse(*_: object, **__: object) -> None:
         raise PlanError("this model can have none of the forms asked for.")
 
-    monkeypatch.setattr("headshare.calibration.run.price_units", refuse)
+    monkeypatch.setattr("headshare.calibration.choose.price_units", refuse)
     assert_one_error_line(run(*BY_OUTPUT))
     assert left_behind(things) == []
 
@@ -555,7 +560,7 @@ def test_an_encoder_is_planned_by_relative_errors_as_it_predicts_no_next_token(
     name: str, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_tokenizer(tiny.make(name, things / name), bos=False)
-    monkeypatch.setattr("headshare.calibration.run.probe_prices", None)
+    monkeypatch.setattr("headshare.calibration.choose.probe_prices", None)
     data = run("plan", name, "-o", "plan.json", "--save", "3%", *TEXT, "--no-measure", "--json").data
     assert data["price_unit"] == "relative error"
     assert data["price"] > 0
@@ -737,7 +742,7 @@ def test_a_refit_that_fails_keeps_the_old_folder(things: Path, run: Run, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("headshare.sharing.share.write_safetensors", full)
+        patched.setattr("headshare.sharing.writer.write_safetensors", full)
         found = run(*REFIT)
         assert_one_error_line(found)
         assert contents(things / "shared") == before

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import tiny
+from headshare.checkpoint.checkpoint import plan_of
 from headshare.checkpoint.header import DTYPES, MAX_HEADER_BYTES, read_header
-from headshare.plan.describe import describe, plan_of
+from headshare.plan.describe import describe
 
 SHARDED: dict[str, object] = {"max_shard_size": "40KB"}
 INDEX = "model.safetensors.index.json"

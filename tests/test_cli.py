@@ -909,7 +909,7 @@ def test_an_interrupted_command_ends_without_a_traceback_and_leaves_nothing(
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("headshare.sharing.share.stream", interrupt)
+    monkeypatch.setattr("headshare.sharing.writer.stream", interrupt)
     before = seen(tmp_path)
     found = run("share", model, "out")
     assert found.status == 130

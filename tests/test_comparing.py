@@ -22,15 +22,16 @@ from headshare.errors import EvaluationError, TrainingError
 from headshare.evaluation import Parallel, Settings, Text, measure
 from headshare.evaluation.harness import named
 from headshare.evaluation.perplexity import evaluate
-from headshare.evaluation.tasks import TASKS
+from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, Recipe, compare
+from headshare.experiments.case import REFIT, TRAINED, Case, Common
 from headshare.experiments.cells import GivenUp, kept_cells
-from headshare.experiments.methods import DELETING, REFIT, SHARING, TRAINED, TYING, Case, Common
+from headshare.experiments.methods import DELETING, SHARING, TYING
 from headshare.experiments.report.tables import as_csv, table, verdict
 from headshare.files.resume import Workspace
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.matching.estimate import estimate
 from headshare.plan.units import HeadUnit
-from headshare.sharing.size import estimate
 from headshare.text.tokens import calibration_from
 from headshare.training import Sharing, TrainSettings, train
 from nearest import stand_in
@@ -212,7 +213,7 @@ def test_what_eval_kept_of_the_dense_model_is_not_measured_again(
 def test_a_page_says_by_which_versions_each_cell_was_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headshare.experiments.grid.versions", lambda *_: {"torch": "1.0"})
+    monkeypatch.setattr("headshare.experiments.cell_runner.versions", lambda *_: {"torch": "1.0"})
     run(place, tmp_path, "directshare")
     monkeypatch.undo()
     run(place, tmp_path, "directshare", "magnitude")
@@ -502,7 +503,7 @@ def test_restart_is_of_the_training_run_too(place: Path, tmp_path: Path, monkeyp
         seen.append(restart)
         raise TrainingError("stopped")
 
-    monkeypatch.setattr("headshare.experiments.grid.train", stopped)
+    monkeypatch.setattr("headshare.experiments.cell_runner.train", stopped)
     grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=training(place))
     for restart in (False, True):
         with pytest.raises(TrainingError):

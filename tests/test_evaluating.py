@@ -29,14 +29,17 @@ import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
 from headshare.evaluation import harness
-from headshare.evaluation.generation import Parallel, Writing, bleu_and_meteor, continuations
-from headshare.evaluation.harness import Runner, Settings, _as_task, _hushed, chosen_tasks, tasks_of_harness
+from headshare.evaluation.generation import Writing, continuations
+from headshare.evaluation.harness import Runner, Settings, _hushed, chosen_tasks, tasks_of_harness
+from headshare.evaluation.harness_tasks import as_task
 from headshare.evaluation.measuring import Text, measure
-from headshare.evaluation.perplexity import evaluate, perplexity, windows_of
+from headshare.evaluation.perplexity import evaluate, perplexity
 from headshare.evaluation.questions import Question
 from headshare.evaluation.results import Measured, Metric, current, kept_results, read_results, table_of
-from headshare.evaluation.tasks import TASKS, Part
+from headshare.evaluation.task_files import TASKS, Part
+from headshare.evaluation.translation import Parallel, bleu_and_meteor
 from headshare.integrations.transformers.loading import load_tokenizer
+from headshare.text.windows import windows_of
 
 SENTENCES = [
     "the guinea pig went to the house because the cat was there",
@@ -201,7 +204,7 @@ def test_a_task_asks_and_scores_as_the_harnesss_own_does(name: str, runner: Runn
     (chosen,) = chosen_tasks([name], data)
     with _hushed():
         theirs = ConfigurableTask(config={**config, **unused, **given})
-        ours = _as_task(name, *next(iter((chosen.parts or {}).items())))
+        ours = as_task(name, *next(iter((chosen.parts or {}).items())))
         samples = [
             lm_eval.simple_evaluate(model=runner._for_harness, tasks=[task], bootstrap_iters=0, task_manager=NONE)[
                 "samples"
@@ -222,7 +225,7 @@ def test_exams_ask_as_the_harness_does_with_examples_of_their_own_subject(runner
     own = load_yaml(folder / "mmlu_high_school_us_history.yaml")["description"]
     assert parts["river_law"].heading == own.replace("high school us history", "river law")
     with _hushed():
-        task = _as_task("mmlu", "history", parts["history"])
+        task = as_task("mmlu", "history", parts["history"])
         found = lm_eval.simple_evaluate(
             model=runner._for_harness, tasks=[task], num_fewshot=1, bootstrap_iters=0, task_manager=NONE
         )
@@ -251,7 +254,7 @@ def test_examples_of_an_exam_are_shown_in_their_order(runner: Runner, data: Path
     zipped(data / "mmlu.zip", {**EXAM, "dev/history_dev.csv": shown})
     (chosen,) = chosen_tasks(["mmlu"], data)
     with _hushed():
-        task = _as_task("mmlu", "history", (chosen.parts or {})["history"])
+        task = as_task("mmlu", "history", (chosen.parts or {})["history"])
         found = lm_eval.simple_evaluate(
             model=runner._for_harness, tasks=[task], num_fewshot=5, bootstrap_iters=0, task_manager=NONE
         )
@@ -263,7 +266,7 @@ def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data
     for name in ("cmnli", "ocnli", "tnews", "csl", "ceval"):
         (chosen,) = chosen_tasks([name], data)
         with _hushed():
-            task = _as_task(name, *next(iter((chosen.parts or {}).items())))
+            task = as_task(name, *next(iter((chosen.parts or {}).items())))
             samples = lm_eval.simple_evaluate(
                 model=runner._for_harness, tasks=[task], bootstrap_iters=0, task_manager=NONE
             )["samples"]

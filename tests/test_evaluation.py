@@ -10,16 +10,10 @@ import transformers
 import headshare as hs
 import tiny
 from headshare.errors import EvaluationError
-from headshare.evaluation.perplexity import (
-    Predictions,
-    Windows,
-    agreement,
-    losses_and_divergences,
-    perplexity,
-    predicts_next,
-    window_losses,
-)
+from headshare.evaluation.embeddings import agreement
+from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity, window_losses
 from headshare.integrations.transformers.loading import load_model
+from headshare.text.windows import Windows, predicts_next
 
 
 @pytest.mark.parametrize(("together", "runs"), [(2048, 1), (32, 3), (1, 5)])

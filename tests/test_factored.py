@@ -25,13 +25,19 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.added import extra_tensors
 from headshare.plan.describe import describe, picture
 from headshare.plan.layout import Layout, Place
-from headshare.plan.plan import Choice, Factored, Removal, Selection, SharePlan
-from headshare.plan.tensors import GappedTensor, Product, extra_tensors, gapped_tensors
+from headshare.plan.low_rank import Factored
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
+from headshare.plan.tensors import GappedTensor, Product, gapped_tensors
+from headshare.plan.ties import Choice, Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.sharing.expand import write_overwritten
 from headshare.sharing.factors import join_columns, split_columns
-from headshare.sharing.share import check_shared, write_overwritten, write_refitted
+from headshare.sharing.fits import check_shared
+from headshare.sharing.rewrite import write_refitted
 from headshare.storage.low_rank import FactoredProjection
 
 MODEL = "model.safetensors"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import headshare as hs
 import tiny
+from headshare.architecture.modules import module_path
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.int4 import Packing
@@ -24,8 +25,8 @@ from headshare.evaluation import Text
 from headshare.evaluation.verify import verify
 from headshare.experiments import Grid, compare
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
-from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.text.tokens import Calibration
 from nearest import Nearest, stand_in

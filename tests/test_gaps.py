@@ -17,8 +17,9 @@ from safetensors.torch import save_file as save_torch
 import headshare as hs
 import tiny
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.plan.added import scale_names
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import Gap, GappedTensor, Run, gapped_tensors, recipients_by_layer, scale_names
+from headshare.plan.tensors import Gap, GappedTensor, Run, gapped_tensors, recipients_by_layer
 from headshare.sharing import assembly
 
 Weights = dict[str, np.ndarray]

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM
 import headshare as hs
 import tiny
 from headshare.cli.app import main
+from headshare.cli.inspect import describe_split
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.integrations.transformers.quantizer import device_of
-from headshare.plan.describe import describe_split
 from headshare.plan.placement import held_again, split_evenly
-from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.storage.pooled import product
 from headshare.storage.pooled.indirect import IndirectBank, IndirectProjection
 from headshare.storage.pooled.product import Slots, slot_linear

@@ -20,15 +20,17 @@ from torch import Tensor
 
 import headshare as hs
 import tiny
+from headshare.architecture.modules import module_path
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import Packing, pack, unpack
 from headshare.errors import CheckpointError, PlanError, StorageError, TrainingError
 from headshare.evaluation.verify import verify
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
-from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
-from headshare.sharing.share import Grouped, expand, write_packed
+from headshare.sharing.expand import expand
+from headshare.sharing.rewrite import Grouped, write_packed
 from headshare.training import train
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 from test_training import settings

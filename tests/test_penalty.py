@@ -10,10 +10,10 @@ from torch.nn import functional
 
 import headshare as hs
 import tiny
+from headshare.architecture.modules import module_path
 from headshare.errors import PlanError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.plan import SharePlan
 from headshare.training.penalty import Distance, TiePenalty
 

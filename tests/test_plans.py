@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import headshare as hs
-import headshare.plan.plan
+import headshare.plan.ties
 from headshare.plan.layout import MAX_UNITS, Layout, Place
-from headshare.plan.plan import Choice, Selection
 from headshare.plan.tensors import gapped_tensors
+from headshare.plan.ties import Choice, Selection
 from headshare.plan.units import Kind
 
 Json = dict[str, Any]
@@ -458,7 +458,7 @@ def test_more_ties_than_units_are_refused_before_any_is_read(count: int, monkeyp
     def read(_: object) -> None:
         raise AssertionError("a tie was read")
 
-    monkeypatch.setattr(headshare.plan.plan, "_read_tie", read)
+    monkeypatch.setattr(headshare.plan.ties, "_read_tie", read)
     text = json.dumps(small([1, 0, 0, 0])).replace("[1, 0, 0, 0]", ",".join(["[1,0,0,0]"] * count))
     with pytest.raises(hs.PlanError, match=rf"the plan lists {count} ties"):
         hs.SharePlan.from_json(text)

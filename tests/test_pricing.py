@@ -21,7 +21,8 @@ from headshare.calibration.costs import local as pricing
 from headshare.calibration.costs.curves import Form, Path, Prices, Step, paths_from_json, paths_to_json
 from headshare.calibration.costs.least_squares import RIDGE, Fit, Products, Remainder
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, PlanError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.layout import Layout

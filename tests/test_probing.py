@@ -18,17 +18,17 @@ from torch.nn import functional
 
 import headshare as hs
 import tiny
-from headshare.calibration.allocate import plan_for_steps
+from headshare.architecture.modules import module_path
 from headshare.calibration.costs import measured as probing
 from headshare.calibration.costs.curves import Form, Path, Prices, Step
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices, repriced
+from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.refit.refitter import Refitter
 from headshare.errors import ArchitectureError, CalibrationError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.units import HeadUnit, Kind
 from headshare.precision import full_float32
 from headshare.text.tokens import Calibration

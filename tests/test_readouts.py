@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from headshare.calibration.refit import regression as readouts
-from headshare.calibration.refit.regression import RIDGES, Fitted, Lent, Narrow, NormalEquations, assembled, fit_readout
+from headshare.calibration.refit.normal_equations import NormalEquations
+from headshare.calibration.refit.regression import RIDGES, Fitted, Lent, Narrow, assembled, fit_readout
 from headshare.precision import _both, full_float32
 
 TOKENS, INPUTS, OUTPUTS = 300, 12, 7

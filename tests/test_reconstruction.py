@@ -15,9 +15,9 @@ import tiny
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit import reconstruction
 from headshare.calibration.refit import refitter as refitting
+from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.reconstruction import Wanted, reconstruct
 from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
-from headshare.calibration.refit.regression import token_weights
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model

@@ -17,18 +17,22 @@ from torch import Tensor
 import headshare as hs
 import tiny
 from headshare.architecture.config import text_config
+from headshare.architecture.modules import module_path
 from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
-from headshare.calibration.refit.regression import token_weights
 from headshare.calibration.refit.residuals import residual_of, watched
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
-from headshare.plan.plan import Factored, Removal, Selection, SharePlan
-from headshare.plan.tensors import gapped_tensors, scale_name
+from headshare.plan.added import scale_name
+from headshare.plan.low_rank import Factored
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
+from headshare.plan.tensors import gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.text.tokens import Calibration
 from test_streams import MORE, hidden_states

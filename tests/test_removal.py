@@ -28,9 +28,11 @@ from headshare.experiments.controls import overwrite_recipients, with_random_don
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.describe import describe, picture
 from headshare.plan.layout import Layout
-from headshare.plan.plan import Choice, Removal, Selection, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
 from headshare.plan.spans import Span, read_indices, spans_of, write_indices
 from headshare.plan.tensors import Gap, GappedTensor, gapped_biases, gapped_tensors, reduced_tensors
+from headshare.plan.ties import Choice, Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.storage.projection import SharedProjection
 

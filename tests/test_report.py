@@ -12,20 +12,22 @@ import pytest
 
 import headshare as hs
 import tiny
+from headshare.checkpoint.layouts import attention_of
 from headshare.errors import EvaluationError
 from headshare.evaluation import Text, measure
 from headshare.evaluation.results import Measured as Row
 from headshare.evaluation.results import Metric
-from headshare.evaluation.tasks import TASKS
+from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, compare
-from headshare.experiments.baselines import attention_of
-from headshare.experiments.grid import About
-from headshare.experiments.methods import base_of
+from headshare.experiments.about import About
+from headshare.experiments.case import base_of
 from headshare.experiments.report.claims import Checked, Says, checked
 from headshare.experiments.report.figures import draw
-from headshare.experiments.report.page import Measured, Published, published, report
+from headshare.experiments.report.page import report
+from headshare.experiments.report.sources import Measured, Published, published
 from headshare.plan.describe import given_up
-from headshare.plan.plan import Removal, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
 from headshare.training import TrainSettings
 from test_comparing import command, place  # noqa: F401 - fixtures
 

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-import headshare.sharing.share
+import headshare.sharing.writer
 import tiny
 from headshare.cli.app import main
 from headshare.evaluation.verify import verify
@@ -125,7 +125,7 @@ def at_every_step(act: Callable[[int], None]) -> None:
         if changes_files(event, arguments):
             step()
 
-    flush, pieces = os.fsync, headshare.sharing.share.stream
+    flush, pieces = os.fsync, headshare.sharing.writer.stream
 
     def fsync(descriptor: int) -> None:
         step()
@@ -136,7 +136,7 @@ def at_every_step(act: Callable[[int], None]) -> None:
             step()  # in the middle of a weight file
             yield piece
 
-    os.fsync, headshare.sharing.share.stream = fsync, stream  # type: ignore[assignment]
+    os.fsync, headshare.sharing.writer.stream = fsync, stream  # type: ignore[assignment]
     sys.addaudithook(hook)
 
 
@@ -228,7 +228,7 @@ def test_killed_before_any_step_where_folders_cannot_be_exchanged_nothing_half_i
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a file system without an exchange there is a moment with no output, but none with a half one."""
-    monkeypatch.setattr("headshare.sharing.safetensors_writer._exchange", lambda *_: False)
+    monkeypatch.setattr("headshare.files.folder._exchange", lambda *_: False)
     folder = tmp_path / "work"
     folder.mkdir()
     out, steps = folder / "out", 0
@@ -324,14 +324,14 @@ def test_a_stopped_run_keeps_what_another_run_may_not_remove(llama: Path, tmp_pa
 def test_what_appears_at_the_output_while_we_write_is_not_deleted(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, pieces = tmp_path / "out", headshare.sharing.share.stream
+    out, pieces = tmp_path / "out", headshare.sharing.writer.stream
 
     def stream(*arguments: Any) -> Iterator[torch.Tensor]:
         out.mkdir(exist_ok=True)
         (out / "notes.txt").write_text("precious")
         return pieces(*arguments)
 
-    monkeypatch.setattr(headshare.sharing.share, "stream", stream)
+    monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
     with pytest.raises(hs.OutputError, match="exists"):
         share(llama, out)
     assert (out / "notes.txt").read_text() == "precious"
@@ -371,7 +371,7 @@ def test_an_interrupted_run_leaves_nothing(
         raise interruption
         yield
 
-    monkeypatch.setattr(headshare.sharing.share, "stream", stream)
+    monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
     with nothing_changes(tmp_path), pytest.raises(interruption):
         share(llama, tmp_path / "out")
 
@@ -622,13 +622,13 @@ def test_scores_are_not_written_over_the_weights_they_come_from(llama: Path, mon
 def test_a_file_cut_off_while_it_is_shared_is_an_error_and_leaves_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, pieces = a_plan(llama), headshare.sharing.share.stream
+    plan, pieces = a_plan(llama), headshare.sharing.writer.stream
 
     def stream(*arguments: Any) -> Iterator[torch.Tensor]:
         os.truncate(llama / WEIGHTS, 20_000)
         return pieces(*arguments)
 
-    monkeypatch.setattr(headshare.sharing.share, "stream", stream)
+    monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
     with pytest.raises(hs.CheckpointError, match="became shorter while it was read"):
         hs.share(hs.open_checkpoint(llama), plan).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
@@ -663,7 +663,7 @@ def test_weights_that_are_not_finite_are_named_and_not_shared(
     value: float, exact: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exact:
-        monkeypatch.setattr("headshare.matching.similarity.EXACT_PRODUCTS", 0)
+        monkeypatch.setattr("headshare.matching.products.EXACT_PRODUCTS", 0)
     spoil(llama, Q2, value)
     with pytest.raises(hs.CheckpointError, match=rf"{Q2} .*NaN or infinite .*layer 2, group 0"):
         share(llama, tmp_path / "out")

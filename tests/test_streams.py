@@ -16,7 +16,9 @@ from headshare.calibration.costs.measured import predicts
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.plan import Removal, Selection, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
+from headshare.plan.ties import Selection
 from headshare.plan.units import Part
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

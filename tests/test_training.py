@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import headshare as hs
 import tiny
+from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.costs.curves import Form
 from headshare.calibration.costs.local import price_units
@@ -30,7 +31,6 @@ from headshare.evaluation import Settings as Limited
 from headshare.evaluation import measure
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.plan import SharePlan
 from headshare.text.tokens import calibration_from
 from headshare.training import Method, SharingTrainer, TrainSettings, train

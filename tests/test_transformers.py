@@ -16,8 +16,9 @@ import headshare as hs
 import tiny
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
-from headshare.plan.plan import Selection, SharePlan
+from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.storage.projection import SharedProjection, shared_projections
 
 

@@ -20,8 +20,9 @@ from headshare.integrations.transformers.loading import load_model, unique_param
 from headshare.plan.placement import split_evenly
 from headshare.plan.tensors import gapped_tensors
 from headshare.storage.pooled import vmm
+from headshare.storage.pooled.cuda_driver import Driver, Span, access_of, allocation
 from headshare.storage.pooled.frozen import MappedProjection
-from headshare.storage.pooled.vmm import Driver, Span, VmmBank, VmmStorage, access_of, allocation
+from headshare.storage.pooled.vmm import VmmBank, VmmStorage
 from headshare.storage.projection import shared_projections
 from headshare.storage.registry import STORAGES
 

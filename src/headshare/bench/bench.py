@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint, plan_of
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, PlanError
-from headshare.evaluation.perplexity import longest_window
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
-from headshare.plan.describe import plan_of
 from headshare.progress import track
-from headshare.sharing.share import check_fits, expand, share
+from headshare.sharing.expand import expand
+from headshare.sharing.fits import check_fits
+from headshare.sharing.share import share
+from headshare.text.windows import longest_window
 
 DENSE = "dense"
 CONTEXT = 64

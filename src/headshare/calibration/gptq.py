@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from headshare.architecture.modules import module_path
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
 from headshare.errors import CheckpointError, PlanError
 from headshare.integrations.transformers.loading import empty_model
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.tensors import GappedTensor
 from headshare.progress import track
 from headshare.sharing.expanded import WholeTensors
-from headshare.sharing.share import Grouped, write_packed
+from headshare.sharing.rewrite import Grouped, write_packed
 from headshare.text.tokens import Calibration
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from headshare.checkpoint.refit_record import MAX_TENSORS, Text
+from headshare.checkpoint.refit_record import MAX_TENSORS
 from headshare.errors import PlanError
+from headshare.files.untrusted import Text
 from headshare.plan.tensors import GappedTensor
 
 NESTED = "quantization_config"

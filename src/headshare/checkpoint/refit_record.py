@@ -1,33 +1,18 @@
 """What was refitted in a shared checkpoint, and on which text: a record in its config.json. Holds no weight."""
 
 import json
-import re
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import PlanError
+from headshare.files.untrusted import CONTROL, MAX_TEXT, Text
 
 MAX_TENSORS = 100_000
-MAX_TEXT = 512
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(lambda text: _printable(text))]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-
-
-def is_shown(text: str) -> bool:
-    """Whether a text that somebody else wrote is short and can be printed as it is."""
-    return len(text) <= MAX_TEXT and not _CONTROL.search(text)
-
-
-def _printable(text: str) -> str:
-    """A text that can be shown on a terminal without doing anything there."""
-    if _CONTROL.search(text):
-        raise ValueError("it holds control characters")
-    return text
 
 
 class RefitRecord(BaseModel):
@@ -60,7 +45,7 @@ class RefitRecord(BaseModel):
     ) -> "RefitRecord":
         """The record of these tensors, fitted on so many windows of so many tokens, and by so many gradient steps a
         layer; what cannot be shown of the text's name is left out."""
-        shown = _CONTROL.sub("?", text)[:MAX_TEXT]
+        shown = CONTROL.sub("?", text)[:MAX_TEXT]
         count, window = windows
         return cls(
             tensors=tuple(sorted(tensors)),

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headshare.checkpoint.checkpoint import Checkpoint, read_json
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
+from headshare.files.untrusted import read_json
 
 LOCAL_ONLY = {"trust_remote_code": False, "use_safetensors": True}
 """What every `from_pretrained` of a model is told: no code from the folder, and no pickle, which can run code too."""

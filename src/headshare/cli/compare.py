@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headshare.checkpoint.checkpoint import open_checkpoint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.evaluate import EvalDtypeName
 from headshare.cli.options import (
     Context,
@@ -24,9 +24,10 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.errors import EvaluationError, TrainingError
-from headshare.evaluation.perplexity import WINDOW
-from headshare.files.atomic import read_yaml, write_whole
+from headshare.files.atomic import write_whole
+from headshare.files.untrusted import read_yaml
 from headshare.text.tokens import TOKENS
+from headshare.text.windows import WINDOW
 
 LISTS = ("methods", "ratios", "tasks")
 
@@ -131,9 +132,10 @@ def report_command(
     """One page in Markdown from finished comparisons: their tables, and what becomes of the paper's claims. Results of
     `eval` come after them."""
     from headshare.evaluation.results import RESULTS
-    from headshare.experiments.grid import ABOUT
+    from headshare.experiments.about import ABOUT
     from headshare.experiments.report.figures import draw
-    from headshare.experiments.report.page import Evaluated, Measured, published, report
+    from headshare.experiments.report.page import report
+    from headshare.experiments.report.sources import Evaluated, Measured, published
 
     has_results = {folder: (folder / RESULTS).is_file() for folder in folders}
     compared = {

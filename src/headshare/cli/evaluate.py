@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
-from headshare.checkpoint.checkpoint import open_checkpoint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import Context, JsonOption, RevisionOption, listed, print_result, refuse_unused
 from headshare.errors import EvaluationError
-from headshare.evaluation.perplexity import WINDOW, Agreement, evaluate, read_text
+from headshare.evaluation.embeddings import Agreement
+from headshare.evaluation.perplexity import evaluate
+from headshare.text.windows import WINDOW, read_text
 
 OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
 

@@ -23,7 +23,7 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.errors import TrainingError
-from headshare.files.atomic import read_yaml
+from headshare.files.untrusted import read_yaml
 from headshare.training.penalty import Distance
 
 

@@ -1,9 +1,10 @@
 """Measure models on tasks: tasks of lm-evaluation-harness by name, and ours, which run from local files."""
 
-from headshare.evaluation.generation import Parallel, Writing, continuations, samples_of
+from headshare.evaluation.generation import Writing, continuations, samples_of
 from headshare.evaluation.harness import Runner, Settings
 from headshare.evaluation.measuring import Text, measure
 from headshare.evaluation.results import Measured, Metric, read_results, table_of
+from headshare.evaluation.translation import Parallel
 
 __all__ = [
     "Measured",

@@ -1,30 +1,17 @@
 """Text that models write after a prompt: samples side by side, and translations with their BLEU and METEOR."""
 
-import hashlib
-import json
-import math
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from headshare.errors import EvaluationError
-from headshare.evaluation.harness import INSTALL, Runner, Settings
-from headshare.evaluation.perplexity import read_text
-from headshare.evaluation.results import Measured, Metric, key_of
+from headshare.evaluation.harness import Runner
 from headshare.integrations.transformers.loading import quiet
 from headshare.progress import track
-
-SOURCE = "{source}"
-RESAMPLED = 1000
-METEOR_RULE = "words by 13a"
-HALF_INTERVAL = 1.96  # standard errors, of 95 %
 
 
 @dataclass(frozen=True)
@@ -130,122 +117,3 @@ def _one_line(text: str) -> str:
 
 
 # ---- translation
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """A text and its translation, line by line. The model is given `prompt` with a line in the place of {source}, and
-    writes up to the end of the line. `language` is that of the translation, whose words METEOR matches by their stems.
-
-    Raises:
-        EvaluationError: if a file cannot be read, they have different numbers of lines, the prompt has no {source}, or
-            there is no stemmer for the language.
-    """
-
-    source: Path
-    reference: Path
-    prompt: str = SOURCE + "\n"
-    limit: int | None = None
-    tokens: int = 64
-    language: str | None = None
-    pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if SOURCE not in self.prompt:
-            raise EvaluationError(
-                f"the prompt {self.prompt!r:.60} does not say where the text goes: put {SOURCE} there."
-            )
-        stemmer_for(self.language)
-        sides = [read_text(path).rstrip("\n").split("\n") for path in (self.source, self.reference)]
-        if len(sides[0]) != len(sides[1]):
-            raise EvaluationError(
-                f"{self.source} has {len(sides[0])} lines and {self.reference} {len(sides[1])}; each line must have "
-                "its translation."
-            )
-        object.__setattr__(self, "pairs", tuple(zip(*sides, strict=True))[: self.limit])
-
-    @property
-    def name(self) -> str:
-        """What its column is called."""
-        return f"translation of {self.source.name}"
-
-    def key(self, model: str, settings: Settings) -> str:
-        """Tells this translation by this model and these settings."""
-        return key_of(model, self.pairs, self.prompt, self.tokens, self.language, METEOR_RULE, settings.dtype)
-
-    def run(self, runner: Runner, key: str) -> Measured:
-        """Translate every line and measure all.
-
-        Raises:
-            EvaluationError: as `continuations` does, or if sacrebleu or nltk are not installed.
-        """
-        prompts = [self.prompt.replace(SOURCE, line) for line, _ in self.pairs]
-        written = continuations(runner, prompts, Writing(self.tokens, stop="\n"))
-        references = [reference for _, reference in self.pairs]
-        found, signature = bleu_and_meteor([text.strip() for text in written], references, self.language)
-        settings = {
-            "prompt": self.prompt, "tokens": self.tokens, "limit": self.limit, "language": self.language,
-            "lines": hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8], **runner.circumstances,
-            "bleu": signature, "meteor": METEOR_RULE,
-        }  # fmt: skip
-        return Measured(runner.name, self.name, key, found, len(self.pairs), settings=settings)
-
-
-def stemmer_for(language: str | None) -> Any:
-    """The Snowball stemmer of a language; without one, what leaves words as they are.
-
-    Raises:
-        EvaluationError: if there is none, or nltk is not installed.
-    """
-    if language is None:
-        return SimpleNamespace(stem=str)
-    try:
-        from nltk.stem.snowball import SnowballStemmer
-    except ImportError:
-        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
-    if language not in SnowballStemmer.languages:
-        known = ", ".join(sorted(SnowballStemmer.languages))
-        raise EvaluationError(f"nltk stems no {language!r:.40}. There are {known}; without, words match as they are.")
-    return SnowballStemmer(language)
-
-
-def bleu_and_meteor(
-    written: Sequence[str], references: Sequence[str], language: str | None = None
-) -> tuple[dict[str, Metric], str]:
-    """Corpus BLEU as sacrebleu computes it, in percent, and the mean of METEOR over lines (Banerjee and Lavie,
-    "METEOR", 2005), in percent, with exact matches and those of stems of this language, of words as sacrebleu takes
-    lines apart (13a), in small letters; synonyms are English alone, and left out. Standard errors over lines: of BLEU,
-    from sacrebleu's confidence interval of 1,000 bootstrap samples (Koehn, 2004). And sacrebleu's signature.
-
-    Raises:
-        EvaluationError: if sacrebleu or nltk are not installed.
-    """
-    try:
-        from nltk.translate.meteor_score import meteor_score
-        from sacrebleu import BLEU
-        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    except ImportError:
-        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
-    metric, words, stemmer = BLEU(), Tokenizer13a(), stemmer_for(language)
-    bleu = metric.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLED)
-    signature = metric.get_signature().format()
-    interval = json.loads(bleu.format(width=6, signature=signature, is_json=True))
-    scores = [
-        100 * meteor_score([words(reference).split()], words(text).split(), stemmer=stemmer, wordnet=_NoSynonyms())
-        for text, reference in zip(written, references, strict=True)
-    ]
-    several = len(scores) > 1
-    found = {
-        "bleu": Metric(float(bleu.score), interval.get("confidence_var", 0.0) / HALF_INTERVAL if several else None),
-        "meteor": Metric(
-            statistics.mean(scores), statistics.stdev(scores) / math.sqrt(len(scores)) if several else None
-        ),
-    }
-    return found, signature
-
-
-class _NoSynonyms:
-    """In the place of a dictionary."""
-
-    def synsets(self, _: str) -> list[object]:
-        return []

@@ -3,11 +3,8 @@
 import difflib
 import io
 import logging
-import math
 import re
-import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -17,16 +14,23 @@ from typing import Any
 from unittest.mock import patch
 
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import EvaluationError
-from headshare.evaluation.perplexity import is_causal, longest_window
-from headshare.evaluation.questions import Question
-from headshare.evaluation.results import Measured, Metric, key_of, versions
-from headshare.evaluation.tasks import TASKS, Part, digest_of
-from headshare.files.resume import fingerprint
+from headshare.evaluation.harness_metrics import (
+    averaged,
+    check_finite_samples,
+    once_a_question,
+    reported,
+    share_of_constant,
+    share_right,
+)
+from headshare.evaluation.harness_tasks import as_task
+from headshare.evaluation.results import Measured, key_of, versions
+from headshare.evaluation.task_files import TASKS, Part, digest_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
+from headshare.text.windows import is_causal, longest_window
 
 INSTALL = "pip install 'headshare[eval]'"
-SCORED = ("acc", "acc_norm")
 # what is kept under another rule than this is measured again
 RULE = "log-likelihoods in float32"
 
@@ -202,7 +206,7 @@ class Runner:
         no_commit = patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True)
         with _explained(task.name), _hushed(), no_commit:
             parts = None if task.parts is None else task.parts.items()
-            given = [task.task] if parts is None else [_as_task(task.task, *part) for part in parts]
+            given = [task.task] if parts is None else [as_task(task.task, *part) for part in parts]
             found = lm_eval.simple_evaluate(
                 model=self._for_harness,
                 tasks=given,
@@ -217,21 +221,21 @@ class Runner:
                 fewshot_random_seed=self.settings.seed,
             )
         by_part: dict[str, list[dict[str, Any]]] = found["samples"]
-        by_part = {name: _once(some) for name, some in by_part.items()}
+        by_part = {name: once_a_question(some) for name, some in by_part.items()}
         samples = [sample for some in by_part.values() for sample in some]
-        _check_finite(samples, task.name)
+        check_finite_samples(samples, task.name)
         options = [len(sample["arguments"]) for sample in samples]
-        shares = {name: (_share(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
+        shares = {name: (share_right(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
         scored = all("acc" in sample for sample in samples)
         chosen = all(sample.get("acc") in (0, 1) for sample in samples)
         return Measured(
             model=self.name,
             task=task.name,
             key=key,
-            metrics=_averaged(samples) if scored else _reported(found, task.task),
+            metrics=averaged(samples) if scored else reported(found, task.task),
             questions=len(samples),
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
-            constant=_constant(samples) if chosen else None,
+            constant=share_of_constant(samples) if chosen else None,
             parts=shares if len(shares) > 1 else {},
             settings={
                 **settings.deciding,
@@ -248,76 +252,6 @@ class Runner:
         """What else a result is kept with: the model, the type and device it was run in and on, and versions."""
         model = {} if self.digest is None else {"model": self.digest[:16]}
         return {**model, "dtype": self.settings.dtype, "device": self.settings.device, **versions()}
-
-
-def _once(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One sample a question, where the harness took its answer from the text in several ways."""
-    by_question: dict[Any, dict[str, Any]] = {}
-    for sample in samples:
-        by_question.setdefault(sample["doc_id"], sample)
-    return list(by_question.values())
-
-
-def _share(samples: Sequence[Mapping[str, Any]]) -> float:
-    return float(sum(sample["acc"] for sample in samples)) / len(samples)
-
-
-def _constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of the option that is right most often, where all questions have the same ones."""
-    options = {tuple(ending for _, ending in sample["arguments"]) for sample in samples}
-    targets = Counter(sample["target"] for sample in samples if isinstance(sample["target"], int))
-    if len(options) != 1 or len(next(iter(options))) < 2 or targets.total() != len(samples):
-        return None
-    return targets.most_common(1)[0][1] / len(samples)
-
-
-def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
-    """Accuracies over all questions, whatever their subject, with the standard deviation over sqrt(n): of answers that
-    are right or wrong, sqrt(p (1 - p) / (n - 1))."""
-    found = {}
-    for name in SCORED:
-        if all(name in sample for sample in samples):
-            values = [float(sample[name]) for sample in samples]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            found[name] = Metric(statistics.mean(values), error)
-    return found
-
-
-def _reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
-    """What the harness says of a task that is not one of choosing."""
-    row = found["results"].get(name)
-    if row is None:
-        raise EvaluationError(
-            f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(found['results']))}."
-        )
-    metrics = dict(_metrics(row))
-    if not metrics:
-        raise EvaluationError(f"lm-eval found no finite figure for {name}.")
-    return metrics
-
-
-def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
-    """Under their names; where answers were taken from the text in several ways, under those too."""
-    keys = [key for key in row if "," in key and "_stderr" not in key and _number(row[key]) is not None]
-    names = Counter(key.partition(",")[0] for key in keys)
-    for key in keys:
-        name = key.partition(",")[0]
-        found = Metric(_number(row[key]), _number(row.get(key.replace(",", "_stderr,", 1))))
-        yield (name if names[name] == 1 else key), found
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _check_finite(samples: Sequence[Mapping[str, Any]], name: str) -> None:
-    for sample in samples:
-        for answer in sample["filtered_resps"]:
-            value = answer[0] if isinstance(answer, list | tuple) else answer
-            if isinstance(value, float) and not math.isfinite(value):
-                raise EvaluationError(
-                    f"a likelihood on {name} is {value}; the model's weights are damaged or overflow this dtype."
-                )
 
 
 @contextmanager
@@ -346,48 +280,3 @@ def _hushed() -> Iterator[None]:
 
 
 # ---- ours as the harness's
-
-
-def _as_task(task: str, part: str, kept: Part) -> Any:
-    """A subject as a task of the harness's own kind."""
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
-    splits = {"test": Dataset.from_list([_document(one) for one in kept.questions])}
-    if kept.examples:
-        splits["shown"] = Dataset.from_list([_document(one) for one in kept.examples])
-    return ConfigurableTask(
-        config={
-            "task": part if part == task else f"{task}_{part}",
-            "custom_dataset": lambda **_: splits,
-            "test_split": "test",
-            "fewshot_split": "shown" if kept.examples else "test",
-            "fewshot_config": {"sampler": "first_n"} if kept.examples else None,
-            "output_type": "multiple_choice",
-            "description": kept.heading,
-            "doc_to_text": _text,
-            "doc_to_choice": _choices,
-            "doc_to_target": _target,
-            "target_delimiter": TASKS[task].space,
-            "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in SCORED],
-        }
-    )
-
-
-def _document(question: Question) -> dict[str, Any]:
-    return {"contexts": list(question.contexts), "endings": list(question.endings), "answer": question.answer}
-
-
-def _text(document: Mapping[str, Any]) -> str | int:
-    """The context; or, of several, which is right, as the harness has it."""
-    contexts = document["contexts"]
-    return contexts[0] if len(contexts) == 1 else int(document["answer"])
-
-
-def _choices(document: Mapping[str, Any]) -> list[str]:
-    found: list[str] = document["endings"] if len(document["contexts"]) == 1 else document["contexts"]
-    return found
-
-
-def _target(document: Mapping[str, Any]) -> str | int:
-    return int(document["answer"]) if len(document["contexts"]) == 1 else document["endings"][0]

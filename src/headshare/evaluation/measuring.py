@@ -7,22 +7,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import fingerprint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError
-from headshare.evaluation.generation import Parallel
 from headshare.evaluation.harness import Runner, Settings, chosen_tasks
-from headshare.evaluation.perplexity import (
-    WINDOW,
-    Windows,
-    check_vocabulary,
-    check_window,
-    perplexity,
-    read_text,
-    windows_of,
-)
+from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.results import Kept, Measured, Metric, kept_results, key_of, not_left_empty
-from headshare.files.resume import fingerprint
+from headshare.evaluation.translation import Parallel
 from headshare.progress import say
+from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, windows_of
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,22 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout, ffn_layout
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_json
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
-from headshare.evaluation.perplexity import longest_window
+from headshare.files.folder import MANIFEST, file_digest
+from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
+from headshare.plan.added import extra_tensors, scale_names
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import READOUTS, GappedTensor, bias_name, extra_tensors, scale_names
+from headshare.plan.tensors import READOUTS, GappedTensor, bias_name
 from headshare.progress import track
-from headshare.sharing.safetensors_writer import MANIFEST, file_digest
-from headshare.sharing.share import check_fits, check_shared, expand, same_numbers, tensors_of, write_overwritten
+from headshare.sharing.expand import expand, write_overwritten
+from headshare.sharing.fits import check_fits, check_shared, tensors_of
 from headshare.sharing.size import parameter_infos
+from headshare.sharing.writer import same_numbers
+from headshare.text.windows import longest_window
 
 PROBE_TOKENS = 48
 MODEL_OVERHEAD = 1.6

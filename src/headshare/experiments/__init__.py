@@ -1,8 +1,8 @@
 """Methods side by side, at equal stored bytes: sharing, its controls, and what others do."""
 
+from headshare.experiments.case import METHODS
 from headshare.experiments.cells import Compared
-from headshare.experiments.grid import Grid, compare
-from headshare.experiments.methods import METHODS
-from headshare.experiments.recipe import Recipe
+from headshare.experiments.grid import compare
+from headshare.experiments.recipe import Grid, Recipe
 
 __all__ = ["METHODS", "Compared", "Grid", "Recipe", "compare"]

@@ -12,11 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout
 from headshare.calibration.costs.curves import Form, Path, Prices, Step
 from headshare.calibration.costs.descent import saved_bytes
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError
 from headshare.experiments.controls import weight_of
 from headshare.integrations.transformers.loading import load_model
@@ -27,11 +26,6 @@ from headshare.progress import track
 from headshare.text.tokens import Calibration
 
 Importance = Float[Tensor, " units"]
-
-
-def attention_of(dense: Checkpoint) -> Layout:
-    """The attention units of a model, with all their parts."""
-    return attention_layout(text_config(dense.config), dense.shapes)
 
 
 # ---- deletion, least important first

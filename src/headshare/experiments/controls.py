@@ -5,10 +5,11 @@ import random
 import torch
 from torch import Tensor, nn
 
+from headshare.architecture.modules import module_path
 from headshare.errors import PlanError
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.layout import Layout
-from headshare.plan.plan import Choice, Selection, SharePlan
+from headshare.plan.plan import SharePlan
+from headshare.plan.ties import Choice, Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 
 

@@ -10,10 +10,11 @@ from headshare.bench.bench import Subject, measure_loading
 from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.curves import Form, Prices
 from headshare.calibration.costs.local import price_units
-from headshare.calibration.run import refit_on
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.calibration.refit.run import refit_on
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, HeadshareError, OutputError
-from headshare.evaluation.perplexity import WINDOW, Windows, finite_or_null, longest_window, perplexity, windows_of
+from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
 from headshare.files.atomic import explain
@@ -24,6 +25,7 @@ from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import share
 from headshare.text.tokens import Calibration
+from headshare.text.windows import WINDOW, Windows, finite_or_null, longest_window, windows_of
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 TOKENS = 4096

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from headshare.bench.bench import Bench, Ratio
+from headshare.bench.tables import markdown, mib
 from headshare.experiments.demo import Row
 
 HEADERS = (
@@ -21,42 +21,7 @@ HEADERS = (
 
 def demo_table(rows: Sequence[Row]) -> str:
     """One line a ratio: measured bytes, then perplexities of the shared model and its controls."""
-    return _markdown([HEADERS, *(_cells(row) for row in rows)])
-
-
-def bench_table(found: Bench) -> str:
-    """One line a figure: the dense model's, then each other subject's with its ratio and the ratio's quartiles."""
-    names = list(found.memory)
-    lines = [("", *names)]
-    for task, ratios in found.tasks.items():
-        per_pass = 1 if task == "decode" else int(task.split()[1])
-        lines.append((f"{task}, tokens/s", *(_ratio(one, f"{per_pass / one.median:,.1f}") for one in ratios.values())))
-    for what, ratios in found.loading.items():
-        label = {"load_s": "load, s", "first_token_s": "load and first token, s"}[what]
-        lines.append((label, *(_ratio(one, f"{one.median:.3f}") for one in ratios.values())))
-    lines.append(("parameters", *(_mib(one.parameter_bytes) for one in found.memory.values())))
-    lines.append(
-        ("PSS", *("unknown" if one.pss_bytes is None else _mib(one.pss_bytes) for one in found.memory.values()))
-    )
-    saved = (f"{one.saved_of_ideal:.1%}" if one.saved_of_ideal is not None else "" for one in found.memory.values())
-    lines.append(("saved PSS, of ideal", *saved))
-    return _markdown(lines)
-
-
-def _ratio(one: Ratio, figure: str) -> str:
-    if one.low == one.high == 1:
-        return figure
-    return f"{figure} (time x{one.ratio:.3f}, {one.low:.3f} to {one.high:.3f})"
-
-
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, of which the first is the heading."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown([HEADERS, *(_cells(row) for row in rows)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -64,12 +29,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row.ratio:g}",
         str(row.recipients),
-        _mib(row.disk_bytes),
-        _mib(row.memory_bytes),
-        "unknown" if row.pss_bytes is None else _mib(row.pss_bytes),
+        mib(row.disk_bytes),
+        mib(row.memory_bytes),
+        "unknown" if row.pss_bytes is None else mib(row.pss_bytes),
         *(f"{value:,.1f}" for value in perplexities),
     )
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -1,6 +1,7 @@
 """A comparison as one value: from YAML, from the command line, or both."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,15 +9,51 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
-from headshare.evaluation import Parallel, Settings, Text
-from headshare.evaluation.generation import SOURCE
-from headshare.evaluation.perplexity import WINDOW
-from headshare.experiments.grid import Grid
-from headshare.files.atomic import read_yaml
+from headshare.evaluation.harness import Settings
+from headshare.evaluation.measuring import Text
+from headshare.evaluation.translation import SOURCE, Parallel
+from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
+from headshare.experiments.methods import TYING
+from headshare.files.untrusted import read_yaml
 from headshare.text.tokens import TOKENS, Calibration, calibration_from
+from headshare.text.windows import WINDOW
 from headshare.training import TrainSettings
 
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared: methods (with `+refit` where that is wanted) at ratios, on a text, on tasks, and on the
+    translation of a parallel text."""
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    text: Text | None = None
+    parallel: Parallel | None = None
+    settings: Settings = field(default_factory=Settings)
+    seed: int = 0
+    training: TrainSettings | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            method = METHODS.get(base_of(name))
+            if method is None:
+                raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
+            if REFIT in name and not method.refits:
+                raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
+            if name.endswith(ROUNDED) and method.name not in TYING:
+                raise EvaluationError(f"{ROUNDED} is for methods that tie q, k and v alone, as {method.name} does not.")
+        if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
+            raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
+        if not self.methods or not self.ratios:
+            raise EvaluationError("there is nothing to compare: name methods and ratios.")
+        if wrong := [ratio for ratio in self.ratios if not 0 < ratio < 1]:
+            raise EvaluationError(f"a ratio of {wrong[0]} leaves nothing, or nothing to do; use one between 0 and 1.")
+        if not self.tasks and self.text is None and self.parallel is None:
+            raise EvaluationError("there is nothing to measure by: give --text FILE, or --tasks and --data-dir.")
 
 
 class Recipe(BaseModel):

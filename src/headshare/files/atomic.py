@@ -4,11 +4,8 @@ import errno
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from headshare.errors import HeadshareError, OutputError
+from headshare.errors import OutputError
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -34,28 +31,6 @@ def write_whole(path: str | Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is an alias; write out what it stands for",
-                                       problem_mark=event.start_mark)  # fmt: skip
-        return super().compose_node(parent, index)
-
-
-def read_yaml(path: Path, refused: type[HeadshareError]) -> Any:
-    """What a YAML file holds: plain data, no objects, and no aliases, a few of which can stand for more than fits in
-    memory.
-
-    Raises:
-        HeadshareError: of this kind, if it cannot be read.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 - a safe one
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise refused(f"{path} cannot be read as YAML: {' '.join(str(error).split()):.200}") from None
 
 
 def explain(error: OSError, path: Path) -> str:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import PlanError
-from headshare.plan.placement import held_again, split_evenly
-from headshare.plan.plan import Factored, Removal, Selection, SharePlan
+from headshare.plan.low_rank import Factored
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
 from headshare.plan.spans import length
 from headshare.plan.tensors import recipients_by_layer
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind
 
 KEPT, LENDS, GIVEN, REMOVED, FACTORED = "■", "◆", "·", "x", "f"
@@ -161,53 +161,3 @@ def _in_words(ranks: list[int]) -> str:
     if not ranks:
         return ""
     return f"{len(ranks)} of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] != ranks[0] else "")
-
-
-def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
-    """What is held more than once when the layers are split evenly over this many devices: by pair, by device, in all.
-
-    Raises:
-        PlanError: if the checkpoint is dense, or has fewer layers than there are devices.
-    """
-    plan = plan_of(checkpoint)
-    if checkpoint.packing is not None:
-        raise PlanError("what devices hold again is not counted for matrices of 4 bits: give the checkpoint before.")
-    places = split_evenly(plan, devices)
-    missing = sorted(set(places) - set(checkpoint.tensors))
-    if missing:
-        raise PlanError(f"the plan in {checkpoint.name} shares {missing[0]}, which is not among its tensors.")
-    itemsizes = {name: checkpoint.tensors[name].torch_dtype.itemsize for name in places}
-    pairs = held_again(plan, places, itemsizes)
-    by_device = [[pair for pair in pairs if pair.device == f"device {number}"] for number in range(devices)]
-    return {
-        "pairs": [
-            {"home": pair.home, "device": pair.device, "units": pair.units, "bytes": pair.nbytes} for pair in pairs
-        ],
-        "devices": [
-            {"device": f"device {number}", "units": sum(p.units for p in held), "bytes": sum(p.nbytes for p in held)}
-            for number, held in enumerate(by_device)
-        ],
-        "units": sum(pair.units for pair in pairs),
-        "bytes": sum(pair.nbytes for pair in pairs),
-    }
-
-
-def picture_split(split: dict[str, Any]) -> str:
-    """One line for each pair of devices, and their sum."""
-    lines = [
-        f"  {pair['device']} also holds {pair['units']} units of {pair['home']}: {pair['bytes']:,} bytes"
-        for pair in split["pairs"]
-    ]
-    title = f"layers split over {len(split['devices'])} devices: {split['units']} units held more than once"
-    return "\n".join([f"{title}, {split['bytes']:,} bytes", *lines]) + "\n"
-
-
-def plan_of(checkpoint: Checkpoint) -> SharePlan:
-    """The plan of a shared checkpoint.
-
-    Raises:
-        PlanError: if the checkpoint is dense.
-    """
-    if checkpoint.plan is None:
-        raise PlanError(f"{checkpoint.name} is a dense checkpoint: nothing in it is tied.")
-    return checkpoint.plan

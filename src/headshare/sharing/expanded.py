@@ -1,6 +1,6 @@
 """A shared model's tensors in the dense model's shapes: from a shared checkpoint, or from a dense one and a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
+from headshare.plan.added import Extra, factor_names, scale_name
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor, factor_names, scale_name
+from headshare.plan.tensors import GappedTensor
 from headshare.sharing.assembly import filled, overwritten, stream
-from headshare.sharing.factors import split_columns
-from headshare.sharing.share import check_fits, check_shared, multiply_out, scale_columns, tensors_of
+from headshare.sharing.factors import join_columns, split_columns, widened
+from headshare.sharing.fits import check_fits, check_shared, tensors_of
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,58 @@ class WholeTensors:
         if not self.stored or tensor is None or not tensor.scaled:
             return None
         return self.checkpoint.read(scale_name(name))
+
+
+class Folded(Mapping[str, Tensor]):
+    """Readouts that have scales or factors, whole, with these multiplied out. Made when asked for."""
+
+    def __init__(
+        self,
+        shared: Checkpoint,
+        tensors: Mapping[str, GappedTensor],
+        extras: Mapping[str, Extra],
+        *,
+        rounded: bool,
+    ) -> None:
+        self._shared, self._tensors, self._rounded = shared, tensors, rounded
+        self._names = list(dict.fromkeys(extra.weight for extra in extras.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor, info = self._tensors[name], self._shared.tensors[name]
+        weight = torch.cat(list(stream(filled(info, tensor, self._tensors), self._shared)))
+        if not self._rounded:
+            weight = weight.to(widened(weight.dtype))
+        if tensor.scaled:
+            scale_columns(weight, tensor, self._shared.read(scale_name(name)))
+        if tensor.factored:
+            multiply_out(weight, tensor, *map(self._shared.read, factor_names(name)))
+        return weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def scale_columns(weight: Tensor, tensor: GappedTensor, scale: Tensor) -> None:
+    """Multiply the scaled channels of a whole readout by their scales, in place."""
+    used = 0
+    for start, stop in tensor.scaled:
+        values = scale[used : used + stop - start]
+        weight.narrow(tensor.axis, start, stop - start).mul_(values[:, None] if tensor.axis == 0 else values)
+        used += stop - start
+
+
+def multiply_out(weight: Tensor, tensor: GappedTensor, factor_in: Tensor, factor_out: Tensor) -> None:
+    """Put the products of the factors into the factored columns of a whole readout, in place."""
+    used = 0
+    for start, stop, rank in tensor.factored:
+        columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
+        weight.narrow(tensor.axis, start, stop - start).copy_(columns.T if tensor.axis == 0 else columns)
+        used += rank

@@ -9,12 +9,10 @@ from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.errors import PlanError
-from headshare.matching.pairing import check_covered, checked_recipients, ratio_of
-from headshare.matching.similarity import layouts_of, match_for, tied_together
-from headshare.plan.layout import Layout
-from headshare.plan.plan import Choice, Selection, SharePlan
-from headshare.plan.tensors import GappedTensor, extra_tensors, gapped_biases, gapped_tensors
-from headshare.plan.units import HeadUnit, Kind, Parts, Tie
+from headshare.plan.added import extra_tensors
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import GappedTensor, gapped_biases, gapped_tensors
+from headshare.plan.units import Kind
 
 LITTLE = 0.02
 SMALL_PARTS = 0.15
@@ -68,45 +66,6 @@ class Estimate:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
-
-
-def estimate(
-    checkpoint: Checkpoint,
-    ratio: float = 0.3,
-    *,
-    parts: str | Parts = "qkv",
-    match: str = "qk",
-    ffn_groups: int = 1,
-    ffn_ratio: float | None = None,
-    dtype: str | None = None,
-) -> Estimate:
-    """The bytes that `share` will leave at this ratio. Reads names and shapes only; exact for star and root plans.
-
-    Raises:
-        ArchitectureError, PlanError, CheckpointError: as `share` would.
-    """
-    checkpoint.require_dense("estimate the saving of")
-    wanted = Parts.parse(parts)
-    selections: list[Selection] = []
-    for layout in layouts_of(checkpoint, wanted, ffn_groups):
-        share = ratio_of(layout.kind, ratio, ffn_ratio)
-        function = match_for(layout, match)
-        tables = tied_together(function, layout)
-        asked = wanted.of(layout.kind)
-        check_covered(asked, tables, layout)
-        ties = _any_ties(layout, checked_recipients(layout, share))
-        choice = Choice(match=function.name, ratio=share)
-        for table in tables:
-            tied = tuple(part for part in asked if part in table)
-            if tied:
-                selections.append(Selection(layout=layout.only(tied), ties=ties, chosen=choice))
-    return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
-
-
-def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
-    """Ties enough to count bytes: all to layer 0, whose units never give anything up."""
-    first = HeadUnit(0, 0)
-    return tuple(Tie(layout.unit(layout.groups + index), first) for index in range(count))
 
 
 def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from headshare.errors import PlanError
+from headshare.plan.added import total_rank
 from headshare.plan.spans import Span, Spans, joined
-from headshare.plan.tensors import GappedTensor, total_rank
+from headshare.plan.tensors import GappedTensor
 from headshare.sharing.factors import join_columns
 from headshare.storage.projection import SharedProjection, Style
 

@@ -21,7 +21,10 @@ from transformers import GenerationConfig
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
-from headshare.evaluation.perplexity import (
+from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
+from headshare.progress import track
+from headshare.text.documents import DATA_SET, SOURCES, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.windows import (
     WINDOW,
     check_finite,
     check_vocabulary,
@@ -32,9 +35,6 @@ from headshare.evaluation.perplexity import (
     longest_window,
     opening_token,
 )
-from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
-from headshare.progress import track
-from headshare.text.documents import DATA_SET, SOURCES, data_set_rows, documents_of, json_rows, text_of
 
 LOGGER = logging.getLogger("headshare")
 TOKENS = 32_768

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from headshare.architecture.modules import module_path
 from headshare.errors import PlanError
-from headshare.integrations.transformers.quantizer import module_path
 from headshare.plan.layout import Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import HeadUnit

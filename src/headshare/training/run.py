@@ -4,14 +4,13 @@ The Trainer's own folder (checkpoints with optimiser states) lies beside the out
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,26 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from headshare.architecture.config import text_config
-from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint, open_checkpoint
-from headshare.errors import PlanError, TrainingError
-from headshare.evaluation.perplexity import is_causal
-from headshare.files.resume import fingerprint
+from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.checkpoint.fingerprint import fingerprint
+from headshare.checkpoint.opening import open_checkpoint
+from headshare.errors import TrainingError
+from headshare.files.folder import check_output, check_vacant
 from headshare.integrations.transformers.loading import load_model, quiet
-from headshare.matching.pairing import make_plan
-from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
-from headshare.sharing.safetensors_writer import check_output, check_vacant
-from headshare.sharing.share import check_fits, check_shared, copy_other_files, share, write_trained
+from headshare.sharing.rewrite import write_trained
+from headshare.sharing.share import share
+from headshare.sharing.writer import copy_other_files
 from headshare.storage.owner import OwnerProjection
+from headshare.text.windows import is_causal
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
+from headshare.training.checks import check_engine, enough_room, explained_set_up, plan_to_train, try_optimizer
 from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
-from headshare.training.settings import Method, Sharing, TrainSettings
+from headshare.training.settings import Method, TrainSettings
 from headshare.training.state import RECORD, checkpoints, note_writing, settle, taken_up, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
@@ -85,7 +86,7 @@ def train(
         first = processes.is_main_process
         with taken_up(run.work, run.identity(), restart=restart) if first else nullcontext():
             processes.wait_for_everyone()
-            with _room():
+            with enough_room():
                 found = run.trained(begun)
             if first:
                 note_writing(run.work, target)
@@ -115,7 +116,7 @@ class _Run:
     def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_Run":
         """Check all that can be wrong before anything is loaded."""
         hub = Hub.of(given_of(settings), target)
-        plan = _plan(source, settings)
+        plan = plan_to_train(source, settings)
         windows, held_out = training_windows(source, settings.text)
         arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
         tasks = MeasuredTasks.of(source, settings.tasks) if settings.tasks.names else None
@@ -157,7 +158,7 @@ class _Run:
         callbacks = [EarlyStoppingCallback(patience)] if (patience := self.settings.learning.patience) else []
         adapted = with_adapters(model, self.settings.learning.lora) if self.settings.learning.lora else model
         teacher = self._teacher()
-        with _set_up():
+        with explained_set_up():
             trainer = SharingTrainer(
                 model=adapted,
                 args=self.arguments,
@@ -170,8 +171,8 @@ class _Run:
                 tasks=self.tasks,
                 callbacks=callbacks,
             )
-            _try_optimizer(trainer)
-        _check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
+            try_optimizer(trainer)
+        check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
         last = next(checkpoints(self.work), None)
         trainer.args.eval_on_start = last is None
         with quiet():
@@ -286,48 +287,6 @@ def _named_as(before: Checkpoint, trained: Checkpoint) -> Checkpoint:
     return dataclasses.replace(trained, name=before.name, tensors=tensors, config=dict(before.config))
 
 
-def _plan(source: Checkpoint, settings: TrainSettings) -> SharePlan:
-    """The plan that is trained into or with.
-
-    Raises:
-        TrainingError: if the method is not for this model or plan.
-    """
-    if source.packing is not None:
-        raise TrainingError(
-            f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
-        )
-    if settings.method is Method.RECOVER:
-        if source.plan is None:
-            raise TrainingError(
-                f"{source.name} is not shared, so there is nothing to recover. Share it first, or use --method both."
-            )
-        if settings.sharing != Sharing():
-            raise TrainingError(f"{source.name} is shared already: its plan is not chosen again. Leave sharing out.")
-        return check_shared(source)
-    if source.plan is not None:
-        raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
-    source.require_dense("train it")
-    chosen = settings.sharing
-    if settings.method is Method.DENSE:
-        if chosen != Sharing():
-            raise TrainingError("a dense model is trained as it is, and no plan is chosen. Leave sharing out.")
-        return SharePlan()
-    if chosen.plan is not None:
-        plan = SharePlan.load(chosen.plan)
-    else:
-        scores = score_units(source, chosen.match, chosen.parts)
-        plan = make_plan(scores, chosen.ratio, parts=chosen.parts, mode=chosen.mode)
-    check_fits(plan, source)
-    if settings.method is Method.POSTSHARE:
-        others = plan.removals or plan.factored or any(one.scale for one in plan.selections)
-        if others or settings.learning.lora:
-            what = "the plan removes, scales or factors units" if others else "LoRA cannot move weights together"
-            raise TrainingError(f"{what}, and PostShare pulls pairs of equal parts together. Use both or recover.")
-        if not plan.ties:
-            raise PlanError("this plan ties nothing, so there is nothing to pull together. Ask for a larger ratio.")
-    return plan
-
-
 def _digest(windows: Int[Tensor, "windows context"]) -> str:
     return hashlib.sha256(windows.numpy().data).hexdigest()
 
@@ -343,70 +302,3 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:
     after = penalty.distances().tolist() if moved else before
     return tuple(Closed(tie, *each) for (_, tie), *each in zip(penalty.ties, before, after, strict=True))
-
-
-def _check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
-    """Refuse what an engine would only fail at when all is trained.
-
-    Raises:
-        TrainingError: saying what to set.
-    """
-    state = trainer.accelerator.state
-    folder = str(trainer.args.output_dir)
-    if trainer.is_deepspeed_enabled and folder != glob.escape(folder):
-        raise TrainingError(f"DeepSpeed takes brackets, * and ? in {folder} for a pattern. Write to a folder without.")
-    in_parts = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-    if lora and in_parts:
-        raise TrainingError("LoRA's products cannot be added to weights that lie in parts. Use DDP, or train in full.")
-    if tasks and in_parts:
-        raise TrainingError(
-            "weights lie in parts, and tasks want a whole model. Leave tasks out, or use DDP or ZeRO-2."
-        )
-    if trainer.is_fsdp_enabled:
-        plugin = state.fsdp_plugin
-        if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
-            raise TrainingError("FSDP needs fsdp_version 2 and fsdp_state_dict_type FULL_STATE_DICT here; set both.")
-    if is_deepspeed_zero3_enabled():
-        key = "stage3_gather_16bit_weights_on_model_save"
-        if not state.deepspeed_plugin.deepspeed_config["zero_optimization"].get(key):
-            raise TrainingError(f"ZeRO-3 saves no whole weights unless {key} (zero3_save_16bit_model) is true; set it.")
-
-
-@contextmanager
-def _set_up() -> Iterator[None]:
-    """What the Trainer finds wrong with its arguments, or misses, is one error."""
-    try:
-        yield
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        if _is_full(error):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrainingError(f"the Trainer cannot begin with these arguments: {reason:.300}") from error
-
-
-def _try_optimizer(trainer: SharingTrainer) -> None:
-    """Make the optimiser of one number: what is wrong with its arguments comes out before anything is trained."""
-    if not trainer.is_deepspeed_enabled:
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        if "params" not in options and "model" not in options and "optimizer_dict" not in options:
-            kind([nn.Parameter(torch.zeros(1))], **options)
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    """Memory that is too small is an error that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_full(error):
-            raise
-        raise TrainingError(
-            "there is not enough memory for this step. Lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps) or per_device_eval_batch_size, or set gradient_checkpointing or bf16. What "
-            "was saved before is kept: run again, and it goes on from there. A shorter context needs --restart."
-        ) from error
-
-
-def _is_full(error: BaseException) -> bool:
-    words = ("not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in words)

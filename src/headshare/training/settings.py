@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import TrainingError
-from headshare.files.atomic import read_yaml
+from headshare.files.untrusted import read_yaml
 from headshare.training.penalty import Distance
 
 RECIPE: Mapping[str, Any] = {

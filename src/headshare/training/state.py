@@ -10,7 +10,8 @@ from typing import Any
 
 from headshare.errors import OutputError, TrainingError
 from headshare.files.atomic import write_whole
-from headshare.files.resume import identity_of, locked, workspace_of
+from headshare.files.lock import identity_of, locked
+from headshare.files.resume import workspace_of
 
 _WHAT = "run.json"
 RECORD = "training.json"

@@ -11,8 +11,8 @@ import torch
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.evaluation.harness import Chosen, Runner, Settings, chosen_tasks
-from headshare.evaluation.perplexity import longest_window
 from headshare.integrations.transformers.loading import load_tokenizer
+from headshare.text.windows import longest_window
 from headshare.training.settings import Tasks
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError, TrainingError
-from headshare.evaluation.perplexity import check_vocabulary, check_window, ids_of, longest_window, opening_token
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.text.documents import DATA_SET, data_set_rows, documents_of, json_rows
+from headshare.text.windows import check_vocabulary, check_window, ids_of, longest_window, opening_token
 from headshare.training.settings import Text
 
 PIECE = 2**20  # characters that are tokenized together

@@ -13,17 +13,18 @@ from dataclasses import replace
 
 import torch
 
-from headshare.calibration.allocate import plan_for_steps
 from headshare.calibration.costs.curves import Form, Path, Prices, Step
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
-from headshare.calibration.layerwise.layers import Layers, Stream
+from headshare.calibration.costs.to_plan import plan_for_steps
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.refitter import Refitter
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
-from headshare.evaluation.perplexity import predicts_next
 from headshare.precision import short_products
 from headshare.progress import track
 from headshare.text.tokens import Calibration
+from headshare.text.windows import predicts_next
 
 PROBED_TOKENS = 8192
 EVERY = 4

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headshare.calibration.costs.least_squares import Inputs, Readout
-from headshare.calibration.layerwise.layers import Layers, Seen, Stream
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Seen, Stream
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.layout import Layout
 from headshare.plan.units import Kind, Part

@@ -7,71 +7,37 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
 from headshare.architecture.families import FAMILIES
-from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.architecture.modules import module_path
+from headshare.architecture.recognition import attention_layout
+from headshare.calibration.layerwise.observed import Batch, ReachedError, Seen, Stream, watching
+from headshare.calibration.layerwise.shell import (
+    OLD_NAMES,
+    different_prefixes,
+    empty_shell,
+    ffn_or_none,
+    on_device,
+    whole_model,
+)
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.remote_code import check_model_code
 from headshare.errors import ArchitectureError, CheckpointError
-from headshare.integrations.transformers.loading import load_model, quiet
-from headshare.integrations.transformers.quantizer import module_path
-from headshare.plan.layout import Layout
+from headshare.integrations.transformers.loading import quiet
 from headshare.plan.units import Part
 from headshare.precision import full_float32
 from headshare.sharing.expanded import WholeTensors
 
 LOGGER = logging.getLogger("headshare")
 BATCH_TOKENS = 4096
-_OLD_NAMES = {
-    "LayerNorm.weight": "LayerNorm.gamma",
-    "LayerNorm.bias": "LayerNorm.beta",
-    "lm_head.weight": "embed_out.weight",
-}
-
-Stream = Float[Tensor, "windows window hidden"]
-Batch = Float[Tensor, "batch window hidden"]
-
-
-class _ReachedError(Exception):
-    """Thrown to leave a model or a layer once what was wanted from it is known."""
-
-
-@dataclass
-class Seen:
-    """What went into and came out of some modules of a layer, by path, in one pass: copies, a row for each token."""
-
-    inputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
-    outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
-
-    def in_windows(self, hidden: Batch) -> "Seen":
-        """The same in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
-        batch, window, _ = hidden.shape
-        inputs, outputs = (
-            {path: value.reshape(batch, window, value.shape[-1]) for path, value in found.items()}
-            for found in (self.inputs, self.outputs)
-        )
-        return Seen(inputs, outputs)
-
-    def note(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Note what went into and came out of the module at this path."""
-        self.inputs[path] = args[0].clone()
-        self.outputs[path] = output.clone()  # some layers add to it in place
-
-    def note_and_stop(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> NoReturn:
-        """Note what would go into the module at this path, and throw _ReachedError."""
-        self.inputs[path] = args[0]
-        raise _ReachedError
 
 
 @dataclass(frozen=True)
@@ -103,16 +69,16 @@ class Layers:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self._weights = WholeTensors.of(checkpoint)
         config, shapes = text_config(checkpoint.config), self._weights.shapes
-        self.attention, self.ffn = attention_layout(config, shapes), _ffn_or_none(config, shapes)
+        self.attention, self.ffn = attention_layout(config, shapes), ffn_or_none(config, shapes)
         self.count = self.attention.layers
         o_path = self.path(Part.O)
         self.post_norm = any(family.post_norm and family.o == o_path for family in FAMILIES)
-        self._model = _empty_model(checkpoint, head)
+        self._model = empty_shell(checkpoint, head)
         self._first = module_path(self._model, self.attention.parts[Part.O].name(0)).removesuffix(f".{o_path}")
         self._held = not self._stored_as_built()
         if self._held:
             LOGGER.info("%s is not stored as it is built: the whole model is held in memory", checkpoint.name)
-            self._model = _whole_model(checkpoint, self.device, head)
+            self._model = whole_model(checkpoint, self.device, head)
         else:
             self._fill_rest()
             if head and self._lacking():  # torch multiplies with weights that are not there, and gives numbers
@@ -162,7 +128,7 @@ class Layers:
 
     def _stored_name(self, name: str) -> str:
         """The tensor's name in the checkpoint, which for old BERTs and GPT-NeoX is not its name in the model."""
-        for new, old in _OLD_NAMES.items():
+        for new, old in OLD_NAMES.items():
             if name.endswith(new) and name not in self._weights:
                 return name.removesuffix(new) + old
         return name
@@ -194,7 +160,7 @@ class Layers:
                 raise CheckpointError(
                     f"{stored} has shape {tuple(value.shape)}; the model needs {tuple(parameter.shape)}."
                 )
-            state[name] = _on(self.device, value)
+            state[name] = on_device(self.device, value)
         module.load_state_dict(state, assign=True)
         return module.to(self.device).eval().requires_grad_(False)
 
@@ -208,14 +174,14 @@ class Layers:
 
     def _fill_rest(self) -> None:
         """Give what stands around the layers its weights: embeddings, norms, tables of positions."""
-        inner, outer = _different_prefixes(f"{self._first}.", self._base(0))
+        inner, outer = different_prefixes(f"{self._first}.", self._base(0))
         layers = f"{self._first.rpartition('.')[0]}."
         state = {}
         for name in self._model.state_dict():
             names = [outer + name.removeprefix(inner)] if name.startswith(inner) else []
             found = next((one for one in map(self._stored_name, [*names, name]) if one in self._weights), None)
             if found is not None and not name.startswith(layers):
-                state[name] = _on(self.device, self._weights.read(found))
+                state[name] = on_device(self.device, self._weights.read(found))
         self._model.load_state_dict(state, assign=True, strict=False)
         with quiet():  # a head that is the embedding has no tensor of its own
             self._model.tie_weights(missing_keys=set(self._lacking()), recompute_mapping=False)
@@ -249,7 +215,7 @@ class Layers:
         """What enters layer 0 for these tokens. How each layer was called is kept for batches of this shape."""
         with self._recorded() as (entered, calls), full_float32():  # what layers are called with serves all their runs
             try:
-                with suppress(_ReachedError), quiet():
+                with suppress(ReachedError), quiet():
                     self._model(input_ids=tokens.to(self.device))
             except (NotImplementedError, RuntimeError) as error:
                 if not self._lacking():
@@ -300,7 +266,7 @@ class Layers:
             if len(calls) == 1:
                 entered.append(hidden.clone())
             if len(calls) == self.count:
-                raise _ReachedError
+                raise ReachedError
             return (hidden,) if self._gives_tuples(hidden, calls[0]) else hidden
 
         for module in modules:
@@ -333,7 +299,7 @@ class Layers:
         """What this built layer makes of a batch, and what passed through the modules at the watched paths; both on
         `device`."""
         seen = Seen()
-        with _watching(module, watch, seen):
+        with watching(module, watch, seen):
             return self.call(module, layer, hidden), seen.in_windows(hidden)
 
     def run_over(self, module: nn.Module, layer: int, stream: Stream, batches: Iterable[slice] | None = None) -> Stream:
@@ -351,73 +317,9 @@ class Layers:
         """
         seen = Seen()
         stopping = module.get_submodule(path).register_forward_pre_hook(partial(seen.note_and_stop, path))
-        with stopping, _watching(module, watch, seen):
+        with stopping, watching(module, watch, seen):
             try:
                 self.call(module, layer, hidden)
-            except _ReachedError:
+            except ReachedError:
                 return seen.in_windows(hidden)
         raise ArchitectureError(f"the layer never calls its {path}; headshare cannot calibrate this model.")
-
-
-@contextmanager
-def _watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
-    """Within this block, what passes through the modules at these paths is noted."""
-    with ExitStack() as hooks:
-        for path in paths:
-            hooks.enter_context(module.get_submodule(path).register_forward_hook(partial(seen.note, path)))
-        yield
-
-
-def _on(device: torch.device, value: Tensor) -> Tensor:
-    """The tensor on this device, in float32 if it is a floating-point one."""
-    return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-
-
-def _different_prefixes(first: str, second: str) -> tuple[str, str]:
-    """What stands before the steps that both paths end in: ("", "model.") for `layers.0.` and `model.layers.0.`"""
-    ours, theirs = first.split("."), second.split(".")
-    while ours and theirs and ours[-1] == theirs[-1]:
-        ours.pop()
-        theirs.pop()
-    return "".join(f"{step}." for step in ours), "".join(f"{step}." for step in theirs)
-
-
-def _ffn_or_none(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
-    try:
-        return ffn_layout(config, shapes)
-    except ArchitectureError:  # a mixture of experts has no one W_down to refit
-        return None
-
-
-def _whole_model(checkpoint: Checkpoint, device: torch.device, head: bool) -> Any:
-    """The stock model, bare or with its head, with all its weights, for checkpoints that transformers converts as it
-    loads them."""
-    if checkpoint.plan is None:
-        model = load_model(checkpoint, dtype=torch.float32)
-    else:
-        model = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize()
-    _without_cache(model.config)
-    return (model if head else model.base_model).to(device)
-
-
-def _empty_model(checkpoint: Checkpoint, head: bool) -> Any:
-    """The stock model, bare or with its head, with buffers and no weights.
-
-    Raises:
-        CheckpointError: if the model needs code of its own.
-    """
-    check_model_code(checkpoint)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    with quiet(), init_empty_weights(include_buffers=False):
-        built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        _without_cache(built)
-        kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-        return kind.from_config(built, trust_remote_code=False).eval()
-
-
-def _without_cache(config: Any) -> None:
-    """Let layers be called without a cache of keys: one that is there grows with every run. Nor is there a loss of
-    routers to add up, whose layers may not run."""
-    for one in (config, config.get_text_config()):
-        one.use_cache = False
-        one.output_router_logits = False

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headshare.calibration.layerwise.layers import Batch, Layers, Stream
-from headshare.calibration.refit.regression import token_weights
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Batch, Stream
+from headshare.calibration.refit.normal_equations import token_weights
 from headshare.precision import short_products
 
 RATE = 1e-4

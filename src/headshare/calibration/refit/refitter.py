@@ -16,22 +16,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headshare.calibration.layerwise.layers import Layers, Stream
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Stream
+from headshare.calibration.refit.normal_equations import NormalEquations, token_weights
 from headshare.calibration.refit.reconstruction import RATE, Wanted, reconstruct
-from headshare.calibration.refit.regression import (
-    Fitted,
-    Lent,
-    Narrow,
-    NormalEquations,
-    assembled,
-    fit_readout,
-    token_weights,
-)
+from headshare.calibration.refit.regression import Fitted, Lent, Narrow, assembled, fit_readout
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, CheckpointError, PlanError
-from headshare.plan.plan import Selection, SharePlan
-from headshare.plan.tensors import bias_name, factor_names, gapped_tensors, scale_name
+from headshare.plan.added import factor_names, scale_name
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import bias_name, gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.plan.units import Part
 from headshare.progress import track
 from headshare.sharing.expanded import WholeTensors

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headshare.calibration.layerwise.layers import Batch, Layers, Seen
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Batch, Seen
 from headshare.plan.units import Part
 
 ADDED = 1e-4

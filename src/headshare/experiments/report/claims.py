@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from headshare.experiments.case import ROUNDED, TRAINED, base_of
 from headshare.experiments.cells import DENSE, Compared
-from headshare.experiments.methods import MATCHES, ROUNDED, SHARING, TRAINED, base_of
+from headshare.experiments.methods import MATCHES, SHARING
 
 ERRORS = 2.0  # standard errors that a difference must be, to be one
 PAPERS = "directshare"

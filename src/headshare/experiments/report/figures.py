@@ -10,8 +10,8 @@ from typing import Any
 
 from headshare.errors import EvaluationError, OutputError
 from headshare.evaluation.results import Measured
+from headshare.experiments.case import METHODS, ROUNDED
 from headshare.experiments.cells import DENSE, Compared
-from headshare.experiments.methods import METHODS, ROUNDED
 from headshare.files.atomic import explain, write_whole
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}

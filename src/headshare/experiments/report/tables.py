@@ -10,8 +10,9 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from headshare.evaluation.results import guesses_of
+from headshare.experiments.case import REFIT
 from headshare.experiments.cells import DENSE, Compared
-from headshare.experiments.methods import DELETING, REFIT, SHARING
+from headshare.experiments.methods import DELETING, SHARING
 
 
 def table(cells: Sequence[Compared]) -> str:

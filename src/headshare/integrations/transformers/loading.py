@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import headshare.integrations.transformers.quantizer  # noqa: F401 - registers the format
-from headshare.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
 from headshare.errors import CheckpointError, EvaluationError
 

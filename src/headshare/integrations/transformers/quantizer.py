@@ -13,84 +13,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from headshare.checkpoint.checkpoint import METHOD, quantization_entry
+from headshare.architecture.modules import module_path
+from headshare.checkpoint.entry import METHOD
 from headshare.checkpoint.header import read_header
-from headshare.checkpoint.int4 import Packing, check_types, packed_tensors
-from headshare.checkpoint.refit_record import RefitRecord, is_shown
-from headshare.errors import PlanError, StorageError
+from headshare.checkpoint.int4 import check_types, packed_tensors
+from headshare.errors import StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
-from headshare.plan.plan import FORMAT, SharePlan
 from headshare.plan.tensors import gapped_tensors, reduced_readouts, reduced_tensors
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.low_rank import install_factored
-from headshare.storage.pooled.frozen import HOW_TO_TRAIN, read_banks
+from headshare.storage.pooled.bank import HOW_TO_TRAIN
+from headshare.storage.pooled.frozen import read_banks
 from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
-from headshare.storage.registry import STORAGES, check_storage, choose_storage
+from headshare.storage.registry import STORAGES, choose_storage
 
 LOGGER = logging.getLogger("headshare")
 REPLICATING = ("indirect", "vmm")
-
-
-@register_quantization_config(METHOD)
-class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
-    """The `quantization_config` entry of a shared checkpoint: format, plan, and how to hold it in memory.
-
-    Raises:
-        PlanError: if the plan is not valid; it is untrusted until it has passed here.
-    """
-
-    def __init__(
-        self,
-        plan: Any = None,
-        format: int = FORMAT,  # noqa: A002 - the key in config.json
-        storage: str = "auto",
-        quant_method: str = METHOD,
-        refit: Any = None,
-        base_model: Any = None,
-        quantization_config: Any = None,
-        **_: Any,
-    ) -> None:
-        if format != FORMAT:
-            raise PlanError(
-                f"the checkpoint has format {format}; this headshare reads format {FORMAT}. Upgrade headshare."
-            )
-        self.quant_method = quant_method
-        self.format = format
-        check_storage(storage)
-        self.storage = storage
-        self.plan = plan if isinstance(plan, SharePlan) else SharePlan.from_dict(plan)
-        self.refit = refit if refit is None or isinstance(refit, RefitRecord) else RefitRecord.from_dict(refit)
-        self.packing = (
-            quantization_config
-            if quantization_config is None or isinstance(quantization_config, Packing)
-            else Packing.from_dict(quantization_config)
-        )
-        if self.packing is not None and storage not in ("auto", "owner"):
-            raise PlanError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
-        self.base_model = base_model if isinstance(base_model, str) and is_shown(base_model) else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; how a model was held in memory is not part of it."""
-        return quantization_entry(self.plan, self.refit, self.base_model, self.packing)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The same: a plan has no defaults to leave out."""
-        return self.to_dict()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadshareConfig":
-        return HeadshareConfig(
-            self.plan,
-            self.format,
-            self.storage,
-            refit=self.refit,
-            base_model=self.base_model,
-            quantization_config=self.packing,
-        )
 
 
 @register_quantizer(METHOD)
@@ -220,38 +162,6 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return True
 
 
-def module_path(model: nn.Module, tensor: str) -> str:
-    """Where the model keeps a checkpoint's tensor: at its own path, with the base model's prefix more or less, or
-    in the module most like it.
-
-    Raises:
-        PlanError: if the model has no such module.
-    """
-    path = tensor.removesuffix(".weight")
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        if _has(model, candidate):
-            return candidate
-    found = _most_alike(path, [name for name, _ in model.named_modules()])
-    if found is not None:
-        return found
-    raise PlanError(f"the plan shares {tensor}, which {type(model).__name__} does not have.")
-
-
-def _most_alike(path: str, names: list[str]) -> str | None:
-    """The one module that ends as this path does and shares most of its other steps: transformers moves whole towers
-    (language_model.model.layers to model.language_model.layers), but keeps what they are called."""
-    steps = path.split(".")
-    layer = next((n for n, step in enumerate(steps) if step.isdigit()), None)
-    if not layer:
-        return None
-    tail = "." + ".".join(steps[layer - 1 :])
-    alike = sorted((len(set(steps) & set(name.split("."))), name) for name in names if name.endswith(tail))
-    if not alike or (len(alike) > 1 and alike[-2][0] == alike[-1][0]):
-        return None
-    return alike[-1][1]
-
-
 def _converted(model: nn.Module, dtype: Any) -> nn.Module:
     """The model with its weights in this type. Buffers keep theirs: frequencies of rotary embeddings are in float32,
     whatever the weights are."""
@@ -282,14 +192,6 @@ def _device_types(device_map: Any) -> set[str]:
 
 def _device_name(place: Any) -> str:
     return f"cuda:{place}" if isinstance(place, int) else str(place)
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.arena import OTHERWISE, PAGE, Arena, Piece, mapped, mappings_left, supported
-from headshare.storage.pooled.frozen import Bank, Held, install_frozen
+from headshare.storage.pooled.bank import Bank, Held
+from headshare.storage.pooled.frozen import install_frozen
 from headshare.storage.pooled.shelves import turned
 from headshare.storage.pooled.slots import Rack, racks_of
 from headshare.storage.pooled.sources import MappedFiles

@@ -13,7 +13,8 @@ from torch.utils.dlpack import from_dlpack
 
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.frozen import Bank, FrozenProjection, Held, install_frozen
+from headshare.storage.pooled.bank import Bank, Held
+from headshare.storage.pooled.frozen import FrozenProjection, install_frozen
 from headshare.storage.pooled.product import KERNEL_DTYPES, Slots, kernels, kernels_installed, slot_linear
 from headshare.storage.pooled.shelves import Shelf, in_slots, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of

@@ -5,103 +5,18 @@ ordinary tensor. The driver maps whole granules (2 MiB), so that slots must be m
 read-only: to train, hold the model by `owner`.
 """
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.frozen import Bank, Held, install_frozen
-from headshare.storage.pooled.product import INSTALL
+from headshare.storage.pooled.bank import Bank, Held
+from headshare.storage.pooled.cuda_driver import OTHERWISE, Block, Driver, Span, cuda_driver
+from headshare.storage.pooled.frozen import install_frozen
 from headshare.storage.pooled.shelves import Shelf, in_slots, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of
-
-OTHERWISE = 'Load the model with storage="indirect".'
-
-
-@runtime_checkable
-class Driver(Protocol):
-    """One device's physical memory, its addresses, and what is mapped where. Methods raise StorageError."""
-
-    granularity: int
-
-    def create(self, nbytes: int) -> Any:
-        """Physical memory; a handle."""
-
-    def release(self, handle: Any) -> None:
-        """Free physical memory, once nothing maps it."""
-
-    def reserve(self, nbytes: int) -> int:
-        """A range of addresses, with nothing behind it."""
-
-    def free(self, address: int, nbytes: int) -> None:
-        """Give a range of addresses back; nothing is mapped there any more."""
-
-    def map(self, address: int, nbytes: int, handle: Any) -> None:
-        """Put all of the handle's memory behind these addresses."""
-
-    def unmap(self, address: int, nbytes: int) -> None:
-        """Undo one `map`."""
-
-    def allow(self, address: int, nbytes: int) -> None:
-        """Let the device read and write there."""
-
-    def tensor(self, span: "Span") -> Tensor:
-        """Bytes at these addresses. The tensor keeps the span alive."""
-
-    def finish(self) -> None:
-        """Wait for all work on the device."""
-
-
-class Block:
-    """Physical memory of one slot. The driver keeps it for as long as this, or anything mapped over it, lives."""
-
-    def __init__(self, driver: Driver, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.handle = driver.create(nbytes)
-        weakref.finalize(self, driver.release, self.handle).atexit = False
-
-
-class Span:
-    """A range of addresses laid over blocks; given back when the last tensor on it is gone.
-
-    Raises:
-        StorageError: if the driver refuses; what was mapped by then is unmapped.
-    """
-
-    def __init__(self, driver: Driver, blocks: Sequence[Block]) -> None:
-        self.nbytes = sum(block.nbytes for block in blocks)
-        self.address = driver.reserve(self.nbytes)
-        mapped: list[tuple[int, int]] = []
-        give_back = weakref.finalize(self, _give_back, driver, self.address, self.nbytes, mapped)
-        give_back.atexit = False
-        try:
-            at = self.address
-            for block in blocks:
-                driver.map(at, block.nbytes, block.handle)
-                mapped.append((at, block.nbytes))
-                at += block.nbytes
-            driver.allow(self.address, self.nbytes)
-        except StorageError:
-            give_back()
-            raise
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """How torch finds the memory, and keeps this object."""
-        return {"version": 3, "shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "strides": None}
-
-
-def _give_back(driver: Driver, address: int, nbytes: int, mapped: list[tuple[int, int]]) -> None:
-    driver.finish()  # kernels may still be reading
-    for start, length in mapped:
-        driver.unmap(start, length)
-    driver.free(address, nbytes)
 
 
 class VmmBank(Bank):
@@ -186,95 +101,6 @@ class VmmBank(Bank):
         driver = self._drivers(shelf.device)
         whole = driver.tensor(Span(driver, known)).view(own.dtype).view(-1, shelf.rack.width)
         return Held(stored, turned(self.tensors[name], whole))
-
-
-class CudaDriver:
-    """A CUDA device, through cuda-bindings.
-
-    Raises:
-        StorageError: if there is no such device, or no cuda-bindings.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-            raise StorageError(f"storage vmm needs cuda-bindings: {INSTALL}. {OTHERWISE}")
-        if device.type != "cuda" or not torch.cuda.is_available():
-            raise StorageError(f"storage vmm needs a CUDA device; {device} is none, or is not here.")
-        from cuda.bindings import driver
-
-        self.device = device
-        self._cuda = driver
-        self.finish()  # from here on the device has the context that torch uses
-        self._properties = allocation(driver, device.index)
-        minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.granularity = int(self._done(driver.cuMemGetAllocationGranularity(self._properties, minimum)))
-
-    def create(self, nbytes: int) -> Any:
-        """Physical memory on the device; a handle."""
-        return self._done(self._cuda.cuMemCreate(nbytes, self._properties, 0))
-
-    def release(self, handle: Any) -> None:
-        """Free physical memory, once nothing maps it."""
-        self._done(self._cuda.cuMemRelease(handle))
-
-    def reserve(self, nbytes: int) -> int:
-        """A range of addresses, with nothing behind it."""
-        return int(self._done(self._cuda.cuMemAddressReserve(nbytes, 0, self._cuda.CUdeviceptr(0), 0)))
-
-    def free(self, address: int, nbytes: int) -> None:
-        """Give a range of addresses back."""
-        self._done(self._cuda.cuMemAddressFree(self._cuda.CUdeviceptr(address), nbytes))
-
-    def map(self, address: int, nbytes: int, handle: Any) -> None:
-        """Put all of the handle's memory behind these addresses."""
-        self._done(self._cuda.cuMemMap(self._cuda.CUdeviceptr(address), nbytes, 0, handle, 0))
-
-    def unmap(self, address: int, nbytes: int) -> None:
-        """Undo one `map`."""
-        self._done(self._cuda.cuMemUnmap(self._cuda.CUdeviceptr(address), nbytes))
-
-    def allow(self, address: int, nbytes: int) -> None:
-        """Let the device read and write there."""
-        access = access_of(self._cuda, self.device.index)
-        self._done(self._cuda.cuMemSetAccess(self._cuda.CUdeviceptr(address), nbytes, [access], 1))
-
-    def tensor(self, span: Span) -> Tensor:
-        """Bytes at these addresses."""
-        return torch.as_tensor(span, device=self.device)
-
-    def finish(self) -> None:
-        """Wait for all work on the device."""
-        torch.cuda.synchronize(self.device)
-
-    def _done(self, answer: tuple[Any, ...]) -> Any:
-        status, *values = answer
-        if status != self._cuda.CUresult.CUDA_SUCCESS:
-            raise StorageError(f"the CUDA driver on {self.device} refused: {status.name}. {OTHERWISE}")
-        return values[0] if values else None
-
-
-@cache
-def cuda_driver(device: torch.device) -> Driver:
-    """The driver of a device, the same for all who ask."""
-    return CudaDriver(device)
-
-
-def allocation(driver: Any, index: int) -> Any:
-    """What is asked of physical memory: that it is the device's own."""
-    properties = driver.CUmemAllocationProp()
-    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    properties.location.id = index
-    return properties
-
-
-def access_of(driver: Any, index: int) -> Any:
-    """The right of a device to read and write."""
-    access = driver.CUmemAccessDesc()
-    access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    access.location.id = index
-    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    return access
 
 
 class VmmStorage:

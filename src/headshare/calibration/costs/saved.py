@@ -1,0 +1,41 @@
+"""Cost curves kept on disk, so that a run that was stopped goes on with them."""
+
+from collections.abc import Iterator, MutableMapping
+
+from headshare.calibration.costs.curves import Path as PricedPath
+from headshare.calibration.costs.curves import paths_from_json, paths_to_json
+from headshare.errors import PlanError
+from headshare.files.resume import Workspace
+from headshare.files.state_files import damaged
+
+
+class SavedPaths(MutableMapping[int, list[PricedPath]]):
+    """The paths of the layers priced so far, a file each."""
+
+    def __init__(self, work: Workspace, key: str) -> None:
+        self._work, self._prefix = work, f"prices-{key}-"
+
+    def _file(self, layer: int) -> str:
+        return f"{self._prefix}{layer}.json"
+
+    def __getitem__(self, layer: int) -> list[PricedPath]:
+        saved = self._work.read(self._file(layer))
+        if saved is None:
+            raise KeyError(layer)
+        try:
+            return paths_from_json(saved)
+        except PlanError as error:
+            raise damaged(self._work.folder / self._file(layer), str(error)) from None
+
+    def __setitem__(self, layer: int, given: list[PricedPath]) -> None:
+        self._work.write(self._file(layer), paths_to_json(given).encode())
+
+    def __delitem__(self, layer: int) -> None:
+        self._work.delete(self._file(layer))
+
+    def __iter__(self) -> Iterator[int]:
+        names = (path.name for path in self._work.folder.glob(f"{self._prefix}*.json"))
+        return iter(sorted(int(name.removeprefix(self._prefix).removesuffix(".json")) for name in names))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,53 @@
+"""Observed inputs: hooks that note what modules of a running layer receive."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Stream = Float[Tensor, "windows window hidden"]
+Batch = Float[Tensor, "batch window hidden"]
+
+
+class ReachedError(Exception):
+    """Thrown to leave a model or a layer once what was wanted from it is known."""
+
+
+@dataclass
+class Seen:
+    """What went into and came out of some modules of a layer, by path, in one pass: copies, a row for each token."""
+
+    inputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
+    outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
+
+    def in_windows(self, hidden: Batch) -> "Seen":
+        """The same in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
+        batch, window, _ = hidden.shape
+        inputs, outputs = (
+            {path: value.reshape(batch, window, value.shape[-1]) for path, value in found.items()}
+            for found in (self.inputs, self.outputs)
+        )
+        return Seen(inputs, outputs)
+
+    def note(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Note what went into and came out of the module at this path."""
+        self.inputs[path] = args[0].clone()
+        self.outputs[path] = output.clone()  # some layers add to it in place
+
+    def note_and_stop(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> NoReturn:
+        """Note what would go into the module at this path, and throw ReachedError."""
+        self.inputs[path] = args[0]
+        raise ReachedError
+
+
+@contextmanager
+def watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
+    """Within this block, what passes through the modules at these paths is noted."""
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.enter_context(module.get_submodule(path).register_forward_hook(partial(seen.note, path)))
+        yield

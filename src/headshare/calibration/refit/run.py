@@ -1,0 +1,85 @@
+"""The refit of a shared model's readouts, layer by layer, and its record."""
+
+from collections.abc import Collection
+from dataclasses import asdict
+
+from headshare.calibration.refit.refitter import Refitter, Step
+from headshare.checkpoint.refit_record import RefitRecord
+from headshare.files.resume import Workspace, check_readable, joint_digest
+from headshare.files.state_files import damaged
+from headshare.progress import track
+from headshare.sharing.share import SharedCheckpoint
+from headshare.text.tokens import Calibration
+
+
+def refit_on(
+    shared: SharedCheckpoint,
+    calibration: Calibration,
+    *,
+    ffn: bool = True,
+    steps: int = 0,
+    device: str = "cpu",
+    workspace: Workspace | None = None,
+) -> SharedCheckpoint:
+    """The same with its readouts refitted to the calibration text: W_o, and with `ffn` W_down, from the first layer on
+    that gives something up; and with `steps` the other matrices of those layers, by so many gradient steps each.
+
+    Raises:
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+    """
+    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, steps=steps, device=device)
+    run_refit(refitter, workspace, joint_digest(shared.plan.digest, ffn, steps))
+    tensors = refitter.result.tensors
+    return shared.with_refit(record_of(calibration, tensors, steps=steps), tensors)
+
+
+def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None:
+    """Run a refit to its end, from where an earlier run of the same key in this workspace was stopped.
+
+    A layer counts as done when its number is written, which is after its tensors and the streams that leave it.
+    """
+    first = 0 if workspace is None else _take_up(refitter, workspace, key)
+    for layer in track(refitter.advance(), "refitting", refitter.layers.count - first):
+        if workspace is not None:
+            workspace.write_tensors(_streams_after(key, layer), refitter.state())
+            steps = [asdict(step) for step in refitter.result.steps]
+            workspace.write_json(f"refit-{key}.json", {"layer": layer, "steps": steps})
+            workspace.delete(_streams_after(key, layer - 1))
+
+
+def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
+    """Put a refit where a stopped one was. Returns the layer that is next."""
+    name = f"refit-{key}.json"
+    refitter.result.tensors = tensors = workspace.tensors(f"refit-{key}")
+    done = workspace.read_json(name)
+    if done is None:
+        return 0
+    check_readable(tensors)
+    try:
+        layer, steps = int(done["layer"]), [Step(**step) for step in done["steps"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(workspace.folder / name, f"it does not say how far it came ({error})") from None
+    streams = workspace.read_tensors(_streams_after(key, layer))
+    if streams is None:
+        raise damaged(workspace.folder / _streams_after(key, layer), "it is not there")
+    refitter.resume(layer + 1, streams, tensors, steps)
+    return layer + 1
+
+
+def _streams_after(key: str, layer: int) -> str:
+    return f"refit-{key}-{layer}.safetensors"
+
+
+def record_of(
+    calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None, *, steps: int = 0
+) -> RefitRecord:
+    """What a checkpoint says of its refit, and of what an earlier one changed."""
+    fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
+    return RefitRecord.of(
+        fitted | set(before.tensors if before else ()),
+        calibration.source,
+        calibration.digest,
+        windows=tuple(calibration.tokens.shape),
+        seed=calibration.seed,
+        steps=max(steps, before.steps if before else 0),
+    )

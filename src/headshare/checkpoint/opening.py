@@ -1,0 +1,126 @@
+"""Opening a checkpoint: a local folder, or a model on the hub."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
+from headshare.checkpoint.header import DTYPES, TensorInfo, read_header
+from headshare.errors import CheckpointError
+from headshare.files.untrusted import read_json
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
+    """Open a local folder or a hub id and read its headers. With weights=False a hub model's weights are not fetched.
+
+    Raises:
+        CheckpointError: if there is no such model, or its files are missing, truncated or not safetensors.
+        PlanError: if it is a shared checkpoint whose plan is not valid.
+    """
+    folder = Path(model)
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"{model!s:.100} cannot be opened: {error.strerror}.") from None
+    if is_folder:
+        return _checked(_open_folder(folder))
+    if exists:
+        raise CheckpointError(f"{model} is a file. Give the folder that holds config.json and the weights.")
+    if _looks_local(str(model)):
+        raise CheckpointError(f"there is no folder {model}.")
+    return _checked(_open_hub(str(model), revision, weights))
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    _ = checkpoint.plan, checkpoint.refit, checkpoint.packing
+    return checkpoint
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
+    tensors: dict[str, TensorInfo] = {}
+    files = _weight_files(folder)
+    for file in files:
+        for info in read_header(folder / file):
+            if info.name in tensors:
+                raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
+            tensors[info.name] = info
+    _check_index(folder, tensors)
+    return Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
+        files = sorted(set(weight_map.values()))
+        if any(Path(file).name != file for file in files):
+            raise CheckpointError(f"{index} names files outside its folder.")
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. "
+                "Download them again."
+            )
+        return files
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    raise CheckpointError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_FILES)
+    if not others or any(name.endswith(".safetensors") for name in others):
+        return f"{folder} holds no model.safetensors and no model.safetensors.index.json."
+    return (
+        f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
+        "(a pickle can run code). Convert it first: transformers' save_pretrained writes safetensors."
+    )
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    weight_map = read_json(index)["weight_map"]
+    absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
+    if absent:
+        raise CheckpointError(f"{index} lists {absent[0]} in {weight_map[absent[0]]}, where it is not.")
+
+
+def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
+    """Fetch a model, or only its configuration and headers, with huggingface_hub's own cache and credentials."""
+    import huggingface_hub as hub
+
+    try:
+        if weights:
+            ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
+            folder = Path(hub.snapshot_download(model, revision=revision, ignore_patterns=ignored))
+            return dataclasses.replace(_open_folder(folder), name=model)
+        config = hub.hf_hub_download(model, "config.json", revision=revision)
+        metadata = hub.get_safetensors_metadata(model, revision=revision)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client, and the one beneath it, raise what they like
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {reason}") from None
+    infos = [
+        _hub_tensor(model, name, file, info)
+        for file, one in metadata.files_metadata.items()
+        for name, info in one.tensors.items()
+    ]
+    return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
+
+
+def _hub_tensor(model: str, name: str, file: str, info: Any) -> TensorInfo:
+    start, stop = info.data_offsets
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{model} stores {name} as {info.dtype}, a type that headshare does not know.")
+    return TensorInfo(name, info.dtype, tuple(info.shape), file, start, stop - start)

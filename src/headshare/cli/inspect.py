@@ -1,0 +1,112 @@
+"""The commands inspect and verify."""
+
+from typing import Annotated, Any
+
+import typer
+
+from headshare.checkpoint.checkpoint import Checkpoint, plan_of
+from headshare.checkpoint.opening import open_checkpoint
+from headshare.cli.options import JsonOption, RevisionOption, print_result
+from headshare.cli.share_options import SharedArgument
+from headshare.errors import PlanError
+from headshare.evaluation.verify import verify as verify_checkpoint
+from headshare.plan.describe import describe, picture
+from headshare.plan.placement import held_again, split_evenly
+from headshare.plan.plan import SharePlan
+
+
+def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
+    """What is held more than once when the layers are split evenly over this many devices: by pair, by device, in all.
+
+    Raises:
+        PlanError: if the checkpoint is dense, or has fewer layers than there are devices.
+    """
+    plan = plan_of(checkpoint)
+    if checkpoint.packing is not None:
+        raise PlanError("what devices hold again is not counted for matrices of 4 bits: give the checkpoint before.")
+    places = split_evenly(plan, devices)
+    missing = sorted(set(places) - set(checkpoint.tensors))
+    if missing:
+        raise PlanError(f"the plan in {checkpoint.name} shares {missing[0]}, which is not among its tensors.")
+    itemsizes = {name: checkpoint.tensors[name].torch_dtype.itemsize for name in places}
+    pairs = held_again(plan, places, itemsizes)
+    by_device = [[pair for pair in pairs if pair.device == f"device {number}"] for number in range(devices)]
+    return {
+        "pairs": [
+            {"home": pair.home, "device": pair.device, "units": pair.units, "bytes": pair.nbytes} for pair in pairs
+        ],
+        "devices": [
+            {"device": f"device {number}", "units": sum(p.units for p in held), "bytes": sum(p.nbytes for p in held)}
+            for number, held in enumerate(by_device)
+        ],
+        "units": sum(pair.units for pair in pairs),
+        "bytes": sum(pair.nbytes for pair in pairs),
+    }
+
+
+def picture_split(split: dict[str, Any]) -> str:
+    """One line for each pair of devices, and their sum."""
+    lines = [
+        f"  {pair['device']} also holds {pair['units']} units of {pair['home']}: {pair['bytes']:,} bytes"
+        for pair in split["pairs"]
+    ]
+    title = f"layers split over {len(split['devices'])} devices: {split['units']} units held more than once"
+    return "\n".join([f"{title}, {split['bytes']:,} bytes", *lines]) + "\n"
+
+
+def inspect(
+    shared: Annotated[str, typer.Argument(metavar="SHARED", help="A shared checkpoint, or a share_plan.json.")],
+    split: Annotated[
+        int | None,
+        typer.Option(help="Also say what is held more than once when the layers are split over this many devices."),
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is tied to what, layer by layer."""
+    if shared.endswith(".json"):
+        if split is not None:
+            raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
+        made = SharePlan.load(shared)
+        print_result(describe(made), picture(made), as_json)
+        return
+    checkpoint = open_checkpoint(shared, revision=revision, weights=False)
+    made = plan_of(checkpoint)
+    stored = sum(info.nbytes for info in checkpoint.tensors.values())
+    record = checkpoint.refit
+    data = {
+        **describe(made),
+        "stored_bytes": stored,
+        "refit": None if record is None else {**record.model_dump(mode="json"), "tensors": len(record.tensors)},
+        "base_model": checkpoint.base_model,
+        "quantization_config": None if checkpoint.packing is None else checkpoint.packing.to_dict(),
+    }
+    words = f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}"
+    words += "" if checkpoint.packing is None else f"\n{checkpoint.packing.in_words()}"
+    words += "" if record is None else f"\n{record.in_words()}"
+    if split is not None:
+        data["split"] = describe_split(checkpoint, split)
+        words += f"\n{picture_split(data['split'])}"
+    print_result(data, words, as_json)
+
+
+def verify(
+    shared: SharedArgument,
+    against: Annotated[str | None, typer.Option(help="The dense model it came from: compare every number too.")] = None,
+    logits: Annotated[bool, typer.Option(help="Also run both models and compare their logits.")] = True,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open everything again: digests, map, numbers, and logits against a stock model with donors' rows written in."""
+    checkpoint = open_checkpoint(shared, revision=revision)
+    found = verify_checkpoint(checkpoint, None if against is None else open_checkpoint(against), logits=logits)
+    lines = [
+        f"{'ok' if found.ok else 'NOT ok'}: {found.files_checked} files, {found.parameter_bytes:,} parameter bytes"
+    ]
+    if found.tensors_checked:
+        lines.append(f"{found.tensors_checked} tensors compared with {against}")
+    if found.max_logit_diff is not None:
+        lines.append(f"largest difference of a logit from the stock model: {found.max_logit_diff}")
+    print_result(found.to_dict(), "\n".join([*lines, *found.notes, *found.problems]), as_json)
+    if not found.ok:
+        raise typer.Exit(1)

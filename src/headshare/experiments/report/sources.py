@@ -1,0 +1,141 @@
+"""Sources of a report: comparisons that were measured, and the figures that the paper published."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+
+from headshare.errors import EvaluationError
+from headshare.evaluation.results import RESULTS, current, read_results
+from headshare.evaluation.results import Measured as Row
+from headshare.experiments.about import ABOUT, About
+from headshare.experiments.cells import CELLS, Compared, read_cells
+from headshare.experiments.report.claims import checked
+from headshare.files.untrusted import is_shown, read_yaml
+
+_ABOUT: TypeAdapter[About] = TypeAdapter(About)
+MAX_TABLES = 100
+Word = Annotated[str, AfterValidator(lambda text: _shown(text))]
+
+
+def _shown(text: str) -> str:
+    """A text that can stand in a table and on a terminal."""
+    if not is_shown(text) or "|" in text:
+        raise ValueError(f"{text!a:.60} cannot be shown in a table")
+    return text
+
+
+def _check_shown(file: Path, *words: str) -> None:
+    """Raise EvaluationError if one of the texts that somebody else may have written cannot be shown in a table."""
+    try:
+        for text in words:
+            _shown(text)
+    except ValueError as error:
+        raise EvaluationError(f"{file}: {error}.") from None
+
+
+def _words_of(rows: Iterable[Row]) -> Iterator[str]:
+    for row in rows:
+        yield from (row.task, *row.metrics)
+
+
+class Published(BaseModel):
+    """A table of the paper: percent, by row (a method and its ratio, as `directshare 0.3`), in the order of `tasks`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    table: Word
+    model: Word
+    tasks: tuple[Word, ...]
+    rows: dict[Word, tuple[float, ...]]
+
+
+_PUBLISHED: TypeAdapter[list[Published]] = TypeAdapter(Annotated[list[Published], Field(max_length=MAX_TABLES)])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one folder holds."""
+
+    about: About
+    cells: list[Compared]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Measured":
+        """The cells of the last comparison in a folder.
+
+        Raises:
+            EvaluationError: if `headshare compare` did not finish there.
+        """
+        try:
+            about = _ABOUT.validate_json((folder / ABOUT).read_bytes())
+            words = (about.title, about.model, about.text, about.calibration, about.training, about.dtype)
+            for text in (*words, *about.versions, *about.versions.values()):
+                _shown(text)
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"{folder} holds no finished comparison ({' '.join(str(error).split()):.100}). Run headshare compare "
+                f"with --out {folder} first."
+            ) from None
+        by_key = {cell.key: cell for cell in read_cells(folder / CELLS)}
+        for cell in by_key.values():
+            _check_shown(folder / CELLS, cell.method, cell.note, cell.failed, *_words_of(cell.results))
+        if len({len(cell.losses) for cell in by_key.values() if cell.key in about.keys and cell.losses}) > 1:
+            raise EvaluationError(
+                f"{folder / CELLS} has cells of one text with other numbers of windows. Compare again."
+            )
+        if missing := [key for key in about.keys if key not in by_key]:
+            raise EvaluationError(f"{folder / CELLS} lacks {len(missing)} cells that {ABOUT} names. Compare again.")
+        return cls(about, [by_key[key] for key in about.keys])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is of, and its claims, as `--json` prints them."""
+        return {**asdict(self.about), "claims": [asdict(one) for one in checked(self.cells)]}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `headshare eval --out` keeps in one folder, of models by their names without folders."""
+
+    title: str
+    rows: list[Row]
+
+    def tells_more_than(self, measured: Measured | None) -> bool:
+        """Whether there is more than what a comparison in the same folder measured of its dense model."""
+        known = {row.task for cell in measured.cells for row in cell.results} if measured else set()
+        return any(measured is None or row.model != measured.about.model or row.task not in known for row in self.rows)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evaluated":
+        """All results of a folder.
+
+        Raises:
+            EvaluationError: if it holds something else, or two models of one name.
+        """
+        rows = current(read_results(folder / RESULTS))
+        _check_shown(folder / RESULTS, *_words_of(rows))
+        short = {row.model: Path(row.model).name for row in rows}
+        if len(set(short.values())) < len(short) or not all(map(is_shown, short.values())):
+            raise EvaluationError(f"{folder / RESULTS} has models whose names cannot be told apart: {sorted(short)}.")
+        return cls(folder.name, [replace(row, model=short[row.model]) for row in rows])
+
+
+def published(path: Path) -> list[Published]:
+    """The paper's tables, from YAML.
+
+    Raises:
+        EvaluationError: if the file cannot be read, or holds none.
+    """
+    data = read_yaml(path, EvaluationError)
+    try:
+        found = _PUBLISHED.validate_python(data)
+    except ValueError as error:
+        raise EvaluationError(f"{path} holds no tables of figures: {' '.join(str(error).split()):.200}") from None
+    for one in found:
+        if wrong := [name for name, values in one.rows.items() if len(values) != len(one.tasks)]:
+            raise EvaluationError(
+                f"{path}: table {one.table} has {len(one.tasks)} tasks, and another number in {wrong[0]}."
+            )
+    return found

@@ -1,0 +1,153 @@
+"""Shared checkpoints written again: refitted, trained or rounded."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headshare.architecture.config import text_config
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.entry import quantization_entry
+from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
+from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CheckpointError, OutputError
+from headshare.files.folder import MANIFEST, check_output
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import tied_names
+from headshare.sharing.assembly import copied
+from headshare.sharing.fits import check_shared, tensors_of
+from headshare.sharing.share import Stored
+from headshare.sharing.size import dtype_code
+from headshare.sharing.writer import INDEX, all_finite, dtype_key, given_assembly, other_files, write_checkpoint
+
+
+def write_refitted(
+    shared: Checkpoint,
+    refit: RefitRecord,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a shared checkpoint again with these tensors, whole, in the place of its own, and a record of the refit.
+
+    `out` may be the checkpoint's own folder, which is replaced in one step when the new one is whole.
+
+    Raises:
+        OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
+    """
+    check_written_again(shared, out, overwrite=overwrite)
+    plan = check_shared(shared)
+    gapped = tensors_of(plan, shared)
+    assemblies = [copied(info) for name, info in shared.tensors.items()]
+    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, base_model)}
+    replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
+    tied = set(tied_names(gapped))
+    assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
+    in_place = _is_own(shared, out)
+    return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
+
+
+def write_trained(
+    trained: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write a checkpoint, dense or shared, whoever wrote it last, as `share` writes one: pages, digests, checks.
+    `dtype` converts all weights; `notes` are JSON files that go with it.
+
+    Raises:
+        OutputError: if it cannot be written.
+        CheckpointError: if its numbers are not finite, or do not fit the type.
+    """
+    code, config, tied = dtype_code(dtype), dict(trained.config), set[str]()
+    if trained.plan is not None:
+        plan = check_shared(trained)
+        tied = set(tied_names(tensors_of(plan, trained)))
+        config["quantization_config"] = quantization_entry(plan, trained.refit, base_model or trained.base_model)
+    assemblies = [
+        dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
+    ]
+    if dtype is not None:
+        config[dtype_key(config)] = dtype
+    return write_checkpoint(trained, assemblies, config, out, overwrite, notes=notes)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A matrix of four-bit numbers, packed, and a scale for each group of a row's inputs."""
+
+    packed: Int[Tensor, "rows words"]
+    scale: Float[Tensor, "rows groups"]
+
+
+def write_packed(
+    source: Checkpoint,
+    matrices: Mapping[str, Grouped],
+    packing: Packing,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a shared checkpoint, or a dense one as one that shares nothing, with these matrices packed in the place of
+    its own. They are whole; stored of them is what the plan keeps.
+
+    Raises:
+        PlanError: if the plan does more than share rows.
+        CheckpointError: if a scale is not finite, or the source cannot be read.
+        OutputError: if it cannot be written.
+    """
+    kind = text_config(source.config).get("model_type")
+    plan = SharePlan(model_type=kind) if source.plan is None else check_shared(source)
+    tensors = packed_tensors(tensors_of(plan, source), packing)
+    assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
+    given: dict[str, Tensor] = {}
+    for name, matrix in matrices.items():
+        if not all_finite(matrix.scale):
+            raise CheckpointError(f"the scales of {name} are not finite: its weights or their inputs are too large.")
+        parts = {part_of(name, PACKED): matrix.packed, part_of(name, SCALE): matrix.scale}
+        for one, whole in parts.items():
+            rows = [whole[start:stop] for start, stop in tensors[one].kept()] if one in tensors else [whole]
+            given[one] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
+        given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
+        file = source.tensors[name].file
+        assemblies += [given_assembly(one, given[one], file) for one in (*parts, part_of(name, SHAPE))]
+    base = source.name if source.plan is None else source.base_model
+    config = {**source.config, "quantization_config": quantization_entry(plan, source.refit, base, packing)}
+    return write_checkpoint(source, assemblies, config, out, overwrite, given)
+
+
+def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that a shared checkpoint cannot be written to again: one in a wrong place, or its own folder
+    where that holds files that would not come along.
+
+    Raises:
+        OutputError: saying which.
+    """
+    if not _is_own(shared, out):
+        check_output(out, shared.path, overwrite=overwrite)
+        return
+    kept = {*other_files(shared.path), *(shared.path / info.file for info in shared.tensors.values())}
+    kept |= {shared.path / name for name in ("config.json", INDEX, MANIFEST)}
+    lost = sorted(str(path.relative_to(shared.path)) for path in shared.path.rglob("*") if path.is_file())
+    lost = [name for name in lost if shared.path / name not in kept]
+    if lost:
+        raise OutputError(
+            f"{shared.path} also holds {', '.join(lost[:3])}, which would be lost if it were replaced. "
+            "Write elsewhere: --out NEW"
+        )
+
+
+def _is_own(shared: Checkpoint, out: Path) -> bool:
+    return os.path.realpath(out) == os.path.realpath(shared.path)

@@ -1,0 +1,164 @@
+"""Windows of tokens cut from a text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from headshare.architecture.config import text_config
+from headshare.errors import EvaluationError
+from headshare.integrations.transformers.loading import quiet
+
+WINDOW = 512
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text's tokens in equal windows, and whether each is opened by the beginning-of-text token."""
+
+    tokens: Int[Tensor, "windows window"]
+    bos: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens in one window."""
+        return self.tokens.shape[1]
+
+
+def finite_or_null(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for every number that JSON cannot hold."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()
+    }
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        EvaluationError: if it is missing, empty or not text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise EvaluationError(f"{path} is empty; there is nothing to measure.")
+    return text
+
+
+def windows_of(
+    tokenizer: Any, text: str, *, window: int = WINDOW, limit: int | None = None, bos: bool | None = None
+) -> Windows:
+    """The text's tokens cut into equal windows, each opened by the beginning-of-text token where the model has one.
+
+    The last, shorter piece is left out. `limit` bounds the tokens of text; `bos` overrides that.
+
+    Raises:
+        EvaluationError: if the text is shorter than one window, or a beginning-of-text token is asked for and absent.
+    """
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"a limit of {limit} tokens leaves nothing to measure; use at least one window's worth.")
+    check_window(window)
+    first = opening_token(tokenizer, bos)
+    ids = ids_of(tokenizer, text)[:limit]
+    tokens = cut(ids, window, first)
+    if len(tokens) == 0:
+        raise EvaluationError(
+            f"the text has {len(ids)} tokens, less than one window of {window}. "
+            "Use a longer text, a smaller window, or more tokens of it."
+        )
+    return Windows(tokens, first is not None)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The text's tokens, none added."""
+    with quiet():
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def opening_token(tokenizer: Any, bos: bool | None) -> int | None:
+    """The beginning-of-text token that is to open each window; None where none is. `bos` None: if the model has one.
+
+    Raises:
+        EvaluationError: if one is asked for and absent.
+    """
+    first: int | None = tokenizer.bos_token_id
+    if bos and first is None:
+        raise EvaluationError("this tokenizer has no beginning-of-text token; run without it.")
+    return None if bos is False else first
+
+
+def cut(ids: Sequence[int], window: int, first: int | None) -> Int[Tensor, "windows window"]:
+    """The tokens in whole windows, in order, each opened by `first` where there is one; the rest is left out."""
+    body = window - (first is not None)
+    tokens = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
+    return tokens if first is None else functional.pad(tokens, (1, 0), value=first)
+
+
+def check_window(window: int, longest: int | None = None, option: str = "--window") -> None:
+    """Refuse windows that predict nothing, or that are longer than the model reads. `option` is what says how long.
+
+    Raises:
+        EvaluationError: in these cases.
+    """
+    if window < 2:
+        raise EvaluationError(f"a window of {window} tokens predicts nothing; use {option} 2 or more.")
+    if longest is not None and window > longest:
+        raise EvaluationError(
+            f"windows of {window} tokens are longer than the model's {longest}. Use {option} {longest}."
+        )
+
+
+def check_vocabulary(config: Mapping[str, Any], tokens: Tensor) -> None:
+    """Refuse tokens that the model with this config.json does not have.
+
+    Raises:
+        EvaluationError: if there is one.
+    """
+    vocabulary = text_config(config).get("vocab_size")
+    if isinstance(vocabulary, int) and tokens.max() >= vocabulary:
+        raise EvaluationError(
+            f"the tokenizer gives token {tokens.max()}, but the model's vocabulary has {vocabulary}. "
+            "The tokenizer belongs to another model."
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits that say nothing.
+
+    Raises:
+        EvaluationError: if one is NaN or infinite.
+    """
+    if not torch.isfinite(logits).all():
+        raise EvaluationError("the model's logits are NaN or infinite; its weights are damaged or overflow this dtype.")
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token."""
+    return predicts_next(type(model).__name__, model.config.to_dict())
+
+
+def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a model class of this name, with this config.json, predicts the next token."""
+    named = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    named = named and not config.get("is_encoder_decoder", False)  # these predict a text from another one
+    masked = config.get("model_type") in ("bert", "roberta", "xlm-roberta") and not config.get("is_decoder", False)
+    return named and not masked
+
+
+def longest_window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens the model with this config.json can take at once; None where it does not say."""
+    settings = text_config(config)
+    positions = settings.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    return positions - ((settings.get("pad_token_id") or 0) + 1 if settings["model_type"] in _OFFSET_POSITIONS else 0)

@@ -1,0 +1,127 @@
+"""Checks before training starts: plan, engine, optimiser and memory."""
+
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import PlanError, TrainingError
+from headshare.matching.pairing import make_plan
+from headshare.matching.similarity import score_units
+from headshare.plan.plan import SharePlan
+from headshare.sharing.fits import check_fits, check_shared
+from headshare.training.settings import Method, Sharing, TrainSettings
+from headshare.training.trainer import SharingTrainer
+
+
+def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
+    """The plan that is trained into or with.
+
+    Raises:
+        TrainingError: if the method is not for this model or plan.
+    """
+    if source.packing is not None:
+        raise TrainingError(
+            f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
+        )
+    if settings.method is Method.RECOVER:
+        if source.plan is None:
+            raise TrainingError(
+                f"{source.name} is not shared, so there is nothing to recover. Share it first, or use --method both."
+            )
+        if settings.sharing != Sharing():
+            raise TrainingError(f"{source.name} is shared already: its plan is not chosen again. Leave sharing out.")
+        return check_shared(source)
+    if source.plan is not None:
+        raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
+    source.require_dense("train it")
+    chosen = settings.sharing
+    if settings.method is Method.DENSE:
+        if chosen != Sharing():
+            raise TrainingError("a dense model is trained as it is, and no plan is chosen. Leave sharing out.")
+        return SharePlan()
+    if chosen.plan is not None:
+        plan = SharePlan.load(chosen.plan)
+    else:
+        scores = score_units(source, chosen.match, chosen.parts)
+        plan = make_plan(scores, chosen.ratio, parts=chosen.parts, mode=chosen.mode)
+    check_fits(plan, source)
+    if settings.method is Method.POSTSHARE:
+        others = plan.removals or plan.factored or any(one.scale for one in plan.selections)
+        if others or settings.learning.lora:
+            what = "the plan removes, scales or factors units" if others else "LoRA cannot move weights together"
+            raise TrainingError(f"{what}, and PostShare pulls pairs of equal parts together. Use both or recover.")
+        if not plan.ties:
+            raise PlanError("this plan ties nothing, so there is nothing to pull together. Ask for a larger ratio.")
+    return plan
+
+
+def check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
+    """Refuse what an engine would only fail at when all is trained.
+
+    Raises:
+        TrainingError: saying what to set.
+    """
+    state = trainer.accelerator.state
+    folder = str(trainer.args.output_dir)
+    if trainer.is_deepspeed_enabled and folder != glob.escape(folder):
+        raise TrainingError(f"DeepSpeed takes brackets, * and ? in {folder} for a pattern. Write to a folder without.")
+    in_parts = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+    if lora and in_parts:
+        raise TrainingError("LoRA's products cannot be added to weights that lie in parts. Use DDP, or train in full.")
+    if tasks and in_parts:
+        raise TrainingError(
+            "weights lie in parts, and tasks want a whole model. Leave tasks out, or use DDP or ZeRO-2."
+        )
+    if trainer.is_fsdp_enabled:
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type):
+            raise TrainingError("FSDP needs fsdp_version 2 and fsdp_state_dict_type FULL_STATE_DICT here; set both.")
+    if is_deepspeed_zero3_enabled():
+        key = "stage3_gather_16bit_weights_on_model_save"
+        if not state.deepspeed_plugin.deepspeed_config["zero_optimization"].get(key):
+            raise TrainingError(f"ZeRO-3 saves no whole weights unless {key} (zero3_save_16bit_model) is true; set it.")
+
+
+@contextmanager
+def explained_set_up() -> Iterator[None]:
+    """What the Trainer finds wrong with its arguments, or misses, is one error."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        if _is_full(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrainingError(f"the Trainer cannot begin with these arguments: {reason:.300}") from error
+
+
+def try_optimizer(trainer: SharingTrainer) -> None:
+    """Make the optimiser of one number: what is wrong with its arguments comes out before anything is trained."""
+    if not trainer.is_deepspeed_enabled:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        if "params" not in options and "model" not in options and "optimizer_dict" not in options:
+            kind([nn.Parameter(torch.zeros(1))], **options)
+
+
+@contextmanager
+def enough_room() -> Iterator[None]:
+    """Memory that is too small is an error that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        raise TrainingError(
+            "there is not enough memory for this step. Lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps) or per_device_eval_batch_size, or set gradient_checkpointing or bf16. What "
+            "was saved before is kept: run again, and it goes on from there. A shorter context needs --restart."
+        ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in words)
