@@ -25,7 +25,7 @@ from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.progress import track
 from headshare.sharing.expand import expand
-from headshare.sharing.fits import check_fits
+from headshare.sharing.fits import fit_plan
 from headshare.sharing.share import share
 from headshare.text.windows import longest_window
 
@@ -141,7 +141,7 @@ def dense_and_shared(
     if against is not None and model.plan is None:
         raise PlanError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
-        check_fits(plan_of(model), against)
+        fit_plan(plan_of(model), against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:

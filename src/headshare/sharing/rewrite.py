@@ -19,10 +19,10 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.folder import MANIFEST, check_output
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tied_names
+from headshare.plan.tensors import GappedTensor
 from headshare.sharing.assembly import copied
-from headshare.sharing.fits import check_shared, tensors_of
-from headshare.sharing.share import Stored
+from headshare.sharing.fits import open_shared
+from headshare.sharing.share import as_stored
 from headshare.sharing.size import dtype_code
 from headshare.sharing.writer import INDEX, all_finite, dtype_key, given_assembly, other_files, write_checkpoint
 
@@ -44,13 +44,10 @@ def write_refitted(
         OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
     """
     check_written_again(shared, out, overwrite=overwrite)
-    plan = check_shared(shared)
-    gapped = tensors_of(plan, shared)
-    assemblies = [copied(info) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, base_model)}
-    replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
-    tied = set(tied_names(gapped))
-    assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
+    files = open_shared(shared)
+    assemblies = [dataclasses.replace(copied(info), shared=name in files.tied) for name, info in shared.tensors.items()]
+    config = {**shared.config, "quantization_config": quantization_entry(files.plan, refit, base_model)}
+    replaced = as_stored(tensors, assemblies, files.tensors)
     in_place = _is_own(shared, out)
     return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
 
@@ -71,11 +68,13 @@ def write_trained(
         OutputError: if it cannot be written.
         CheckpointError: if its numbers are not finite, or do not fit the type.
     """
-    code, config, tied = dtype_code(dtype), dict(trained.config), set[str]()
+    code = dtype_code(dtype)
+    config = dict(trained.config)
+    tied: frozenset[str] = frozenset()
     if trained.plan is not None:
-        plan = check_shared(trained)
-        tied = set(tied_names(tensors_of(plan, trained)))
-        config["quantization_config"] = quantization_entry(plan, trained.refit, base_model or trained.base_model)
+        files = open_shared(trained)
+        tied = files.tied
+        config["quantization_config"] = quantization_entry(files.plan, trained.refit, base_model or trained.base_model)
     assemblies = [
         dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
     ]
@@ -109,8 +108,12 @@ def write_packed(
         OutputError: if it cannot be written.
     """
     kind = text_config(source.config).get("model_type")
-    plan = SharePlan(model_type=kind) if source.plan is None else check_shared(source)
-    tensors = packed_tensors(tensors_of(plan, source), packing)
+    plan = SharePlan(model_type=kind)
+    tensors: Mapping[str, GappedTensor] = {}
+    if source.plan is not None:
+        files = open_shared(source)
+        plan = files.plan
+        tensors = packed_tensors(files.tensors, packing)
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():

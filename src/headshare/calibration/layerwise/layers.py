@@ -34,7 +34,7 @@ from headshare.errors import ArchitectureError, CheckpointError
 from headshare.integrations.transformers.loading import quiet
 from headshare.plan.units import Part
 from headshare.precision import full_float32
-from headshare.sharing.expanded import WholeTensors
+from headshare.sharing.expanded import ExpandedTensors
 
 LOGGER = logging.getLogger("headshare")
 BATCH_TOKENS = 4096
@@ -67,7 +67,7 @@ class Layers:
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False) -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
-        self._weights = WholeTensors.of(checkpoint)
+        self._weights = ExpandedTensors.of(checkpoint)
         config, shapes = text_config(checkpoint.config), self._weights.shapes
         self.attention, self.ffn = attention_layout(config, shapes), ffn_or_none(config, shapes)
         self.count = self.attention.layers

@@ -24,13 +24,13 @@ from headshare.calibration.refit.regression import Fitted, Lent, Narrow, assembl
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, CheckpointError, PlanError
-from headshare.plan.added import factor_names, scale_name
+from headshare.plan.low_rank import factor_names
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import bias_name, gapped_tensors
-from headshare.plan.ties import Selection
+from headshare.plan.ties import Selection, scale_name
 from headshare.plan.units import Part
 from headshare.progress import track
-from headshare.sharing.expanded import WholeTensors
+from headshare.sharing.expanded import ExpandedTensors
 from headshare.sharing.factors import join_columns, split_columns
 from headshare.text.tokens import Calibration
 
@@ -128,15 +128,17 @@ class Refitter:
             raise CalibrationError(f"a layer cannot be reconstructed in {steps} steps. Ask for 0 or more.")
         if shared is not None and shared.plan != plan:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
-        planned = WholeTensors.planned(dense, plan)
-        self.weights = planned if shared is None else WholeTensors.of(shared)
+        planned = ExpandedTensors.planned(dense, plan)
+        self.weights = planned if shared is None else ExpandedTensors.of(shared)
         self.layers, self.rate = layers or Layers(dense, device=device), RATE
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
         self.plan, self.gapped = plan, gapped_tensors(plan)
         fit, held = calibration.split(HELD_OUT)
         self.tokens, self.fitted_windows = torch.cat([fit.tokens, held.tokens]), len(fit.tokens)
         self.ffn, self.gradient_steps, self.seed = ffn and self.layers.ffn is not None, steps, calibration.seed
-        self.first, self.next = _first_changed(plan, self.layers.count), 0
+        first = plan.first_layer()
+        self.first = self.layers.count if first is None else first
+        self.next = 0
         self.result = Refit()
         self._streams: _Streams | None = None
 
@@ -220,7 +222,7 @@ class Refitter:
         return self.layers.build(layer, {name: self.weights.read(name) for name in changed})
 
     def _loses_some(self, name: str) -> bool:
-        return bool(self.gapped[name].gaps or self.gapped[name].removed or self.gapped[name].factored)
+        return not self.gapped[name].is_whole
 
     def _batches(self) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
@@ -443,14 +445,6 @@ def _span(selection: Selection, inputs: int, group: int) -> tuple[int, int]:
     """The readout's inputs that belong to this group of the selection's grid."""
     size = inputs // selection.layout.groups
     return group * size, (group + 1) * size
-
-
-def _first_changed(plan: SharePlan, layers: int) -> int:
-    """The first layer that a plan changes; the number of layers if it changes none."""
-    changed = [tie.recipient.layer for selection in plan.selections for tie in selection.ties]
-    changed += [layer for removal in plan.removals for layer in removal.removed]
-    changed += [layer for factored in plan.factored for layer in factored.units]
-    return min(changed, default=layers)
 
 
 def _step(name: str, found: Fitted, left_out: int) -> Step:
