@@ -83,7 +83,7 @@ def test_the_architectures_tree_lists_every_package() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     tree = text[text.index("## Packages") : text.index("## What each layer may know")]
     packages = {path.parent.name for path in (ROOT / "src" / "headshare").glob("*/**/__init__.py")}
-    assert set(re.findall(r"(\w+)/ ", tree)) == packages
+    assert set(re.findall(r"── (\w+)/", tree)) == packages
 
 
 def test_a_folder_holds_at_most_fourteen_modules_and_a_file_at_most_320_lines() -> None:

@@ -31,7 +31,7 @@ from headshare.errors import EvaluationError
 from headshare.evaluation import harness
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import Runner, Settings, _hushed, chosen_tasks, tasks_of_harness
-from headshare.evaluation.harness_tasks import as_task
+from headshare.evaluation.harness_tasks import as_task, averaged
 from headshare.evaluation.measuring import Text, measure
 from headshare.evaluation.perplexity import evaluate, perplexity
 from headshare.evaluation.questions import Question
@@ -483,9 +483,9 @@ def test_a_result_bears_the_name_that_it_was_asked_for_by(model: Path, data: Pat
 
 
 def test_answers_that_are_partly_right_have_the_error_of_their_spread() -> None:
-    assert harness._averaged([{"acc": 0.5}] * 9)["acc"] == Metric(0.5, 0.0)
+    assert averaged([{"acc": 0.5}] * 9)["acc"] == Metric(0.5, 0.0)
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    found = harness._averaged([{"acc": value} for value in values])["acc"]
+    found = averaged([{"acc": value} for value in values])["acc"]
     assert found.error == pytest.approx(math.sqrt(0.6 * 0.4 / 4))  # as the harness has it
 
 

@@ -396,7 +396,7 @@ def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> Facto
 COMPILED = """
 import sys, torch
 import headshare as hs, tiny
-from headshare.models import load_model
+from headshare.integrations.transformers.loading import load_model
 model = load_model(hs.open_checkpoint(sys.argv[1]), storage="owner")
 with torch.no_grad():
     expected = model(tiny.tokens(), use_cache=False).logits

@@ -125,7 +125,7 @@ def test_shared_rows_are_rounded_once_on_what_all_their_users_give(shared: hs.Ch
     assert shared.plan is not None
     (selection,) = shared.plan.selections
     donors = {tie.donor for tie in selection.ties}
-    expanded = hs.open_checkpoint(hs.sharing.expand(shared, shared.path.parent / "whole"))
+    expanded = hs.open_checkpoint(hs.expand(shared, shared.path.parent / "whole"))
     assert donors
     for place in selection.layout.parts.values():
         for donor in donors:
@@ -187,7 +187,7 @@ def test_each_row_is_rounded_once_on_the_inputs_of_every_use_of_it(
     (selection,) = shared.plan.selections
     place = selection.layout.parts[Part.Q]
     start, stop = place.span(0)
-    expanded = hs.open_checkpoint(hs.sharing.expand(shared, tmp_path / "whole"))
+    expanded = hs.open_checkpoint(hs.expand(shared, tmp_path / "whole"))
     lent = expanded.read(place.name(0))[start:stop].float()
     (task,) = [one for one in nearest if any(row.equal(lent[0]) for row in one.weight)]
     uses = [module_path(stock, place.name(layer)) for layer in (0, 2, 3, 3)]

@@ -139,7 +139,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headshare.storage import kernels
+from headshare.storage.pooled import kernels
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 for capability, dtype in ((80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)):
@@ -198,7 +198,7 @@ def test_gradients_through_the_kernels_are_within_rounding(by_kernels: None) -> 
 def test_the_operator_compiles_as_one_graph_with_its_gradient() -> None:
     run_python("""
 import torch
-from headshare.storage.product import Slots, slot_linear
+from headshare.storage.pooled.product import Slots, slot_linear
 slots = Slots(torch.randn(6, 16, 48), torch.tensor([3, 1, 1], dtype=torch.int32))
 x = torch.randn(4, 48, requires_grad=True)
 def product(x): return slot_linear(x.relu(), slots, None, across=False)
@@ -359,7 +359,7 @@ def test_generation_gives_what_owners_give(shared: Path) -> None:
 def test_a_model_compiles_as_one_graph(shared: Path) -> None:
     run_python(f"""
 import torch, headshare
-from headshare.models import load_model
+from headshare.integrations.transformers.loading import load_model
 model = load_model(headshare.open_checkpoint({str(shared)!r}), storage="indirect")
 tokens = torch.arange(5, 15)[None]
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -558,8 +558,8 @@ def test_without_triton_all_but_kernels_work(shared: Path) -> None:
 import sys
 sys.modules["triton"] = None
 import torch, headshare
-from headshare.models import load_model
-from headshare.storage.product import kernels
+from headshare.integrations.transformers.loading import load_model
+from headshare.storage.pooled.product import kernels
 model = load_model(headshare.open_checkpoint({str(shared)!r}), storage="indirect")
 model(torch.arange(5, 15)[None])
 try:

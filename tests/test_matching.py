@@ -18,7 +18,8 @@ import tiny
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import TensorInfo
 from headshare.matching import functions as matching
-from headshare.matching import products, similarity
+from headshare.matching import products as products_module
+from headshare.matching import similarity
 from headshare.matching.functions import Products
 from headshare.matching.pairing import best_pairs
 
@@ -103,7 +104,7 @@ def table_of(folder: Path, match: str = "qk", **settings: object) -> similarity.
 
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0)
+    monkeypatch.setattr(products_module, "EXACT_PRODUCTS", 0)
 
 
 @pytest.mark.parametrize("match", PARTS_OF)
@@ -141,21 +142,21 @@ def test_slices_and_blocks_of_any_size_give_the_same_scores(
     folder = tiny.make(name, tmp_path / "dense")
     units = units_of(name, "qkv", load_file(folder / "model.safetensors"))
     for slice_bytes, block in ((1, 1), (9_000, 3), (20_000, 5)):
-        monkeypatch.setattr(products, "SLICE_BYTES", slice_bytes)
-        monkeypatch.setattr(products, "BLOCK_UNITS", block)
+        monkeypatch.setattr(products_module, "SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr(products_module, "BLOCK_UNITS", block)
         assert_equal_to_the_loop(table_of(folder, "qkv"), units)
 
 
 def test_small_slices_are_streamed_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, counts = tiny.make("llama-mha", tmp_path / "dense"), []
-    accumulate = products._accumulate
+    accumulate = products_module._accumulate
 
     def counting(*given: torch.Tensor, **named: bool) -> torch.Tensor | None:
         counts.append(given[1].shape)
         return accumulate(*given, **named)
 
-    monkeypatch.setattr(products, "_accumulate", counting)
-    monkeypatch.setattr(products, "SLICE_BYTES", 3 * 16 * HIDDEN * 4)
+    monkeypatch.setattr(products_module, "_accumulate", counting)
+    monkeypatch.setattr(products_module, "SLICE_BYTES", 3 * 16 * HIDDEN * 4)
     table_of(folder, "q")
     assert counts == [(16, 3 * HIDDEN), (16, 3 * HIDDEN), (16, 2 * HIDDEN)]
 
@@ -166,7 +167,7 @@ def test_exact_ties_go_to_the_lowest_layer_and_then_the_lowest_unit(
     name: str, products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One unit's weights stand in three places before the recipient, doubled in one, and in the recipient itself."""
-    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
+    monkeypatch.setattr(products_module, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
     folder = tiny.make(name, tmp_path / "dense")
 
     def copy_units(weights: Weights) -> None:
@@ -186,7 +187,7 @@ def test_exact_ties_go_to_the_lowest_layer_and_then_the_lowest_unit(
 def test_a_zero_unit_scores_zero_with_all_and_is_tied_to_the_first(
     products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
+    monkeypatch.setattr(products_module, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
     folder = tiny.make("llama-mha", tmp_path / "dense")
 
     def empty(weights: Weights) -> None:
@@ -291,8 +292,8 @@ def test_recipients_whose_best_scores_are_near_are_ordered_in_float64_too(
 def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_unit(
     name: str, tensor: str, products: str, bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
-    monkeypatch.setattr(products, "SLICE_BYTES", 5_000)
+    monkeypatch.setattr(products_module, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
+    monkeypatch.setattr(products_module, "SLICE_BYTES", 5_000)
     folder = tiny.make(name, tmp_path / "dense")
 
     def spoil(weights: Weights) -> None:
@@ -308,7 +309,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_unit(
 def test_units_of_huge_or_tiny_finite_weights_are_scored_like_any_or_refused(
     products: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
+    monkeypatch.setattr(products_module, "EXACT_PRODUCTS", 0 if products == "float32" else 2e9)
     folder = tiny.make("llama-mha", tmp_path / "dense")
 
     def stretch(weights: Weights) -> None:
@@ -349,7 +350,7 @@ def test_each_weight_is_read_once(name: str, match: str, tmp_path: Path, monkeyp
 
     original = Checkpoint.read_into
     monkeypatch.setattr(Checkpoint, "read_into", counting)
-    monkeypatch.setattr(products, "SLICE_BYTES", 9_000)
+    monkeypatch.setattr(products_module, "SLICE_BYTES", 9_000)
     table_of(folder, match)
     if name == "gpt2":
         # Conv1D keeps q, k and v side by side in every row, and rows are read whole.

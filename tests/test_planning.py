@@ -185,7 +185,7 @@ def test_a_chain_is_passed_over_followed_or_undone_by_the_three_modes() -> None:
     assert chosen(scores, 0.67, "star") == {1: 0, 2: 0}
     assert chosen(scores, 0.67, "root") == {1: 0, 2: 0}
     assert chosen(scores, 0.67, "published") == {2: 1}
-    assert published_count([(1, 0), (2, 1)]) == hs.planning.PublishedCount(pairs=2, changed=1, saved=1)
+    assert published_count([(1, 0), (2, 1)]) == hs.matching.pairing.PublishedCount(pairs=2, changed=1, saved=1)
 
 
 def test_a_donor_that_two_recipients_want_serves_both() -> None:
@@ -227,19 +227,19 @@ def test_the_greatest_ratio_is_met_and_any_greater_one_is_refused_with_it(
     most = sum(layer not in protected for layer in range(1, layers)) * groups
     units = layers * groups
     layout = grid(layers, groups)
-    assert hs.planning.checked_recipients(layout, most / units + 1e-9, protected) == most
+    assert hs.matching.pairing.checked_recipients(layout, most / units + 1e-9, protected) == most
     with pytest.raises(hs.PlanError, match=rf"cannot be met.*\({most} units\)"):
-        hs.planning.checked_recipients(layout, (most + 1) / units + 1e-9, protected)
+        hs.matching.pairing.checked_recipients(layout, (most + 1) / units + 1e-9, protected)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_the_greatest_ratio_that_an_error_names_gives_the_units_that_it_names(layers: int, groups: int) -> None:
     layout = grid(layers, groups)
     with pytest.raises(hs.PlanError) as caught:
-        hs.planning.checked_recipients(layout, 1.0)
+        hs.matching.pairing.checked_recipients(layout, 1.0)
     found = re.search(r"from 0 to ([\d.]+) \((\d+) units\)", str(caught.value))
     assert found is not None
-    assert hs.planning.checked_recipients(layout, float(found[1])) == int(found[2]) == layout.units - groups
+    assert hs.matching.pairing.checked_recipients(layout, float(found[1])) == int(found[2]) == layout.units - groups
 
 
 @pytest.mark.parametrize("mode", MODES)
