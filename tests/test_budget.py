@@ -23,7 +23,7 @@ from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.ties import Choice
+from headshare.plan.section import Choice
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration

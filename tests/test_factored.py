@@ -25,18 +25,18 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
-from headshare.plan.added import extra_tensors
 from headshare.plan.describe import describe, picture
 from headshare.plan.layout import Layout, Place
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import Factored, Product
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.tensors import GappedTensor, Product, gapped_tensors
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.section import Choice
+from headshare.plan.tensors import GappedTensor, added_tensors, gapped_tensors
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.sharing.expand import write_overwritten
 from headshare.sharing.factors import join_columns, split_columns
-from headshare.sharing.fits import check_shared
+from headshare.sharing.fits import open_shared
 from headshare.sharing.rewrite import write_refitted
 from headshare.storage.low_rank import FactoredProjection
 
@@ -298,7 +298,7 @@ def test_a_dense_readout_with_nan_is_not_factored(tmp_path: Path) -> None:
 def test_files_in_shards_keep_factors_beside_their_readout(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense", max_shard_size="20KB"))
     out = hs.open_checkpoint(hs.share(dense, some_factored(dense)).save(tmp_path / "shared"))
-    for name, extra in extra_tensors(some_factored(dense)).items():
+    for name, extra in added_tensors(some_factored(dense)).items():
         assert out.tensors[name].file == out.tensors[extra.weight].file
     assert len({info.file for info in out.tensors.values()}) > 2
     assert verify(out, dense).ok
@@ -385,7 +385,7 @@ def test_a_factored_module_equals_a_float64_loop(kind: str, units: dict[int, int
 
 def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> FactoredProjection:
     spans = tuple(Product(group * 5, group * 5 + 5, rank) for group, rank in units.items())
-    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, factored=spans)
+    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, made=spans)
     module = FactoredProjection(dense, tensor)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -681,7 +681,7 @@ def test_factored_units_are_read_as_they_were_written(drawn: dict[int, dict[int,
     for name, tensor in gapped_tensors(plan).items():
         layer = int(name.split(".")[1])
         assert tensor.stored_shape == (8, 16 - 4 * len(ordered[layer]))
-        extra = extra_tensors(plan)
+        extra = added_tensors(plan)
         total = sum(ordered[layer].values())
         assert extra[f"h.{layer}.o.factor_in"].shape == (total, 4)
         assert extra[f"h.{layer}.o.factor_out"].shape == (8, total)
@@ -730,7 +730,7 @@ def test_factors_must_be_what_the_plan_says(change: str, tmp_path: Path) -> None
     damaged(out, change)
     shared = hs.open_checkpoint(out)
     with pytest.raises(hs.PlanError, match=r"o_proj"):
-        check_shared(shared)
+        open_shared(shared)
     with pytest.raises(hs.PlanError):
         hs.expand(shared, tmp_path / "expanded")
     assert not verify(shared).ok

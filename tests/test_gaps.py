@@ -17,9 +17,9 @@ from safetensors.torch import save_file as save_torch
 import headshare as hs
 import tiny
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.plan.added import scale_names
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import Gap, GappedTensor, Run, gapped_tensors, recipients_by_layer
+from headshare.plan.section import Gap
+from headshare.plan.tensors import GappedTensor, Run, added_tensors, gapped_tensors
 from headshare.sharing import assembly
 
 Weights = dict[str, np.ndarray]
@@ -213,7 +213,7 @@ def test_tensors_are_listed_where_they_give_or_take_and_nowhere_else(example: Ex
     moves = [move for one in example.selections for _, some in places_of(one) for move in some]
     assert set(gapped_tensors(example.plan)) == {name for into, _, donor, _ in moves for name in (into, donor)}
     for selection, given_ in zip(example.plan.selections, example.selections, strict=True):
-        by_layer = recipients_by_layer(selection)
+        by_layer = selection.by_layer()
         assert sorted([layer, *rest] for layer, many in by_layer.items() for rest in many) == sorted(given_["ties"])
         assert all(many == sorted(many) for many in by_layer.values())
 
@@ -227,7 +227,7 @@ def test_a_scaled_plan_has_one_number_for_each_channel_that_a_recipient_reads_ou
             place = one["layout"]["parts"]["o"]
             name = place["tensor"].replace("{layer}", str(tie[0])).removesuffix("weight") + "tie_scale"
             expected[name] = expected.get(name, 0) + place["rows"]
-    assert scale_names(example.plan) == expected
+    assert {name: one.shape[0] for name, one in added_tensors(example.plan).items()} == expected
 
 
 def test_neighbouring_runs_of_one_tensor_are_one_run() -> None:

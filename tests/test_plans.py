@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import headshare as hs
 import headshare.plan.ties
 from headshare.plan.layout import MAX_UNITS, Layout, Place
+from headshare.plan.section import Choice
 from headshare.plan.tensors import gapped_tensors
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.ties import Selection
 from headshare.plan.units import Kind
 
 Json = dict[str, Any]

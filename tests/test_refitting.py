@@ -27,12 +27,11 @@ from headshare.calibration.refit.residuals import residual_of, watched
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.added import scale_name
 from headshare.plan.low_rank import Factored
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.tensors import gapped_tensors
-from headshare.plan.ties import Selection
+from headshare.plan.ties import Selection, scale_name
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.text.tokens import Calibration
 from test_streams import MORE, hidden_states

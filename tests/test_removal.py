@@ -30,9 +30,10 @@ from headshare.plan.describe import describe, picture
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
+from headshare.plan.section import Choice, Gap
 from headshare.plan.spans import Span, read_indices, spans_of, write_indices
-from headshare.plan.tensors import Gap, GappedTensor, gapped_biases, gapped_tensors, reduced_tensors
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.tensors import GappedTensor, gapped_biases, gapped_tensors, reduced_tensors
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 from headshare.storage.projection import SharedProjection
 

@@ -7,7 +7,7 @@ of all sections alike. A section of a new kind is a subclass of `Section`, regis
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +44,7 @@ class Removed(NamedTuple):
     stop: int
 
 
+@runtime_checkable
 class Made(Protocol):
     """Dense indices [start, stop) that are made from tensors which the section adds.
 

@@ -12,6 +12,7 @@ from headshare.errors import CheckpointError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors, tied_names
+from headshare.sharing.makers import check_makers
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     if plan is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
     files = SharedFiles(checkpoint, plan, _tensors_of(plan, checkpoint), added_tensors(plan), stored=True)
+    check_makers(files.tensors.values())
     what = "the checkpoint does not hold what its plan says"
     if checkpoint.packing is not None:
         _check_packed(checkpoint, files.tensors, checkpoint.packing)
@@ -93,6 +95,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
     if plan.removals:
         check_removals(plan, text_config(dense.config), dense.shapes)
     files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
+    check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():
         _check_tensor(dense, name, tensor.shape, what)
     taken = sorted(set(files.added) & set(dense.tensors))

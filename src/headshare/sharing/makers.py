@@ -3,8 +3,8 @@
 A section whose ranges are made names its maker; `share` splits with it, `expand` and calibration join.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from headshare.plan.tensors import GappedTensor
 from headshare.sharing.factors import join_columns, split_columns
 
 
+@runtime_checkable
 class Maker(Protocol):
     """Both directions between dense numbers and the tensors that stand for them."""
 
@@ -53,25 +54,29 @@ class LowRank:
 MAKERS: dict[str, Maker] = {LOW_RANK: LowRank()}
 
 
-def makers_of(tensor: GappedTensor) -> list[Maker]:
-    """The makers of this tensor's ranges, each once.
+def check_makers(tensors: Iterable[GappedTensor]) -> None:
+    """Refuse tensors with made ranges that nothing here makes.
 
     Raises:
-        CheckpointError: if one is not registered.
+        CheckpointError: naming the tensor and the maker.
     """
-    names = dict.fromkeys(one.maker for one in tensor.made)
-    unknown = [name for name in names if name not in MAKERS]
-    if unknown:
-        raise CheckpointError(f"{tensor.name} is made by {unknown[0]!r}, which this headshare has no maker for.")
-    return [MAKERS[name] for name in names]
+    for tensor in tensors:
+        for one in tensor.made:
+            if one.maker not in MAKERS:
+                raise CheckpointError(f"{tensor.name} is made by {one.maker!r}, for which this headshare has no maker.")
+
+
+def _makers_of(tensor: GappedTensor) -> list[Maker]:
+    """The makers of this tensor's ranges, each once."""
+    return [MAKERS[name] for name in dict.fromkeys(one.maker for one in tensor.made)]
 
 
 def split(tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
     """The added tensors that come nearest to a dense tensor's made ranges, by name."""
-    return {name: one for maker in makers_of(tensor) for name, one in maker.split(tensor, dense).items()}
+    return {name: one for maker in _makers_of(tensor) for name, one in maker.split(tensor, dense).items()}
 
 
 def join(tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
     """Write a tensor's made ranges into it, in place."""
-    for maker in makers_of(tensor):
+    for maker in _makers_of(tensor):
         maker.join(tensor, whole, read)

@@ -18,6 +18,7 @@ from headshare.storage.low_rank import FactoredProjection
 from headshare.storage.projection import SharedProjection, dense_module
 
 
+@runtime_checkable
 class Build(Protocol):
     """A function that makes the new module from the stock one."""
 

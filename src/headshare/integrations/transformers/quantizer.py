@@ -112,9 +112,9 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
             _put_back(model, {path: unpacked(module, number) for path, module in packed})
             return _converted(model, dtype)
-        removed = {name: module_path(model, name) for name in shrunk_of(plan)}
         if plan.no_stock_equivalent is not None:
             raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
+        removed = {name: module_path(model, name) for name in shrunk_of(plan)}
         stock = _stock_modules(model, {*changed_paths(model), *removed.values()})
         _put_back(model, stock_modules(model, stock))
         regrow(model, plan, stock, removed)
