@@ -17,7 +17,8 @@ from headshare.calibration.refit import reconstruction
 from headshare.calibration.refit import refitter as refitting
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.reconstruction import Wanted, reconstruct
-from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
+from headshare.calibration.refit.refitter import Refitter, refit
+from headshare.calibration.refit.result import Refit, Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model

@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from dataclasses import asdict
 
-from headshare.calibration.refit.refitter import Refitter, Step
+from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.result import Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.resume import Workspace, check_readable, joint_digest
 from headshare.files.state_files import damaged
