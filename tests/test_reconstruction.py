@@ -165,7 +165,7 @@ def test_what_layers_are_called_with_is_exact_whatever_products_are_allowed(tmp_
     """Positions are made once, in whichever context a shape is first met in, and serve all later runs."""
     dense = dense_of("llama-gqa", tmp_path)
     layers, seen = Layers(dense), list[str]()
-    layers._model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+    layers.shell.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
     with short_products():
         layers.start(calibration().tokens)
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
