@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.calibration.refit.normal_equations import NormalEquations
-from headshare.sharing.factors import whitened_svd
+from headshare.calibration.refit.reduced_rank import Products
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ALTERNATIONS = 3
@@ -224,7 +224,7 @@ class _Solver:
                 own = _factor(left[start:stop, start:stop], 0.0)
                 if own is None:
                     return False
-                found[start:stop] = _best_of_rank(own, missed[start:stop] - left[start:stop] @ found, one.rank)
+                found[start:stop] = Products.of(own, missed[start:stop] - left[start:stop] @ found).product(one.rank).T
         whole[:, columns] = found.T
         return bool(torch.isfinite(found).all())
 
@@ -241,16 +241,6 @@ class _Solver:
             return None
         right = (left * donor.T).sum(dim=1) + added * self._towards()
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
-
-
-def _best_of_rank(
-    factor: Float[Tensor, "inputs inputs"], wanted: Float[Tensor, "inputs outputs"], rank: int
-) -> Float[Tensor, "inputs outputs"]:
-    """argmin of |L' X - L^-1 wanted| over X of this rank, L the Cholesky factor of the inputs' Gram matrix."""
-    left, values, right = whitened_svd(factor, wanted)
-    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
-    found: Tensor = torch.linalg.solve_triangular(factor.T, cut, upper=True)
-    return found
 
 
 def _factor(matrix: Float[Tensor, "n n"], added: float) -> Float[Tensor, "n n"] | None:
