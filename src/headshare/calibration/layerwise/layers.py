@@ -177,7 +177,7 @@ class Layers:
 
     @contextmanager
     def _recorded(self) -> Iterator[tuple[list[Batch], list[_Call]]]:
-        """Within this block the model's layers do nothing but note how they are called."""
+        """A block within which the model's layers do nothing but note how they are called."""
         entered: list[Tensor] = []
         calls: list[_Call] = []
         hidden_name = list(inspect.signature(type(self.shell.modules[0]).forward).parameters)[1]

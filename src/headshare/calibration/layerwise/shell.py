@@ -132,7 +132,7 @@ class Shell:
 
     @contextmanager
     def layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Within this block, each of the model's layers does this instead."""
+        """A block within which each of the model's layers does this instead."""
         modules = self.modules
         for module in modules:
             module.forward = forward

@@ -54,7 +54,7 @@ def refit(
 
 
 class Refitter:
-    """One refit on its way. Each turn of `advance` is one layer; `result` holds what is done.
+    """A refit on its way. Each turn of `advance` is one layer; `result` holds what is done.
 
     With `shared`, a checkpoint of this plan, the shared model is that one, trained or refitted as it may be, and its
     readouts are pulled to what they are there. Without, it is the dense model shared by the plan. `layers` are the
@@ -119,7 +119,7 @@ class Refitter:
     @torch.no_grad()
     def refitted(self, layer: int, entering: Stream) -> nn.Module:
         """The shared model's layer, refitted on what enters it in the dense model: the stream of `tokens`, which is
-        left as it is. Whatever else the plan changes does not count, nor does anything of this for `advance`."""
+        left as it is. Other layers that the plan changes do not count, nor does anything of this for `advance`."""
         return self._fitted(layer, Streams(entering.clone(), entering.clone()))
 
     def state(self) -> dict[str, Stream]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as parts of the
-    target's own size.
+    """A step of a refit: one readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as
+    parts of the target's own size.
 
     `ridge` is None where nothing was solved, or the readout was kept as it was; `note` says why, or what else is to be
     known.
