@@ -9,11 +9,13 @@ Measured on another text, in pairs with the refit alone: loss and KL(dense | mod
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import headshare as hs
+from headshare.calibration.refit.layer_fit import LayerFit
 from headshare.calibration.refit.refitter import Refitter
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
@@ -29,8 +31,9 @@ from quality import put
 TRAINED = {"v": (Part.V, Part.O), "all": tuple(Part)}
 
 
-class Chosen(Refitter):
-    """A refit whose steps change only some parts of each layer."""
+@dataclass
+class Chosen(LayerFit):
+    """A layer's fits whose gradient steps change only some parts of it."""
 
     parts: tuple[Part, ...] = tuple(Part)
 
@@ -73,8 +76,8 @@ def main() -> None:
         cells += [(name, args.steps, float(rate)) for name in args.train.split(",") for rate in args.rates.split(",")]
         for name, steps, rate in cells:
             begun = time.perf_counter()
-            one = Chosen(dense, plan, fitted, steps=steps)
-            one.parts, one.rate = TRAINED.get(name, ()), rate
+            one = Refitter(dense, plan, fitted, steps=steps)
+            one.layer_fit = Chosen(**{**vars(one.layer_fit), "rate": rate, "parts": TRAINED.get(name, ())})
             for _ in track(one.advance(), name, one.layers.count):
                 pass
             seconds = time.perf_counter() - begun

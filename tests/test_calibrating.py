@@ -192,7 +192,7 @@ def test_a_run_goes_on_and_does_not_begin_anew(
 
     monkeypatch.setattr("headshare.calibration.costs.local._paths", again)
     monkeypatch.setattr("headshare.calibration.costs.measured._Walk", again)
-    monkeypatch.setattr("headshare.calibration.refit.refitter.Refitter._solve", again)
+    monkeypatch.setattr("headshare.calibration.refit.layer_fit.LayerFit._solve", again)
     assert run(*BY_OUTPUT).status == 0
 
 

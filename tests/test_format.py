@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import headshare as hs
-from headshare.sharing import Grouped, write_packed
-from headshare.verification import verify
+from headshare.evaluation.verify import verify
+from headshare.sharing.rewrite import Grouped, write_packed
 
 FOLDER = Path(__file__).parent / "format"
 EXPECTED = FOLDER / "expected.json"

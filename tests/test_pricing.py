@@ -19,7 +19,7 @@ from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.calibration.costs import descent as layerprices
 from headshare.calibration.costs import local as pricing
 from headshare.calibration.costs.curves import Form, Path, Prices, Step, paths_from_json, paths_to_json
-from headshare.calibration.costs.least_squares import RIDGE, Fit, Products, Remainder
+from headshare.calibration.costs.least_squares import RIDGE, Fit, Remainder
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -402,7 +402,7 @@ def test_products_gain_more_with_rank_and_at_full_rank_what_columns_of_their_own
         assert (gains.diff() > 0).all()
         assert gains[0] > 0
         assert float(gains[-1]) == pytest.approx(beside.gain(fit.weight[:, :0]), rel=1e-9)
-        own = Products.of(beside).product(len(gains))
+        own = beside.products().product(len(gains))
         assert torch.allclose(own, fit.without(columns).with_features(columns, features).weight[:, columns])
 
 

@@ -17,7 +17,8 @@ from headshare.calibration.refit import reconstruction
 from headshare.calibration.refit import refitter as refitting
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.reconstruction import Wanted, reconstruct
-from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
+from headshare.calibration.refit.refitter import Refitter, refit
+from headshare.calibration.refit.result import Refit, Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model
@@ -164,7 +165,7 @@ def test_what_layers_are_called_with_is_exact_whatever_products_are_allowed(tmp_
     """Positions are made once, in whichever context a shape is first met in, and serve all later runs."""
     dense = dense_of("llama-gqa", tmp_path)
     layers, seen = Layers(dense), list[str]()
-    layers._model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+    layers.shell.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
     with short_products():
         layers.start(calibration().tokens)
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

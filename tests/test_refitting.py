@@ -22,8 +22,9 @@ from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit.normal_equations import token_weights
-from headshare.calibration.refit.refitter import Refit, Refitter, Step, refit
+from headshare.calibration.refit.refitter import Refitter, refit
 from headshare.calibration.refit.residuals import residual_of, watched
+from headshare.calibration.refit.result import Refit, Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model

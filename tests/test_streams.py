@@ -262,7 +262,7 @@ def test_old_names_of_norms_are_found_inside_and_outside_of_layers(tmp_path: Pat
     assert "bert.embeddings.LayerNorm.gamma" in tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     layers = Layers(hs.open_checkpoint(folder))
-    assert not layers._held
+    assert not layers.shell.held
     for ours, theirs in zip(walked(layers, tiny.tokens()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 

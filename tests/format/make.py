@@ -30,13 +30,17 @@ import torch
 import transformers as tf
 
 import headshare as hs
-from headshare.configuration import text_config
-from headshare.fewbits import round_by_gptq
-from headshare.layout import Layout
-from headshare.plans import Choice, Factored, Removal, Selection, SharePlan
-from headshare.recognition import attention_layout, ffn_layout
-from headshare.units import HeadUnit, Part, Tie
-from headshare.verification import verify
+from headshare.architecture.config import text_config
+from headshare.architecture.recognition import attention_layout, ffn_layout
+from headshare.calibration.gptq import round_by_gptq
+from headshare.evaluation.verify import verify
+from headshare.plan.layout import Layout
+from headshare.plan.low_rank import Factored
+from headshare.plan.plan import SharePlan
+from headshare.plan.removal import Removal
+from headshare.plan.section import Choice
+from headshare.plan.ties import Selection
+from headshare.plan.units import HeadUnit, Part, Tie
 from nearest import stand_in
 from test_format import EXPECTED, FOLDER, found_of
 
