@@ -1,6 +1,6 @@
 """Table 6 of the paper on any small model: fine-tune it to translate, share it at growing ratios, measure BLEU.
 
-    python benchmarks/translation.py MODEL --train multi30k.train --test multi30k.test_2016_flickr --out DIR
+    python -m studies.translation MODEL --train multi30k.train --test multi30k.test_2016_flickr --out DIR
 
 `--train` and `--test` name two files each, with `.en` and `.fr` after the name, line by line. The model is trained on
 "English: ...", "French: ..." by the same Trainer that PostShare uses, and so are the methods that train, for `--steps`
@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.comparing import Recipe, compare
 from headshare.comparing.tables import table
 from headshare.progress import shown
 from headshare.sharing import expand
 from headshare.training import TrainSettings, train
 from headshare.writing import file_digest
-from machine import machine, parsed
+from studies.products import parsed
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "table-6.yaml"
 

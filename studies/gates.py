@@ -1,6 +1,6 @@
 """A gate for each tied unit, or for each head there is, set by the gradient of the loss: what would that gain?
 
-    python benchmarks/gates.py MODEL --calibration TEXT [--tokens 114688] [--products bfloat16]
+    python -m studies.gates MODEL --calibration TEXT [--tokens 114688] [--products bfloat16]
 
 MODEL is dense or shared. A gate multiplies a unit's inputs of W_o, so it costs no bytes. All are set by one Newton step
 from 1 on the first 5/7 of the windows: the gradient is that of the loss, the curvature the Fisher matrix with labels
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.baselines import attention_of
 from headshare.calibration import Calibration, calibration_from
 from headshare.configuration import text_config
@@ -30,7 +31,7 @@ from headshare.integrations.transformers import module_path
 from headshare.models import load_model
 from headshare.progress import shown, track
 from headshare.units import Kind, Part
-from machine import machine, parsed
+from studies.products import parsed
 
 BATCH = 4
 DAMPINGS = (10.0, 1.0, 0.1)

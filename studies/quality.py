@@ -1,7 +1,7 @@
 """Quality at equal stored bytes: sharing in every form and its controls, the same refit for all; a table and a figure.
 
-    python benchmarks/quality.py MODEL --text TEST --calibration VALIDATION --ratios 0.1,0.2,0.3,0.4,0.5 --out DIR
-    python benchmarks/quality.py MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
+    python -m studies.quality MODEL --text TEST --calibration VALIDATION --ratios 0.1,0.2,0.3,0.4,0.5 --out DIR
+    python -m studies.quality MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
 
 At each ratio all rows save what sharing q, k and v of int(ratio x units) units saves, or a little more (the table says
 how much). Prices are nats a token. The divergence is that of the predictions on the test text from the dense model's,
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.accounting import estimate, estimate_plan
 from headshare.baselines import attention_of
 from headshare.budget import Budgeted, plan_for_bytes, plan_for_units
@@ -45,7 +46,7 @@ from headshare.probing import probe_prices
 from headshare.progress import shown
 from headshare.refitting import refit
 from headshare.units import Kind
-from machine import machine, parsed
+from studies.products import parsed
 
 CONTROL = "deletion of units"
 CHEAPEST = "whatever costs least"

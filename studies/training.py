@@ -1,7 +1,7 @@
 """PostShare and recovery against an equally trained dense model, and deletion of as many bytes: a table and curves.
 Units are shared or deleted before training, when half of the steps are done, and after training.
 
-    python benchmarks/training.py MODEL --data TRAIN --text TEST --calibration VALIDATION --ratios 0.3 --out DIR
+    python -m studies.training MODEL --data TRAIN --text TEST --calibration VALIDATION --ratios 0.3 --out DIR
 
 Every trained row has as many steps on the same windows, and keeps the step that is best on windows of TRAIN that are
 held out; TEST is only measured on. `--text self` has the model write both. `--out` keeps each row as it is done, and
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.accounting import estimate, estimate_plan
 from headshare.budget import plan_for_bytes
 from headshare.calibrating import prices_on
@@ -35,8 +36,8 @@ from headshare.training.settings import Text
 from headshare.training.texts import Packed, training_windows
 from headshare.units import Kind
 from headshare.workspace import Workspace, fingerprint
-from machine import machine, parsed
-from quality import numbers, test_windows
+from studies.products import parsed
+from studies.quality import numbers, test_windows
 
 DENSE, TRAINED_DENSE = "dense", "dense, trained"
 

@@ -1,6 +1,6 @@
 """What of a unit's removal a donor of q, k and v makes up for, by how the donor is chosen or made.
 
-    python benchmarks/donors.py MODEL --calibration TEXT [--layers 4,9,14,20,27] [--tokens 16384]
+    python -m studies.donors MODEL --calibration TEXT [--layers 4,9,14,20,27] [--tokens 16384]
 
 Each unit of these layers is given up on its own. Its price is the squared error of its layer's attention output
 relative to the hidden state, on a quarter of the tokens, after a refit of W_o on the others; donors are chosen on
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.baselines import attention_of
 from headshare.calibration import calibration_from
 from headshare.configuration import text_config
@@ -32,7 +33,6 @@ from headshare.pricing import HELD_OUT, fitted_windows, looked_at
 from headshare.progress import shown, track
 from headshare.streams import Layers
 from headshare.units import HeadUnit, Kind, Part
-from machine import machine
 
 MIXES = (0.25, 0.5, 0.75)
 RANK = 4

@@ -1,6 +1,6 @@
 """After the refit, some hundred gradient steps for each layer on what it gives: what would that gain?
 
-    python benchmarks/reconstruct.py MODEL --plan PLAN.json --calibration TEXT --text OTHER --steps 200 --rates 1e-4
+    python -m studies.reconstruct MODEL --plan PLAN.json --calibration TEXT --text OTHER --steps 200 --rates 1e-4
 
 The steps are those of `headshare share --reconstruct`; `--train v` changes W_v and W_o alone, `all` every matrix.
 Measured on another text, in pairs with the refit alone: loss and KL(dense | model), nats a token, errors over windows.
@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import headshare as hs
+from benchmarks.machine import machine
 from headshare.calibration import calibration_from
 from headshare.controls import overwrite_recipients
 from headshare.evaluation import Predictions, Windows, losses_and_divergences
@@ -22,8 +23,8 @@ from headshare.plans import SharePlan
 from headshare.progress import shown, track
 from headshare.refitting import Refitter
 from headshare.units import Part
-from machine import machine, parsed
-from quality import put
+from studies.products import parsed
+from studies.quality import put
 
 TRAINED = {"v": (Part.V, Part.O), "all": tuple(Part)}
 
