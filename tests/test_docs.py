@@ -9,8 +9,8 @@ import pytest
 
 import headshare as hs
 from headshare.cli import main
-from nearest import stand_in
-from test_cli import a_text, add_tokenizer
+from support.nearest import stand_in
+from support.texts import a_text, add_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
