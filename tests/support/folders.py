@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WEIGHTS, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "headshare.json"
+
 
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below, and the kind of everything else, by relative path."""
