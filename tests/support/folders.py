@@ -32,3 +32,8 @@ def nothing_changes(folder: Path) -> Iterator[None]:
     before = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     yield
     assert before == (contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()})
+
+
+def seen(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of everything below."""
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
