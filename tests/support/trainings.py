@@ -6,8 +6,12 @@ from pathlib import Path as Folder
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import TrainerCallback
 
+import headshare as hs
+from headshare.plans import SharePlan
 from headshare.training import SharingTrainer, TrainSettings
 
 CONTEXT = 16
@@ -54,3 +58,13 @@ def killed_after(last: int) -> None:
 
 
 LONGER = {"max_steps": 10, "logging_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+
+def plan_of(model: Folder, ratio: float = 0.3) -> SharePlan:
+    dense = hs.open_checkpoint(model)
+    return hs.make_plan(hs.score_units(dense), ratio)
+
+
+def language_loss(model: Any, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
