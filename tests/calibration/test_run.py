@@ -1,87 +1,31 @@
 """Calibrated runs: killed at any moment they go on to the same bytes, and never from another run's state."""
 
-import itertools
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
 import headshare as hs
 import headshare.calibrating
 import headshare.cli
 import headshare.pricing
 import headshare.probing
-import headshare.reconstruction
 import headshare.sharing
 import headshare.workspace
 import headshare.writing
-from headshare.budget import Budgeted
-from headshare.calibrating import Setting, budget_of, calibrated_run, measure, plan_on
-from headshare.calibration import calibration_from
-from headshare.errors import CalibrationError, OutputError, PlanError
-from headshare.refits import RefitRecord
-from headshare.verification import verify
-from headshare.workspace import Workspace, fingerprint, settle, workspace_of
+from headshare.calibrating import Setting, calibrated_run
+from headshare.errors import CalibrationError, PlanError
+from headshare.workspace import fingerprint, workspace_of
 from support import tiny
+from support.calibrated import BY_OUTPUT, PLAN, REFIT, copy_of
 from support.command_line import Run, assert_one_error_line
-from support.folders import contents, left_behind
+from support.folders import WEIGHTS, contents, left_behind
 from support.processes import in_child
 from support.texts import a_text, add_tokenizer
-
-WEIGHTS = "model.safetensors"
-TEXT = ["--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "256"]
-BY_OUTPUT = ["share", "model", "out", "--match", "output", "--parts", "qkv", "--refit", *TEXT]
-REFIT = ["refit", "shared", *TEXT]
-PLAN = ["plan", "model", "-o", "plan.json", "--save", "3%", "--allow", "remove", *TEXT]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer, shared too, and a text with more windows than are asked for."""
-    folder = tmp_path_factory.mktemp("source")
-    opened = hs.open_checkpoint(add_tokenizer(tiny.make_llama(folder / "model")))
-    hs.share(opened, hs.make_plan(hs.score_units(opened), 0.5)).save(folder / "shared")
-    a_text(folder / "text", 600)
-    return folder
-
-
-@pytest.fixture
-def things(source: Path, tmp_path: Path, run: Run) -> Path:
-    """These in the folder that commands run in: the model by a link, and a copy of the shared one that names it so."""
-    (tmp_path / "model").symlink_to(source / "model")
-    (tmp_path / "text").write_bytes((source / "text").read_bytes())
-    copy_of(source / "shared", tmp_path / "shared")
-    return tmp_path
-
-
-def copy_of(folder: Path, out: Path) -> Path:
-    out.mkdir()
-    for path in folder.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    edit(out, lambda entry: entry.update(base_model="model"))
-    (out / "headshare.json").unlink()  # its digest of config.json is of the other name
-    return out
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def entry_of(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert isinstance(found, dict)
-    return found
-
 
 # ---- killed, and run again
 
@@ -396,33 +340,10 @@ def test_a_damaged_state_is_one_error_that_says_restart_and_never_goes_into_the_
     assert contents(things / "out") == uninterrupted["out"]
 
 
-def test_no_name_of_a_tensor_reaches_outside_the_state(tmp_path: Path) -> None:
-    work = Workspace(tmp_path / "state", {"model": "one"})
-    tensors = work.tensors("some")
-    names = ["../../up", "a/b", "plain.weight", ".."]
-    for number, name in enumerate(names):
-        tensors[name] = torch.full((2,), float(number))
-    assert sorted(tensors) == sorted(names)
-    assert [float(tensors[name][0]) for name in names] == [0, 1, 2, 3]
-    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {work.folder, work.folder / "some"}
-    del tensors[".."]
-    assert ".." not in tensors
-    with pytest.raises(KeyError):
-        tensors[".."]
-    work.close()
-
-
 def test_state_is_json_and_safetensors_and_never_a_pickle(stopped: Path) -> None:
     files = [path for path in stopped.rglob("*") if path.is_file()]
     assert {path.suffix for path in files if "partial" not in path.name} == {".json", ".safetensors"}
     assert not any(path.read_bytes().startswith((b"\x80", b"PK")) for path in files)
-
-
-@pytest.mark.parametrize("length", [120, 240])
-def test_a_long_name_has_a_state_of_its_own(length: int, tmp_path: Path) -> None:
-    one, other = (workspace_of(tmp_path / ("x" * length + end)) for end in "ab")
-    assert one != other
-    Workspace(one, {}).close()
 
 
 def test_nothing_is_kept_of_a_run_that_failed_before_it_did_anything(things: Path, run: Run) -> None:
@@ -455,340 +376,6 @@ def test_a_text_that_is_too_short_to_measure_predictions_on_is_one_error_before_
     assert "text gave 2 windows" in found.err
     assert left_behind(things) == []  # else a longer text would be refused, as another run's
     assert run(*words, "--no-probe").status == 0
-
-
-# ---- what is predicted, and what is measured
-
-
-def by_hand(folder: Path, rows: torch.Tensor) -> float:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.double() for row in rows]
-    return float(torch.stack(losses).mean().exp())
-
-
-@pytest.fixture
-def loud(things: Path) -> Path:
-    """The same folder with a model whose units matter to what it predicts; those of the other one hardly do."""
-    (things / "model").unlink()
-    add_tokenizer(tiny.make_llama(things / "model", initializer_range=0.15))
-    return things
-
-
-def planned(*, probe: bool) -> Budgeted:
-    """What PLAN asks for, without the command."""
-    with hs.open_checkpoint("model") as dense:
-        text = calibration_from("text", dense, tokens=256, window=16)
-        return plan_on(dense, text, budget_of(dense, save="3%", allow=["remove"]), probe=probe)
-
-
-def test_a_plan_of_a_model_has_its_price_beside_what_its_refit_measures(loud: Path, run: Run) -> None:
-    data = run(*PLAN, "--json").data
-    assert left_behind(loud) == []
-    assert data["price"] > 0
-    assert (data["price"], data["price_unit"]) == (planned(probe=True).price, "nats")
-    assert data["saved_bytes"] >= int(0.03 * sum(one.nbytes for one in load_file(loud / "model" / WEIGHTS).values()))
-    assert run("share", "model", "out", "--plan", "plan.json", "--refit", *TEXT).status == 0
-    with hs.open_checkpoint("model") as dense:
-        held = calibration_from("text", dense, tokens=256, window=16).split()[1].tokens
-    assert data["measured"]["dense"] == pytest.approx(by_hand(loud / "model", held), rel=1e-5)
-    assert data["measured"]["shared"] == pytest.approx(by_hand(loud / "out", held), rel=1e-5)
-    assert data["measured"]["shared"] != data["measured"]["dense"]
-    assert (data["measured"]["tokens"], data["measured"]["window"]) == (held.numel() - len(held), 16)
-    words = run(*PLAN, "--overwrite").out
-    assert f"divergence from the dense model {data['price']:.4g} nats a token" in words
-    assert f"{data['measured']['shared']:,.3f}, dense {data['measured']['dense']:,.3f}" in words
-
-
-def test_without_probing_a_plan_is_priced_in_relative_errors(loud: Path, run: Run) -> None:
-    found = planned(probe=False)
-    assert not found.in_nats
-    assert found.plan != planned(probe=True).plan
-    data = run(*PLAN, "--no-probe", "--no-measure", "--json").data
-    assert (data["price"], data["price_unit"]) == (found.price, "relative error")
-    assert hs.SharePlan.load(loud / "plan.json") == found.plan
-    words = run(*PLAN, "--no-probe", "--no-measure", "--overwrite").out
-    assert f"predicted price {found.price:.6g} (sum of squared relative errors)" in words
-    assert "nats" not in words
-
-
-def test_share_says_what_it_predicts_as_plan_does(loud: Path, run: Run) -> None:
-    data = run(*BY_OUTPUT, "--json").data
-    assert data["price_unit"] == "nats"
-    assert 0 < data["price"] < 1
-    assert "sum of squared relative errors" in run(*BY_OUTPUT, "--no-probe", "--overwrite").out
-    again = run(*BY_OUTPUT, "--no-probe", "--overwrite", "--json").data
-    assert again["price_unit"] == "relative error"
-    planned(probe=False).plan.save(loud / "plan.json")
-    given = run("share", "model", "out", "--plan", "plan.json", "--refit", *TEXT, "--overwrite", "--json").data
-    assert (given["price"], given["price_unit"]) == (None, None)
-
-
-def test_a_plan_that_is_not_measured_is_the_same_plan(things: Path, run: Run) -> None:
-    measured = run(*PLAN, "--json").data
-    data = run(*PLAN, "--overwrite", "--no-measure", "--json").data
-    assert data["measured"] is None
-    assert {**data, "measured": 0} == {**measured, "measured": 0}
-
-
-def test_share_measures_what_it_wrote_if_asked(things: Path, run: Run) -> None:
-    data = run(*BY_OUTPUT, "--measure", "--json").data
-    with hs.open_checkpoint("model") as dense:
-        held = calibration_from("text", dense, tokens=256, window=16).split()[1]
-    assert data["measured"] == measure(hs.open_checkpoint("model"), things / "out", held).to_dict()
-    assert data["measured"]["shared"] == pytest.approx(by_hand(things / "out", held.tokens), rel=1e-5)
-    assert data["refitted_tensors"] == len(RefitRecord.from_dict(entry_of(things / "out")["refit"]).tensors) > 0
-
-
-def test_an_encoder_is_refitted_and_says_that_it_has_no_perplexity(things: Path, run: Run) -> None:
-    add_tokenizer(tiny.make("bert", things / "bert"), bos=False)
-    words = ["share", "bert", "out", "--ratio", "0.5", "--refit", "--measure", *TEXT]
-    data = run(*words, "--json").data
-    assert (data["measured"]["dense"], data["measured"]["shared"]) == (None, None)
-    assert "encoder" in data["measured"]["note"]
-    assert data["refitted_tensors"] > 0
-    assert verify(hs.open_checkpoint("out"), hs.open_checkpoint("bert")).ok
-    assert "not measured: BertForMaskedLM is an encoder" in run(*words, "--overwrite").out
-
-
-@pytest.mark.parametrize("name", ["bert", "mpnet"])
-def test_an_encoder_is_planned_by_relative_errors_as_it_predicts_no_next_token(
-    name: str, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_tokenizer(tiny.make(name, things / name), bos=False)
-    monkeypatch.setattr("headshare.calibrating.probe_prices", None)
-    data = run("plan", name, "-o", "plan.json", "--save", "3%", *TEXT, "--no-measure", "--json").data
-    assert data["price_unit"] == "relative error"
-    assert data["price"] > 0
-    assert data["ties"] > 0
-
-
-@pytest.mark.parametrize(("save", "allow"), [("3%", []), ("5000", ["remove"])])
-def test_a_budget_is_met(save: str, allow: list[str], source: Path) -> None:
-    with hs.open_checkpoint(source / "model") as dense:
-        whole = sum(tensor.nbytes for tensor in load_file(source / "model" / WEIGHTS).values())
-        budget = budget_of(dense, save=save, allow=allow)
-    assert budget.saved_bytes == (5000 if save == "5000" else int(whole * 0.03))
-
-
-# ---- the record of a refit
-
-
-def test_a_refit_names_what_it_changed_and_verify_says_what_it_did_not_compare(things: Path, run: Run) -> None:
-    assert run(*REFIT).status == 0
-    words = run("inspect", "shared").out
-    assert words.rstrip().splitlines()[-1].endswith("tensors refitted on 256 tokens of text")
-    data = run("inspect", "shared", "--json").data
-    assert (data["refit"]["tokens"], data["refit"]["window"], data["base_model"]) == (256, 16, "model")
-    found = verify(hs.open_checkpoint("shared"), hs.open_checkpoint("model"))
-    assert found.ok
-    assert any("not compared" in note and "refitted on 256 tokens" in note for note in found.notes)
-    dense, shared = (load_file(things / name / WEIGHTS) for name in ("model", "shared"))
-    changed = {name for name, tensor in shared.items() if not torch.equal(tensor, dense[name][: len(tensor)])}
-    assert set(entry_of(things / "shared")["refit"]["tensors"]) == {name for name in changed if "_proj" in name} - {
-        name for name in changed if any(part in name for part in ("q_proj", "k_proj", "v_proj"))
-    }
-
-
-def test_verify_finds_a_changed_tensor_that_was_not_refitted(things: Path, run: Run) -> None:
-    assert run(*REFIT).status == 0
-    tensors = load_file(things / "shared" / WEIGHTS)
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, things / "shared" / WEIGHTS, metadata={"format": "pt"})
-    (things / "shared" / "headshare.json").unlink()
-    found = verify(hs.open_checkpoint("shared"), hs.open_checkpoint("model"))
-    assert not found.ok
-    assert "model.norm.weight" in found.problems[0]
-
-
-def test_verify_does_not_believe_a_record_that_names_what_no_refit_changes(things: Path, run: Run) -> None:
-    assert run(*REFIT).status == 0
-    tensors = load_file(things / "shared" / WEIGHTS)
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, things / "shared" / WEIGHTS, metadata={"format": "pt"})
-    edit(things / "shared", lambda entry: entry["refit"]["tensors"].append("model.norm.weight"))
-    (things / "shared" / "headshare.json").unlink()
-    found = verify(hs.open_checkpoint("shared"), hs.open_checkpoint("model"))
-    assert not found.ok
-    assert "model.norm.weight" in found.problems[0]
-
-
-def test_a_second_refit_starts_from_the_first_and_remembers_what_that_changed(things: Path, run: Run) -> None:
-    a_text(things / "other", 600, seed=5)
-    assert run(*REFIT, "--out", "once").status == 0
-    assert run("refit", "once", *REFIT[2:], "--calibration", "other", "--no-refit-ffn", "--out", "twice").status == 0
-    once, twice = (load_file(things / name / WEIGHTS) for name in ("once", "twice"))
-    changed = {name for name in once if not torch.equal(once[name], twice[name])}
-    assert changed
-    assert all(name.endswith("o_proj.weight") for name in changed)
-    records = [entry_of(things / name)["refit"] for name in ("once", "twice")]
-    assert set(records[1]["tensors"]) >= set(records[0]["tensors"])
-    assert (records[0]["text"], records[1]["text"]) == ("text", "other")
-    assert verify(hs.open_checkpoint("twice"), hs.open_checkpoint("model")).ok
-    assert run("refit", "once", *REFIT[2:], "--calibration", "other", "--no-refit-ffn").status == 0  # in place
-    assert contents(things / "once") == contents(things / "twice")
-    assert left_behind(things) == []
-
-
-def test_gradient_steps_change_more_than_readouts_and_the_record_says_which(
-    things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    errors = itertools.count(1)  # every look is better than the last: the text is too short for real ones
-    monkeypatch.setattr(headshare.reconstruction, "_held_out", lambda *_: 1 / next(errors))
-    share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--reconstruct", "8"]
-    assert run(*share).status == 0
-    assert run(*REFIT, "--reconstruct", "8", "--out", "again").status == 0
-    for name in ("stepped", "again"):
-        named = set(entry_of(things / name)["refit"]["tensors"])
-        assert any(tensor.endswith("up_proj.weight") for tensor in named)
-        found = verify(hs.open_checkpoint(name), hs.open_checkpoint("model"))
-        assert found.ok, found.problems
-        assert found.tensors_checked  # embeddings, norms, and layers before the first that gives something up
-    found = run(*REFIT, "--reconstruct", "-1")
-    assert found.status != 0
-    assert "--reconstruct" in found.err
-
-
-def test_a_record_and_the_dense_models_name_survive_loading_and_saving(things: Path, run: Run) -> None:
-    assert run(*REFIT).status == 0
-    transformers.AutoModelForCausalLM.from_pretrained("shared").save_pretrained("again")
-    before, after = entry_of(things / "shared"), entry_of(things / "again")
-    assert after == before
-    assert hs.open_checkpoint("again").refit == hs.open_checkpoint("shared").refit is not None
-    add_tokenizer(things / "again")
-    assert verify(hs.open_checkpoint("again"), hs.open_checkpoint("model")).ok
-    assert run("refit", "again", *TEXT).status == 0
-
-
-HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a list": lambda entry: entry.update(refit=[]),
-    "a text": lambda entry: entry.update(refit="x"),
-    "a number": lambda entry: entry.update(refit=5),
-    "nothing in it": lambda entry: entry.update(refit={}),
-    "another key": lambda entry: entry["refit"].update(more=1),
-    "tokens below zero": lambda entry: entry["refit"].update(tokens=-1),
-    "tokens as text": lambda entry: entry["refit"].update(tokens="5"),
-    "tokens without end": lambda entry: entry["refit"].update(tokens=float("inf")),
-    "a seed without end": lambda entry: entry["refit"].update(seed=10**400),
-    "a terminal's escape": lambda entry: entry["refit"].update(text="\x1b[2Jgone"),
-    "two lines": lambda entry: entry["refit"].update(text="one\ntwo"),
-    "half a character": lambda entry: entry["refit"].update(text="\ud800"),
-    "a long text": lambda entry: entry["refit"].update(text="x" * 513),
-    "no digest": lambda entry: entry["refit"].update(text_digest="x" * 64),
-    "a tensor that is a list": lambda entry: entry["refit"].update(tensors=[[]]),
-    "tensors that are a text": lambda entry: entry["refit"].update(tensors="abc"),
-    "a tensor of two lines": lambda entry: entry["refit"].update(tensors=["a\nb"]),
-    "deep": lambda entry: entry["refit"].update(tensors=json.loads("[" * 100 + "]" * 100)),
-    "a key of two lines": lambda entry: entry["refit"].update({"a\nb\x1b": 1}),
-}
-
-
-@pytest.fixture(scope="module")
-def recorded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = copy_of(source / "shared", tmp_path_factory.mktemp("recorded") / "shared")
-    record = RefitRecord.of(["a.weight"], "text", "0" * 64, windows=(2, 16), seed=0)
-    edit(folder, lambda entry: entry.update(refit=record.model_dump(mode="json")))
-    return folder
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_record_is_one_error_wherever_it_is_read(name: str, recorded: Path, tmp_path: Path, run: Run) -> None:
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    for path in recorded.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    edit(folder, HOSTILE[name])
-    for command in ("inspect", "verify"):
-        found = run(command, folder)
-        assert_one_error_line(found)
-        assert "refit" in found.err
-        assert found.err.rstrip("\n").isprintable()
-    with pytest.raises(PlanError, match="refit"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", [5, [], {"a": 1}, "x" * 600, "two\nlines", "\x1b[2J"])
-def test_a_hostile_name_of_the_dense_model_is_no_name(name: object, recorded: Path, tmp_path: Path, run: Run) -> None:
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    for path in recorded.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    edit(folder, lambda entry: entry.update(base_model=name))
-    a_text(tmp_path / "text", 300)
-    found = run("refit", folder, *TEXT)
-    assert_one_error_line(found)
-    assert "--dense" in found.err
-    assert hs.load(folder).config.quantization_config.base_model is None
-
-
-def test_what_cannot_be_shown_of_a_texts_name_is_left_out_of_the_record() -> None:
-    record = RefitRecord.of(["a"], "a\n\x1b\udcff" + "b" * 600, "0" * 64, windows=(1, 2), seed=3)
-    assert record.text.startswith("a???b")
-    assert len(record.text) == 512
-    assert RefitRecord.from_dict(record.model_dump(mode="json")) == record
-
-
-# ---- refit, and what it may not lose
-
-
-def test_a_refit_that_fails_keeps_the_old_folder(things: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = contents(things / "shared")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("headshare.sharing.write_safetensors", full)
-        found = run(*REFIT)
-        assert_one_error_line(found)
-        assert contents(things / "shared") == before
-    assert run(*REFIT).status == 0
-    assert left_behind(things) == []
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", ".git/config", "more/model.safetensors"])
-def test_a_refit_in_place_refuses_to_lose_files_that_would_not_come_along(name: str, things: Path, run: Run) -> None:
-    (things / "shared" / name).parent.mkdir(exist_ok=True)
-    (things / "shared" / name).write_bytes(b"precious")
-    (things / "shared" / "notes.md").write_text("too")
-    before = contents(things / "shared")
-    found = run(*REFIT)
-    assert_one_error_line(found)
-    assert name in found.err
-    assert "--out" in found.err
-    assert contents(things / "shared") == before
-    assert left_behind(things) == []
-    assert run(*REFIT, "--out", "new").status == 0
-    assert (things / "new" / "notes.md").read_text() == "too"
-
-
-def test_a_refit_in_place_follows_a_link_and_keeps_it(things: Path, run: Run) -> None:
-    (things / "link").symlink_to("shared")
-    before = contents(things / "shared")
-    assert run("refit", "link", *TEXT).status == 0
-    assert (things / "link").is_symlink()
-    assert contents(things / "shared") != before
-
-
-def test_a_refit_with_dense_remembers_it_where_nothing_was_named(things: Path, run: Run) -> None:
-    edit(things / "shared", lambda entry: entry.pop("base_model"))
-    found = run(*REFIT)
-    assert_one_error_line(found)
-    assert "--dense" in found.err
-    assert run(*REFIT, "--dense", "model").status == 0
-    assert entry_of(things / "shared")["base_model"] == "model"
-    assert run(*REFIT).status == 0
-
-
-def test_settling_where_nothing_was_stopped_does_nothing(tmp_path: Path) -> None:
-    assert settle(tmp_path / "out") is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_workspace_cannot_stand_where_a_file_is(tmp_path: Path) -> None:
-    workspace_of(tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError):
-        Workspace(workspace_of(tmp_path / "out"), {})
 
 
 def test_a_checkpoint_that_was_written_again_is_another(source: Path, tmp_path: Path) -> None:

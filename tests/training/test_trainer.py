@@ -1,4 +1,4 @@
-"""What is minimised is equation 5, step by step as by hand."""
+"""The loss that training minimises is equation 5, step by step as by hand."""
 
 from collections.abc import Callable
 from pathlib import Path as Folder
