@@ -7,6 +7,7 @@ import pytest
 
 from support import tiny
 from support.byte_level import make_writer
+from support.command_line import told
 from support.texts import a_text, add_tokenizer
 
 
@@ -22,15 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    from headshare.cli import main
-
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capsys.readouterr())
-
-    return command
+    return told(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="session")

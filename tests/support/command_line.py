@@ -62,6 +62,18 @@ def run_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     return command
 
 
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Commands run in this process, wherever it is; each gives its status and what it wrote."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["headshare", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return command
+
+
 def assert_one_error_line(found: Outcome) -> None:
     assert "Traceback" not in found.err
     assert (found.status, found.out) == (1, "")
