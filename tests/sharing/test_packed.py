@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +20,7 @@ from headshare.checkpoints import Checkpoint
 from headshare.errors import CheckpointError, PlanError, StorageError, TrainingError
 from headshare.integrations.transformers import module_path
 from headshare.models import load_model
-from headshare.packing import Packing, pack, unpack
+from headshare.packing import Packing, pack
 from headshare.plans import Selection, SharePlan
 from headshare.sharing import Grouped, expand, write_packed
 from headshare.training import train
@@ -96,25 +93,6 @@ def numbers_written_in(dense: Checkpoint, shared: Checkpoint, dtype: torch.dtype
             wanted = numbers.double() * scale.double().repeat_interleave(GROUP, dim=1)
             model.get_submodule(module_path(model, name)).weight.copy_(wanted)
     return model
-
-
-# ---- the packing
-
-
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))
-def test_numbers_are_packed_as_compressed_tensors_packs_them(rows: int, words: int, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(-8, 8, (rows, 8 * words), generator=draw, dtype=torch.int8)
-    assert pack(numbers).equal(pack_to_int32(numbers, 4))
-    assert unpack_from_int32(pack(numbers), 4, numbers.shape).equal(numbers)
-    scale = torch.rand(rows, words, generator=draw).half()
-    wanted = numbers.float() * scale.float().repeat_interleave(8, dim=1)
-    assert unpack(pack(numbers), scale, torch.float32).equal(wanted)
-
-
-def test_no_row_is_packed_too() -> None:
-    none = torch.empty(0, 32, dtype=torch.int8)
-    assert unpack(pack(none), torch.empty(0, 2).half(), torch.bfloat16).shape == (0, 32)
 
 
 # ---- what is written, and loaded again
@@ -363,13 +341,3 @@ def test_commands_know_what_is_packed(run: Run, packed: Checkpoint, tmp_path: Pa
         assert "rounded to 4 bits" in found.err
     found = run("eval", str(packed.path), "--text", str(text), "--window", "16")
     assert found.status == 0, found.err
-
-
-def tensor_of(numbers: list[int]) -> Tensor:
-    return torch.tensor([numbers], dtype=torch.int8)
-
-
-def test_a_word_by_hand() -> None:
-    """Eight numbers, plus eight, from the lowest four bits up."""
-    word = pack(tensor_of([-8, -7, 0, 1, 7, 2, 3, -1]))
-    assert word.tolist() == [[0x7BAF9810]]
