@@ -9,12 +9,14 @@ Measured on another text, in pairs with the refit alone: loss and KL(dense | mod
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import headshare as hs
 from benchmarks.machine import machine
+from headshare.calibration.refit.layer_fit import LayerFit
 from headshare.calibration.refit.refitter import Refitter
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
