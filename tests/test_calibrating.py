@@ -34,7 +34,8 @@ from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError, OutputError, PlanError
 from headshare.evaluation.verify import verify
-from headshare.files.resume import Workspace, settle, workspace_of
+from headshare.files.resume import ResumableRun, discard_committed, run_folder
+from headshare.files.state_files import Workspace
 from headshare.text.tokens import calibration_from
 from test_cli import Run, a_text, add_tokenizer, assert_one_error_line, runs  # noqa: F401 - runs is the fixture run
 from test_safety import contents, in_child, left_behind
@@ -223,7 +224,7 @@ def test_a_share_killed_when_its_output_was_there_leaves_no_state_to_the_next(
     run: Run,
 ) -> None:
     for after in (False, True):
-        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.files.resume.Workspace, "_empty"), 1, after=after)
+        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.files.resume, "_empty"), 1, after=after)
         assert contents(things / "out") == uninterrupted["out"]
         assert_one_error_line(found := run(*BY_OUTPUT))
         assert "exists" in found.err
@@ -236,7 +237,7 @@ REFIT_PLACES = {
     "in a later layer": (STATE, 9, False),
     "before the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, False),
     "after the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, True),
-    "before the state is removed": ((headshare.files.resume.Workspace, "_empty"), 1, False),
+    "before the state is removed": ((headshare.files.resume, "_empty"), 1, False),
 }
 
 
@@ -279,7 +280,7 @@ def test_a_killed_plan_goes_on_to_the_same_bytes(
 def stopped(things: Path) -> Path:
     """A share that was killed while it refitted. Its state."""
     assert killed(BY_OUTPUT, STATE, 1, on="_proj", after=True)
-    return workspace_of(things / "out")
+    return run_folder(things / "out", "calibrating")
 
 
 CHANGED = {
@@ -401,19 +402,19 @@ def test_a_damaged_state_is_one_error_that_says_restart_and_never_goes_into_the_
 
 
 def test_no_name_of_a_tensor_reaches_outside_the_state(tmp_path: Path) -> None:
-    work = Workspace(tmp_path / "state", {"model": "one"})
+    work = Workspace(tmp_path / "state", CalibrationError)
+    work.folder.mkdir()
     tensors = work.tensors("some")
     names = ["../../up", "a/b", "plain.weight", ".."]
     for number, name in enumerate(names):
         tensors[name] = torch.full((2,), float(number))
     assert sorted(tensors) == sorted(names)
     assert [float(tensors[name][0]) for name in names] == [0, 1, 2, 3]
-    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {work.folder, work.folder / "some"}
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {work.folder / "some"}
     del tensors[".."]
     assert ".." not in tensors
     with pytest.raises(KeyError):
         tensors[".."]
-    work.close()
 
 
 def test_state_is_json_and_safetensors_and_never_a_pickle(stopped: Path) -> None:
@@ -424,9 +425,10 @@ def test_state_is_json_and_safetensors_and_never_a_pickle(stopped: Path) -> None
 
 @pytest.mark.parametrize("length", [120, 240])
 def test_a_long_name_has_a_state_of_its_own(length: int, tmp_path: Path) -> None:
-    one, other = (workspace_of(tmp_path / ("x" * length + end)) for end in "ab")
+    one, other = (run_folder(tmp_path / ("x" * length + end), "calibrating") for end in "ab")
     assert one != other
-    Workspace(one, {}).close()
+    with ResumableRun(one, {}, refused=CalibrationError):
+        assert one.is_dir()
 
 
 def test_nothing_is_kept_of_a_run_that_failed_before_it_did_anything(things: Path, run: Run) -> None:
@@ -784,15 +786,16 @@ def test_a_refit_with_dense_remembers_it_where_nothing_was_named(things: Path, r
     assert run(*REFIT).status == 0
 
 
-def test_settling_where_nothing_was_stopped_does_nothing(tmp_path: Path) -> None:
-    assert settle(tmp_path / "out") is None
+def test_discarding_where_nothing_was_stopped_does_nothing(tmp_path: Path) -> None:
+    assert not discard_committed(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_workspace_cannot_stand_where_a_file_is(tmp_path: Path) -> None:
-    workspace_of(tmp_path / "out").write_text("a file")
-    with pytest.raises(OutputError):
-        Workspace(workspace_of(tmp_path / "out"), {})
+def test_a_state_cannot_stand_where_a_file_is(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "out", "calibrating")
+    folder.write_text("a file")
+    with pytest.raises(OutputError), ResumableRun(folder, {}, refused=CalibrationError):
+        pass
 
 
 def test_a_checkpoint_that_was_written_again_is_another(source: Path, tmp_path: Path) -> None:
