@@ -30,16 +30,19 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.curves import Form, Prices, paths_from_json, paths_to_json
-from headshare.calibration.costs.curves import Path as PricedPath
+from headshare.calibration.costs.curves import Form, Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
+from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.layouts import attention_of
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
+from headshare.files.resume import ResumableRun
+from headshare.files.state_files import Workspace, joint_digest
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import units_at
@@ -83,19 +86,6 @@ class Row:
         return self.budget, self.method
 
 
-class Saved(dict[int, list[PricedPath]]):
-    """The paths of each layer that is priced, kept in a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        kept = json.loads(file.read_text()) if file.is_file() else {}
-        super().__init__({int(layer): paths_from_json(json.dumps(paths)) for layer, paths in kept.items()})
-
-    def __setitem__(self, layer: int, paths: list[PricedPath]) -> None:
-        super().__setitem__(layer, paths)
-        self.file.write_text(json.dumps({key: json.loads(paths_to_json(value)) for key, value in self.items()}))
-
-
 @dataclass(frozen=True)
 class Cell:
     """What is to be measured: a method at a budget, and how its plan is made."""
@@ -114,6 +104,7 @@ class Bench:
         calibration: Calibration,
         windows: Windows,
         kept: Path,
+        work: Workspace,
         *,
         ffn: bool,
         steps: int,
@@ -122,7 +113,7 @@ class Bench:
     ) -> None:
         self.dense, self.calibration, self.windows, self.device = dense, calibration, windows, device
         self.ffn, self.steps = ffn, steps
-        self.kept, self.probe = kept, probe
+        self.kept, self.work, self.probe = kept, work, probe
         stock = load_model(dense)
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
@@ -133,11 +124,11 @@ class Bench:
         """The prices of these forms, in nats, of one half of each layer; of removals too where ties follow those."""
         if (forms, kind) not in self._prices:
             words = "-".join(forms)
-            rough = Saved(self.kept / f"priced-{words}.json")
+            rough = SavedPaths(self.work, joint_digest("priced", words))
             found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
-                fine = Saved(self.kept / f"probed-{words}-{kind}.json")
+                fine = SavedPaths(self.work, joint_digest("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
             self._prices[forms, kind] = found
         return self._prices[forms, kind]
@@ -360,12 +351,15 @@ def main() -> None:
     )
     kept = args.out / (f"rows-{args.reconstruct}-steps.jsonl" if args.reconstruct else "rows.jsonl")
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    with shown():
+    identity = {"model": fingerprint(dense), "text": f"{calibration.digest} {calibration.seed}"}
+    prices = ResumableRun(args.kept / "prices", identity, refused=hs.CalibrationError, kept=True)
+    with shown(), prices as run:
         bench = Bench(
             dense,
             calibration,
             windows,
             args.kept,
+            run.workspace,
             ffn=not args.attention_only,
             steps=args.reconstruct,
             probe=args.probe,

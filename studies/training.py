@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.choose import prices_on
 from headshare.calibration.costs.curves import Form
 from headshare.checkpoint.fingerprint import fingerprint
+from headshare.errors import CalibrationError
 from headshare.evaluation.perplexity import perplexity
-from headshare.files.resume import Workspace
+from headshare.files.resume import ResumableRun
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.plan.plan import SharePlan
@@ -109,8 +109,9 @@ class Bench:
         """Units in these forms that are worth as many bytes, where they cost predictions least."""
         text = self.calibration
         what = {"model": fingerprint(self.dense), "text": f"{text.digest} {text.seed}"}
-        with closing(Workspace(self.out / "prices", what)) as kept:
-            prices = prices_on(self.dense, text, (Form.QKVO, Form.FACTORED), kinds=(Kind.ATTENTION,), workspace=kept)
+        with ResumableRun(self.out / "prices", what, refused=CalibrationError, kept=True) as run:
+            work = run.workspace
+            prices = prices_on(self.dense, text, (Form.QKVO, Form.FACTORED), kinds=(Kind.ATTENTION,), workspace=work)
         least = estimate(self.dense, ratio, parts="qkv").saved_bytes
         return plan_for_bytes(prices.only(forms), least).plan
 

@@ -382,7 +382,7 @@ def test_a_factored_module_equals_a_float64_loop(kind: str, units: dict[int, int
 
 def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> FactoredProjection:
     spans = tuple(Product(group * 5, group * 5 + 5, rank) for group, rank in units.items())
-    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, factored=spans)
+    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, made=spans)
     module = FactoredProjection(dense, tensor)
     with torch.no_grad():
         for parameter in module.parameters():

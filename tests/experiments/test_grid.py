@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import headshare as hs
-from headshare.errors import EvaluationError, TrainingError
+from headshare.errors import CalibrationError, EvaluationError, TrainingError
 from headshare.evaluation import Parallel, Settings, Text, measure
 from headshare.evaluation.harness import named
 from headshare.evaluation.perplexity import evaluate
@@ -27,7 +27,7 @@ from headshare.experiments.case import REFIT, TRAINED, Case, Common
 from headshare.experiments.cells import GivenUp, kept_cells
 from headshare.experiments.methods import DELETING, SHARING, TYING
 from headshare.experiments.report.tables import as_csv, table, verdict
-from headshare.files.resume import Workspace
+from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.estimate import estimate
 from headshare.plan.units import HeadUnit
@@ -311,7 +311,7 @@ def test_a_page_of_the_users_is_not_written_over(place: Path, tmp_path: Path) ->
 def test_the_same_units_are_deleted_best_matched_first(place: Path, tmp_path: Path) -> None:
     """A unit that is deleted saves more than one that is tied, so fewer are: those that DirectShare would tie first."""
     dense = hs.open_checkpoint(place / "model")
-    case = Case(Common(dense, None, Workspace(tmp_path / "work", {})), 0.5, 0)
+    case = Case(Common(dense, None, Workspace(tmp_path / "work", CalibrationError)), 0.5, 0)
     plan = METHODS["deletion-same"].make(case)
     assert isinstance(plan, hs.SharePlan)
     gone = {HeadUnit(layer, group) for layer in range(4) for group in plan.removals[0].indices(layer)}

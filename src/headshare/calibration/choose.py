@@ -11,7 +11,7 @@ from headshare.calibration.costs.measured import check_windows, predicts, probe_
 from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.files.resume import Workspace, check_readable, joint_digest
+from headshare.files.state_files import Workspace, check_readable, joint_digest
 from headshare.plan.units import Kind
 from headshare.text.tokens import Calibration
 

@@ -47,7 +47,7 @@ from headshare.cli.share_options import (
     SaveOption,
 )
 from headshare.errors import OutputError, PlanError
-from headshare.files.resume import settle
+from headshare.files.folder import is_taken
 from headshare.matching.estimate import estimate as estimate_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.scores import Scores
@@ -194,7 +194,6 @@ def plan(
         made.save(output)
         more, words = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None), ""
     else:
-        settle(output)
         _check_file(output, overwrite, SharePlan.load, source)
         setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
         with open_checkpoint(source, revision=revision) as dense:
@@ -210,14 +209,10 @@ _OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:
     """Refuse an output file that exists, unless it may be overwritten and is of the kind that `read` reads."""
-    if not os.path.isdir(path.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
-        raise OutputError(f"there is no folder {path.absolute().parent} to write {path.name} in.")
     if source is not None and Path(os.path.realpath(source)) in Path(os.path.realpath(path)).parents:
         raise OutputError(f"the output {path} is inside the model {source}. Choose a place outside it.")
-    if not os.path.lexists(path):
+    if not is_taken(path, overwrite=overwrite):
         return
-    if not overwrite:
-        raise OutputError(f"{path} exists. Choose another name, or pass --overwrite.")
     try:
         read(path)
     except PlanError as error:

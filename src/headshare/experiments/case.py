@@ -12,7 +12,7 @@ from headshare.calibration.gptq import Rounded
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.experiments.baselines import Importance, magnitudes, taylor
-from headshare.files.resume import Workspace
+from headshare.files.state_files import Workspace
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import make_plan
 from headshare.matching.scores import Scores

@@ -5,8 +5,7 @@ from collections.abc import Iterator, MutableMapping
 from headshare.calibration.costs.curves import Path as PricedPath
 from headshare.calibration.costs.curves import paths_from_json, paths_to_json
 from headshare.errors import PlanError
-from headshare.files.resume import Workspace
-from headshare.files.state_files import damaged
+from headshare.files.state_files import Workspace
 
 
 class SavedPaths(MutableMapping[int, list[PricedPath]]):
@@ -25,7 +24,7 @@ class SavedPaths(MutableMapping[int, list[PricedPath]]):
         try:
             return paths_from_json(saved)
         except PlanError as error:
-            raise damaged(self._work.folder / self._file(layer), str(error)) from None
+            raise self._work.damaged(self._file(layer), str(error)) from None
 
     def __setitem__(self, layer: int, given: list[PricedPath]) -> None:
         self._work.write(self._file(layer), paths_to_json(given).encode())
