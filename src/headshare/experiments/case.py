@@ -7,7 +7,8 @@ from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.choose import prices_on
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import REMOVE, Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.gptq import Rounded
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
@@ -69,16 +70,17 @@ class Common:
         some = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
         return taylor(self.dense, some, device=self.device)
 
-    def units(self, *forms: Form) -> Prices:
-        """What attention could give up in these forms, in nats: measured once, and of removals too where ties follow
+    def units(self, *actions: Action) -> Prices:
+        """Prices of attention's units by these actions, in nats: measured once, and of removals too where ties follow
         those."""
-        return prices_on(self.dense, self.text, forms, kinds=(Kind.ATTENTION,), device=self.device, workspace=self.work)
+        return self._prices(actions, Kind.ATTENTION)
 
     def neurons(self) -> Prices:
-        """What removing neurons costs, in nats, measured once."""
-        return prices_on(
-            self.dense, self.text, (Form.REMOVE,), kinds=(Kind.FFN,), device=self.device, workspace=self.work
-        )
+        """Prices of neurons' removal, in nats, measured once."""
+        return self._prices((REMOVE,), Kind.FFN)
+
+    def _prices(self, actions: tuple[Action, ...], kind: Kind) -> Prices:
+        return prices_on(self.dense, self.text, actions, kinds=(kind,), device=self.device, workspace=self.work)
 
 
 @dataclass(frozen=True)
