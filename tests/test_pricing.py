@@ -145,7 +145,7 @@ class Reference:
         """Take the step, with its first donor."""
         columns = self.columns(*step.groups)
         features = [self.features(step.groups[0], step.donors[0][0], step.action)] if step.donors else []
-        donor = [self.donor_columns(step.donors[0][0])] if step.action is QKVO else []
+        donor = [self.donor_columns(step.donors[0][0])] if Part.O in step.action.shares else []
         if step.rank:
             direct.factor(columns, *features, step.rank)
         else:

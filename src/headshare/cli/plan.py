@@ -24,7 +24,6 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
-    AllowName,
     AllowOption,
     CalibratedPartsOption,
     CalibrationOption,
@@ -74,7 +73,7 @@ def budget_from(
     ratio: float,
     save: str | None,
     parts: str | None,
-    allow: AllowName | None,
+    allow: str | None,
     ffn_groups: int,
     protect: str | None,
 ) -> Budget:

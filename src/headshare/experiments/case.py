@@ -32,7 +32,7 @@ GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
 @dataclass(frozen=True)
 class Common:
-    """What all cases look at: the dense model, the text, and what is worked out of them once, whatever the ratio.
+    """The common ground of all cases: the dense model, the text, and all that is worked out of them once.
     `work` keeps prices for later runs too. `training` says how methods train that do, but for the plan."""
 
     dense: Checkpoint
@@ -54,14 +54,14 @@ class Common:
         return self.calibration
 
     def scores(self, match: str) -> Scores:
-        """How alike units are, by this match function."""
+        """The likeness of units by this match function."""
         if match not in self._scores:
             self._scores[match] = score_units(self.dense, match, "qkv")
         return self._scores[match]
 
     @cached_property
     def magnitudes(self) -> Importance:
-        """How large each unit's weights are."""
+        """The size of each unit's weights."""
         return magnitudes(self.dense)
 
     @cached_property
@@ -85,7 +85,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of a method: at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
+    """A request to a method: to save at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
 
     common: Common
     ratio: float

@@ -57,7 +57,8 @@ def _auto(case: Case) -> SharePlan:
 
 @method("cheapest", "the same, and removal of neurons", reads=True)
 def _cheapest(case: Case) -> SharePlan:
-    units, neurons = case.common.units(*AUTO_ACTIONS), case.common.neurons()
+    units = case.common.units(*AUTO_ACTIONS)
+    neurons = case.common.neurons()
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
     )
@@ -109,7 +110,8 @@ def _deletion(case: Case) -> SharePlan:
 @method("deletion-same", "DirectShare's recipients deleted, the best matched first, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
     plan = case.directshare()
-    layout, removed = attention_of(case.dense), dict[int, list[int]]()
+    layout = attention_of(case.dense)
+    removed: dict[int, list[int]] = {}
     (scores,) = case.common.scores("qk").tables
     ties = [tie for selection in plan.selections for tie in selection.ties]
     ties.sort(key=lambda tie: -float(scores.scores[layout.index(tie.recipient), layout.index(tie.donor)]))
@@ -155,7 +157,8 @@ def _stored_in(dense: Checkpoint) -> torch.dtype:
 
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
 def _magnitude_zeros(case: Case) -> Edit:
-    layout, item = attention_of(case.dense), _stored_in(case.dense).itemsize
+    layout = attention_of(case.dense)
+    item = _stored_in(case.dense).itemsize
 
     def change(model: Any) -> int:
         zero_smallest(model, layout, -(-case.saved_bytes // item))

@@ -20,6 +20,7 @@ from headshare.calibration.costs.sublayer import Half, UnitSizes
 from headshare.errors import PlanError
 from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Kind, Part
 
+# The word for a choice among several actions, which is no action's name.
 AUTO = "auto"
 _SHARED: Mapping[Kind | None, tuple[Part, ...]] = {
     Kind.ATTENTION: ATTENTION_PARTS,
@@ -29,19 +30,24 @@ _SHARED: Mapping[Kind | None, tuple[Part, ...]] = {
 
 
 class Output(StrEnum):
-    """Treatments of a unit's columns of the output projection (W_o, W_down), which read out what the unit makes."""
+    """Treatments of a unit's columns of the output projection (W_o, W_down), which read out what the unit makes.
 
-    OWN = "own"  # the unit keeps columns of its own
-    SCALED = "scaled"  # it takes its donor's, with one scale for each channel
-    LOW_RANK = "low rank"  # a product of small rank stands for its own
-    NONE = "none"  # they are gone, and the unit with them
+    The unit keeps columns of its own, takes its donor's with one scale for each channel, or has a product of small rank
+    in their place; or they are gone, and the unit with them.
+    """
+
+    OWN = "own"
+    SCALED = "scaled"
+    LOW_RANK = "low rank"
+    NONE = "none"
 
 
 class Order(StrEnum):
-    """Orders in which a layer gives its units up."""
+    """Orders in which a layer gives its units up: the cheapest for its bytes first; or, wherever units can be removed,
+    in the order in which `remove` gives them up, so that both are compared on the same units."""
 
-    OWN = "own"  # the cheapest for its bytes first
-    REMOVAL = "removal"  # as `remove` would, wherever units can be removed: so both are compared on the same units
+    OWN = "own"
+    REMOVAL = "removal"
 
 
 class GivenUp(NamedTuple):
@@ -164,4 +170,5 @@ FACTORED = register_action(
 GATEUP = register_action(Action("gateup", Kind.FFN, (Part.GATE, Part.UP), Output.OWN))
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
 
-AUTO_ACTIONS = (QKVO, FACTORED)  # what `auto` chooses among; removals are priced along with these
+# The actions that `auto` chooses among; removals are priced along with these.
+AUTO_ACTIONS = (QKVO, FACTORED)

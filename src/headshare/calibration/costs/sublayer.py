@@ -36,7 +36,7 @@ class Weighted:
 
     @classmethod
     def of(cls, batches: Sequence[tuple[Float[Tensor, "batch window channels"], Hidden]]) -> "Weighted":
-        """From each batch's inputs and hidden states."""
+        """Weighted inputs made of each batch's inputs and hidden states."""
         squares = torch.cat([hidden.square().sum(dim=-1).flatten() for _, hidden in batches])[:, None]
         root = (squares.clamp(min=torch.finfo(squares.dtype).tiny) * len(squares)).rsqrt()
         return cls(torch.cat([inputs.flatten(0, 1) for inputs, _ in batches]) * root, root)
@@ -90,7 +90,7 @@ class UnitSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layout: Layout, layer: int) -> "UnitSizes":
-        """As this layer of the checkpoint stores them."""
+        """Sizes as this layer of the checkpoint stores its weights."""
 
         def item(name: str) -> int:
             return checkpoint.tensors[name].torch_dtype.itemsize

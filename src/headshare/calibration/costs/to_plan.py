@@ -87,7 +87,8 @@ def _given(prices: Prices, steps: Sequence[tuple[Path, Step]]) -> list[_Given]:
     for path, step in steps:
         layout = prices.layout_of(path)
         units = _units(path, step)
-        donor, dearer = None, 0.0
+        donor = None
+        dearer = 0.0
         if step.donors:
             never = mixed if step.action.output is Output.SCALED else set()
             donor, price = _donor(step, units[0], gone[path.kind], never, layout)
