@@ -30,7 +30,8 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import AUTO_ACTIONS, FACTORED, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
 from headshare.calibration.costs.saved import SavedPaths
@@ -59,7 +60,6 @@ CHEAPEST = "whatever costs least"
 PAPER, RANDOM = "sharing q,k,v, the paper's pairs", "sharing q,k,v, random donors"
 CONTROLS = (CONTROL, PAPER, RANDOM, "removal of neurons")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-TIES = (Form.QKVO, Form.FACTORED)  # removals are priced along with these
 SCALED = 0.999  # what scales leave of the bytes that deletion saves, and a little less
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
@@ -96,7 +96,7 @@ class Cell:
 
 
 class Bench:
-    """A model, what it is calibrated and measured on, and its prices, each set of forms worked out once."""
+    """A model, what it is calibrated and measured on, and its prices, each set of actions worked out once."""
 
     def __init__(
         self,
@@ -118,24 +118,24 @@ class Bench:
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
         self.layout = attention_of(dense)
-        self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
+        self._prices: dict[tuple[tuple[Action, ...], Kind], Prices] = {}
 
-    def prices(self, forms: tuple[Form, ...], kind: Kind = Kind.ATTENTION) -> Prices:
-        """The prices of these forms, in nats, of one half of each layer; of removals too where ties follow those."""
-        if (forms, kind) not in self._prices:
-            words = "-".join(forms)
+    def prices(self, actions: tuple[Action, ...], kind: Kind = Kind.ATTENTION) -> Prices:
+        """The prices of these actions, in nats, of one half of each layer; of removals too where ties follow those."""
+        if (actions, kind) not in self._prices:
+            words = "-".join(map(str, actions))
             rough = SavedPaths(self.work, joint_digest("priced", words))
-            found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
+            found = price_units(self.dense, self.calibration, actions, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
                 fine = SavedPaths(self.work, joint_digest("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
-            self._prices[forms, kind] = found
-        return self._prices[forms, kind]
+            self._prices[actions, kind] = found
+        return self._prices[actions, kind]
 
     def both(self) -> Prices:
         """The prices of ties and removals of units, and of removals of neurons."""
-        units, neurons = self.prices(TIES), self.prices((Form.REMOVE,), Kind.FFN)
+        units, neurons = self.prices(AUTO_ACTIONS), self.prices((REMOVE,), Kind.FFN)
         return replace(units, paths=units.paths + neurons.paths)
 
     def measure(self, cell: Cell) -> Row:
@@ -189,21 +189,21 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def saving(*forms: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(bench.prices(TIES).only(forms), least))
+    def saving(*actions: Action) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices(AUTO_ACTIONS).only(actions), least))
 
     def scaled() -> tuple[SharePlan, float]:
-        prices = bench.prices(TIES)
-        deleted = plan_for_bytes(prices.only((Form.REMOVE,)), least)
-        ties = [path for path in prices.paths if path.forms == {Form.REMOVE if path.layer == 0 else Form.QKVO}]
+        prices = bench.prices(AUTO_ACTIONS)
+        deleted = plan_for_bytes(prices.only((REMOVE,)), least)
+        ties = [path for path in prices.paths if path.actions == {REMOVE if path.layer == 0 else QKVO}]
         return priced(plan_for_bytes(replace(prices, paths=tuple(ties)), int(SCALED * deleted.saved_bytes)))
 
-    yield Cell(budget, CONTROL, lambda: saving(Form.REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED))
-    yield Cell(budget, "sharing or deletion", lambda: saving(*TIES, Form.REMOVE))
+    yield Cell(budget, CONTROL, lambda: saving(REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving(FACTORED))
+    yield Cell(budget, "sharing or deletion", lambda: saving(*AUTO_ACTIONS, REMOVE))
     yield Cell(budget, CHEAPEST, lambda: priced(plan_for_bytes(bench.both(), least)))
     yield Cell(budget, "sharing q,k,v,o with scales", scaled)
-    yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
+    yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((QKV,)), units)))
     yield Cell(budget, PAPER, lambda: (paper(), None))
     yield Cell(budget, RANDOM, lambda: (with_random_donors(paper(), seed), None))
 
@@ -212,14 +212,14 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
 
-    def saving(prices: Prices, *forms: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(prices.only(forms), wanted))
+    def saving(prices: Prices, *actions: Action) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(prices.only(actions), wanted))
 
     budget = f"{share:.0%}"
-    yield Cell(budget, CONTROL, lambda: saving(bench.prices(TIES), Form.REMOVE))
-    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((Form.REMOVE,), Kind.FFN), Form.REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(TIES), Form.FACTORED))
-    yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *TIES, Form.REMOVE))
+    yield Cell(budget, CONTROL, lambda: saving(bench.prices(AUTO_ACTIONS), REMOVE))
+    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((REMOVE,), Kind.FFN), REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(AUTO_ACTIONS), FACTORED))
+    yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *AUTO_ACTIONS, REMOVE))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import check_windows, predicts, probe_prices
 from headshare.calibration.costs.saved import SavedPaths
@@ -36,13 +37,13 @@ def plan_on(
     prices = prices_on(
         dense,
         calibration,
-        budget.forms,
+        budget.actions,
         ffn_groups=budget.ffn_groups,
         protect=budget.protect,
         probe=probe,
         device=device,
         workspace=workspace,
-    ).only(budget.forms)
+    ).only(budget.actions)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
@@ -52,7 +53,7 @@ def plan_on(
 def prices_on(
     dense: Checkpoint,
     calibration: Calibration,
-    forms: tuple[Form, ...],
+    actions: tuple[Action, ...],
     *,
     ffn_groups: int = 1,
     protect: tuple[int, ...] = (),
@@ -61,11 +62,11 @@ def prices_on(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> Prices:
-    """What these halves of all layers could give up in these forms, and what that costs: `price_units`, and with
+    """The prices of all that these halves of all layers could give up by these actions: `price_units`, and with
     `probe` `probe_prices`, where the model predicts anything.
 
     Raises:
-        PlanError: if the model can have none of the forms.
+        PlanError: if the model can have none of the actions.
         CalibrationError: if the text is too short to probe with.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
@@ -73,9 +74,9 @@ def prices_on(
     probe = probe and predicts(dense)
     if probe:
         check_windows(calibration)  # before hours of work
-    what = forms, ffn_groups, protect
+    what = tuple(map(str, actions)), ffn_groups, protect
     done = _saved_paths(workspace, *what)
-    prices = price_units(dense, calibration, forms, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
+    prices = price_units(dense, calibration, actions, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
     prices = replace(prices, paths=tuple(path for path in prices.paths if path.kind in kinds))
     if probe:
         known = _saved_paths(workspace, "probed", sorted(kinds), *what)

@@ -24,7 +24,6 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
-    AllowName,
     AllowOption,
     CalibratedPartsOption,
     CalibrationOption,
@@ -64,7 +63,7 @@ def _check_budget(context: Context, budget: Budget) -> None:
     refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
     if is_given(context, "save"):
         refuse_unused(context, "--save says how much is given up", ["ratio"])
-    if not any(form.kind is Kind.FFN for form in budget.forms):
+    if not any(action.sublayer is Kind.FFN for action in budget.actions):
         refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
 
 
@@ -74,7 +73,7 @@ def budget_from(
     ratio: float,
     save: str | None,
     parts: str | None,
-    allow: AllowName | None,
+    allow: str | None,
     ffn_groups: int,
     protect: str | None,
 ) -> Budget:

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
-from headshare.calibration.costs.descent import saved_bytes
+from headshare.calibration.costs.actions import REMOVE
+from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.sublayer import UnitSizes
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError
@@ -81,8 +82,8 @@ def removal_prices(dense: Checkpoint, importance: Importance) -> Prices:
     paths = []
     for layer in range(layout.layers):
         order = sorted(range(layout.groups), key=lambda group: _of(importance, layout, layer, group))[:-1]
-        saved = saved_bytes(dense, layout, layer, Form.REMOVE)
-        steps = tuple(Step(Form.REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
+        saved = REMOVE.saved_bytes(UnitSizes.of(dense, layout, layer))
+        steps = tuple(Step(REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
         if steps:
             paths.append(Path(Kind.ATTENTION, layer, steps))
     return Prices(str(dense.config.get("model_type", "unknown")), {Kind.ATTENTION: layout}, tuple(paths))

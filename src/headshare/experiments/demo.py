@@ -8,7 +8,8 @@ from typing import Any
 
 from headshare.bench.bench import Subject, measure_loading
 from headshare.calibration.allocate import plan_for_units
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import QKV
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.refit.run import refit_on
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ def run_demo(
     windows, calibration = _halved(windows_of(tokenizer, text, window=window), tokens, seed)
     dense_value = perplexity(model_at_rest, windows).perplexity
     del model_at_rest
-    scores, prices = score_units(dense, "qk", "qkv"), price_units(dense, calibration, [Form.QKV])
+    scores, prices = score_units(dense, "qk", "qkv"), price_units(dense, calibration, [QKV])
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,8 @@ class SavedPaths(MutableMapping[int, list[PricedPath]]):
     """The paths of the layers priced so far, a file each."""
 
     def __init__(self, work: Workspace, key: str) -> None:
-        self._work, self._prefix = work, f"prices-{key}-"
+        self._work = work
+        self._prefix = f"prices-{key}-"
 
     def _file(self, layer: int) -> str:
         return f"{self._prefix}{layer}.json"
