@@ -1,5 +1,6 @@
-"""Calibrated work from start to end: price and plan under a budget, refit, record, measure. Stopped anywhere, it goes
-on from there when it is given a workspace.
+"""Calibrated runs from a request to files: text, plan under a budget, refit, output, measurement.
+
+A run that is stopped anywhere is gone on with by the same call.
 """
 
 import re
@@ -56,8 +57,8 @@ def device_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The calibration text that a person asks for, where to compute, whether a stopped run's state is to go, and
-    whether plans are priced by measured predictions."""
+    """The options of a calibrated run: the calibration text, the device, whether the state of a stopped run is thrown
+    away, and whether plans are priced by measured predictions."""
 
     source: str
     tokens: int = TOKENS
@@ -70,7 +71,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A calibrated run on its way: the tokens, the device, and the state that it leaves if it is stopped."""
+    """A calibrated run on its way: the dense model, the tokens, the device, and the state to go on from."""
 
     dense: Checkpoint
     calibration: Calibration
@@ -95,8 +96,8 @@ class Run:
 
 @contextmanager
 def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[Run]:
-    """A run to this output. The state goes when the block ends, and stays for the next run when the block fails; the
-    next run must have the same model, text and setting, and whatever else `more` names.
+    """A calibrated run to this output. Its state is removed when the block ends, and stays when the block fails. The
+    next run to this output must then have the same model, text, setting and `more`, or it is refused.
 
     Raises:
         CalibrationError: if the text cannot be had or split, there is no such device, or the state is of another run.
@@ -104,7 +105,8 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
         OutputError: if the state cannot be kept, or another run has this output.
     """
     dense.require_dense("calibrate it")
-    device, longest = device_named(setting.device), longest_window(dense.config)
+    device = device_named(setting.device)
+    longest = longest_window(dense.config)
     if longest is not None and setting.window > longest:
         raise CalibrationError(
             f"windows of {setting.window} tokens are longer than the model's {longest}. "
@@ -145,7 +147,7 @@ def plan_calibrated(
 
 
 def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
-    """What a plan's refitted model measures. The model stands among the state only so long."""
+    """The measurement of a plan's refitted model, which is written among the state files until it is measured."""
     folder = run.resumable.workspace.folder / "measured"
     shutil.rmtree(folder, ignore_errors=True)
     run.refit(share(run.dense, plan)).save(folder)
@@ -199,10 +201,11 @@ def refit_checkpoint(
     fit_plan(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
+    # the shared model is part of the identity: layers that were fitted to other weights are of no use
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
     with calibrated_run(dense, out, setting, **more) as run:
         if shared.refit and _has_replaced(run.resumable):
-            return shared.refit
+            return shared.refit  # a second refit would start from the first one's weights
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, shared.refit, steps=steps)

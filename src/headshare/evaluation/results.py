@@ -101,8 +101,8 @@ def key_of(*what: Any) -> str:
 
 
 class Kept(Generic[Row]):
-    """All that was measured so far, and the file that keeps it, if any, in a folder that is made: `what` says what that
-    holds. Several runs may add to one file.
+    """The rows that were measured so far, and the file that keeps them, if any, whose folder is made. `what` says in
+    errors what the file holds. Several runs may add to one file.
 
     Raises:
         EvaluationError: if the file is there and holds something else, or there can be no such folder.
@@ -122,7 +122,7 @@ class Kept(Generic[Row]):
         return next((row for row in self.rows if row.key == key), None)
 
     def add(self, row: Row) -> None:
-        """Keep it, in the file too, in the place of what has its key, beside what other runs added meanwhile."""
+        """Keep a row, in the place of one of the same key, and beside those that other runs added meanwhile."""
         if self.file is None:
             self._put(row)
             return

@@ -101,7 +101,8 @@ class CellRunner:
             return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
 
     def _trained(self, cell: Compared, settings: TrainSettings, begun: float) -> Compared:
-        """In a folder of its own, so that a training run that was stopped goes on and no other one's is in the way."""
+        """The measured cell of a training run, which has a folder of its own: a run that was stopped is gone on with,
+        and no other run's state is in the way."""
         folder = self.folder.parent / f"{self.folder.name}-{cell.key[:16]}"
         if not is_trained(folder):
             train(self.dense.path, folder, settings, overwrite=True, restart=self.restart)

@@ -73,7 +73,7 @@ def _cells(
     device: str,
     restart: bool,
 ) -> list[Compared]:
-    """Every cell of the grid, in its order; those that are missing are measured and kept one by one."""
+    """The cells of the grid, in its order. Those that are not kept yet are measured, and kept one by one."""
     kept = kept_cells(out)
     if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
         raise EvaluationError(
@@ -87,6 +87,7 @@ def _cells(
         for folder in (out / MADE, out / MADE_ROUNDED):
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         bench = CellRunner(dense, grid, chosen, calibration, work, out / MADE, device, restart)
+        # methods that save the same whatever the ratio come once, the others at every ratio
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
         cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
         keys = {bench.key(name, ratio): (name, ratio) for name, ratio in cells}
@@ -101,6 +102,7 @@ def _cells(
 
 
 def _run_identity(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
+    """The identity of the prices that all cells have in common: the grid's methods and ratios may change."""
     return {
         "headshare": version("headshare"),
         "model": fingerprint(dense),

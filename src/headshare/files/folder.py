@@ -105,7 +105,7 @@ def _partial_prefix(name: str) -> str:
 
 
 def _remove_stale(parent: Path, name: str) -> None:
-    """Remove what killed runs left: partial folders whose lock nobody holds."""
+    """Remove the partial folders that killed runs left: those whose lock nobody holds."""
     for stale in parent.iterdir():
         if stale.name.startswith(_partial_prefix(name)):
             with suppress(OSError), locked(stale, wait=False):

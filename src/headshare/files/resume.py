@@ -170,7 +170,8 @@ def _is_in_place(folder: Path, header: Mapping[str, Any]) -> bool:
     if committing is None:
         return False
     out = folder.parent / committing["output"]
-    return bool(inode_of(out) != committing["before"] and (out / committing["holds"]).exists())
+    before: str = committing["before"]
+    return inode_of(out) != before and (out / committing["holds"]).exists()
 
 
 def _is_vacant(folder: Path) -> bool:

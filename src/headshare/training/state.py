@@ -44,8 +44,8 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The Trainer's checkpoints that are whole and that there is something to do after, by step, the last first: none
-    that was made after the last step, or when patience was at its end."""
+    """The Trainer's checkpoints to go on from, with their steps, the last first. A checkpoint that is not whole, that
+    was made after the last step, or when patience was at its end, is none of them."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda one: -int(one.name.removeprefix("checkpoint-"))):
         state = _read(path / _STATE)
@@ -54,6 +54,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _impatient(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's measurements had not improved for as long as was to be waited."""
     stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
     if not isinstance(stopping, dict):
         return False
@@ -62,8 +63,8 @@ def _impatient(state: Mapping[str, Any]) -> bool:
 
 
 def remove_useless(folder: Path) -> None:
-    """Remove checkpoints that a kill left half-written; and one made after the last step, which the Trainer would train
-    beyond: the steps before it are taken again."""
+    """Remove the checkpoints that cannot be gone on from: the Trainer fails at one that is half-written, and trains
+    beyond the last step from one that was made after it. The steps before such a one are taken again."""
     useful = {path for _, path in checkpoints(folder)}
     for path in folder.glob("checkpoint-*"):
         if path not in useful:
