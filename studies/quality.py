@@ -36,10 +36,11 @@ from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
 from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.refit.refitter import refit
+from headshare.calibration.refit.refitter import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.layouts import attention_of
+from headshare.errors import CalibrationError, PlanError
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.files.resume import ResumableRun
@@ -51,7 +52,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
-from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, read_text, windows_of
 from studies.products import parsed
 
@@ -171,7 +172,9 @@ class Bench:
             if found["plan"] == digest:
                 return load_file(file), float(found["seconds"])
         begun = time.perf_counter()
-        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device).tensors
+        tensors = refit_readouts(
+            self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device
+        ).tensors
         seconds = round(time.perf_counter() - begun, 1)
         named = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, file, {"plan": digest, "seconds": str(seconds)})
@@ -293,7 +296,7 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:
     """What is measured on."""
     if args.text == "self":
-        text = calibration_from("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
+        text = Calibration.load("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
         return Windows(text.tokens, text.bos)
     text = read_text(args.text)
     if Path(args.text).suffix == ".jsonl":
@@ -346,13 +349,13 @@ def main() -> None:
     if args.text == "articles":
         args.text, args.calibration = split_articles(Path(args.calibration), args.out)
     windows = test_windows(dense, args)
-    calibration = calibration_from(
+    calibration = Calibration.load(
         args.calibration, dense, tokens=args.calibration_tokens, window=args.window, seed=args.seed
     )
     kept = args.out / (f"rows-{args.reconstruct}-steps.jsonl" if args.reconstruct else "rows.jsonl")
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     identity = {"model": fingerprint(dense), "text": f"{calibration.digest} {calibration.seed}"}
-    prices = ResumableRun(args.kept / "prices", identity, refused=hs.CalibrationError, kept=True)
+    prices = ResumableRun(args.kept / "prices", identity, refused=CalibrationError, kept=True)
     with shown(), prices as run:
         bench = Bench(
             dense,
@@ -373,7 +376,7 @@ def main() -> None:
                 continue
             try:
                 rows.append(bench.measure(cell))
-            except hs.PlanError as error:
+            except PlanError as error:
                 sys.stderr.write(f"{cell.budget}, {cell.method}: {error}\n")
                 continue
             with kept.open("a") as file:

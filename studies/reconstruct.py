@@ -24,7 +24,7 @@ from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part
 from headshare.progress import shown, track
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows
 from studies.products import parsed
 from studies.quality import put
@@ -62,7 +62,7 @@ def main() -> None:
     dense, plan = hs.open_checkpoint(args.model), SharePlan.load(args.plan)
 
     def calibration(source: str, tokens: int, seed: int):  # type: ignore[no-untyped-def]
-        return calibration_from(source, dense, tokens=tokens, window=args.window, seed=seed)
+        return Calibration.load(source, dense, tokens=tokens, window=args.window, seed=seed)
 
     fitted, held = (
         calibration(args.calibration, args.calibration_tokens, args.seed),

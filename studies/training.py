@@ -34,7 +34,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
-from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, opening_token
 from headshare.training import TrainSettings, train
 from headshare.training.settings import Text
@@ -73,7 +73,7 @@ class Bench:
         """A file that the model wrote: a window's text is a document."""
         args, path = self.args, self.out / f"{name}.jsonl"
         if not path.is_file():
-            found = calibration_from(
+            found = Calibration.load(
                 "self", self.dense, tokens=windows * args.window, window=args.window, seed=args.seed + seed
             )
             texts = load_tokenizer(self.dense).batch_decode(found.tokens, skip_special_tokens=True)
@@ -94,7 +94,7 @@ class Bench:
         """What is refitted on."""
         if self._calibration is None:
             tokens = self.args.calibration_tokens
-            self._calibration = calibration_from(
+            self._calibration = Calibration.load(
                 self.args.calibration, self.dense, tokens=tokens, window=self.args.window, seed=self.args.seed
             )
         return self._calibration
@@ -120,7 +120,7 @@ class Bench:
         folder = self.out / f"{name}{'-refit' if refit else ''}"
         if not folder.is_dir():
             found = hs.share(self.dense if model is None else hs.open_checkpoint(model), plan)
-            (hs.refit_on(found, self.calibration) if refit else found).save(folder)
+            (hs.refit(found, self.calibration) if refit else found).save(folder)
         return folder
 
     def settings(self, method: str, ratio: float, steps: int, **loss: Any) -> TrainSettings:

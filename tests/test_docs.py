@@ -1,5 +1,6 @@
 """What the README says, runs; and the public names are the ones that are meant."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import headshare as hs
 from headshare.cli.app import main
+from headshare.integrations.transformers.config import HeadshareConfig
 from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
@@ -108,17 +110,46 @@ def test_the_readmes_families_are_the_tables() -> None:
 def test_the_public_names_are_these() -> None:
     assert hs.__all__ == sorted(hs.__all__)
     assert set(hs.__all__) == {
-        *("ArchitectureError", "CheckpointError", "EvaluationError", "HeadshareError", "OutputError", "PlanError"),
-        *("Budget", "Calibration", "CalibrationError", "budget_of", "calibration_from", "plan_on", "refit_on"),
-        *("Checkpoint", "Estimate", "HeadUnit", "HeadshareConfig", "Part", "Parts", "Scores", "SharePlan"),
-        *("SharedCheckpoint", "StorageError", "Tie", "estimate", "estimate_plan", "expand", "load"),
-        *("make_plan", "match_function"),
-        *("open_checkpoint", "score_units", "share"),
+        *("open_checkpoint", "Checkpoint", "load"),
+        *("score_units", "make_plan", "match_function", "SharePlan"),
+        *("Calibration", "Budget", "plan_by_output"),
+        *("share", "refit", "expand", "verify", "estimate"),
+        "HeadshareError",
     }
+
+
+@pytest.mark.parametrize(
+    ("package", "names"),
+    [
+        ("errors", None),
+        (
+            "plan",
+            "Choice Factored HeadUnit Kind Layout Part Parts Place Removal Section Selection SharePlan Tie "
+            "section_kind",
+        ),
+        (
+            "evaluation",
+            "Measured Metric Parallel Runner Settings Text Writing continuations measure read_results samples_of "
+            "table_of",
+        ),
+        (
+            "training",
+            "Closed Learning Loss Method Sharing SharingTrainer Text TrainSettings Trained train",
+        ),
+        ("experiments", "Compared Grid METHODS Recipe compare"),
+    ],
+)
+def test_the_names_of_public_packages_are_these(package: str, names: str | None) -> None:
+    module = importlib.import_module(f"headshare.{package}")
+    if names is None:  # every error, drawn in the tree of the docstring
+        errors = {name for name, value in vars(module).items() if isinstance(value, type)}
+        assert all(name in module.__doc__ for name in errors)
+    else:
+        assert set(module.__all__) == set(names.split())
 
 
 def test_importing_headshare_changes_nothing_but_what_registration_promises() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["headshare"] is hs.HeadshareConfig
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["headshare"] is HeadshareConfig
     assert AUTO_QUANTIZER_MAPPING["headshare"].__module__ == "headshare.integrations.transformers.quantizer"

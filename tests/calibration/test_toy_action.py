@@ -10,7 +10,7 @@ import torch
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.budget import budget_of
+from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.actions import (
     ACTIONS,
@@ -241,14 +241,14 @@ def test_a_budget_and_the_command_line_know_an_action_by_its_name(run: Run, tmp_
     add_tokenizer(tiny.make("llama-mha", tmp_path / "model"))
     a_text(tmp_path / "text", 600)
     dense = hs.open_checkpoint("model")
-    budget = budget_of(dense, save="2%", parts="kv+narrow", allow=["quiet"])
+    budget = Budget.parse(dense, save="2%", parts="kv+narrow", allow=["quiet"])
     assert budget.actions == (KV, NARROW, QUIET)
-    assert budget_of(dense, ratio=0.5, parts="kv").units == 8
-    assert budget_of(dense, ratio=0.5, parts="narrow").units is None
+    assert Budget.parse(dense, ratio=0.5, parts="kv").units == 8
+    assert Budget.parse(dense, ratio=0.5, parts="narrow").units is None
     words = ["--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "256", "--no-measure"]
     found = run("plan", "model", "-o", "plan.json", "--parts", "kv+narrow", "--save", "2%", "--allow", "quiet", *words)
     assert found.status == 0
-    text = hs.calibration_from("text", dense, tokens=256, window=16)
+    text = hs.Calibration.load("text", dense, tokens=256, window=16)
     assert hs.SharePlan.load("plan.json") == plan_on(dense, text, budget).plan
     assert run("plan", "model", "-o", "more.json", "--allow", "kv", *words).err.count("There is: remove, quiet") == 1
 

@@ -31,7 +31,7 @@ from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.estimate import estimate
 from headshare.plan.units import HeadUnit
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.training import Sharing, TrainSettings, train
 from support import tiny
 from support.nearest import stand_in
@@ -51,7 +51,7 @@ def compared(place: Path) -> dict[str, Compared]:
 
 def run(place: Path, out: Path, *methods: str, ratios: tuple[float, ...] = (0.25,), **more: Any) -> list[Compared]:
     dense = hs.open_checkpoint(place / "model")
-    text = calibration_from(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
+    text = Calibration.load(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
     grid = Grid(methods, ratios, text=Text(place / "test", 32))
     return compare(dense, grid, out, **{"calibration": text, **more})
 

@@ -23,6 +23,7 @@ import torch
 import headshare as hs
 import headshare.sharing.writer
 from headshare.cli.app import main
+from headshare.errors import OutputError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import WEIGHTS, contents, left_behind, nothing_changes
@@ -182,7 +183,7 @@ def test_a_stopped_run_keeps_what_another_run_may_not_remove(llama: Path, tmp_pa
 
             at_every_step(stop)
             share(llama, folder / "out", 0.25)
-        except hs.OutputError:
+        except OutputError:
             os._exit(1)
         finally:
             os._exit(0)
@@ -212,7 +213,7 @@ def test_what_appears_at_the_output_while_we_write_is_not_deleted(
         return pieces(*arguments)
 
     monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
-    with pytest.raises(hs.OutputError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         share(llama, out)
     assert (out / "notes.txt").read_text() == "precious"
     assert left_behind(tmp_path) == []
@@ -317,7 +318,7 @@ def test_a_disk_that_is_too_full_is_found_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     monkeypatch.setattr(tempfile, "mkdtemp", None)
-    with nothing_changes(tmp_path), pytest.raises(hs.OutputError, match=r"has 1,000 bytes free; the output needs \d"):
+    with nothing_changes(tmp_path), pytest.raises(OutputError, match=r"has 1,000 bytes free; the output needs \d"):
         case.write(tmp_path / "out", False)
 
 
@@ -340,7 +341,7 @@ def test_whichever_flush_fails_it_is_one_clear_error_and_nothing_half_is_left(
         monkeypatch.setattr(os, "fsync", fail)
         try:
             hs.share(hs.open_checkpoint(llama), plan).save(out)
-        except hs.OutputError as error:
+        except OutputError as error:
             assert str(out) in str(error)
             assert not out.exists() or contents(out) == whole
             assert left_behind(tmp_path) == []
@@ -358,7 +359,7 @@ def test_a_folder_that_may_not_be_written_in_is_one_clear_error(
         raise problem
 
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with nothing_changes(tmp_path), pytest.raises(hs.OutputError, match=problem.strerror):
+    with nothing_changes(tmp_path), pytest.raises(OutputError, match=problem.strerror):
         case.write(tmp_path / "out", False)
 
 
@@ -368,7 +369,7 @@ def test_a_long_name_is_written_or_refused_with_one_clear_error(length: int, lla
     out = tmp_path / ("x" * length)
     try:
         share(llama, out)
-    except hs.OutputError:
+    except OutputError:
         assert length > 200
     else:
         assert hs.open_checkpoint(out).plan is not None
@@ -459,7 +460,7 @@ def test_an_output_in_a_wrong_place_is_refused_and_nothing_is_touched(
         shutil.rmtree(source)
         (places / "shared").rename(source)
     monkeypatch.chdir(places)
-    with nothing_changes(places), pytest.raises(hs.OutputError, match=place.reason) as found:
+    with nothing_changes(places), pytest.raises(OutputError, match=place.reason) as found:
         if verb == "expand":
             hs.expand(hs.open_checkpoint(source), place.out, overwrite=place.overwrite)
         else:

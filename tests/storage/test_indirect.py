@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import headshare as hs
 from headshare.cli.app import main
 from headshare.cli.inspect import describe_split
+from headshare.errors import PlanError, StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.integrations.transformers.quantizer import device_of
 from headshare.plan.placement import held_again, split_evenly
@@ -211,7 +212,7 @@ assert torch.equal(*gradients)
 
 def test_an_input_of_another_type_is_refused() -> None:
     slots = slots_of(16, 48, 3, torch.float32)
-    with pytest.raises(hs.StorageError, match=r"weights are torch.float32 and its input is torch.float16"):
+    with pytest.raises(StorageError, match=r"weights are torch.float32 and its input is torch.float16"):
         slot_linear(torch.randn(4, 48, device=DEVICE).half(), slots, None, across=False)
 
 
@@ -342,11 +343,11 @@ def test_autocast_multiplies_in_the_banks_type(shared: Path) -> None:
 def test_another_device_is_refused_and_writes_and_training_too(shared: Path) -> None:
     model = load(shared)
     weight = model.model.layers[0].self_attn.q_proj.weight
-    with pytest.raises(hs.StorageError, match=r"held on cpu and cannot be moved to meta"):
+    with pytest.raises(StorageError, match=r"held on cpu and cannot be moved to meta"):
         model.to("meta")
-    with pytest.raises(hs.StorageError, match="read-only"):
+    with pytest.raises(StorageError, match="read-only"):
         weight.add_(1)
-    with pytest.raises(hs.StorageError, match='storage="owner"'):
+    with pytest.raises(StorageError, match='storage="owner"'):
         _ = model.hf_quantizer.is_trainable
 
 
@@ -377,7 +378,7 @@ def test_a_weight_that_never_came_is_named(shared: Path) -> None:
     first, *others = tensors
     for name in others:
         bank.put(name, torch.zeros(tensors[name].stored_shape))
-    with pytest.raises(hs.StorageError, match=f"{first} did not load"):
+    with pytest.raises(StorageError, match=f"{first} did not load"):
         bank.held(others[0])
 
 
@@ -388,7 +389,7 @@ def test_two_types_of_number_in_one_bank_are_refused(shared: Path) -> None:
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, second = list(tensors)[:2]
     bank.put(first, torch.zeros(tensors[first].stored_shape))
-    with pytest.raises(hs.StorageError, match=r"float16 and other shared weights are torch.float32"):
+    with pytest.raises(StorageError, match=r"float16 and other shared weights are torch.float32"):
         bank.put(second, torch.zeros(tensors[second].stored_shape).half())
 
 
@@ -479,7 +480,7 @@ def test_held_again_counts_each_donor_once_for_each_other_device(shared: Path) -
 
 
 def test_layers_split_over_more_devices_than_there_are_is_refused(shared: Path) -> None:
-    with pytest.raises(hs.PlanError, match="4 layers cannot be split over 5 devices; choose 1 to 4"):
+    with pytest.raises(PlanError, match="4 layers cannot be split over 5 devices; choose 1 to 4"):
         describe_split(hs.open_checkpoint(shared), 5)
 
 
@@ -543,7 +544,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
 
 def test_weights_on_disk_are_refused_before_anything_is_loaded(shared: Path, tmp_path: Path) -> None:
     places = {"model.layers.3": "disk", "": "cpu"}
-    with pytest.raises(hs.StorageError, match=r"are placed on cpu and disk.*storage=\"owner\""):
+    with pytest.raises(StorageError, match=r"are placed on cpu and disk.*storage=\"owner\""):
         load(shared, device_map=places, offload_folder=tmp_path / "offload")
 
 

@@ -25,38 +25,38 @@ class Budget:
     ffn_groups: int = 1
     protect: tuple[int, ...] = ()
 
+    @classmethod
+    def parse(
+        cls,
+        dense: Checkpoint,
+        *,
+        ratio: float = 0.3,
+        save: str | None = None,
+        parts: str = AUTO,
+        allow: Collection[str] = (),
+        ffn_groups: int = 1,
+        protect: Collection[int] = (),
+    ) -> "Budget":
+        """The budget that a person asks for.
 
-def budget_of(
-    dense: Checkpoint,
-    *,
-    ratio: float = 0.3,
-    save: str | None = None,
-    parts: str = AUTO,
-    allow: Collection[str] = (),
-    ffn_groups: int = 1,
-    protect: Collection[int] = (),
-) -> Budget:
-    """The budget that a person asks for. `save` is a share of the whole model's bytes, such as "10%", or a number of
-    bytes.
+        `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
+        units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action that
+        is to `allow`) or of ranks, the budget is as many bytes as sharing q, k and v at this ratio would save.
 
-    Without it, `ratio` of the units are shared in `parts`; where there is a choice of actions (several parts, as with
-    auto, or removal allowed) or of ranks (parts factored), as many bytes as sharing q, k and v at this ratio would
-    save.
-
-    Raises:
-        PlanError: if a word is not known, or the budget cannot be met by any plan.
-    """
-    dense.require_dense("plan for it")
-    actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
-    words = "gateup" if actions[0].sublayer is Kind.FFN else "qk"
-    layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
-    units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
-    saved: int | None = None
-    if save is not None:
-        saved = _bytes_of(dense, save)
-    elif len(actions) > 1 or actions[0].output is Output.LOW_RANK:
-        saved = estimate(dense, ratio, parts="qkv").saved_bytes
-    return Budget(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))))
+        Raises:
+            PlanError: if a word is not known, or the budget cannot be met by any plan.
+        """
+        dense.require_dense("plan for it")
+        actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
+        words = "gateup" if actions[0].sublayer is Kind.FFN else "qk"
+        layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
+        units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
+        saved: int | None = None
+        if save is not None:
+            saved = _bytes_of(dense, save)
+        elif len(actions) > 1 or actions[0].output is Output.LOW_RANK:
+            saved = estimate(dense, ratio, parts="qkv").saved_bytes
+        return cls(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))))
 
 
 def _actions_of(parts: str) -> list[Action]:

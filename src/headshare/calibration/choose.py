@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
@@ -12,9 +13,35 @@ from headshare.calibration.costs.measured import check_windows, predicts, probe_
 from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import PlanError
 from headshare.files.state_files import Workspace, check_readable, joint_digest
+from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.text.tokens import Calibration
+
+
+def plan_by_output(
+    dense: Checkpoint,
+    calibration: Calibration,
+    budget: Budget | None = None,
+    *,
+    probe: bool = True,
+    device: str = "cpu",
+    **wanted: Any,
+) -> SharePlan:
+    """The plan that costs the model's output least on the calibration text.
+
+    The budget is given, or made of the words that `Budget.parse` takes: `save="10%"`, `allow=["remove"]` and the like.
+
+    Raises:
+        PlanError: if the budget cannot be met, or is given twice.
+        CalibrationError: if the text is too short.
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+    """
+    if budget is not None and wanted:
+        raise PlanError(f"a budget is given, so {', '.join(wanted)} would not be used. Give one or the other.")
+    asked = Budget.parse(dense, **wanted) if budget is None else budget
+    return plan_on(dense, calibration, asked, probe=probe, device=device).plan
 
 
 def plan_on(

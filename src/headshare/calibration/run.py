@@ -19,7 +19,7 @@ from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import Measured, measure
 from headshare.calibration.outcome import Outcome, Planned, Wanted
 from headshare.calibration.refit.refitter import Refitter
-from headshare.calibration.refit.run import record_of, refit_on, run_refit
+from headshare.calibration.refit.run import record_of, refit, run_refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
@@ -31,7 +31,7 @@ from headshare.plan.plan import SharePlan
 from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
-from headshare.text.tokens import TOKENS, Calibration, calibration_from
+from headshare.text.tokens import TOKENS, Calibration
 from headshare.text.windows import WINDOW, longest_window
 
 # the name, in a run's identity, of the checkpoint that the run refits and may replace
@@ -85,9 +85,9 @@ class Run:
         return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=work)
 
     def refit(self, shared: SharedCheckpoint, *, ffn: bool = True, steps: int = 0) -> SharedCheckpoint:
-        """`refit_on` this run's tokens."""
+        """`refit` this run's tokens."""
         work = self.resumable.workspace
-        return refit_on(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
+        return refit(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
 
     def measure(self, shared: Path) -> "Measured":
         """Perplexity of the dense model and of the shared one in this folder, on the windows held out of the fits."""
@@ -112,7 +112,7 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
             f"windows of {setting.window} tokens are longer than the model's {longest}. "
             f"Use --calibration-window {longest}."
         )
-    text = calibration_from(
+    text = Calibration.load(
         setting.source, dense, tokens=setting.tokens, window=setting.window, seed=setting.seed, device=device
     )
     text.split()  # before anything is kept

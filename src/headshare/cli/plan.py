@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headshare.calibration.budget import Budget, budget_of
+from headshare.calibration.budget import Budget
 from headshare.calibration.run import Setting, plan_calibrated
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -78,7 +78,7 @@ def budget_from(
     protect: str | None,
 ) -> Budget:
     """The budget that the options of a command ask for."""
-    found = budget_of(
+    found = Budget.parse(
         dense,
         ratio=ratio,
         save=save,

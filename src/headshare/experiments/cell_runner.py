@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headshare.calibration.gptq import Rounded, round_by_gptq
-from headshare.calibration.refit.run import refit_on
+from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.opening import open_checkpoint
@@ -91,7 +91,7 @@ class CellRunner:
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
         if REFIT in cell.method:
-            shared = refit_on(shared, case.common.text, device=self.device)
+            shared = refit(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
         found, cell = estimate_plan(self.dense, plan), _told(cell, plan)
         with open_checkpoint(folder) as written:

@@ -11,7 +11,7 @@ from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import QKV
 from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
-from headshare.calibration.refit.run import refit_on
+from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, HeadshareError, OutputError
@@ -135,7 +135,7 @@ def _refitted(
 ) -> float:
     """Perplexity of this many units matched by output and refitted, written and loaded again."""
     shared = share(dense, plan_for_units(prices, units).plan)
-    with open_checkpoint(refit_on(shared, calibration).save(out, overwrite=True)) as written:
+    with open_checkpoint(refit(shared, calibration).save(out, overwrite=True)) as written:
         return perplexity(load_model(written), windows).perplexity
 
 

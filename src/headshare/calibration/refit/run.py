@@ -12,7 +12,7 @@ from headshare.sharing.share import SharedCheckpoint
 from headshare.text.tokens import Calibration
 
 
-def refit_on(
+def refit(
     shared: SharedCheckpoint,
     calibration: Calibration,
     *,
