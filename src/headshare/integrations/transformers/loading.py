@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-import headshare.integrations.transformers.quantizer  # noqa: F401 - registers the format
+import headshare.integrations.transformers.config  # noqa: F401 - both register the format
+import headshare.integrations.transformers.quantizer  # noqa: F401 - both register the format
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
