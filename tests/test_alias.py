@@ -1287,7 +1287,7 @@ def test_memory_that_the_system_refuses_is_an_error_that_names_owner(
 
 
 def test_a_storage_that_does_not_exist_is_refused_by_name(paged: Case) -> None:
-    with pytest.raises(hs.PlanError, match=r"'fast'.*alias.*owner"):
+    with pytest.raises(hs.StorageError, match=r"'fast'.*alias.*owner"):
         paged.load("fast")
 
 

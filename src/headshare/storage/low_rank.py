@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import PlanError
 from headshare.plan.added import total_rank
 from headshare.plan.spans import Span, Spans, joined
 from headshare.plan.tensors import GappedTensor
 from headshare.sharing.factors import join_columns
-from headshare.storage.projection import SharedProjection, Style
+from headshare.storage.projection import SharedProjection
 
 
 class FactoredProjection(SharedProjection):
@@ -28,7 +29,7 @@ class FactoredProjection(SharedProjection):
 
     def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
         super().__init__(dense, tensor)
-        if tensor.axis != (0 if self.style is Style.CONV1D else 1):
+        if tensor.axis != (0 if self.in_out else 1):
             raise PlanError(f"the plan stores rows of {tensor.name} as products; only a readout's columns can be.")
         ranks, channels = total_rank(tensor), tensor.factored[0].stop - tensor.factored[0].start
         self.factor_in = nn.Parameter(self.weight.new_empty(ranks, channels))
@@ -41,7 +42,7 @@ class FactoredProjection(SharedProjection):
     def forward(self, x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens outputs"]:
         """The projection of x: one product for the kept columns, and two narrow ones for the others."""
         flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)
-        weight = self.weight.T if self.style is Style.CONV1D else self.weight
+        weight = self.weight.T if self.in_out else self.weight
         kept = linear(_channels(flat, self._kept), weight, self.bias)
         out = torch.addmm(kept, self._through_factors(flat), self.factor_out.T)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], self.out_features)
@@ -81,12 +82,12 @@ def _channels(x: Float[Tensor, "tokens channels"], runs: Spans) -> Float[Tensor,
     return torch.cat(pieces, dim=1) if pieces else x.narrow(1, 0, 0)
 
 
-def install_factored(model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
-    """Replace the modules of these readouts. `modules` maps each tensor's name to its module's path.
+def install_factored(model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    """Replace the modules of these readouts.
 
     Raises:
         PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
+        StorageError: if a module holds several tensors.
     """
     for name, tensor in tensors.items():
-        parent, _, leaf = modules[name].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, FactoredProjection(model.get_submodule(modules[name]), tensor))
+        modules.replace(model, name, FactoredProjection(modules.module(model, name), tensor))

@@ -17,12 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import FAMILIES
+from headshare.architecture.families import FAMILIES, OLD_NAMES
 from headshare.architecture.modules import module_path
 from headshare.architecture.recognition import attention_layout
 from headshare.calibration.layerwise.observed import Batch, ReachedError, Seen, Stream, watching
 from headshare.calibration.layerwise.shell import (
-    OLD_NAMES,
     different_prefixes,
     empty_shell,
     ffn_or_none,

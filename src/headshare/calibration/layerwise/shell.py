@@ -14,12 +14,7 @@ from headshare.checkpoint.remote_code import check_model_code
 from headshare.errors import ArchitectureError
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.layout import Layout
-
-OLD_NAMES = {
-    "LayerNorm.weight": "LayerNorm.gamma",
-    "LayerNorm.bias": "LayerNorm.beta",
-    "lm_head.weight": "embed_out.weight",
-}
+from headshare.storage.registry import TRAINABLE
 
 
 def on_device(device: torch.device, value: Tensor) -> Tensor:
@@ -50,7 +45,7 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, head: bool) -> Any
     if checkpoint.plan is None:
         model = load_model(checkpoint, dtype=torch.float32)
     else:
-        model = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize()
+        model = load_model(checkpoint, storage=TRAINABLE, dtype=torch.float32).dequantize()
     _without_cache(model.config)
     return (model if head else model.base_model).to(device)
 
