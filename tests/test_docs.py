@@ -102,7 +102,7 @@ def test_the_readmes_families_are_the_tables() -> None:
 
     listed = README[README.index("Families:") :]
     named = {"llama": "Llama", "phi3": "Phi-3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "opt": "OPT", "bert": "BERT"}
-    named |= {"baichuan": "Baichuan 2", "falcon": "Falcon", "mpnet": "MPNet"}
+    named |= {"baichuan": "Baichuan 2", "falcon": "Falcon", "mpnet": "MPNet", "olmo2": "OLMo 2", "roberta": "RoBERTa"}
     assert {family.name for family in FAMILIES} == set(named)
     assert all(name in listed for name in named.values())
 

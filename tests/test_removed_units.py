@@ -52,6 +52,7 @@ MORE: dict[str, tuple[type, Any, str | None]] = {
     ),
     "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**tiny.GROUPED), "ffn"),
     "xlm-roberta": (tf.XLMRobertaForMaskedLM, tf.XLMRobertaConfig(**tiny.COMMON), "ffn"),
+    "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**tiny.COMMON), "ffn"),
 }
 ALL = {**tiny.FAMILIES, **MORE}
 REFUSED = {"llama-mqa": "keep one", "falcon-mqa": "keep one", "falcon-mha": "with alibi", "mpnet": "'mpnet' models"}

@@ -303,7 +303,7 @@ def test_a_plan_that_does_more_than_share_rows_is_not_packed(dense: Checkpoint, 
 
 
 def test_what_wants_other_numbers_is_refused(packed: Checkpoint, dense: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="held by their owners"):
+    with pytest.raises(StorageError, match="held by their owners"):
         load_model(packed, storage="alias")
     text = a_text(tmp_path / "text", 15 * 40)
     with pytest.raises(TrainingError, match="rounded to 4 bits, which are not trained"):

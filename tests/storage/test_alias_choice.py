@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import headshare as hs
 import headshare.storage.pooled.alias as alias_module
-from headshare.errors import PlanError, StorageError
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.tensors import gapped_tensors
 from headshare.storage.pooled.alias import AliasBank
@@ -108,7 +108,7 @@ def test_memory_that_the_system_refuses_is_an_error_that_names_owner(
 
 
 def test_a_storage_that_does_not_exist_is_refused_by_name(paged: Case) -> None:
-    with pytest.raises(PlanError, match=r"'fast'.*alias.*owner"):
+    with pytest.raises(StorageError, match=r"'fast'.*alias.*owner"):
         paged.load("fast")
 
 

@@ -9,6 +9,7 @@ import gc
 import os
 import pickle
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """The driver of all devices."""
     fake = FakeDriver()
     assert isinstance(fake, Driver)
-    monkeypatch.setitem(STORAGES, "vmm", lambda devices: VmmStorage(devices, lambda _: fake))
+
+    class Faked(VmmStorage):
+        def __init__(self, devices: Mapping[str, str]) -> None:
+            super().__init__(devices, lambda _: fake)
+
+    monkeypatch.setitem(STORAGES, "vmm", Faked)
     monkeypatch.setattr(vmm, "cuda_driver", lambda _: fake)
     return fake
 

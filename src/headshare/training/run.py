@@ -32,7 +32,8 @@ from headshare.plan.plan import SharePlan
 from headshare.sharing.rewrite import write_trained
 from headshare.sharing.share import share
 from headshare.sharing.writer import copy_other_files
-from headshare.storage.owner import OwnerProjection
+from headshare.storage.projection import shared_projections
+from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import is_causal
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
@@ -211,15 +212,15 @@ class _Run:
             if PartialState().is_main_process and not folder.is_dir():
                 share(self.source, self.plan).save(folder)
             PartialState().wait_for_everyone()
-            model = load_model(open_checkpoint(folder), storage="owner", **options)
+            model = load_model(open_checkpoint(folder), storage=TRAINABLE, **options)
         else:
-            model = load_model(self.source, storage="owner", **options)
+            model = load_model(self.source, storage=TRAINABLE, **options)
         if not is_causal(model):
             raise TrainingError(f"{type(model).__name__} does not predict the next token, which is what is trained.")
         model.config.use_cache = False
-        if any(isinstance(one, OwnerProjection) for one in model.modules()):
-            # FSDP shards owners by themselves, before their layers: other layers call them too
-            model._no_split_modules = {*(model._no_split_modules or ()), OwnerProjection.__name__}
+        if shared := {type(module).__name__ for _, module in shared_projections(model)}:
+            # FSDP shards them by themselves, before their layers: other layers call them too
+            model._no_split_modules = {*(model._no_split_modules or ()), *shared}
         return model
 
     def _teacher(self) -> nn.Module | None:

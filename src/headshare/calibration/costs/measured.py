@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from headshare.architecture.families import WITH_IMAGES
 from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
@@ -92,7 +93,7 @@ def predicts(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is of a model that predicts the next token, so that it can be probed."""
     names = checkpoint.config.get("architectures")
     known = [str(name) for name in names] if isinstance(names, list) else []
-    return any(predicts_next(name, checkpoint.config) and "ConditionalGeneration" not in name for name in known)
+    return any(predicts_next(name, checkpoint.config) and not name.endswith(WITH_IMAGES) for name in known)
 
 
 class _Walk:

@@ -8,10 +8,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from headshare.checkpoint.entry import METHOD, quantization_entry
 from headshare.checkpoint.int4 import Packing
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import PlanError
+from headshare.errors import PlanError, StorageError
 from headshare.files.untrusted import is_shown
 from headshare.plan.plan import FORMAT, SharePlan
-from headshare.storage.registry import check_storage
+from headshare.storage.registry import AUTO, STORAGES, check_storage
 
 
 @register_quantization_config(METHOD)
@@ -20,6 +20,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
 
     Raises:
         PlanError: if the plan is not valid; it is untrusted until it has passed here.
+        StorageError: if there is no such storage, or it does not hold such matrices.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
             if quantization_config is None or isinstance(quantization_config, Packing)
             else Packing.from_dict(quantization_config)
         )
-        if self.packing is not None and storage not in ("auto", "owner"):
-            raise PlanError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
+        if self.packing is not None and storage != AUTO and not STORAGES[storage].packs:
+            raise StorageError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
         self.base_model = base_model if isinstance(base_model, str) and is_shown(base_model) else None
 
     def to_dict(self) -> dict[str, Any]:
