@@ -18,11 +18,11 @@ from headshare.integrations.transformers.shrinking import shrink
 from headshare.plan.low_rank import Factored
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.tensors import Gap, GappedTensor, gapped_tensors, reduced_readouts
-from headshare.plan.ties import Choice
+from headshare.plan.section import Choice, Gap
+from headshare.plan.tensors import GappedTensor, gapped_tensors
 from headshare.plan.units import Part
+from headshare.storage.changes import change_modules, changed_tensors
 from headshare.storage.int4 import install_packed
-from headshare.storage.low_rank import install_factored
 from headshare.storage.pooled.alias import AliasBank
 from headshare.storage.pooled.bank import Bank
 from headshare.storage.pooled.indirect import IndirectBank
@@ -145,9 +145,8 @@ def test_what_shrinks_packs_or_factors_modules_refuses_those_that_fuse(llama: Pa
         shrink(model, removal, below_another(gapped_tensors(removal)))
     only_o = attention.model_copy(update={"parts": {Part.O: attention.parts[Part.O]}})
     factored = SharePlan(factored=(Factored(layout=only_o, units={1: [0]}, ranks={1: (2,)}, chosen=Choice()),))
-    readouts = reduced_readouts(factored)
     with pytest.raises(StorageError, match=FUSES):
-        install_factored(model, readouts, below_another(readouts))
+        change_modules(model, factored, below_another(changed_tensors(factored)))
     tensors = tied()
     with pytest.raises(StorageError, match=FUSES):
         install_packed(Engine(), Packing(group=8, ignore=()), tensors, fused())

@@ -565,7 +565,7 @@ model = load_model(headshare.open_checkpoint({str(shared)!r}), storage="indirect
 model(torch.arange(5, 15)[None])
 try:
     kernels()
-except headshare.StorageError as error:
+except headshare.errors.StorageError as error:
     print(error)
 """
     assert 'pip install "headshare[kernels]"' in run_python(code)

@@ -45,16 +45,20 @@ def _low_rank(stock: nn.Module, tensor: GappedTensor | None, section: Section) -
 MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank}
 
 
-def change_modules(model: nn.Module, plan: SharePlan) -> None:
-    """Replace the modules of a stock model that the plan's sections change.
+def changed_tensors(plan: SharePlan) -> list[str]:
+    """The tensors that name the modules which the plan's sections change."""
+    return [change.tensor for section in plan.sections for change in section.modules()]
+
+
+def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> None:
+    """Replace the modules of a stock model that the plan's sections change. `modules` has those of `changed_tensors`.
 
     Raises:
-        StorageError: if nothing here builds such a module.
+        StorageError: if nothing here builds such a module, or a module holds several tensors.
         PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
     """
     tensors = gapped_tensors(plan)
-    changes = [change.tensor for section in plan.sections for change in section.modules()]
-    paths = ModuleMap.of(model, changes).paths()
+    paths = modules.paths()
     for section in plan.sections:
         for change in section.modules():
             if change.kind not in MODULE_CHANGES:

@@ -24,7 +24,7 @@ from headshare.errors import StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
 from headshare.plan.tensors import gapped_tensors, reduced_tensors
-from headshare.storage.changes import change_modules, changed_paths, stock_modules
+from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
@@ -59,7 +59,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             return
         if plan.removals:
             shrink(model, plan, ModuleMap.of(model, shrunk_of(plan)))
-        change_modules(model, plan)
+        change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
         self._tensors = reduced_tensors(plan)
         self._modules = ModuleMap.of(model, self._tensors)
         self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
