@@ -32,7 +32,7 @@ from headshare.calibration.measure import measure
 from headshare.calibration.run import Setting, calibrated_run
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import CalibrationError, OutputError, PlanError
+from headshare.errors import CalibrationError, CheckpointError, OutputError, PlanError
 from headshare.evaluation.verify import verify
 from headshare.files.resume import Workspace, settle, workspace_of
 from headshare.text.tokens import calibration_from
@@ -658,7 +658,8 @@ def test_a_record_and_the_dense_models_name_survive_loading_and_saving(things: P
     transformers.AutoModelForCausalLM.from_pretrained("shared").save_pretrained("again")
     before, after = entry_of(things / "shared"), entry_of(things / "again")
     assert after == before
-    assert hs.open_checkpoint("again").refit == hs.open_checkpoint("shared").refit is not None
+    records = [hs.open_checkpoint(name).require_sharing().refit for name in ("again", "shared")]
+    assert records[0] == records[1] is not None
     add_tokenizer(things / "again")
     assert verify(hs.open_checkpoint("again"), hs.open_checkpoint("model")).ok
     assert run("refit", "again", *TEXT).status == 0
@@ -707,7 +708,7 @@ def test_a_hostile_record_is_one_error_wherever_it_is_read(name: str, recorded: 
         assert_one_error_line(found)
         assert "refit" in found.err
         assert found.err.rstrip("\n").isprintable()
-    with pytest.raises(PlanError, match="refit"):
+    with pytest.raises(CheckpointError, match="refit"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -722,7 +723,7 @@ def test_a_hostile_name_of_the_dense_model_is_no_name(name: object, recorded: Pa
     found = run("refit", folder, *TEXT)
     assert_one_error_line(found)
     assert "--dense" in found.err
-    assert hs.load(folder).config.quantization_config.base_model is None
+    assert hs.load(folder).config.quantization_config.sharing.base_model is None
 
 
 def test_what_cannot_be_shown_of_a_texts_name_is_left_out_of_the_record() -> None:

@@ -207,7 +207,7 @@ def test_what_is_rounded_is_written_and_computes_the_same(
 ) -> None:
     found = rounded({"dense": dense, "shared": shared}[kind], text)
     out = hs.open_checkpoint(found.save(tmp_path / "out"))
-    assert out.packing == Packing(group=GROUP, ignore=("lm_head",))
+    assert out.require_sharing().packing == Packing(group=GROUP, ignore=("lm_head",))
     assert verify(out).ok
     stock = load_model(shared if kind == "shared" else dense, storage="owner", dtype=torch.float32)
     stock = stock.dequantize() if kind == "shared" else stock

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
-from headshare.checkpoint.checkpoint import Checkpoint, plan_of
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, PlanError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
@@ -141,7 +141,7 @@ def dense_and_shared(
     if against is not None and model.plan is None:
         raise PlanError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
-        check_fits(plan_of(model), against)
+        check_fits(model.require_sharing().plan, against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:

@@ -193,6 +193,7 @@ def refit_checkpoint(
         OutputError: if it cannot be written.
     """
     plan = check_shared(shared)
+    entry = shared.require_sharing()
     dense.require_dense("refit to")
     check_fits(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
@@ -200,13 +201,13 @@ def refit_checkpoint(
     finished = settle(out)
     what = {"shared model": fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
     with calibrated_run(dense, out, setting, **what) as run:
-        if finished and shared.refit and _is_same(finished, _what(dense, run.calibration, run.device, what)):
-            return shared.refit  # a run that was stopped had replaced the folder already
+        if finished and entry.refit and _is_same(finished, _what(dense, run.calibration, run.device, what)):
+            return entry.refit  # a run that was stopped had replaced the folder already
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.work, joint_digest(plan.digest, ffn, steps))
-        record = record_of(run.calibration, refitter.result.tensors, shared.refit, steps=steps)
+        record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.work.note_writing(out)
-        base = shared.base_model or dense.name
+        base = entry.base_model or dense.name
         write_refitted(shared, record, refitter.result.tensors, out, base_model=base, overwrite=overwrite)
     return record
 

@@ -72,14 +72,14 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
         CheckpointError: if the checkpoint is not a shared one, or cannot be opened at all.
     """
     result = Verification()
-    if shared.plan is None:
+    if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
     try:
         _check_files(shared, result)
         check_shared(shared)
         if against is not None:
             against.require_dense("verify against")
-            check_fits(shared.plan, against)
+            check_fits(shared.sharing.plan, against)
             _check_numbers(shared, against, result)
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
@@ -111,14 +111,14 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
 
 def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) -> None:
     """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
-    assert shared.plan is not None
-    tensors, extras = tensors_of(shared.plan, dense), extra_tensors(shared.plan)
-    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if shared.packing else {}
+    entry = shared.require_sharing()
+    tensors, extras = tensors_of(entry.plan, dense), extra_tensors(entry.plan)
+    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
     for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(extras)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
-    converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
-    for name in sorted(refitted - _refittable(dense, stepped=bool(shared.refit and shared.refit.steps))):
+    converted, refitted = set(), frozenset(entry.refit.tensors if entry.refit else ())
+    for name in sorted(refitted - _refittable(dense, stepped=bool(entry.refit and entry.refit.steps))):
         result.fail(f"the record of the refit names {name}, which no refit changes")
     _check_lent(shared, dense, refitted, tensors, result)
     common = [name for name in common if name not in refitted]
@@ -128,12 +128,12 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
-    if shared.refit:
-        result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
-    if _multiplies_factors(shared.plan):
+    if entry.refit:
+        result.notes.append(f"not compared with the dense model: {entry.refit.in_words()}")
+    if _multiplies_factors(entry.plan):
         result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
-    if shared.packing:
-        result.notes.append(f"not compared with the dense model: {shared.packing.in_words()}")
+    if entry.packing:
+        result.notes.append(f"not compared with the dense model: {entry.packing.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
@@ -181,8 +181,7 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
     if "auto_map" in shared.config:
         result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
         return
-    assert shared.plan is not None
-    reason = _why_rounding_differs(shared.plan)
+    reason = _why_rounding_differs(shared.require_sharing().plan)
     stored = next(iter(shared.tensors.values())).torch_dtype
     dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
     widened = dtype.itemsize / stored.itemsize
@@ -230,14 +229,14 @@ def _multiplies_factors(plan: SharePlan) -> bool:
 @contextmanager
 def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in place of recipients', written where there is room and then removed."""
-    assert shared.plan is not None
+    entry = shared.require_sharing()
     scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
     same_dtype = against is not None and all(
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not (extra_tensors(shared.plan) or shared.refit or shared.packing):
-            folder = write_overwritten(against, shared.plan, scratch / "stock")
+        if against is not None and same_dtype and not (extra_tensors(entry.plan) or entry.refit or entry.packing):
+            folder = write_overwritten(against, entry.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:

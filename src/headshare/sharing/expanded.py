@@ -34,9 +34,9 @@ class WholeTensors:
         """Those of a checkpoint as it is, shared or dense.
 
         Raises:
-            CheckpointError, PlanError: if it is shared and does not hold what its plan says.
+            CheckpointError: if it is shared and does not hold what its plan says.
         """
-        if checkpoint.packing is not None:
+        if checkpoint.sharing is not None and checkpoint.sharing.packing is not None:
             raise CheckpointError(
                 f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import quantization_entry
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
@@ -47,7 +47,7 @@ def write_refitted(
     plan = check_shared(shared)
     gapped = tensors_of(plan, shared)
     assemblies = [copied(info) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": quantization_entry(plan, refit, base_model)}
+    config = {**shared.config, "quantization_config": SharingEntry(plan, refit, base_model).to_config()}
     replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
     tied = set(tied_names(gapped))
     assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
@@ -72,10 +72,10 @@ def write_trained(
         CheckpointError: if its numbers are not finite, or do not fit the type.
     """
     code, config, tied = dtype_code(dtype), dict(trained.config), set[str]()
-    if trained.plan is not None:
-        plan = check_shared(trained)
-        tied = set(tied_names(tensors_of(plan, trained)))
-        config["quantization_config"] = quantization_entry(plan, trained.refit, base_model or trained.base_model)
+    if trained.sharing is not None:
+        tied = set(tied_names(tensors_of(check_shared(trained), trained)))
+        entry = dataclasses.replace(trained.sharing, base_model=base_model or trained.sharing.base_model)
+        config["quantization_config"] = entry.to_config()
     assemblies = [
         dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
     ]
@@ -108,9 +108,13 @@ def write_packed(
         CheckpointError: if a scale is not finite, or the source cannot be read.
         OutputError: if it cannot be written.
     """
-    kind = text_config(source.config).get("model_type")
-    plan = SharePlan(model_type=kind) if source.plan is None else check_shared(source)
-    tensors = packed_tensors(tensors_of(plan, source), packing)
+    if source.sharing is None:
+        kind = text_config(source.config).get("model_type")
+        entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name)
+    else:
+        check_shared(source)
+        entry = source.sharing
+    tensors = packed_tensors(tensors_of(entry.plan, source), packing)
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -123,8 +127,8 @@ def write_packed(
         given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
         file = source.tensors[name].file
         assemblies += [given_assembly(one, given[one], file) for one in (*parts, part_of(name, SHAPE))]
-    base = source.name if source.plan is None else source.base_model
-    config = {**source.config, "quantization_config": quantization_entry(plan, source.refit, base, packing)}
+    entry = dataclasses.replace(entry, packing=packing)
+    config = {**source.config, "quantization_config": entry.to_config()}
     return write_checkpoint(source, assemblies, config, out, overwrite, given)
 
 

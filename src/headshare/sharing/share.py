@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import quantization_entry
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
@@ -62,10 +62,8 @@ class SharedCheckpoint:
             kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
-        config = {
-            **self.dense.config,
-            "quantization_config": quantization_entry(self.plan, self.refit, self.dense.name),
-        }
+        entry = SharingEntry(self.plan, self.refit, self.dense.name)
+        config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype
         extras = _extras(self.dense, self.plan, code, self.refitted)

@@ -61,8 +61,8 @@ class Layers:
 
     Raises:
         ArchitectureError: if the model's layout is not known.
-        CheckpointError: if the model's code is remote, or its weights are not all there.
-        PlanError: if the checkpoint is shared and does not hold what its plan says.
+        CheckpointError: if the model's code is remote, its weights are not all there, or it is shared and does not hold
+            what its plan says.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False) -> None:
