@@ -20,7 +20,7 @@ from headshare.architecture.modules import module_path
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.int4 import Packing
-from headshare.errors import CheckpointError, EvaluationError, PlanError
+from headshare.errors import CheckpointError, EvaluationError, OptionError, PlanError
 from headshare.evaluation import Text
 from headshare.evaluation.verify import verify
 from headshare.experiments import Grid, compare
@@ -222,9 +222,9 @@ def test_the_largest_group_that_fits_is_taken(dense: hs.Checkpoint, text: Calibr
     """Matrices of 32 and 48 inputs."""
     assert round_by_gptq(dense, text).packing.group == 16
     for wrong in (-1, 0, 4, 12):
-        with pytest.raises(PlanError, match="use a multiple of 8"):
+        with pytest.raises(OptionError, match="use a multiple of 8"):
             round_by_gptq(dense, text, group=wrong)
-    with pytest.raises(PlanError, match="32, 48 inputs do not divide into groups of 64"):
+    with pytest.raises(CheckpointError, match="32, 48 inputs do not divide into groups of 64"):
         round_by_gptq(dense, text, group=64)
 
 

@@ -31,6 +31,7 @@ import headshare as hs
 import headshare.sharing.writer
 import tiny
 from headshare.cli.app import main
+from headshare.errors import OptionError
 from headshare.evaluation.verify import verify
 
 WEIGHTS, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "headshare.json"
@@ -1215,7 +1216,7 @@ def test_a_conversion_that_overflows_is_not_silent(llama: Path, tmp_path: Path) 
 
 
 def test_an_unknown_type_is_refused(llama: Path, tmp_path: Path) -> None:
-    with nothing_changes(tmp_path), pytest.raises(hs.PlanError, match="'int8' is not one of"):
+    with nothing_changes(tmp_path), pytest.raises(OptionError, match="'int8' is not one of"):
         share(llama, tmp_path / "out", dtype="int8")
 
 

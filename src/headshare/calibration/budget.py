@@ -8,7 +8,7 @@ from fractions import Fraction
 from headshare.calibration.costs.curves import Form
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
-from headshare.errors import PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
 from headshare.plan.units import Parts
@@ -54,12 +54,13 @@ def budget_of(
     save.
 
     Raises:
-        PlanError: if a word is not known, or the budget cannot be met by any plan.
+        OptionError: if a word is not known, or the amount to save is none.
+        PlanError: if the budget cannot be met by any plan.
     """
     dense.require_dense("plan for it")
     unknown = [word for word in allow if word != REMOVE]
     if unknown:
-        raise PlanError(f"'{unknown[0]}' is not something that can be allowed besides sharing. There is: {REMOVE}.")
+        raise OptionError(f"'{unknown[0]}' is not something that can be allowed besides sharing. There is: {REMOVE}.")
     forms = _forms_of(parts) + ((Form.REMOVE,) if allow else ())
     words = "gateup" if forms[0] is Form.GATEUP else "qk"
     layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
@@ -76,7 +77,7 @@ def _forms_of(parts: str) -> tuple[Form, ...]:
     words = [word.strip() for word in parts.split("+")]
     unknown = [word for word in words if word not in _FORMS]
     if unknown:
-        raise PlanError(
+        raise OptionError(
             f"units cannot be matched by output in parts '{unknown[0]}'. There are: {', '.join(_FORMS)}, "
             "or several joined by +."
         )
@@ -87,7 +88,7 @@ def _bytes_of(dense: Checkpoint, save: str) -> int:
     whole = sum(info.nbytes for info in parameter_infos(dense).values())
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
     if found is None:
-        raise PlanError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
+        raise OptionError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
     wanted = Fraction(found[1]) * (Fraction(whole, 100) if found[2] else 1)
     if not 1 <= wanted < whole:
         raise PlanError(f"{save} of a model of {whole:,} bytes cannot be saved; ask for more than 0 and less than all.")

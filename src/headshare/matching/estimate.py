@@ -24,7 +24,7 @@ def estimate(
     """The bytes that `share` will leave at this ratio. Reads names and shapes only; exact for star and root plans.
 
     Raises:
-        ArchitectureError, PlanError, CheckpointError: as `share` would.
+        ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
     """
     checkpoint.require_dense("estimate the saving of")
     wanted = Parts.parse(parts)

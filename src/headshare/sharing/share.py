@@ -84,6 +84,7 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.
+        OptionError: if there is no such type.
         CheckpointError: if the checkpoint is already shared or quantised, or its layers are of different types.
     """
     dense.require_dense("share")

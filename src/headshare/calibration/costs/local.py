@@ -20,7 +20,7 @@ from headshare.calibration.costs.descent import neuron_path, paths_beside, unit_
 from headshare.calibration.costs.sublayer import DenseLayer, Half, Weighted
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import ArchitectureError, PlanError
+from headshare.errors import ArchitectureError, OptionError, PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.units import Kind, Part
 from headshare.progress import track
@@ -60,15 +60,15 @@ def price_units(
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
     Raises:
-        PlanError: if none of the forms can be had of this model, or not together, `done` is of another, or there is no
-            donor to be priced or no token to be fitted to.
+        OptionError: if there is no donor to be priced, or no token to be fitted to.
+        PlanError: if none of the forms can be had of this model, or not together, or `done` is of another.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("price it")
     if donors < 1:
-        raise PlanError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
+        raise OptionError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
     if not 0 <= held_out < 1:
-        raise PlanError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
+        raise OptionError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
     wanted = _wanted(dense, forms, ffn_groups)
     found = {} if done is None else done
     wanted.prices(dense, found, protect)  # so that paths of another model are refused at once

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headshare.architecture.config import text_config
 from headshare.architecture.families import ATTENTION_COUNTS
 from headshare.architecture.removable import check_removals
-from headshare.errors import PlanError
+from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.spans import length
 from headshare.plan.tensors import GappedTensor, bias_name, gapped_biases, gapped_tensors
@@ -56,7 +56,9 @@ def shrink(model: Any, plan: SharePlan, modules: Mapping[str, str]) -> None:
     """Take removed units out of a stock model on the meta device. `modules` maps tensors' names to modules' paths.
 
     Raises:
-        PlanError: if the model cannot go without such units, or has modules of other shapes or kinds.
+        PlanError: if the model cannot go without such units.
+        StorageError: if it has modules of other shapes or kinds.
+        ArchitectureError: if it counts its attention in a way that the plan's groups do not divide.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     check_removals(plan, text_config(model.config.to_dict()), shapes)
@@ -85,14 +87,16 @@ def _counted(model: nn.Module, plan: SharePlan, modules: Mapping[str, str]) -> l
 
 def _scaled(number: Any, kept: int, groups: int) -> int:
     if type(number) is not int or number % groups:
-        raise PlanError(f"the model counts its attention by {number!r:.50}, which {groups} groups do not divide.")
+        raise ArchitectureError(
+            f"the model counts its attention by {number!r:.50}, which {groups} groups do not divide."
+        )
     return number // groups * kept
 
 
 def _shrink_module(module: Any, shrunk: Shrunk) -> None:
     weight, bias, kind = module.weight, getattr(module, "bias", None), type(module).__name__
     if tuple(weight.shape) != shrunk.weight.shape or kind not in ("Linear", "FalconLinear", "Conv1D"):
-        raise PlanError(
+        raise StorageError(
             f"the model holds {shrunk.weight.name} in a {kind} of shape {tuple(weight.shape)}; the plan removes rows "
             f"or columns of a linear layer of shape {shrunk.weight.shape}."
         )
