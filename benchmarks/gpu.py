@@ -26,8 +26,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from headshare.architecture.recognition import attention_layout
 from headshare.errors import StorageError
 from headshare.plan.plan import SharePlan
+from headshare.plan.section import Choice
 from headshare.plan.tensors import gapped_tensors
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
 from headshare.storage.pooled.cuda_driver import Block, Span, cuda_driver
 from headshare.storage.pooled.frozen import read_banks

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from headshare.plan.tensors import Gap, GappedTensor
+from headshare.plan.section import Gap
+from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.frozen import read_banks
 from headshare.storage.registry import STORAGES
 from machine import machine

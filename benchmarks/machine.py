@@ -1,12 +1,9 @@
-"""What a figure was measured on, printed beside every figure; and how exact its products are."""
+"""The machine and the versions that a figure was measured with, printed beside every figure."""
 
-import argparse
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 
 def machine() -> dict[str, str | int]:
@@ -21,14 +18,3 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "safetensors", "headshare")},
     }
-
-
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What the command line says, with `--products` among it, which holds from now on."""
-    parser.add_argument(
-        "--products", choices=["float32", "bfloat16"], default="float32", help="of float32 matrices, CPU"
-    )
-    args = parser.parse_args()
-    if args.products == "bfloat16":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    return args

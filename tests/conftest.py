@@ -20,7 +20,10 @@ if find_spec("triton") and not torch.cuda.is_available():  # triton decides at i
 
 import transformers
 
-import tiny
+pytest.register_assert_rewrite("support")
+
+from support import tiny  # noqa: E402 - after the line above
+from support.command_line import Run, run_in  # noqa: E402 - the same
 
 torch.set_num_threads(1)  # tests of kill -9 fork this process, and a fork must not wait for threads that it lacks
 transformers.utils.logging.set_verbosity(logging.ERROR)
@@ -31,6 +34,12 @@ transformers.utils.logging.disable_progress_bar()
 def llama(tmp_path: Path) -> Path:
     """A tiny grouped-query Llama checkpoint: 4 layers x 2 groups."""
     return tiny.make_llama(tmp_path / "llama")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command in this process, in the test's own folder, as the console script does."""
+    return run_in(tmp_path, capsys, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 
 import headshare as hs
 from headshare.cli.app import main
-from nearest import stand_in
-from test_cli import a_text, add_tokenizer
+from support.nearest import stand_in
+from support.texts import a_text, add_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,20 +79,17 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
 
 
-def test_the_architectures_tree_lists_every_package() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    tree = text[text.index("## Packages") : text.index("## What each layer may know")]
-    packages = {path.parent.name for path in (ROOT / "src" / "headshare").glob("*/**/__init__.py")}
-    assert set(re.findall(r"(\w+)/ ", tree)) == packages
-
-
-def test_a_folder_holds_at_most_fourteen_modules_and_a_file_at_most_320_lines() -> None:
+def test_the_readmes_tree_lists_every_module() -> None:
+    tree = README[README.index("## Files") : README.index("## Cite")]
     source = ROOT / "src" / "headshare"
-    folders = [source, *(path.parent for path in source.rglob("*/__init__.py"))]
-    crowded = {str(folder): len(many) for folder in folders if len(many := list(folder.glob("*.py"))) > 14}
-    lengths = {str(path): len(path.read_text().splitlines()) for path in source.rglob("*.py")}
-    assert crowded == {}
-    assert {path: lines for path, lines in lengths.items() if lines > 320} == {}
+    paths = [
+        path
+        for folder in ("", "storage", "integrations", "training", "evaluating", "comparing")
+        for path in (source / folder).glob("*.py")
+    ]
+    modules = {path.name for path in paths if not path.name.startswith("__")}
+    assert {name for name in modules if name not in tree} == set()
+    assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules
 
 
 def test_the_readmes_families_are_the_tables() -> None:

@@ -1,6 +1,6 @@
 """Model families as rows of data: where a layer keeps q, k, v, o and its feed-forward, and how they are fused.
 
-To add a family, add a row here and a tiny config to tests/tiny.py.
+To add a family, add a row here and a tiny config to tests/support/tiny.py.
 """
 
 from collections.abc import Mapping
@@ -173,7 +173,7 @@ class Counts:
     unless: str | None = None
 
 
-# Model types whose attention was shown, by tests/test_removal.py, to work in layers that have fewer heads than others.
+# Model types whose attention works in layers that have fewer heads than others: tests/test_removed_units.py shows it.
 # Most reshape by the size of a head, and so count nothing.
 ATTENTION_COUNTS: Mapping[str, Counts] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), Counts()),

@@ -25,7 +25,7 @@ from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.progress import track
 from headshare.sharing.expand import expand
-from headshare.sharing.fits import check_fits
+from headshare.sharing.fits import fit_plan
 from headshare.sharing.share import share
 from headshare.text.windows import longest_window
 
@@ -142,7 +142,7 @@ def dense_and_shared(
     if against is not None and model.plan is None:
         raise OptionError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
-        check_fits(model.require_sharing().plan, against)
+        fit_plan(model.require_sharing().plan, against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:

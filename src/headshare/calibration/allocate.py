@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from headshare.calibration.costs.curves import Path, Prices
 from headshare.calibration.costs.to_plan import Budgeted, End, budgeted
 from headshare.errors import PlanError
-from headshare.plan.ties import Choice
+from headshare.plan.section import Choice
 from headshare.plan.units import Kind
 
 Taken = list[int]

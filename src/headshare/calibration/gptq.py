@@ -25,7 +25,7 @@ from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.integrations.transformers.loading import empty_model
 from headshare.plan.tensors import GappedTensor
 from headshare.progress import track
-from headshare.sharing.expanded import WholeTensors
+from headshare.sharing.expanded import ExpandedTensors
 from headshare.sharing.rewrite import Grouped, write_packed
 from headshare.text.tokens import Calibration
 
@@ -64,8 +64,8 @@ def round_by_gptq(
     """
     if checkpoint.plan is None:
         checkpoint.require_dense("round it")
-    whole = WholeTensors.of(checkpoint)
-    tensors, shapes = whole.tensors, whole.shapes
+    whole = ExpandedTensors.of(checkpoint)
+    tensors, shapes = whole.files.tensors, whole.shapes
     if any(tensor.axis or tensor.removed for tensor in tensors.values()):
         raise PlanError(
             "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."
@@ -142,7 +142,7 @@ class _Piece:
     users: tuple[str, ...]
     _task: Any = None
 
-    def task(self, make: Any, whole: WholeTensors, device: torch.device) -> Any:
+    def task(self, make: Any, whole: ExpandedTensors, device: torch.device) -> Any:
         """GPTQ of these rows."""
         if self._task is None:
             weight = whole.read(self.name)[self.rows]

@@ -27,7 +27,7 @@ from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
 from headshare.files.resume import Workspace, joint_digest, settle, workspace, workspace_of
 from headshare.plan.plan import SharePlan
-from headshare.sharing.fits import check_fits, check_shared
+from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
 from headshare.text.tokens import TOKENS, Calibration, calibration_from
@@ -192,10 +192,10 @@ def refit_checkpoint(
         CheckpointError, ArchitectureError: if either cannot be used.
         OutputError: if it cannot be written.
     """
-    plan = check_shared(shared)
+    plan = open_shared(shared).plan
     entry = shared.require_sharing()
     dense.require_dense("refit to")
-    check_fits(plan, dense)
+    fit_plan(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
     finished = settle(out)

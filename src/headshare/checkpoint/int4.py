@@ -114,7 +114,7 @@ def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dic
     """
     found: dict[str, GappedTensor] = {}
     for name, tensor in tensors.items():
-        if tensor.axis or tensor.removed or tensor.factored or tensor.scaled:
+        if tensor.axis or not tensor.only_borrows:
             raise PlanError(f"only shared rows can be packed in 4 bits, and this plan does more to {name}.")
         if len(tensor.shape) == 1:
             found[name] = tensor

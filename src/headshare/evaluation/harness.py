@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import headshare.evaluation.tasks  # noqa: F401 - registers our tasks
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import EvaluationError
-from headshare.evaluation.harness_metrics import (
+from headshare.evaluation.harness_tasks import (
+    as_task,
     averaged,
     check_finite_samples,
     once_a_question,
@@ -24,7 +26,6 @@ from headshare.evaluation.harness_metrics import (
     share_of_constant,
     share_right,
 )
-from headshare.evaluation.harness_tasks import as_task
 from headshare.evaluation.results import Measured, key_of, versions
 from headshare.evaluation.task_files import TASKS, Part, digest_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet

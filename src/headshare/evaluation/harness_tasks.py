@@ -1,9 +1,14 @@
-"""Local questions as tasks of lm-evaluation-harness."""
+"""Local questions as tasks of lm-evaluation-harness, and metrics from the samples that it returns."""
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from headshare.errors import EvaluationError
 from headshare.evaluation.questions import Question
+from headshare.evaluation.results import Metric
 from headshare.evaluation.task_files import TASKS, Part
 
 SCORED = ("acc", "acc_norm")
@@ -52,3 +57,75 @@ def _choices(document: Mapping[str, Any]) -> list[str]:
 
 def _target(document: Mapping[str, Any]) -> str | int:
     return int(document["answer"]) if len(document["contexts"]) == 1 else document["endings"][0]
+
+
+def once_a_question(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One sample a question, where the harness took its answer from the text in several ways."""
+    by_question: dict[Any, dict[str, Any]] = {}
+    for sample in samples:
+        by_question.setdefault(sample["doc_id"], sample)
+    return list(by_question.values())
+
+
+def share_right(samples: Sequence[Mapping[str, Any]]) -> float:
+    """The share of questions that were answered rightly."""
+    return float(sum(sample["acc"] for sample in samples)) / len(samples)
+
+
+def share_of_constant(samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of the option that is right most often, where all questions have the same ones."""
+    options = {tuple(ending for _, ending in sample["arguments"]) for sample in samples}
+    targets = Counter(sample["target"] for sample in samples if isinstance(sample["target"], int))
+    if len(options) != 1 or len(next(iter(options))) < 2 or targets.total() != len(samples):
+        return None
+    return targets.most_common(1)[0][1] / len(samples)
+
+
+def averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Accuracies over all questions, whatever their subject, with the standard deviation over sqrt(n): of answers that
+    are right or wrong, sqrt(p (1 - p) / (n - 1))."""
+    found = {}
+    for name in SCORED:
+        if all(name in sample for sample in samples):
+            values = [float(sample[name]) for sample in samples]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            found[name] = Metric(statistics.mean(values), error)
+    return found
+
+
+def reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
+    """What the harness says of a task that is not one of choosing."""
+    row = found["results"].get(name)
+    if row is None:
+        raise EvaluationError(
+            f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(found['results']))}."
+        )
+    metrics = dict(_metrics(row))
+    if not metrics:
+        raise EvaluationError(f"lm-eval found no finite figure for {name}.")
+    return metrics
+
+
+def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, Metric]]:
+    """Under their names; where answers were taken from the text in several ways, under those too."""
+    keys = [key for key in row if "," in key and "_stderr" not in key and _number(row[key]) is not None]
+    names = Counter(key.partition(",")[0] for key in keys)
+    for key in keys:
+        name = key.partition(",")[0]
+        found = Metric(_number(row[key]), _number(row.get(key.replace(",", "_stderr,", 1))))
+        yield (name if names[name] == 1 else key), found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def check_finite_samples(samples: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise EvaluationError where a likelihood is NaN."""
+    for sample in samples:
+        for answer in sample["filtered_resps"]:
+            value = answer[0] if isinstance(answer, list | tuple) else answer
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EvaluationError(
+                    f"a likelihood on {name} is {value}; the model's weights are damaged or overflow this dtype."
+                )

@@ -14,9 +14,6 @@ from headshare.errors import EvaluationError
 from headshare.evaluation.questions import Question, Row
 from headshare.evaluation.task_files import exam, read_rows
 
-# ---- how files are read
-
-
 # ---- rows
 
 

@@ -22,12 +22,12 @@ from headshare.errors import ArchitectureError, CheckpointError, HeadshareError,
 from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.added import extra_tensors, scale_names
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import READOUTS, GappedTensor, bias_name
+from headshare.plan.tensors import GappedTensor, added_tensors, bias_name
+from headshare.plan.units import READOUTS
 from headshare.progress import track
 from headshare.sharing.expand import expand, write_overwritten
-from headshare.sharing.fits import check_fits, check_shared, tensors_of
+from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.size import parameter_infos
 from headshare.sharing.writer import same_numbers
 from headshare.text.windows import longest_window
@@ -76,14 +76,13 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
     try:
         _check_files(shared, result)
-        check_shared(shared)
+        files = open_shared(shared)
         if against is not None:
             against.require_dense("verify against")
-            check_fits(shared.sharing.plan, against)
-            _check_numbers(shared, against, result)
+            _check_numbers(shared, fit_plan(files.plan, against), result)
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
-            _check_logits(shared, against, result)
+            _check_logits(shared, files.plan, against, result)
     except HeadshareError as error:
         result.fail(str(error))
     return result
@@ -109,12 +108,14 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
         result.files_checked += 1
 
 
-def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) -> None:
-    """Every tensor of the dense model, less what the plan says was given up, is in the shared one, bit for bit."""
+def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification) -> None:
+    """Every tensor of the dense model (`files`), less what the plan says was given up, is in the shared one, bit for
+    bit."""
+    dense = files.checkpoint
+    tensors = files.tensors
     entry = shared.require_sharing()
-    tensors, extras = tensors_of(entry.plan, dense), extra_tensors(entry.plan)
     packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
-    for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(extras)):
+    for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(files.added)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
     converted, refitted = set(), frozenset(entry.refit.tensors if entry.refit else ())
@@ -130,8 +131,8 @@ def _check_numbers(shared: Checkpoint, dense: Checkpoint, result: Verification) 
         result.tensors_checked += 1
     if entry.refit:
         result.notes.append(f"not compared with the dense model: {entry.refit.in_words()}")
-    if _multiplies_factors(entry.plan):
-        result.notes.append("not compared with the dense model: factors, whose product only comes near its columns")
+    for near in filter(None, (section.approximate for section in files.plan.sections)):
+        result.notes.append(f"not compared with the dense model: {near}")
     if entry.packing:
         result.notes.append(f"not compared with the dense model: {entry.packing.in_words()}")
     if converted:
@@ -177,11 +178,14 @@ def _check_lent(
                 break
 
 
-def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verification) -> None:
+def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | None, result: Verification) -> None:
     if "auto_map" in shared.config:
         result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
         return
-    reason = _why_rounding_differs(shared.require_sharing().plan)
+    if plan.no_stock_equivalent is not None:
+        result.notes.append(f"logits not compared with a stock model, as there is none: {plan.no_stock_equivalent}")
+        return
+    reason = _why_rounding_differs(plan)
     stored = next(iter(shared.tensors.values())).torch_dtype
     dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
     widened = dtype.itemsize / stored.itemsize
@@ -212,18 +216,9 @@ def _check_logits(shared: Checkpoint, against: Checkpoint | None, result: Verifi
 
 
 def _why_rounding_differs(plan: SharePlan) -> str | None:
-    """What makes a shared model round in another way than the stock one; None where it does not."""
-    if any(removal.count for removal in plan.removals):
-        return "without removed units, sums are rounded in another way"
-    if _multiplies_factors(plan):
-        return "factors are multiplied one after the other here, and with each other there"
-    if scale_names(plan):
-        return "scales of ties multiply inputs here, and weights there"
-    return None
-
-
-def _multiplies_factors(plan: SharePlan) -> bool:
-    return any(one.count for one in plan.factored)
+    """Why a shared model rounds in another way than the stock one; None where it does not."""
+    reasons = [section.rounding for section in reversed(plan.sections)]
+    return next((reason for reason in reasons if reason), None)
 
 
 @contextmanager
@@ -235,7 +230,7 @@ def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Ch
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not (extra_tensors(entry.plan) or entry.refit or entry.packing):
+        if against is not None and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing):
             folder = write_overwritten(against, entry.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)

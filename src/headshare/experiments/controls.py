@@ -9,7 +9,8 @@ from headshare.architecture.modules import module_path
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.section import Choice
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 
 

@@ -6,7 +6,8 @@ from headshare.matching.pairing import check_covered, checked_recipients, ratio_
 from headshare.matching.similarity import match_for, tied_together
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.section import Choice
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Parts, Tie
 from headshare.sharing.size import Estimate, estimate_plan
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headshare.errors import OptionError
-from headshare.plan.ties import MAX_NAME
+from headshare.plan.section import MAX_NAME
 from headshare.plan.units import FFN_PARTS, Kind, Part
 
 Products = Mapping[Part, Float[Tensor, "units units"]]

@@ -14,7 +14,8 @@ from headshare.errors import OptionError, PlanError
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.section import Choice
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Parts, Tie
 
 ScoreMatrix = Float[Tensor, "units units"]

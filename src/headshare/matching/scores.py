@@ -14,7 +14,7 @@ from torch import Tensor
 from headshare.errors import HeadshareError, PlanError
 from headshare.files.atomic import write_whole
 from headshare.plan.layout import Layout
-from headshare.plan.ties import MAX_NAME
+from headshare.plan.section import MAX_NAME
 from headshare.plan.units import Part
 
 

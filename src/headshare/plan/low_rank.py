@@ -1,25 +1,51 @@
 """Low-rank units: columns of the output projection stored as a product of two matrices."""
 
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
+from pydantic import field_serializer, field_validator
 
 from headshare.errors import PlanError
 from headshare.plan.groups import MAX_ATTENTION_UNITS, flat, read_groups, read_layer, write_groups
 from headshare.plan.layout import Layout, Place
+from headshare.plan.removal import Removal, counts
+from headshare.plan.section import KEPT, AddedTensor, Choice, ModuleChange, Section, Touched, section_kind
 from headshare.plan.spans import Spans, length
-from headshare.plan.ties import Choice
-from headshare.plan.units import Kind, Part
+from headshare.plan.ties import Selection
+from headshare.plan.units import HeadUnit, Kind, Part
+
+# what makes such columns, and what holds them in a loaded model
+LOW_RANK = "low_rank"
 
 
-class Factored(BaseModel):
+class Product(NamedTuple):
+    """Dense indices [start, stop) of a readout that are stored as a product of this rank: those of one unit."""
+
+    start: int
+    stop: int
+    rank: int
+
+    @property
+    def maker(self) -> str:
+        """The name of what multiplies the factors."""
+        return LOW_RANK
+
+    def moved_to(self, start: int) -> "Product":
+        """The same range, of as many indices, from this one on."""
+        return self._replace(start=start, stop=start + self.stop - self.start)
+
+
+@section_kind
+class Factored(Section):
     """Units whose columns of the readout (W_o) are stored as a product of two matrices, of a rank for each unit.
 
     The layout has the part o alone. `units` says which groups, by layer, as a removal does; `ranks` has a number for
     each of them, in ascending order of the groups. What else such a unit has may be tied or its own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: ClassVar[str] = "factored"
+    sign: ClassVar[str] = "f"
+    legend: ClassVar[str] = "W_o stored as a product"
 
     layout: Layout
     units: dict[int, Spans]
@@ -85,6 +111,112 @@ class Factored(BaseModel):
     def ranked(self, layer: int) -> list[tuple[int, int]]:
         """Group and rank of this layer's units, in order."""
         return list(zip(flat(self.units.get(layer, ())), self.ranks.get(layer, ()), strict=True))
+
+    def touched(self) -> Iterator[Touched]:
+        """The units' columns, each unit's a product of its own rank."""
+        for layer in self.units:
+            for group, rank in self.ranked(layer):
+                product = Product(*self.place.span(group), rank)
+                yield Touched(self.place.name(layer), self.place.shape, self.place.axis, product)
+
+    def added(self) -> Iterator[tuple[str, AddedTensor]]:
+        """Both factors of each readout; the units' ranks lie one after the other."""
+        outputs = self.place.shape[1 - self.place.axis]
+        for layer in self.units:
+            name = self.place.name(layer)
+            ranks = sum(self.ranks[layer])
+            factor_in, factor_out = factor_names(name)
+            yield factor_in, AddedTensor(name, (ranks, self.place.rows))
+            yield factor_out, AddedTensor(name, (outputs, ranks))
+
+    def modules(self) -> Iterator[ModuleChange]:
+        """A readout that multiplies by one factor and then by the other."""
+        return (ModuleChange(self.place.name(layer), LOW_RANK) for layer in self.units)
+
+    @property
+    def rounding(self) -> str | None:
+        """A shared model multiplies inputs by the factors, a stock one by their product."""
+        return "factors are multiplied one after the other here, and with each other there" if self.count else None
+
+    @property
+    def approximate(self) -> str | None:
+        """Factors are no numbers of the dense model's."""
+        return "factors, whose product only comes near its columns" if self.count else None
+
+    def conflict(self, other: Section) -> str | None:
+        """A unit's columns are a product or removed, not both; and such a readout neither gives nor takes columns."""
+        if isinstance(other, Factored):
+            return "a plan lists factored attention units twice. Make them one."
+        if isinstance(other, Removal):
+            return self._conflict_with_removal(other)
+        return self._conflict_with_ties(other) if isinstance(other, Selection) else None
+
+    def _conflict_with_removal(self, removal: Removal) -> str | None:
+        ours = self.layout
+        theirs = removal.layout
+        if theirs.kind is not ours.kind:
+            if any(place.tensor == self.place.tensor for place in theirs.parts.values()):
+                return f"{self.place.tensor} holds units of two kinds; in such a tensor none can be factored."
+            return None
+        if (theirs.layers, theirs.groups, theirs.parts[Part.O]) != (ours.layers, ours.groups, self.place):
+            return "a removal and factored units see the attention units of this model in different ways."
+        for layer in self.units:
+            both = {group for group, _ in self.ranked(layer)} & set(removal.indices(layer))
+            if both:
+                return f"{HeadUnit(layer, min(both))} is both factored and removed. Make it one of them."
+        return None
+
+    def _conflict_with_ties(self, selection: Selection) -> str | None:
+        if all(place.tensor != self.place.tensor for place in selection.layout.parts.values()):
+            return None
+        for tie in selection.ties:
+            for unit in tie:
+                if unit.layer in self.units:
+                    return (
+                        f"{tie}, also in {self.place.name(unit.layer)}, which has factored units: in one layer's "
+                        "readout, ties and factored units do not mix. Tie q, k and v alone there."
+                    )
+        return None
+
+    def bars(self, unit: HeadUnit, layout: Layout) -> bool:
+        """A readout with factored units lends no columns."""
+        return unit.layer in self.units and any(place.tensor == self.place.tensor for place in layout.parts.values())
+
+    def units_given(self) -> list[HeadUnit]:
+        """The units whose columns are products."""
+        return [HeadUnit(layer, group) for layer in self.units for group, _ in self.ranked(layer)]
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, and the units and their ranks by layer."""
+        data = self.model_dump(mode="json")
+        return {**counts(self, "factored", self.count), "indices": data["units"], "ranks": data["ranks"]}
+
+    def picture(self, others: Collection[Section]) -> str:
+        """A sign for each attention unit, and the ranks of those that are factored."""
+        del others
+        layout = self.layout
+        width = len(str(layout.layers - 1))
+        lines = [self.title(f"{layout.kind}, part o", self.count, "units factored")]
+        for layer in range(layout.layers):
+            rank_of = dict(self.ranked(layer))
+            signs = "".join(self.sign if group in rank_of else KEPT for group in range(layout.groups))
+            lines.append(f"  layer {layer:{width}}  {signs}  {_in_words(sorted(rank_of.values()))}".rstrip())
+        return "\n".join(lines)
+
+
+def factor_names(weight_name: str) -> tuple[str, str]:
+    """The two tensors whose product stands for this readout weight's factored columns. Whatever the weight's own
+    orientation, the first is ranks x input channels of a unit, the second outputs x ranks; the units' ranks lie one
+    after the other."""
+    base = weight_name.removesuffix("weight")
+    return base + "factor_in", base + "factor_out"
+
+
+def _in_words(ranks: list[int]) -> str:
+    """How many units are factored, and at which rank: "3 of rank 8", "2 of rank 4 to 16"."""
+    if not ranks:
+        return ""
+    return f"{len(ranks)} of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] != ranks[0] else "")
 
 
 def _checked_ranks(value: Any, layer: int, count: int, place: Place) -> tuple[int, ...]:

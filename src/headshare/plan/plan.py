@@ -8,6 +8,7 @@ A plan read from a checkpoint or a file is untrusted and comes through the same 
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import combinations, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     model_serializer,
     model_validator,
@@ -22,14 +24,16 @@ from pydantic import (
 
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
-from headshare.plan.layout import Layout, Place, check_places, check_tensors
+from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import Factored
 from headshare.plan.removal import Removal
-from headshare.plan.ties import MAX_NAME, Selection
+from headshare.plan.section import MAX_NAME, SECTION_KINDS, Gap, Scaled, Section
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part
 
 FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
+MAX_SECTIONS = 16
 
 
 class SharePlan(BaseModel):
@@ -47,47 +51,73 @@ class SharePlan(BaseModel):
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
     removals: Annotated[tuple[Removal, ...], Field(max_length=len(Kind))] = ()
     factored: Annotated[tuple[Factored, ...], Field(max_length=len(Kind))] = ()
+    # sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
+    others: Annotated[tuple[SerializeAsAny[Section], ...], Field(max_length=MAX_SECTIONS)] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_others(cls, data: Any) -> Any:
+        """Gather the sections of registered kinds from their keys."""
+        own = set(cls.model_fields)
+        keys = [key for key in SECTION_KINDS if key not in own]
+        if not isinstance(data, dict) or not any(key in data for key in keys):
+            return data
+        rest = {key: value for key, value in data.items() if key not in keys}
+        read = list(rest.get("others", ()))
+        for key in keys:
+            listed = data.get(key, ())
+            if not isinstance(listed, list | tuple) or len(listed) > MAX_SECTIONS:
+                raise PlanError(f"{key} should be a list of at most {MAX_SECTIONS} sections; found {listed!r:.50}.")
+            read += [SECTION_KINDS[key].model_validate(one) for one in listed]
+        return {**rest, "others": tuple(read)}
 
     @model_validator(mode="after")
     def _check(self) -> "SharePlan":
-        parts = [part for selection in self.selections for part in selection.parts]
-        if len(parts) != len(set(parts)):
-            raise PlanError(f"two selections share the same part: {', '.join(parts)}.")
-        check_places([selection.layout for selection in self.selections])
-        if self.removals:
-            self._check_removals()
-        if self.factored:
-            self._check_factored()
+        earlier: list[Section] = []
+        for _, many in groupby(self.sections, key=type):
+            alike = list(many)
+            # sections of one kind against each other
+            for one, other in combinations(alike, 2):
+                _refuse(other.conflict(one))
+            check_places([one.layout for one in alike])
+            # then against all kinds before: they agree about each tensor, and claim no unit twice
+            check_tensors([one.layout for one in (*alike, *reversed(earlier))])
+            for one in alike:
+                for other in reversed(earlier):
+                    _refuse(one.conflict(other) or other.conflict(one))
+            earlier += alike
+        if self.others:
+            self._check_ranges()
         return self
 
-    def _check_removals(self) -> None:
-        if len({removal.layout.kind for removal in self.removals}) < len(self.removals):
-            raise PlanError("two removals are of the same kind of unit. Make them one.")
-        removed = [removal.layout for removal in self.removals]
-        check_places(removed)
-        check_tensors([*removed, *(selection.layout for selection in self.selections)])
-        for removal in self.removals:
-            for selection in self.selections:
-                _check_apart(selection, removal)
-
-    def _check_factored(self) -> None:
-        if len(self.factored) > 1:
-            raise PlanError("a plan lists factored attention units twice. Make them one.")
-        check_tensors(self.layouts)
-        for one in self.factored:
-            for removal in self.removals:
-                _check_not_removed(one, removal)
-            for selection in self.selections:
-                _check_readout_not_tied(one, selection)
+    def _check_ranges(self) -> None:
+        """Raise PlanError if two sections claim the same indices of a tensor; sections of our own know each other."""
+        by_name: dict[str, list[tuple[int, int]]] = {}
+        for section in self.sections:
+            for name, _, _, span, _ in section.touched():
+                if span is not None and not isinstance(span, Scaled):
+                    by_name.setdefault(name, []).append((span.start, span.stop))
+        for name, spans in by_name.items():
+            if any(before[1] > after[0] for before, after in pairwise(sorted(spans))):
+                raise PlanError(f"two sections of the plan claim the same indices of {name}.")
 
     @model_serializer(mode="wrap")
     def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Without `removals` or `factored` where there are none: plans of before there were any keep their digests."""
+        """Only the keys that hold something, `selections` aside: plans of before there were others keep their
+        digests."""
         data: dict[str, Any] = handler(self)
+        others = zip(self.others, data.pop("others", ()), strict=True)
         for key in ("removals", "factored"):
             if not getattr(self, key):
                 data.pop(key, None)
+        for section, written in others:
+            data.setdefault(section.key, []).append(written)
         return data
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Everything that the plan does, in order: ties, removals, low-rank units, and kinds registered elsewhere."""
+        return (*self.selections, *self.removals, *self.factored, *self.others)
 
     @property
     def ties(self) -> int:
@@ -96,25 +126,34 @@ class SharePlan(BaseModel):
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """The grids of all removals, factored units and selections."""
-        own = (*(removal.layout for removal in self.removals), *(one.layout for one in self.factored))
-        return (*own, *(selection.layout for selection in self.selections))
+        """The grids of all sections, those of ties last."""
+        first = (section.layout for section in self.sections[len(self.selections) :])
+        return (*first, *(selection.layout for selection in self.selections))
 
     def removed(self, kind: Kind) -> int:
         """How many units of this kind are removed, over all layers; in the feed-forward these are neurons."""
         return sum(removal.count for removal in self.removals if removal.layout.kind is kind)
 
-    def loses_some_of(self, unit: HeadUnit, selection: Selection) -> bool:
-        """Whether this unit of the selection's grid, or a neuron of it, is removed."""
-        same = (removal for removal in self.removals if removal.layout.kind is selection.layout.kind)
-        return any(removal.takes_from(unit, selection.layout) for removal in same)
-
     def may_lend(self, unit: HeadUnit, selection: Selection) -> bool:
-        """Whether a tie to this unit of the selection's grid could be: nothing of it is removed, and the parts that the
-        selection shares are not in a readout with factored units."""
-        tensors = {place.tensor for place in selection.layout.parts.values()}
-        mixed = any(one.place.tensor in tensors and unit.layer in one.units for one in self.factored)
-        return not mixed and not self.loses_some_of(unit, selection)
+        """Whether a tie to this unit of the selection's grid could be: no section bars it."""
+        return not any(section.bars(unit, selection.layout) for section in self.sections)
+
+    def first_layer(self) -> int | None:
+        """The first layer that computes something else than the dense model's; None where none does."""
+        layers = (section.first_layer() for section in self.sections)
+        return min((layer for layer in layers if layer is not None), default=None)
+
+    @property
+    def no_stock_equivalent(self) -> str | None:
+        """Why no stock model computes the same as a model of this plan; None where one does."""
+        return next((why for section in self.sections if (why := section.no_stock_equivalent)), None)
+
+    @property
+    def only_ties(self) -> bool:
+        """Whether the plan does nothing but tie units as they are, without scales."""
+        ranges = (touched.range for section in self.sections for touched in section.touched())
+        changed = any(next(section.modules(), None) for section in self.sections)
+        return not changed and all(one is None or isinstance(one, Gap) for one in ranges)
 
     @property
     def digest(self) -> str:
@@ -182,62 +221,9 @@ def check_format(what: str, found: Any) -> None:
         raise PlanError(f"{what} has format {found!r:.50}; this headshare reads format {FORMAT}. Upgrade headshare.")
 
 
-def _check_apart(selection: Selection, removal: Removal) -> None:
-    """Raise PlanError if a unit that is tied is removed, or if the two see the same weights in different ways."""
-    theirs, ours = selection.layout, removal.layout
-    if theirs.kind is not ours.kind:
-        shared = {place.tensor for place in theirs.parts.values()} & {place.tensor for place in ours.parts.values()}
-        if shared:
-            raise PlanError(f"{min(shared)} holds units of two kinds; from such a tensor none can be removed.")
-        return
-    each, rest = divmod(ours.groups, theirs.groups)
-    agree = all(_is_cut_finer(place, ours.parts.get(part), each) for part, place in theirs.parts.items())
-    if rest or theirs.layers != ours.layers or not agree:
-        raise PlanError(f"a selection and a removal see the {ours.kind} units of this model in different ways.")
-    for tie in selection.ties:
-        for unit in tie:
-            if removal.takes_from(unit, theirs):
-                what = f"{unit} is" if each == 1 else f"neurons of {unit} are"
-                raise PlanError(f"{tie}, but {what} removed. Remove it or tie it, not both.")
-
-
-def _check_not_removed(factored: Factored, removal: Removal) -> None:
-    """Raise PlanError if a factored unit is removed, or if the two see the same weights in different ways."""
-    ours, theirs = factored.layout, removal.layout
-    if theirs.kind is not ours.kind:
-        if any(place.tensor == factored.place.tensor for place in theirs.parts.values()):
-            raise PlanError(f"{factored.place.tensor} holds units of two kinds; in such a tensor none can be factored.")
-        return
-    if (theirs.layers, theirs.groups, theirs.parts[Part.O]) != (ours.layers, ours.groups, factored.place):
-        raise PlanError("a removal and factored units see the attention units of this model in different ways.")
-    for layer in factored.units:
-        both = {group for group, _ in factored.ranked(layer)} & set(removal.indices(layer))
-        if both:
-            raise PlanError(f"{HeadUnit(layer, min(both))} is both factored and removed. Make it one of them.")
-
-
-def _check_readout_not_tied(factored: Factored, selection: Selection) -> None:
-    """Raise PlanError if a readout with factored units also gives or takes columns."""
-    if all(place.tensor != factored.place.tensor for place in selection.layout.parts.values()):
-        return
-    for tie in selection.ties:
-        for unit in tie:
-            if unit.layer in factored.units:
-                raise PlanError(
-                    f"{tie}, also in {factored.place.name(unit.layer)}, which has factored units: in one layer's "
-                    "readout, ties and factored units do not mix. Tie q, k and v alone there."
-                )
-
-
-def _is_cut_finer(coarse: Place, fine: Place | None, each: int) -> bool:
-    """Whether the units of one place are those of the other, `each` of them together."""
-    whole = None if fine is None else {"rows": fine.rows * each, "step": fine.step * each}
-    return (
-        whole is not None
-        and fine is not None
-        and coarse == fine.model_copy(update=whole)
-        and (each == 1 or fine.step == fine.rows)
-    )
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise PlanError(reason)
 
 
 def _readable(data: dict[str, Any]) -> str:

@@ -1,26 +1,36 @@
 """Removals: units and single neurons that a model goes without."""
 
 from bisect import bisect_left
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, model_validator
+from pydantic import field_serializer, field_validator, model_validator
 
 from headshare.errors import PlanError
 from headshare.plan.groups import MAX_ATTENTION_UNITS, flat, read_groups, write_groups
-from headshare.plan.layout import Layout
-from headshare.plan.spans import Spans, length
-from headshare.plan.ties import Choice
-from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Kind, Part
+from headshare.plan.layout import Layout, Place
+from headshare.plan.section import KEPT, Choice, Removed, Section, Touched, section_kind
+from headshare.plan.spans import Span, Spans, length
+from headshare.plan.ties import Selection
+from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, READOUTS, HeadUnit, Kind, Part
+
+# the width of a picture of neurons
+BAR = 32
 
 
-class Removal(BaseModel):
+@section_kind
+class Removal(Section):
     """Units that a model goes without: attention units, or single neurons (a feed-forward layout of rows = 1).
 
     The layout has all parts of its kind. `removed` says which groups go, by layer; it is made from whole numbers, and
     in JSON each layer's are one text, such as "3,7-9,15".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: ClassVar[str] = "removals"
+    one_type: ClassVar[bool] = False
+    sign: ClassVar[str] = "x"
+    legend: ClassVar[str] = "removed"
+    takes_whole: ClassVar[bool] = True
 
     layout: Layout
     removed: dict[int, Spans]
@@ -76,6 +86,81 @@ class Removal(BaseModel):
         """The groups that this layer goes without, in order."""
         return flat(self.removed.get(layer, ()))
 
+    def touched(self) -> Iterator[Touched]:
+        """The indices that go, in every part; in readouts they are inputs, elsewhere outputs."""
+        for part, place in self.layout.parts.items():
+            for layer, groups in self.removed.items():
+                for start, stop in _indices(place, groups):
+                    yield Touched(
+                        place.name(layer), place.shape, place.axis, Removed(start, stop), part not in READOUTS
+                    )
+
+    @property
+    def rounding(self) -> str | None:
+        """Sums have fewer terms than in a stock model, whose terms are zeros there."""
+        return "without removed units, sums are rounded in another way" if self.count else None
+
+    def conflict(self, other: Section) -> str | None:
+        """Units go once, are not tied too, and lie in the same places for all who see them."""
+        if isinstance(other, Removal) and other.layout.kind is self.layout.kind:
+            return "two removals are of the same kind of unit. Make them one."
+        return self._conflict_with_ties(other) if isinstance(other, Selection) else None
+
+    def _conflict_with_ties(self, selection: Selection) -> str | None:
+        theirs = selection.layout
+        ours = self.layout
+        if theirs.kind is not ours.kind:
+            shared = {place.tensor for place in theirs.parts.values()} & {place.tensor for place in ours.parts.values()}
+            if shared:
+                return f"{min(shared)} holds units of two kinds; from such a tensor none can be removed."
+            return None
+        each, rest = divmod(ours.groups, theirs.groups)
+        agree = all(_is_cut_finer(place, ours.parts.get(part), each) for part, place in theirs.parts.items())
+        if rest or theirs.layers != ours.layers or not agree:
+            return f"a selection and a removal see the {ours.kind} units of this model in different ways."
+        for tie in selection.ties:
+            for unit in tie:
+                if self.takes_from(unit, theirs):
+                    what = f"{unit} is" if each == 1 else f"neurons of {unit} are"
+                    return f"{tie}, but {what} removed. Remove it or tie it, not both."
+        return None
+
+    def bars(self, unit: HeadUnit, layout: Layout) -> bool:
+        """A unit of which something is removed neither lends nor borrows."""
+        return layout.kind is self.layout.kind and self.takes_from(unit, layout)
+
+    def units_given(self) -> list[HeadUnit]:
+        """What is removed: attention units, or single neurons."""
+        return [HeadUnit(layer, group) for layer in self.removed for group in self.indices(layer)]
+
+    def first_layer(self) -> int | None:
+        """The first layer that loses units."""
+        return min(self.removed, default=None)
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, and what is removed as text by layer."""
+        indices = self.model_dump(mode="json")["removed"]
+        return {**counts(self, "removed", self.count), "indices": indices}
+
+    def picture(self, others: Collection[Section]) -> str:
+        """A sign for each attention unit; for neurons, of which there are thousands, a bar and a count."""
+        del others
+        layout = self.layout
+        attention = layout.kind is Kind.ATTENTION
+        width = len(str(layout.layers - 1))
+        digits = len(str(layout.groups))
+        lines = [self.title(str(layout.kind), self.count, "units removed" if attention else "neurons removed")]
+        for layer in range(layout.layers):
+            count = length(self.removed.get(layer, ()))
+            if attention:
+                gone = set(self.indices(layer))
+                signs = "".join(self.sign if group in gone else KEPT for group in range(layout.groups))
+            else:
+                kept = round(BAR * (1 - count / layout.groups))
+                signs = KEPT * kept + self.sign * (BAR - kept)
+            lines.append(f"  layer {layer:{width}}  {signs}  {count:{digits}} of {layout.groups}")
+        return "\n".join(lines)
+
     def takes_from(self, unit: HeadUnit, layout: Layout) -> bool:
         """Whether some of this unit is removed. `layout` is the grid that the unit is in, perhaps a coarser one."""
         each = self.layout.groups // layout.groups
@@ -85,3 +170,35 @@ class Removal(BaseModel):
         spans = self.removed.get(layer, ())
         at = bisect_left(spans, start, key=lambda span: span.stop - 1)
         return at < len(spans) and spans[at].start < stop
+
+
+def counts(section: Section, done: str, count: int) -> dict[str, Any]:
+    """The grid of a section, and how many of its units something was `done` to, as plain data."""
+    return {
+        "kind": str(section.layout.kind),
+        "layers": section.layout.layers,
+        "groups": section.layout.groups,
+        done: count,
+        "ratio": count / section.layout.units,
+        "chosen": section.chosen.model_dump(mode="json"),
+    }
+
+
+def _indices(place: Place, groups: Spans) -> Spans:
+    """The indices that these groups have in this place."""
+    if (place.start, place.step, place.rows) == (0, 1, 1):
+        return groups
+    if place.step == place.rows:
+        return tuple(Span(place.span(start)[0], place.span(stop - 1)[1]) for start, stop in groups)
+    return tuple(Span(*place.span(group)) for start, stop in groups for group in range(start, stop))
+
+
+def _is_cut_finer(coarse: Place, fine: Place | None, each: int) -> bool:
+    """Whether the units of one place are those of the other, `each` of them together."""
+    whole = None if fine is None else {"rows": fine.rows * each, "step": fine.step * each}
+    return (
+        whole is not None
+        and fine is not None
+        and coarse == fine.model_copy(update=whole)
+        and (each == 1 or fine.step == fine.rows)
+    )

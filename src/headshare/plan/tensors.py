@@ -12,35 +12,16 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import NamedTuple
 
-from headshare.plan.layout import Place
+from headshare.plan.low_rank import Product
 from headshare.plan.plan import SharePlan
+from headshare.plan.section import AddedTensor, Gap, Made, Removed, Scaled, Touched
 from headshare.plan.spans import Span, Spans, joined
-from headshare.plan.ties import Selection
-from headshare.plan.units import Part
 
 NOTHING = ""
 PRODUCT = "*"
-READOUTS = (Part.O, Part.DOWN)
-
-
-class Gap(NamedTuple):
-    """Dense indices [start, stop) that are not stored here, and the same number from `donor_start` of `donor`."""
-
-    start: int
-    stop: int
-    donor: str
-    donor_start: int
-
-
-class Product(NamedTuple):
-    """Dense indices [start, stop) of a readout that are stored as a product of this rank: those of one unit."""
-
-    start: int
-    stop: int
-    rank: int
 
 
 class Run(NamedTuple):
@@ -66,12 +47,12 @@ class GappedTensor:
     gaps: tuple[Gap, ...] = ()
     scaled: tuple[tuple[int, int], ...] = ()
     removed: Spans = ()
-    factored: tuple[Product, ...] = ()
+    made: tuple[Made, ...] = ()
 
     @cached_property
     def _absent(self) -> "_Absent":
         spans = [Span(gap.start, gap.stop) for gap in self.gaps]
-        spans += [Span(start, stop) for start, stop, _ in self.factored]
+        spans += [Span(one.start, one.stop) for one in self.made]
         return _Absent(tuple(sorted([*spans, *self.removed]))) if spans else self._removed
 
     @cached_property
@@ -119,7 +100,7 @@ class GappedTensor:
             (gap.start, Run(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
         ]
         runs += [(start, Run(NOTHING, start, stop)) for start, stop in self.removed]
-        runs += [(start, Run(PRODUCT, start, stop)) for start, stop, _ in self.factored]
+        runs += [(one.start, Run(PRODUCT, one.start, one.stop)) for one in self.made]
         return _joined([run for _, run in sorted(runs)])
 
     def reduced(self, tensors: Mapping[str, "GappedTensor"]) -> "GappedTensor":
@@ -136,11 +117,23 @@ class GappedTensor:
         scaled = tuple(
             (self.reduced_index(start), self.reduced_index(start) + stop - start) for start, stop in self.scaled
         )
-        factored = tuple(
-            Product(self.reduced_index(start), self.reduced_index(start) + stop - start, rank)
-            for start, stop, rank in self.factored
-        )
-        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled, factored=factored)
+        made = tuple(one.moved_to(self.reduced_index(one.start)) for one in self.made)
+        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled, made=made)
+
+    @property
+    def factored(self) -> tuple[Product, ...]:
+        """The ranges that are products of two factors."""
+        return tuple(one for one in self.made if isinstance(one, Product))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is stored here, though others may borrow from it."""
+        return not (self.gaps or self.removed or self.made)
+
+    @property
+    def only_borrows(self) -> bool:
+        """Whether all that is not stored here is a donor's, as it is."""
+        return not (self.removed or self.made or self.scaled)
 
 
 class _Absent:
@@ -175,45 +168,41 @@ def _joined(runs: list[Run]) -> list[Run]:
 
 
 def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
-    """Every tensor that gives, takes or loses something under this plan or has factored units, by name, in dense
-    coordinates. Tensors that a plan leaves alone are not listed; nor are biases, which not every model has: see
-    `gapped_biases`."""
-    gaps: dict[str, list[Gap]] = {}
-    scaled: dict[str, list[tuple[int, int]]] = {}
-    shapes: dict[str, tuple[tuple[int, int], int]] = {}
-    for selection in plan.selections:
-        for part, place in selection.layout.parts.items():
-            for recipient, donor in selection.ties:
-                name, donor_name = place.name(recipient.layer), place.name(donor.layer)
-                span = place.span(recipient.group)
-                gaps.setdefault(name, []).append(Gap(*span, donor_name, place.span(donor.group)[0]))
-                shapes[name] = shapes[donor_name] = (place.shape, place.axis)
-                if selection.scale and part is Part.O:
-                    scaled.setdefault(name, []).append(span)
-    removed = _removed(plan, tuple(Part))
-    shapes |= {name: (place.shape, place.axis) for name, (place, _) in removed.items()}
-    factored = _factored(plan)
-    shapes |= {name: (place.shape, place.axis) for name, (place, _) in factored.items()}
-    return {
-        name: GappedTensor(
-            name,
-            shape,
-            axis,
-            tuple(sorted(gaps.get(name, []))),
-            tuple(sorted(scaled.get(name, []))),
-            removed[name][1] if name in removed else (),
-            factored[name][1] if name in factored else (),
-        )
-        for name, (shape, axis) in shapes.items()
-    }
+    """Every tensor that some section of the plan changes or borrows from, by name, in dense coordinates. Tensors that a
+    plan leaves alone are not listed; nor are biases, which not every model has: see `gapped_biases`."""
+    by_name: dict[str, list[Touched]] = {}
+    for section in plan.sections:
+        for touched in section.touched():
+            by_name.setdefault(touched.name, []).append(touched)
+    return {name: _merged(touched) for name, touched in by_name.items()}
+
+
+def _merged(touched: list[Touched]) -> GappedTensor:
+    """One tensor from all that sections say of it."""
+    first = touched[0]
+    ranges = [one.range for one in touched if one.range is not None]
+    gaps = tuple(sorted(one for one in ranges if isinstance(one, Gap)))
+    scaled = tuple(sorted((one.start, one.stop) for one in ranges if isinstance(one, Scaled)))
+    removed = joined(sorted((one.start, one.stop) for one in ranges if isinstance(one, Removed)))
+    made = tuple(one for one in ranges if not isinstance(one, Gap | Scaled | Removed))
+    return GappedTensor(first.name, first.shape, first.axis, gaps, scaled, removed, made)
 
 
 def gapped_biases(plan: SharePlan) -> dict[str, GappedTensor]:
-    """The biases that lose something, where the model has them: those of the parts whose units are outputs."""
-    features = _removed(plan, tuple(part for part in Part if part not in READOUTS))
+    """The biases that lose something, where the model has them: those beside weights whose outputs are removed."""
+    by_name: dict[str, list[Touched]] = {}
+    for section in plan.sections:
+        for touched in section.touched():
+            if touched.outputs and isinstance(touched.range, Removed):
+                by_name.setdefault(bias_name(touched.name), []).append(touched)
     return {
-        bias_name(name): GappedTensor(bias_name(name), (place.shape[place.axis],), 0, removed=spans)
-        for name, (place, spans) in features.items()
+        name: GappedTensor(
+            name,
+            (many[0].shape[many[0].axis],),
+            0,
+            removed=joined(sorted((one.range.start, one.range.stop) for one in many if one.range is not None)),
+        )
+        for name, many in by_name.items()
     }
 
 
@@ -223,49 +212,10 @@ def reduced_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
     return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
 
 
-def reduced_readouts(plan: SharePlan) -> dict[str, GappedTensor]:
-    """Every readout with factored units, in the same coordinates."""
-    tensors = gapped_tensors(plan)
-    return {name: tensor.reduced(tensors) for name, tensor in tensors.items() if tensor.factored}
-
-
 def tied_names(tensors: Mapping[str, GappedTensor]) -> list[str]:
     """The names of the tensors that give or take."""
     donors = {gap.donor for tensor in tensors.values() for gap in tensor.gaps}
     return [name for name, tensor in tensors.items() if tensor.gaps or name in donors]
-
-
-def _removed(plan: SharePlan, parts: tuple[Part, ...]) -> dict[str, tuple[Place, Spans]]:
-    """A place in each tensor that loses units of these parts, and the indices that it loses."""
-    found: dict[str, tuple[Place, Spans]] = {}
-    for removal in plan.removals:
-        for part, place in removal.layout.parts.items():
-            for layer, groups in removal.removed.items() if part in parts else ():
-                name, spans = place.name(layer), _indices(place, groups)
-                others = found[name][1] if name in found else ()
-                found[name] = (place, joined(sorted([*others, *spans])) if others else spans)
-    return found
-
-
-def _factored(plan: SharePlan) -> dict[str, tuple[Place, tuple[Product, ...]]]:
-    """The place of each readout that has factored units, and those units' indices."""
-    return {
-        one.place.name(layer): (
-            one.place,
-            tuple(Product(*one.place.span(group), rank) for group, rank in one.ranked(layer)),
-        )
-        for one in plan.factored
-        for layer in one.units
-    }
-
-
-def _indices(place: Place, groups: Spans) -> Spans:
-    """The indices that these groups have in this place."""
-    if (place.start, place.step, place.rows) == (0, 1, 1):
-        return groups
-    if place.step == place.rows:
-        return tuple(Span(place.span(start)[0], place.span(stop - 1)[1]) for start, stop in groups)
-    return tuple(Span(*place.span(group)) for start, stop in groups for group in range(start, stop))
 
 
 def bias_name(weight_name: str) -> str:
@@ -273,10 +223,11 @@ def bias_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "bias"
 
 
-def recipients_by_layer(selection: Selection) -> dict[int, list[tuple[int, int, int]]]:
-    """For each layer: (group, donor layer, donor group) of its recipients, in order."""
-    ordered = sorted(selection.ties)
-    return {
-        layer: [(tie.recipient.group, *tie.donor) for tie in ties]
-        for layer, ties in groupby(ordered, key=lambda tie: tie.recipient.layer)
-    }
+def added_tensors(plan: SharePlan) -> dict[str, AddedTensor]:
+    """Every tensor that the plan's sections add, by name."""
+    return {name: tensor for section in plan.sections for name, tensor in section.added()}
+
+
+def total_rank(tensor: GappedTensor) -> int:
+    """The sum of the ranks of a readout's factored units."""
+    return sum(one.rank for one in tensor.factored)

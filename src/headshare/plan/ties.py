@@ -1,35 +1,37 @@
 """Ties: units that take their weights from donors in earlier layers."""
 
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import field_serializer, field_validator, model_validator
 
 from headshare.errors import PlanError
 from headshare.plan.layout import MAX_UNITS, Layout
+from headshare.plan.section import (
+    KEPT,
+    LENDS,
+    AddedTensor,
+    Choice,
+    Gap,
+    Scaled,
+    Section,
+    Touched,
+    section_kind,
+)
 from headshare.plan.units import HeadUnit, Part, Tie
 
-MAX_NAME = 200
 
-
-class Choice(BaseModel):
-    """How ties, or removed or factored units, were chosen; for people and for reproduction, read by no code."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    match: Annotated[str, Field(max_length=MAX_NAME)] = "given"
-    mode: Annotated[str, Field(max_length=MAX_NAME)] = "given"
-    ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    scores_digest: Annotated[str, Field(max_length=MAX_NAME)] | None = None
-
-
-class Selection(BaseModel):
+@section_kind
+class Selection(Section):
     """Ties of one grid of units, each sharing the same parts.
 
     `kind` says what the recipient takes; "weights" is the only kind so far. With `scale`, each channel of the
     recipient's attention output carries one number, applied before W_o.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: ClassVar[str] = "selections"
+    sign: ClassVar[str] = "·"
 
     layout: Layout
     ties: tuple[Tie, ...]
@@ -84,6 +86,93 @@ class Selection(BaseModel):
     def parts(self) -> tuple[Part, ...]:
         """The parts that every tie of this selection shares."""
         return tuple(self.layout.parts)
+
+    def touched(self) -> Iterator[Touched]:
+        """The recipients' indices, as gaps that donors fill; scaled ones where the ties of `o` have scales."""
+        for part, place in self.layout.parts.items():
+            for recipient, donor in self.ties:
+                name = place.name(recipient.layer)
+                donor_name = place.name(donor.layer)
+                span = place.span(recipient.group)
+                yield Touched(name, place.shape, place.axis, Gap(*span, donor_name, place.span(donor.group)[0]))
+                yield Touched(donor_name, place.shape, place.axis)
+                if self.scale and part is Part.O:
+                    yield Touched(name, place.shape, place.axis, Scaled(*span))
+
+    def added(self) -> Iterator[tuple[str, AddedTensor]]:
+        """The scales of each readout with scaled ties, ones where nothing was fitted."""
+        if not self.scale:
+            return
+        place = self.layout.parts[Part.O]
+        recipients = Counter(tie.recipient.layer for tie in self.ties)
+        for layer, count in recipients.items():
+            weight = place.name(layer)
+            yield scale_name(weight), AddedTensor(weight, (count * place.rows,), fill=1.0, same_type=False)
+
+    @property
+    def rounding(self) -> str | None:
+        """Scales multiply the inputs of a shared model, and the weights of a stock one."""
+        return "scales of ties multiply inputs here, and weights there" if self.scale and self.ties else None
+
+    def conflict(self, other: Section) -> str | None:
+        """Two selections of one part would give it two donors."""
+        if isinstance(other, Selection) and set(self.parts) & set(other.parts):
+            return f"two selections share the same part: {', '.join((*other.parts, *self.parts))}."
+        return None
+
+    def units_given(self) -> set[HeadUnit]:
+        """The recipients."""
+        return {tie.recipient for tie in self.ties}
+
+    def by_layer(self) -> dict[int, list[tuple[int, int, int]]]:
+        """For each layer: (group, donor layer, donor group) of its recipients, in order."""
+        found: dict[int, list[tuple[int, int, int]]] = {}
+        for tie in sorted(self.ties):
+            found.setdefault(tie.recipient.layer, []).append((tie.recipient.group, *tie.donor))
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, and every tie as four numbers."""
+        return {
+            "kind": str(self.layout.kind),
+            "parts": [str(part) for part in self.parts],
+            "layers": self.layout.layers,
+            "groups": self.layout.groups,
+            "recipients": len(self.ties),
+            "ratio": len(self.ties) / self.layout.units,
+            "chosen": self.chosen.model_dump(mode="json"),
+            "ties": [[*tie.recipient, *tie.donor] for tie in self.ties],
+        }
+
+    def picture(self, others: Collection[Section]) -> str:
+        """One line a layer, one sign a unit, and beside it whose weights each recipient uses."""
+        layout = self.layout
+        lenders = {tie.donor for tie in self.ties}
+        by_layer = self.by_layer()
+        # a unit that another section of the same grid takes whole has that section's sign
+        same_grid = [one for one in others if (one.layout.kind, one.layout.groups) == (layout.kind, layout.groups)]
+        gone = {unit: one.sign for one in same_grid if one.takes_whole for unit in one.units_given()}
+        width = len(str(layout.layers - 1))
+        lines = [self.title(f"{layout.kind}, parts {','.join(self.parts)}", len(self.ties), "units given up")]
+        for layer in range(layout.layers):
+            ties = by_layer.get(layer, [])
+            given = {group for group, _, _ in ties}
+            signs = "".join(
+                self.sign
+                if group in given
+                else LENDS
+                if (layer, group) in lenders
+                else gone.get(HeadUnit(layer, group), KEPT)
+                for group in range(layout.groups)
+            )
+            notes = "  ".join(f"{group}<-{donor_layer}.{donor_group}" for group, donor_layer, donor_group in ties)
+            lines.append(f"  layer {layer:{width}}  {signs}  {notes}".rstrip())
+        return "\n".join(lines)
+
+
+def scale_name(weight_name: str) -> str:
+    """The tensor that scales the shared input channels of this readout weight."""
+    return weight_name.removesuffix("weight") + "tie_scale"
 
 
 def _read_tie(item: Any) -> Tie:

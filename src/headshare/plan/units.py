@@ -48,6 +48,8 @@ class Tie(NamedTuple):
 
 ATTENTION_PARTS = (Part.Q, Part.K, Part.V, Part.O)
 FFN_PARTS = (Part.GATE, Part.UP, Part.DOWN)
+# matrices that read features out: units are their inputs
+READOUTS = (Part.O, Part.DOWN)
 
 _NAMED_SETS: dict[str, tuple[Part, ...]] = {
     "ffn": FFN_PARTS,

@@ -1,7 +1,7 @@
 """Expansion: a shared checkpoint back to a stock one."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, part_of, unpack
-from headshare.plan.added import extra_tensors
+from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.sharing.assembly import Assembly, copied, filled, overwritten, stream
-from headshare.sharing.expanded import Folded
-from headshare.sharing.fits import check_fits, check_shared, tensors_of
+from headshare.sharing.expanded import ExpandedTensors, LazyTensors
+from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.writer import write_checkpoint
 
 
@@ -29,71 +29,61 @@ def expand(
     compressed-tensors' format, or are `unpacked`: to the type that most of the other numbers have.
 
     Raises:
-        CheckpointError: if the checkpoint is not shared or its tensors are not what its plan says.
+        CheckpointError: if the checkpoint is not shared, its tensors are not what its plan says, or no stock model
+            computes the same.
         OutputError: if the folder exists or cannot be written.
     """
-    plan = check_shared(shared)
-    tensors = tensors_of(plan, shared)
-    extras = extra_tensors(plan)
+    files = open_shared(shared)
+    why = files.plan.no_stock_equivalent
+    if why is not None:
+        raise CheckpointError(f"{shared.name} has no stock equivalent: {why}. Load it with headshare.")
     assemblies = [
-        filled(info, tensors[name], tensors) if name in tensors else copied(info)
+        filled(info, files.tensors[name], files.tensors) if name in files.tensors else copied(info)
         for name, info in shared.tensors.items()
-        if name not in extras
+        if name not in files.added
     ]
-    folded = Folded(shared, tensors, extras, rounded=rounded)
+    computed = ExpandedTensors(files).computed(rounded=rounded)
     if not rounded:
-        assemblies = [_widened(one) if one.name in folded else one for one in assemblies]
+        assemblies = [_widened(one) if one.name in computed else one for one in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
     packing = shared.require_sharing().packing
     if packing is None:
-        return write_checkpoint(shared, assemblies, config, Path(out), overwrite, folded)
+        return write_checkpoint(shared, assemblies, config, Path(out), overwrite, computed)
     if not unpacked:
         config["quantization_config"] = packing.to_dict()
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite)
-    made = _Unpacked(shared, assemblies)
-    return write_checkpoint(shared, made.assemblies, config, Path(out), overwrite, made)
+    assemblies, matrices = _unpacked(shared, assemblies)
+    return write_checkpoint(shared, assemblies, config, Path(out), overwrite, matrices)
 
 
-class _Unpacked(Mapping[str, Tensor]):
-    """Matrices of four bits in the type that most of the other numbers have, by name. Made when asked for."""
+def _unpacked(shared: Checkpoint, assemblies: Sequence[Assembly]) -> tuple[list[Assembly], LazyTensors]:
+    """The assemblies with each matrix of four bits as one tensor, of the type that most of the other numbers have; and
+    those matrices, by name."""
+    packed = {one.name: one for one in assemblies if one.name.endswith(PARTS)}
+    others = [one for one in assemblies if one.name not in packed]
+    # the type that most bytes of weights have
+    weights = [one for one in others if one.dtype in WEIGHT_DTYPES]
+    dtypes = {one.dtype: sum(each.nbytes for each in weights if each.dtype == one.dtype) for one in weights}
+    code = max(dtypes, key=dtypes.__getitem__, default="F32")
+    meant: dict[str, Assembly] = {}
+    for name, one in packed.items():
+        if name.endswith(PACKED):
+            shape = (one.shape[0], one.shape[1] * A_WORD)
+            whole = part_of(name.removesuffix(f".{PACKED}"), "weight")
+            meant[whole] = Assembly(whole, code, shape, one.file, 0, ())
 
-    def __init__(self, shared: Checkpoint, assemblies: Sequence[Assembly]) -> None:
-        self._shared = shared
-        self._packed = {one.name: one for one in assemblies if one.name.endswith(PARTS)}
-        others = [one for one in assemblies if one.name not in self._packed]
-        weights = [one for one in others if one.dtype in WEIGHT_DTYPES]
-        dtypes = {one.dtype: sum(each.nbytes for each in weights if each.dtype == one.dtype) for one in weights}
-        code = max(dtypes, key=dtypes.__getitem__, default="F32")
-        self._made = {}
-        for name, one in self._packed.items():
-            if name.endswith(PACKED):
-                shape = (one.shape[0], one.shape[1] * A_WORD)
-                whole = part_of(name.removesuffix(f".{PACKED}"), "weight")
-                self._made[whole] = Assembly(whole, code, shape, one.file, 0, ())
-        self.assemblies = [*others, *self._made.values()]
+    def unpack_matrix(name: str) -> Tensor:
+        numbers = torch.cat(list(stream(packed[part_of(name, PACKED)], shared)))
+        scale = torch.cat(list(stream(packed[part_of(name, SCALE)], shared)))
+        return unpack(numbers, scale, DTYPES[code])
 
-    def __getitem__(self, name: str) -> Tensor:
-        meant = self._made[name]
-        packed, scale = (
-            torch.cat(list(stream(self._packed[part_of(name, part)], self._shared))) for part in (PACKED, SCALE)
-        )
-        return unpack(packed, scale, DTYPES[meant.dtype])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._made
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
-
-    def __len__(self) -> int:
-        return len(self._made)
+    return [*others, *meant.values()], LazyTensors(meant, unpack_matrix)
 
 
 def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
     """Write the dense checkpoint with recipients' indices overwritten by their donors', and zeros in place of removed
     units: what sharing should equal, but for columns stored as a product, which stay as they are."""
-    check_fits(plan, dense)
-    tensors = tensors_of(plan, dense)
+    tensors = fit_plan(plan, dense).tensors
     assemblies = [
         overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()
     ]

@@ -26,16 +26,6 @@ def join_columns(
     return factor_out.to(wide) @ factor_in.to(wide)
 
 
-def whitened_svd(
-    factor: Float[Tensor, "inputs inputs"], products: Float[Tensor, "inputs outputs"]
-) -> tuple[Float[Tensor, "inputs ranks"], Float[Tensor, " ranks"], Float[Tensor, "ranks outputs"]]:
-    """The singular value decomposition that reduced-rank regression cuts (Izenman, 1975): of inputs' products with
-    targets, whitened by the Cholesky factor of the inputs' Gram matrix."""
-    white = torch.linalg.solve_triangular(factor, products, upper=False)
-    left, values, right = torch.linalg.svd(white, full_matrices=False)
-    return left, values, right
-
-
 def widened(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for what is float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,6 +1,7 @@
-"""The check that a plan fits a checkpoint, made once, at the door."""
+"""The check that a plan fits a checkpoint, made once, at the door, and its result: `SharedFiles`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from headshare.architecture.config import text_config
 from headshare.architecture.removable import check_removals
@@ -8,54 +9,54 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, SHAPE, TYPES, Packing, packed_tensors, part_of
 from headshare.checkpoint.layouts import require_one_dtype
 from headshare.errors import CheckpointError, HeadshareError, PlanError
-from headshare.plan.added import extra_tensors
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor, gapped_biases, gapped_tensors
+from headshare.plan.section import AddedTensor
+from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors, tied_names
+from headshare.sharing.makers import check_makers
 
 
-def tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
-    """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
-    biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
-    found = {**gapped_tensors(plan), **biases}
-    packing = None if checkpoint.sharing is None else checkpoint.sharing.packing
-    return found if packing is None else packed_tensors(found, packing)
+@dataclass(frozen=True)
+class SharedFiles:
+    """A checkpoint and a plan that was checked against it, once: what the functions of this package take.
+
+    `tensors` says what the plan makes of each tensor that it touches, weights and biases, by name; `added` are the
+    tensors that a dense model has not. `stored` tells a shared checkpoint, which holds only what the plan keeps, from a
+    dense one that is to be shared.
+    """
+
+    checkpoint: Checkpoint
+    plan: SharePlan
+    tensors: Mapping[str, GappedTensor]
+    added: Mapping[str, AddedTensor]
+    stored: bool
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """The names of the tensors that give or take."""
+        return frozenset(tied_names(self.tensors))
 
 
-def check_fits(plan: SharePlan, checkpoint: Checkpoint) -> None:
-    """Raise PlanError unless every tensor of the plan's layouts is in this dense checkpoint, in its shape, and the
-    units that the plan removes can be removed from such a model."""
-    for layout in plan.layouts:
-        for place in layout.parts.values():
-            for layer in range(layout.layers):
-                _check_tensor(checkpoint, place.name(layer), place.shape, "the plan is for another model", PlanError)
-    for selection in plan.selections:
-        require_one_dtype(selection.layout, checkpoint)
-    if plan.removals:
-        check_removals(plan, text_config(checkpoint.config), checkpoint.shapes)
-        for name, bias in gapped_biases(plan).items():
-            if name in checkpoint.tensors:
-                _check_tensor(checkpoint, name, bias.shape, "the plan is for another model", PlanError)
-    for one in plan.factored:
-        require_one_dtype(one.layout, checkpoint)
-    taken = sorted(set(extra_tensors(plan)) & set(checkpoint.tensors))
-    if taken:
-        raise PlanError(f"the plan adds {taken[0]}, which is a tensor of {checkpoint.name} already.")
-
-
-def check_shared(checkpoint: Checkpoint) -> SharePlan:
-    """The plan of a shared checkpoint whose tensors are what the plan says.
+def open_shared(checkpoint: Checkpoint) -> SharedFiles:
+    """A shared checkpoint whose tensors are what its plan says.
 
     Raises:
-        CheckpointError: if the checkpoint is not shared, a tensor is missing or has another shape, or a factor is of
-            another type than its readout.
+        CheckpointError: if the checkpoint is not shared, a tensor is missing or has another shape, or an added one is
+            of another type than its weight.
         PlanError: if such units cannot be removed from this model.
     """
     if checkpoint.sharing is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
-    plan, packing = checkpoint.sharing.plan, checkpoint.sharing.packing
-    tensors = tensors_of(plan, checkpoint)
+    plan = checkpoint.sharing.plan
+    packing = checkpoint.sharing.packing
+    tensors = _tensors_of(plan, checkpoint)
     if packing is not None:
-        _check_packed(checkpoint, tensors, packing)
+        tensors = packed_tensors(tensors, packing)
+    files = SharedFiles(checkpoint, plan, tensors, added_tensors(plan), stored=True)
+    check_makers(files.tensors.values())
+    what = "the checkpoint does not hold what its plan says"
+    if packing is not None:
+        _check_packed(checkpoint, files.tensors, packing)
+    # every tensor of the plan's grids, whole where the plan leaves it alone
     expected: dict[str, tuple[int, ...]] = {
         place.name(layer): place.shape
         for layout in plan.layouts
@@ -65,18 +66,53 @@ def check_shared(checkpoint: Checkpoint) -> SharePlan:
     if packing is not None:
         parts = [packing.parts(name, shape) for name, shape in expected.items()]
         expected = {name: shape for one in parts for name, shape in one.items()}
-    expected |= {name: tensor.stored_shape for name, tensor in tensors.items()}
+    expected |= {name: tensor.stored_shape for name, tensor in files.tensors.items()}
     for name, shape in expected.items():
-        _check_tensor(checkpoint, name, shape, "the checkpoint does not hold what its plan says")
+        _check_tensor(checkpoint, name, shape, what)
     if plan.removals:
-        dense = {name: tensor.shape for name, tensor in tensors.items()}
+        dense = {name: tensor.shape for name, tensor in files.tensors.items()}
         check_removals(plan, text_config(checkpoint.config), {**checkpoint.shapes, **dense})
-    for name, extra in extra_tensors(plan).items():
-        _check_tensor(checkpoint, name, extra.shape, "the checkpoint does not hold what its plan says")
-        found, meant = checkpoint.tensors[name].dtype, checkpoint.tensors[extra.weight].dtype
-        if tensors[extra.weight].factored and found != meant:
-            raise CheckpointError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {extra.weight} is.")
-    return plan
+    # what the plan adds
+    for name, added in files.added.items():
+        _check_tensor(checkpoint, name, added.shape, what)
+        found = checkpoint.tensors[name].dtype
+        meant = checkpoint.tensors[added.weight].dtype
+        if added.same_type and found != meant:
+            raise CheckpointError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {added.weight} is.")
+    return files
+
+
+def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
+    """A dense checkpoint and a plan for it: every tensor of the plan's grids is there, in its shape, and the units that
+    the plan removes can be removed from such a model.
+
+    Raises:
+        PlanError: if the plan is for another model.
+    """
+    what = "the plan is for another model"
+    for layout in plan.layouts:
+        for place in layout.parts.values():
+            for layer in range(layout.layers):
+                _check_tensor(dense, place.name(layer), place.shape, what, PlanError)
+    for section in plan.sections:
+        if section.one_type:
+            require_one_dtype(section.layout, dense)
+    if plan.removals:
+        check_removals(plan, text_config(dense.config), dense.shapes)
+    files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
+    check_makers(files.tensors.values())
+    for name, tensor in files.tensors.items():
+        _check_tensor(dense, name, tensor.shape, what, PlanError)
+    taken = sorted(set(files.added) & set(dense.tensors))
+    if taken:
+        raise PlanError(f"the plan adds {taken[0]}, which is a tensor of {dense.name} already.")
+    return files
+
+
+def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
+    """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
+    biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
+    return {**gapped_tensors(plan), **biases}
 
 
 def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], packing: Packing) -> None:

@@ -19,10 +19,10 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.folder import MANIFEST, check_output
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tied_names
+from headshare.plan.tensors import GappedTensor
 from headshare.sharing.assembly import copied
-from headshare.sharing.fits import check_shared, tensors_of
-from headshare.sharing.share import Stored
+from headshare.sharing.fits import open_shared
+from headshare.sharing.share import as_stored
 from headshare.sharing.size import dtype_code
 from headshare.sharing.writer import INDEX, all_finite, dtype_key, given_assembly, other_files, write_checkpoint
 
@@ -44,13 +44,10 @@ def write_refitted(
         OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
     """
     check_written_again(shared, out, overwrite=overwrite)
-    plan = check_shared(shared)
-    gapped = tensors_of(plan, shared)
-    assemblies = [copied(info) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": SharingEntry(plan, refit, base_model).to_config()}
-    replaced = Stored(tensors, {one.name: one for one in assemblies}, gapped)
-    tied = set(tied_names(gapped))
-    assemblies = [dataclasses.replace(one, shared=one.name in tied) for one in assemblies]
+    files = open_shared(shared)
+    assemblies = [dataclasses.replace(copied(info), shared=name in files.tied) for name, info in shared.tensors.items()]
+    config = {**shared.config, "quantization_config": SharingEntry(files.plan, refit, base_model).to_config()}
+    replaced = as_stored(tensors, assemblies, files.tensors)
     in_place = _is_own(shared, out)
     return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
 
@@ -71,9 +68,11 @@ def write_trained(
         OutputError: if it cannot be written.
         CheckpointError: if its numbers are not finite, or do not fit the type.
     """
-    code, config, tied = dtype_code(dtype), dict(trained.config), set[str]()
+    code = dtype_code(dtype)
+    config = dict(trained.config)
+    tied: frozenset[str] = frozenset()
     if trained.sharing is not None:
-        tied = set(tied_names(tensors_of(check_shared(trained), trained)))
+        tied = open_shared(trained).tied
         entry = dataclasses.replace(trained.sharing, base_model=base_model or trained.sharing.base_model)
         config["quantization_config"] = entry.to_config()
     assemblies = [
@@ -108,13 +107,13 @@ def write_packed(
         CheckpointError: if a scale is not finite, or the source cannot be read.
         OutputError: if it cannot be written.
     """
+    tensors: Mapping[str, GappedTensor] = {}
     if source.sharing is None:
         kind = text_config(source.config).get("model_type")
         entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name)
     else:
-        check_shared(source)
         entry = source.sharing
-    tensors = packed_tensors(tensors_of(entry.plan, source), packing)
+        tensors = packed_tensors(open_shared(source).tensors, packing)
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():

@@ -9,9 +9,8 @@ from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.errors import OptionError
-from headshare.plan.added import extra_tensors
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor, gapped_biases, gapped_tensors
+from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors
 from headshare.plan.units import Kind
 
 LITTLE = 0.02
@@ -85,7 +84,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         layout.units * place.numel * item_size(checkpoint.tensors[place.name(0)], code)
         for layout, place in places.values()
     )
-    for extra in extra_tensors(plan).values():
+    for extra in added_tensors(plan).values():
         saved -= prod(extra.shape) * item_size(checkpoint.tensors[extra.weight], code)
     return Estimate(
         units=sum(selection.layout.units for selection in plan.selections),

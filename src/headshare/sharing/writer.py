@@ -19,7 +19,7 @@ from headshare.plan.plan import FORMAT
 from headshare.plan.tensors import NOTHING, GappedTensor
 from headshare.progress import track
 from headshare.sharing.assembly import Assembly, copied, kept_only, stream
-from headshare.sharing.fits import check_shared
+from headshare.sharing.fits import open_shared
 from headshare.sharing.safetensors_writer import canonical_order, write_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def write_checkpoint(
         _write_manifest(folder, digests)
         with open_checkpoint(folder) as written:
             if written.plan is not None:
-                check_shared(written)
+                open_shared(written)
     return out
 
 

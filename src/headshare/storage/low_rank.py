@@ -4,17 +4,14 @@ No storage of its own: units that are stored so lend nothing and borrow nothing 
 stands beside those of every storage, with ordinary parameters.
 """
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from headshare.errors import PlanError
-from headshare.plan.added import total_rank
 from headshare.plan.spans import Span, Spans, joined
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import GappedTensor, total_rank
 from headshare.sharing.factors import join_columns
 from headshare.storage.projection import SharedProjection, Style
 
@@ -79,14 +76,3 @@ def _channels(x: Float[Tensor, "tokens channels"], runs: Spans) -> Float[Tensor,
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat(pieces, dim=1) if pieces else x.narrow(1, 0, 0)
-
-
-def install_factored(model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
-    """Replace the modules of these readouts. `modules` maps each tensor's name to its module's path.
-
-    Raises:
-        PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
-    """
-    for name, tensor in tensors.items():
-        parent, _, leaf = modules[name].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, FactoredProjection(model.get_submodule(modules[name]), tensor))

@@ -13,7 +13,7 @@ from headshare.errors import PlanError, TrainingError
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
-from headshare.sharing.fits import check_fits, check_shared
+from headshare.sharing.fits import fit_plan, open_shared
 from headshare.training.settings import Method, Sharing, TrainSettings
 from headshare.training.trainer import SharingTrainer
 
@@ -35,7 +35,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
             )
         if settings.sharing != Sharing():
             raise TrainingError(f"{source.name} is shared already: its plan is not chosen again. Leave sharing out.")
-        return check_shared(source)
+        return open_shared(source).plan
     if source.plan is not None:
         raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
     source.require_dense("train it")
@@ -49,11 +49,14 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
     else:
         scores = score_units(source, chosen.match, chosen.parts)
         plan = make_plan(scores, chosen.ratio, parts=chosen.parts, mode=chosen.mode)
-    check_fits(plan, source)
+    fit_plan(plan, source)
     if settings.method is Method.POSTSHARE:
-        others = plan.removals or plan.factored or any(one.scale for one in plan.selections)
-        if others or settings.learning.lora:
-            what = "the plan removes, scales or factors units" if others else "LoRA cannot move weights together"
+        if not plan.only_ties or settings.learning.lora:
+            what = (
+                "the plan removes, scales or factors units"
+                if not plan.only_ties
+                else "LoRA cannot move weights together"
+            )
             raise TrainingError(f"{what}, and PostShare pulls pairs of equal parts together. Use both or recover.")
         if not plan.ties:
             raise PlanError("this plan ties nothing, so there is nothing to pull together. Ask for a larger ratio.")

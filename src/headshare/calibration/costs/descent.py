@@ -15,8 +15,8 @@ from headshare.calibration.costs.least_squares import Columns, Fit, Inputs, Lost
 from headshare.calibration.costs.sublayer import Half
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.layout import Layout
-from headshare.plan.tensors import READOUTS, bias_name
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.tensors import bias_name
+from headshare.plan.units import READOUTS, HeadUnit, Kind, Part
 
 CHUNKS = 64
 RANKS = (1, 2, 4, 8)

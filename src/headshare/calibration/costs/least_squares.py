@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headshare.sharing.factors import whitened_svd
+from headshare.calibration.refit.reduced_rank import Products
 
 RIDGE = 1e-3
 
@@ -90,9 +90,9 @@ class Fit:
         error = left.error - float((product.T * (2 * added.missed - added.gram @ product.T)).sum())
         return Fit(left.inputs, left.target - added.features @ product.T, left.inverse, weight, error)
 
-    def products(self, columns: Columns, features: Inputs) -> "Products":
+    def products(self, columns: Columns, features: Inputs) -> Products:
         """What features would do in the place of these channels if their columns were a product of small rank."""
-        return Products.of(self.without(columns).beside(features))
+        return self.without(columns).beside(features).products()
 
     def cost_of(self, columns: Columns) -> float:
         """What removing these channels adds to the error."""
@@ -166,7 +166,7 @@ class Beside:
         """The same where they are read out by a donor's columns, each behind one scale."""
         gram, across = self._without(lost)
         missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
-        return _scaled_gain(gram, self.squares, missed, donor.double())
+        return (missed * _scales(gram, self.squares, missed, donor.double())).sum(dim=1)
 
     def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
         """How much less the error is with these features, in any fit; in the fit without a lost unit if there is one.
@@ -182,9 +182,13 @@ class Beside:
         own = _ridged(gram[count:, count:], self.squares[count:])
         solved = torch.linalg.solve(own, torch.cat([between.T, wanted], dim=1))
         gain = float((solved[:, count:] * wanted).sum())
-        gram, missed = gram[:count, :count] - between @ solved[:, :count], missed[:count] - between @ solved[:, count:]
-        donor = donor.double()
-        return gain + float(_scaled_gain(gram, self.squares[:count], (missed * donor.T).sum(dim=1), donor))
+        gram = gram[:count, :count] - between @ solved[:, :count]
+        missed = ((missed[:count] - between @ solved[:, count:]) * donor.double().T).sum(dim=1)
+        return gain + float((missed * _scales(gram, self.squares[:count], missed, donor.double())).sum())
+
+    def products(self) -> Products:
+        """The best columns of every rank for these features."""
+        return Products.of(torch.linalg.cholesky(_ridged(self.gram, self.squares)), self.missed)
 
     def _without(
         self, lost: Lost
@@ -193,29 +197,6 @@ class Beside:
         coefficients = self.known[:, lost.columns].movedim(1, 0)
         across = coefficients @ lost.gram
         return self.gram + across @ coefficients.mT, across
-
-
-@dataclass(frozen=True)
-class Products:
-    """The best columns of every rank for some features: reduced-rank regression (Izenman, 1975) from one factorisation.
-
-    `gains` are how much less the error is with rank 1, 2 and so on.
-    """
-
-    gains: Float[Tensor, " ranks"]
-    left: Float[Tensor, "features ranks"]
-    right: Float[Tensor, "ranks hidden"]
-
-    @classmethod
-    def of(cls, beside: Beside) -> "Products":
-        """From features beside the fit that they would join."""
-        factor = torch.linalg.cholesky(_ridged(beside.gram, beside.squares))
-        left, values, right = whitened_svd(factor, beside.missed)
-        return cls(values.square().cumsum(0), torch.linalg.solve_triangular(factor.T, left * values, upper=True), right)
-
-    def product(self, rank: int) -> Float[Tensor, "hidden features"]:
-        """The columns of this rank."""
-        return (self.left[:, :rank] @ self.right[:rank]).T
 
 
 @dataclass(frozen=True)
@@ -247,10 +228,8 @@ class Remainder:
     @property
     def scales(self) -> Float[Tensor, " scaled"]:
         """The best scales."""
-        missed, columns = (self.scaled.missed * self.donor.T).sum(dim=1), self.donor.T @ self.donor
-        inner = _ridged(self.scaled.gram * columns, self.scaled.squares * columns.diagonal())
-        found: Tensor = torch.linalg.solve(inner, missed)
-        return found
+        missed = (self.scaled.missed * self.donor.T).sum(dim=1)
+        return _scales(self.scaled.gram, self.scaled.squares, missed, self.donor)
 
     def predicted(self, inputs: Inputs, scaled: Float[Tensor, "tokens scaled"]) -> Float[Tensor, "tokens hidden"]:
         """What is read out of other tokens' inputs and scaled features, less what fixed products make of theirs."""
@@ -281,14 +260,14 @@ def _ridged(
     return ridged
 
 
-def _scaled_gain(
+def _scales(
     gram: Float[Tensor, "*units size size"],
     squares: Float[Tensor, " size"],
     missed: Float[Tensor, "*units size"],
     donor: Float[Tensor, "hidden size"],
-) -> Float[Tensor, "*units"]:
-    """The scales' own Gram matrix is the features' times, number by number, that of the donor's columns."""
+) -> Float[Tensor, "*units size"]:
+    """The best scales. Their own Gram matrix is the features' times, number by number, that of the donor's columns."""
     columns = donor.T @ donor
     inner = _ridged(gram * columns, squares * columns.diagonal())
     scales: Tensor = torch.linalg.solve(inner, missed[..., None])[..., 0]
-    return (missed * scales).sum(dim=-1)
+    return scales

@@ -10,7 +10,8 @@ from headshare.plan.layout import Layout
 from headshare.plan.low_rank import Factored
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.ties import Choice, Selection
+from headshare.plan.section import Choice
+from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Kind, Part, Tie
 
 

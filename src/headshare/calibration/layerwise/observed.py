@@ -14,18 +14,18 @@ Batch = Float[Tensor, "batch window hidden"]
 
 
 class ReachedError(Exception):
-    """Thrown to leave a model or a layer once what was wanted from it is known."""
+    """An exception that leaves a model or a layer once what was wanted from it is known."""
 
 
 @dataclass
 class Seen:
-    """What went into and came out of some modules of a layer, by path, in one pass: copies, a row for each token."""
+    """Inputs and outputs of some modules of a layer, by path, in one pass: copies, a row for each token."""
 
     inputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
     outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def in_windows(self, hidden: Batch) -> "Seen":
-        """The same in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
+        """These rows in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
         batch, window, _ = hidden.shape
         inputs, outputs = (
             {path: value.reshape(batch, window, value.shape[-1]) for path, value in found.items()}
@@ -46,7 +46,7 @@ class Seen:
 
 @contextmanager
 def watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
-    """Within this block, what passes through the modules at these paths is noted."""
+    """A block within which all that passes through the modules at these paths is noted."""
     with ExitStack() as hooks:
         for path in paths:
             hooks.enter_context(module.get_submodule(path).register_forward_hook(partial(seen.note, path)))

@@ -1,25 +1,154 @@
-"""The stock model around the layers: empty, with the names that its checkpoint uses."""
+"""The stock model around the layers: its embeddings, norms and head, with the names that the checkpoint uses."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from headshare.architecture.modules import module_path
 from headshare.architecture.recognition import ffn_layout
+from headshare.calibration.layerwise.observed import Batch
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.remote_code import check_model_code
-from headshare.errors import ArchitectureError
+from headshare.errors import ArchitectureError, CheckpointError
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.layout import Layout
+from headshare.plan.units import Part
+from headshare.sharing.expanded import ExpandedTensors
 
+LOGGER = logging.getLogger("headshare")
 OLD_NAMES = {
     "LayerNorm.weight": "LayerNorm.gamma",
     "LayerNorm.bias": "LayerNorm.beta",
     "lm_head.weight": "embed_out.weight",
 }
+
+
+class Shell:
+    """A checkpoint's stock model, bare or with its head, in which what stands around the layers has its weights.
+
+    The layers in `modules` are empty. Only a model that is not stored as it is built (a mixture of experts) is `held`
+    whole in memory. `weights` are the checkpoint's tensors, `attention` is the layout that names its layers.
+
+    Raises:
+        CheckpointError: if the model's code is remote, or with a head, weights around its layers are not there.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, weights: ExpandedTensors, attention: Layout, device: torch.device, *, head: bool
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.weights = weights
+        self.device = device
+        self._o = attention.parts[Part.O]
+        self.model = empty_shell(checkpoint, head)
+        o_in_layer = self._o.name(0).removeprefix(self.prefix(0)).removesuffix(".weight")
+        self._first = module_path(self.model, self._o.name(0)).removesuffix(f".{o_in_layer}")
+        self.held = not self._stored_as_built()
+        if self.held:
+            LOGGER.info("%s is not stored as it is built: the whole model is held in memory", checkpoint.name)
+            self.model = whole_model(checkpoint, device, head)
+        else:
+            self._fill()
+            if head and self.lacking():  # torch multiplies with weights that are not there, and gives numbers
+                raise self.lacks()
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The model's layers."""
+        layers = self.model.get_submodule(self._layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def _layers_path(self) -> str:
+        return self._first.rpartition(".")[0]
+
+    # ---- names
+
+    def prefix(self, layer: int) -> str:
+        """The beginning of the names of one layer's tensors in the checkpoint, such as `model.layers.7.`"""
+        template = self._o.tensor
+        return template[: template.index("{layer}")] + f"{layer}."
+
+    def stored_name(self, name: str) -> str:
+        """The tensor's name in the checkpoint, which for old BERTs and GPT-NeoX is not its name in the model."""
+        for new, old in OLD_NAMES.items():
+            if name.endswith(new) and name not in self.weights:
+                return name.removesuffix(new) + old
+        return name
+
+    def _stored_as_built(self) -> bool:
+        """True if every tensor of every layer is in the checkpoint under its own name. (Experts are often not.)"""
+        return all(
+            self.stored_name(self.prefix(layer) + name) in self.weights
+            for layer, module in enumerate(self.modules)
+            for name in module.state_dict()
+        )
+
+    # ---- weights around the layers
+
+    def _around(self) -> dict[str, Tensor]:
+        """The model's tensors less those of its layers, by their names in the model."""
+        layers = f"{self._layers_path}."
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith(layers)}
+
+    def _fill(self) -> None:
+        """Give what stands around the layers its weights: embeddings, norms, tables of positions."""
+        # The checkpoint may have been saved from a bare model and read into one with a head, or the other way round:
+        # then all names differ in what comes first.
+        inner, outer = different_prefixes(f"{self._first}.", self.prefix(0))
+        state = {}
+        for name in self._around():
+            names = [outer + name.removeprefix(inner)] if name.startswith(inner) else []
+            stored = next((one for one in map(self.stored_name, [*names, name]) if one in self.weights), None)
+            if stored is not None:
+                state[name] = on_device(self.device, self.weights.read(stored))
+        self.model.load_state_dict(state, assign=True, strict=False)
+        with quiet():  # a head that is the embedding has no tensor of its own
+            self.model.tie_weights(missing_keys=set(self.lacking()), recompute_mapping=False)
+
+        # Buffers that no checkpoint stores, such as the frequencies of rotary positions, were computed on the CPU.
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def lacking(self) -> list[str]:
+        """The weights around the layers that the checkpoint has not."""
+        return [name for name, value in self._around().items() if value.is_meta]
+
+    def lacks(self) -> CheckpointError:
+        """The error that names some of them."""
+        return CheckpointError(f"{self.checkpoint.name} lacks weights that its model needs: {self.lacking()[:3]}.")
+
+    # ---- running
+
+    @contextmanager
+    def layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """A block within which each of the model's layers does this instead."""
+        modules = self.modules
+        for module in modules:
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    def logits(self, leaving: Batch, *, tuples: bool) -> Float[Tensor, "batch window vocabulary"]:
+        """The logits that a model with its head makes of what leaves the last layer; `tuples` says whether its layers
+        give back tuples."""
+        given = (leaving,) if tuples else leaving
+        with self.layers_replaced(lambda *_, **__: given):
+            output = self.model(input_ids=torch.zeros(leaving.shape[:2], dtype=torch.long, device=self.device))
+        return output.logits  # type: ignore[no-any-return]  # transformers gives back what it likes
 
 
 def on_device(device: torch.device, value: Tensor) -> Tensor:
@@ -28,8 +157,9 @@ def on_device(device: torch.device, value: Tensor) -> Tensor:
 
 
 def different_prefixes(first: str, second: str) -> tuple[str, str]:
-    """What stands before the steps that both paths end in: ("", "model.") for `layers.0.` and `model.layers.0.`"""
-    ours, theirs = first.split("."), second.split(".")
+    """The steps before those that both paths end in: ("", "model.") for `layers.0.` and `model.layers.0.`"""
+    ours = first.split(".")
+    theirs = second.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
         theirs.pop()

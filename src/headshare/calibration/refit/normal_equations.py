@@ -59,11 +59,13 @@ class NormalEquations:
         targets: Float[Tensor, "tokens outputs"],
         root: Float[Tensor, "tokens 1"],
     ) -> None:
-        rows, wanted = inputs * root, targets * root
+        rows = inputs * root
+        wanted = targets * root
         if self.bias:
             rows = torch.cat([rows, root.to(rows.dtype)], dim=1)
         with full_float32():
-            gram, cross = rows.T @ rows, rows.T @ wanted
+            gram = rows.T @ rows
+            cross = rows.T @ wanted
         if not bool(torch.isfinite(gram.sum() + cross.sum())) and rows.dtype != torch.float64:
             self._add_chunk(inputs.double(), targets.double(), root.double())
             return
@@ -73,8 +75,10 @@ class NormalEquations:
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         both = NormalEquations(self.inputs, self.outputs, self.bias, self.device)
-        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross
-        both.target, both.left_out = self.target + other.target, self.left_out + other.left_out
+        both.gram = self.gram + other.gram
+        both.cross = self.cross + other.cross
+        both.target = self.target + other.target
+        both.left_out = self.left_out + other.left_out
         return both
 
     def lost(self, weight: Float[Tensor, "outputs inputs"]) -> float:
@@ -82,13 +86,13 @@ class NormalEquations:
         return max(0.0, self.target + float((weight.T * (self.gram @ weight.T - 2 * self.cross)).sum()))
 
     def error(self, weight: Float[Tensor, "outputs inputs"]) -> float:
-        """The same as a part of the targets' own size; where all targets are zero, as it is."""
+        """The squared error as a part of the targets' own size; where all targets are zero, as it is."""
         return self.lost(weight) / (self.target or 1.0)
 
 
 def token_weights(hidden: Float[Tensor, "batch window hidden"]) -> Float[Tensor, "batch window"]:
-    """One over each token's squared size, so that the few tokens with enormous activations do not rule the fit; none
-    for a token of size zero."""
+    """The weight of each token, one over its squared size, so that the few tokens with enormous activations do not rule
+    the fit; none for a token of size zero."""
     square = hidden.square().sum(dim=-1)
     return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
 

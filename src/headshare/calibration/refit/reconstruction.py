@@ -35,8 +35,8 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What enters a layer in the shared model and what leaves it in the dense one, the first `fitted` windows to fit to
-    and the rest held out."""
+    """The hidden states that enter a layer in the shared model and those that leave it in the dense one, the first
+    `fitted` windows to fit to and the rest held out."""
 
     entering: Stream
     leaving: Stream
@@ -59,13 +59,17 @@ def reconstruct(
     seed: int,
     rate: float,
 ) -> Reconstructed:
-    """Change these weights of a built layer, where they are its `own`, for so many steps of TOKENS
-    tokens in windows drawn by the seed. The module is left with its first weights."""
+    """The best weights that so many steps find, of TOKENS tokens each in windows drawn by the seed. Only numbers that
+    are the layer's `own` change. The built layer is left with its first weights."""
+    # Weights that are shared take part in the layer and stay as they are: their gradients are masked.
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     masks = {name: own(name, weight) for name, weight in first.items()}
     optimizer = torch.optim.Adam(weights.values(), rate, BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed((seed + layer) % 2**63)
+
+    # The steps may fit the calibration text and nothing else, so held-out tokens choose among `LOOKS` of them; the
+    # weights before the first step are a choice too.
     before = _held_out(layers, layer, module, wanted)
     best = Reconstructed(first, 0, before, before)
     for weight in weights.values():
@@ -116,7 +120,8 @@ def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: Wanted) -> 
 
 
 def _error(found: Batch, wanted: Batch) -> Tensor:
-    """Of each token; one that the dense layer leaves with size zero, or not finite, counts for nothing."""
+    """The squared error of each token as a part of its squared size in the dense model; none for a token whose size
+    there is zero or not finite."""
     finite = torch.isfinite(wanted).all(dim=-1, keepdim=True)
     difference = torch.where(finite, found - wanted, 0.0)  # not its square: infinity times zero has no gradient
     return difference.square().sum(dim=-1) * token_weights(wanted)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.calibration.refit.normal_equations import NormalEquations
-from headshare.sharing.factors import whitened_svd
+from headshare.calibration.refit.reduced_rank import Products
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ALTERNATIONS = 3
@@ -70,8 +70,8 @@ def fit_readout(
     largest: float = float("inf"),
     all_tokens: bool = True,
 ) -> Fitted:
-    """argmin_W sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over the free columns of W, the mean
-    being over inputs that are not removed.
+    """The readout W that minimises sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over its free
+    columns, the mean being over inputs that are not removed.
 
     `start` is the readout as it is, of which only free columns are looked at; the prior is the start unless given. The
     ridge is the one with the least error on held-out tokens; the result is then fitted on `all_tokens`, or
@@ -84,16 +84,22 @@ def fit_readout(
     The start is kept where no ridge does better on held-out tokens by more than rounding may (`NOISE` of the targets'
     size), or none gives finite numbers below `largest`. All in float64.
     """
+    # The readout as it is, with its lent columns as they are by now, is what a fit has to beat.
     lent = _merged(lent)
     scales = _scales_of(lent, start)
     kept = assembled(start, torch.cat([free, *(one.columns for one in narrow)]), lent, scales)
     before = held.error(kept)
+
+    # Only tokens that nothing was fitted to can tell how hard to pull: on fitted ones the least ridge is always best.
     prior = start if prior is None else prior
-    found, ridge = _best_ridge(_Solver(fit, prior, free, lent, narrow, largest), held)
-    if not found < held.lost(kept) - NOISE * held.target:
-        why = "no ridge did better on held-out tokens" if found < float("inf") else "the equations cannot be solved"
+    lost, ridge = _best_ridge(_Solver(fit, prior, free, lent, narrow, largest), held)
+    if not lost < held.lost(kept) - NOISE * held.target:
+        why = "no ridge did better on held-out tokens" if lost < float("inf") else "the equations cannot be solved"
         return Fitted(kept, scales, float("inf"), before, before, why)
-    after = found / (held.target or 1.0)
+
+    # With the ridge chosen, the held-out tokens are worth more in the fit. Their sums can make this ridge too small for
+    # the equations to be solved, though it was large enough without them: then a larger one will do.
+    after = lost / (held.target or 1.0)
     solver = _Solver(fit + held if all_tokens else fit, prior, free, lent, narrow, largest)
     for larger in RIDGES[RIDGES.index(ridge) :]:
         solved = solver.solve(larger)
@@ -119,21 +125,22 @@ def assembled(
 
 def _best_ridge(solver: "_Solver", held: NormalEquations) -> tuple[float, float]:
     """The least squared error on held-out tokens, and the ridge it is had with; infinite if none can be solved."""
-    found = []
+    errors = []
     for ridge in RIDGES:
         solved = solver.solve(ridge)
         if solved is not None:
-            found.append((held.lost(solved[0]), ridge))
-    return min(found, default=(float("inf"), float("inf")))
+            errors.append((held.lost(solved[0]), ridge))
+    return min(errors, default=(float("inf"), float("inf")))
 
 
 def _merged(lent: tuple[Lent, ...]) -> tuple[Lent, ...]:
-    """At most one entry of each sort, its inputs in order."""
+    """Lent inputs in at most one entry of each sort, in order."""
     merged = []
     for scaled in (True, False):
         some = [one for one in lent if one.scaled == scaled]
         if some:
-            columns, donor = torch.cat([one.columns for one in some]), torch.cat([one.donor for one in some], dim=1)
+            columns = torch.cat([one.columns for one in some])
+            donor = torch.cat([one.donor for one in some], dim=1)
             order = columns.argsort()
             given = [one.scale for one in some if one.scale is not None]
             scale = torch.cat(given)[order] if len(given) == len(some) else None
@@ -150,7 +157,11 @@ def _scales_of(lent: tuple[Lent, ...], like: Tensor) -> Float[Tensor, " scaled"]
 
 
 class _Solver:
-    """The equations of one readout, to be solved with one ridge after another."""
+    """The equations of one readout, to be solved with one ridge after another.
+
+    Its columns are of three sorts: `free` ones, `scaled` ones and those of `narrow` inputs are solved for; `fixed` is a
+    readout that has only the lent columns that no scale stands before.
+    """
 
     def __init__(
         self,
@@ -161,30 +172,42 @@ class _Solver:
         narrow: tuple[Narrow, ...],
         largest: float,
     ) -> None:
+        self.equations = equations
+        self.prior = prior[:, free]
+        self.free = free
         self.narrow = narrow
-        self.equations, self.prior, self.free, self.largest = equations, prior[:, free], free, largest
-        self.given = torch.cat([free[:0], *(one.columns for one in lent), *(one.columns for one in narrow)])
-        self.mean = float(equations.gram.diagonal()[torch.cat([free, self.given])].mean())
-        self.inner = equations.gram[free[:, None], free]
+        self.largest = largest
         self.scaled = next((one for one in lent if one.scaled), None)
         self.fixed = assembled(torch.zeros_like(prior), free, lent, torch.zeros_like(_scales_of(lent, prior)))
+
+        # Of the Gram matrix: the free inputs with each other, and with all others that are not removed.
+        self.given = torch.cat([free[:0], *(one.columns for one in lent), *(one.columns for one in narrow)])
+        self.inner = equations.gram[free[:, None], free]
         self.with_given = equations.gram[free[:, None], self.given]
+        self.mean = float(equations.gram.diagonal()[torch.cat([free, self.given])].mean())
 
     def solve(self, ridge: float) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, " scaled"]] | None:
         """The readout and its scales; None where rounding leaves nothing to be solved, or numbers are too large."""
+        # All three sorts of columns need the free inputs' Gram matrix, so it is factored once a ridge.
         factor = _factor(self.inner, ridge * self.mean)
         if factor is None:
             return None
-        whole, scales = self.fixed.clone(), self._towards()
+        whole = self.fixed.clone()
+        scales = self._towards()
+
+        # Products come first: what free columns will do beside them has a closed form, so that needs no turns.
         if self.narrow and not self._solve_narrow(whole, factor, ridge):
             return None
+
+        # Scales and free columns are least squares problems given the others, and are solved in turn. Scales start at
+        # what they are pulled to.
         for turn in range(ALTERNATIONS if self.scaled is not None else 1):
             if self.scaled is not None:
                 if turn:
-                    found = self._solve_scales(whole, ridge)
-                    if found is None:
+                    solved = self._solve_scales(whole, ridge)
+                    if solved is None:
                         return None
-                    scales = found
+                    scales = solved
                 whole[:, self.scaled.columns] = self.scaled.donor * scales
             self._solve_free(whole, factor, ridge)
         return (whole, scales) if all(self._fits(numbers) for numbers in (whole, scales)) else None
@@ -193,7 +216,7 @@ class _Solver:
         return not numbers.numel() or float(numbers.abs().max()) < self.largest  # NaN is not
 
     def _towards(self) -> Float[Tensor, " scaled"]:
-        """What scales are pulled to, and start at."""
+        """The scales to start at, to which the ridge pulls."""
         if self.scaled is None or self.scaled.scale is None:
             return self.fixed.new_zeros(0 if self.scaled is None else len(self.scaled.columns))
         return self.scaled.scale.to(self.fixed)
@@ -208,49 +231,48 @@ class _Solver:
         """Set the factored columns of `whole` to the best of their ranks, given all others but the free ones, which
         will be solved for; False where rounding leaves nothing to be solved."""
         columns = torch.cat([one.columns for one in self.narrow])
-        gram, cross = self.equations.gram, self.equations.cross - self.equations.gram @ whole.T
+        gram = self.equations.gram
+        cross = self.equations.cross - gram @ whole.T
+
+        # The free columns are eliminated: what is left of the factored inputs' Gram matrix once the free inputs explain
+        # what they can (a Schur complement), and what is then missed of their products with the targets. Their ridge
+        # is a part of what is left, which can be far smaller than the inputs themselves.
         known = torch.cholesky_solve(gram[self.free[:, None], columns], factor).T
-        right = cross[self.free] + ridge * self.mean * self.prior.T
-        left, missed = (
-            gram[columns[:, None], columns] - known @ gram[self.free[:, None], columns],
-            cross[columns] - known @ right,
-        )
+        left = gram[columns[:, None], columns] - known @ gram[self.free[:, None], columns]
+        missed = cross[columns] - known @ (cross[self.free] + ridge * self.mean * self.prior.T)
         left.diagonal().add_(ridge * float(left.diagonal().mean()) + TINY)
-        found = torch.zeros_like(missed)
+
+        # The best product of one unit has a closed form. Those of several units together have none, as they explain
+        # parts of the same targets: each is solved for given the others, in turns.
+        products = torch.zeros_like(missed)
         edges = torch.tensor([0, *(len(one.columns) for one in self.narrow)]).cumsum(0).tolist()
         for _ in range(ALTERNATIONS if len(self.narrow) > 1 else 1):
             for one, start, stop in zip(self.narrow, edges[:-1], edges[1:], strict=True):
-                found[start:stop] = 0
+                products[start:stop] = 0
                 own = _factor(left[start:stop, start:stop], 0.0)
                 if own is None:
                     return False
-                found[start:stop] = _best_of_rank(own, missed[start:stop] - left[start:stop] @ found, one.rank)
-        whole[:, columns] = found.T
-        return bool(torch.isfinite(found).all())
+                wanted = missed[start:stop] - left[start:stop] @ products
+                products[start:stop] = Products.of(own, wanted).product(one.rank).T
+        whole[:, columns] = products.T
+        return bool(torch.isfinite(products).all())
 
     def _solve_scales(self, whole: Tensor, ridge: float) -> Float[Tensor, " scaled"] | None:
         """The scales that go best with the other columns of `whole`; sets the scaled columns to zero."""
         assert self.scaled is not None
-        columns, donor = self.scaled.columns, self.scaled.donor
+        columns = self.scaled.columns
+        donor = self.scaled.donor
         whole[:, columns] = 0
-        left = self.equations.cross[columns] - self.equations.gram[columns] @ whole.T
+        missed = self.equations.cross[columns] - self.equations.gram[columns] @ whole.T
+
+        # One number a channel: products of channels' outputs are those of the inputs times those of donors' columns.
         inner = self.equations.gram[columns[:, None], columns] * (donor.T @ donor)
         added = ridge * float(inner.diagonal().mean())
         factor = _factor(inner, added + TINY)
         if factor is None:
             return None
-        right = (left * donor.T).sum(dim=1) + added * self._towards()
+        right = (missed * donor.T).sum(dim=1) + added * self._towards()
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
-
-
-def _best_of_rank(
-    factor: Float[Tensor, "inputs inputs"], wanted: Float[Tensor, "inputs outputs"], rank: int
-) -> Float[Tensor, "inputs outputs"]:
-    """argmin of |L' X - L^-1 wanted| over X of this rank, L the Cholesky factor of the inputs' Gram matrix."""
-    left, values, right = whitened_svd(factor, wanted)
-    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
-    found: Tensor = torch.linalg.solve_triangular(factor.T, cut, upper=True)
-    return found
 
 
 def _factor(matrix: Float[Tensor, "n n"], added: float) -> Float[Tensor, "n n"] | None:

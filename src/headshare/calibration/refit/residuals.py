@@ -1,5 +1,5 @@
-"""How a layer adds its two outputs to what entered it, found by looking at the dense layer; and so what each of the
-shared layer's readouts should give to bring its stream back to the dense one."""
+"""The way in which a layer adds its two outputs to what entered it, found by looking at the dense layer; and so the
+targets of the shared layer's readouts, which bring its stream back to the dense one."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,8 +25,8 @@ class Adding(StrEnum):
 
 @dataclass(frozen=True)
 class Residual:
-    """How one layer adds, and the paths of W_o, of what reads the feed-forward's input, and of W_down (the last two
-    None for experts). `factor` is what outputs are multiplied by before they are added: 1 in most models."""
+    """The way in which one layer adds, and the paths of W_o, of what reads the feed-forward's input, and of W_down (the
+    last two None for experts). `factor` is what outputs are multiplied by before they are added: 1 in most models."""
 
     o: str
     up: str | None
@@ -35,25 +35,26 @@ class Residual:
     factor: float = 1.0
 
     def wanted_of_o(self, entered: Batch, own: Batch, seen: Seen) -> Batch:
-        """What the shared layer's W_o should give: `entered` is the dense stream, `own` the shared one, `seen` of the
+        """The target of the shared layer's W_o: `entered` is the dense stream, `own` the shared one, `seen` of the
         dense layer."""
         if self.adding is Adding.NORMED_OUTPUT:
             return seen.outputs[self.o]
         return seen.outputs[self.o] + (entered - own) / self.factor
 
     def wanted_of_down(self, target: Batch, own: Batch, seen: Seen) -> Batch:
-        """What the shared layer's W_down should give, `own` the stream that enters it and `seen` of this layer."""
+        """The target of the shared layer's W_down, `own` the stream that enters the layer and `seen` of the layer."""
         carried = self.carried(own, seen)
         return target if carried is None else (target - carried) / self.factor
 
     def target(self, entered: Batch, seen: Seen) -> Batch:
-        """What the dense layer's feed-forward and what it is added to come to, before any norm."""
+        """The sum of the dense layer's feed-forward and what it is added to, before any norm."""
         assert self.down is not None
-        output, carried = seen.outputs[self.down], self.carried(entered, seen)
+        output = seen.outputs[self.down]
+        carried = self.carried(entered, seen)
         return output if carried is None else output * self.factor + carried
 
     def carried(self, entered: Batch, seen: Seen) -> Batch | None:
-        """What W_down's output is added to; None where a norm stands between."""
+        """The hidden states that W_down's output is added to; None where a norm stands between."""
         match self.adding:
             case Adding.PLAIN:
                 return entered + self.factor * seen.outputs[self.o]
@@ -70,7 +71,8 @@ def watched(layers: Layers) -> tuple[str, ...]:
 
 
 def residual_of(layers: Layers, entered: Batch, left: Batch, seen: Seen) -> Residual:
-    """How a layer adds, from what entered and left it and what was seen of it. Experts are taken to add plainly."""
+    """The way in which a layer adds, from what entered and left it and what was seen of it. Experts are taken to add
+    plainly."""
     o, up, down = (*watched(layers), None, None)[:3]
     assert o is not None
     if layers.post_norm:
@@ -84,11 +86,14 @@ def residual_of(layers: Layers, entered: Batch, left: Batch, seen: Seen) -> Resi
 
 
 def _factor(entered: Batch, left: Batch, outputs: Batch) -> float | None:
-    """What outputs were multiplied by before they were added: one, or the number that does best, or None if none does
-    for every token whose numbers are finite."""
+    """The factor of outputs before they were added: one, or the number that does best, or None if none does for every
+    token whose numbers are finite."""
     finite = torch.isfinite(left + entered + outputs).all(dim=-1)
-    entered, left, outputs = entered[finite].double(), left[finite].double(), outputs[finite].double()
-    change, size = left - entered, torch.maximum(_size(left), _size(entered))
+    entered = entered[finite].double()
+    left = left[finite].double()
+    outputs = outputs[finite].double()
+    change = left - entered
+    size = torch.maximum(_size(left), _size(entered))
     best = float((change * outputs).sum() / outputs.square().sum().clamp(min=torch.finfo(torch.float64).tiny))
     found = (factor for factor in (1.0, best) if bool((_size(change - factor * outputs) <= ADDED * size).all()))
     return next((factor for factor in found if factor), None)

@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from dataclasses import asdict
 
-from headshare.calibration.refit.refitter import Refitter, Step
+from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.result import Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.resume import Workspace, check_readable, joint_digest
 from headshare.files.state_files import damaged
@@ -21,8 +22,9 @@ def refit_on(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> SharedCheckpoint:
-    """The same with its readouts refitted to the calibration text: W_o, and with `ffn` W_down, from the first layer on
-    that gives something up; and with `steps` the other matrices of those layers, by so many gradient steps each.
+    """The checkpoint with its readouts refitted to the calibration text: W_o, and with `ffn` W_down, from the first
+    layer on that gives something up; and with `steps` the other matrices of those layers, by so many gradient steps
+    each.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
@@ -50,13 +52,15 @@ def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None
 def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     """Put a refit where a stopped one was. Returns the layer that is next."""
     name = f"refit-{key}.json"
-    refitter.result.tensors = tensors = workspace.tensors(f"refit-{key}")
+    tensors = workspace.tensors(f"refit-{key}")
+    refitter.result.tensors = tensors
     done = workspace.read_json(name)
     if done is None:
         return 0
     check_readable(tensors)
     try:
-        layer, steps = int(done["layer"]), [Step(**step) for step in done["steps"]]
+        layer = int(done["layer"])
+        steps = [Step(**step) for step in done["steps"]]
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(workspace.folder / name, f"it does not say how far it came ({error})") from None
     streams = workspace.read_tensors(_streams_after(key, layer))
@@ -73,7 +77,7 @@ def _streams_after(key: str, layer: int) -> str:
 def record_of(
     calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None, *, steps: int = 0
 ) -> RefitRecord:
-    """What a checkpoint says of its refit, and of what an earlier one changed."""
+    """The record of a refit in a checkpoint, and of what an earlier one changed."""
     fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
     return RefitRecord.of(
         fitted | set(before.tensors if before else ()),

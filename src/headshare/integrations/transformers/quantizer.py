@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from headshare.checkpoint.int4 import check_types, packed_tensors
 from headshare.errors import StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
-from headshare.plan.tensors import gapped_tensors, reduced_readouts, reduced_tensors
+from headshare.plan.tensors import gapped_tensors, reduced_tensors
+from headshare.storage.changes import change_modules, changed_paths, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
-from headshare.storage.low_rank import install_factored
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
-from headshare.storage.projection import dense_module, shared_projections, stored_dtypes
+from headshare.storage.projection import stored_dtypes
 from headshare.storage.registry import STORAGES, choose_storage
 
 LOGGER = logging.getLogger("headshare")
@@ -61,8 +62,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             return
         if plan.removals:
             shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
-        readouts = reduced_readouts(plan)
-        install_factored(model, readouts, {name: module_path(model, name) for name in readouts})
+        change_modules(model, plan, partial(module_path, model))
         self._tensors = reduced_tensors(plan)
         self._modules = {name: module_path(model, name) for name in self._tensors}
         self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
@@ -113,11 +113,11 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
             _put_back(model, {path: unpacked(module, number) for path, module in packed})
             return _converted(model, dtype)
+        if plan.no_stock_equivalent is not None:
+            raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
         removed = {name: module_path(model, name) for name in shrunk_of(plan)}
-        shared = dict(shared_projections(model))
-        stock = _stock_modules(model, {*shared, *removed.values()})
-        whole = {path: dense_module(projection, stock[path]) for path, projection in shared.items()}
-        _put_back(model, whole)
+        stock = _stock_modules(model, {*changed_paths(model), *removed.values()})
+        _put_back(model, stock_modules(model, stock))
         regrow(model, plan, stock, removed)
         return _converted(model, dtype)
 

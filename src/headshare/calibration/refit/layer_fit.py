@@ -1,0 +1,241 @@
+"""The fits of one layer: its output projections in closed form, then its other matrices by gradient steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Stream
+from headshare.calibration.refit.columns import PlannedColumns
+from headshare.calibration.refit.normal_equations import NormalEquations, token_weights
+from headshare.calibration.refit.reconstruction import Wanted, reconstruct
+from headshare.calibration.refit.regression import Fitted, Narrow, assembled, fit_readout
+from headshare.calibration.refit.residuals import Residual, residual_of, watched
+from headshare.calibration.refit.result import Refit, Step
+from headshare.plan.low_rank import factor_names
+from headshare.plan.tensors import bias_name
+from headshare.plan.ties import scale_name
+from headshare.plan.units import Part
+from headshare.sharing.factors import join_columns, split_columns
+
+
+@dataclass
+class Streams:
+    """The hidden states that enter the next layer in each model. They are one tensor as long as the two models are the
+    same."""
+
+    dense: Stream
+    shared: Stream
+
+
+@dataclass
+class LayerFit:
+    """The fits of a layer, whichever is next. What they find is put into the built layer as it will be stored, and
+    added to `result`.
+
+    `layers` are the dense model's. `shared_layers` are those of the shared checkpoint, or the same where there is none
+    yet. The first `fitted` windows of the streams are fitted to, the others are held out. `ffn` says whether W_down is
+    fitted too, `gradient_steps` how many of these follow, at this `rate` and on windows drawn by the `seed`.
+    """
+
+    layers: Layers
+    shared_layers: Layers
+    columns: PlannedColumns
+    result: Refit
+    fitted: int
+    ffn: bool
+    gradient_steps: int
+    seed: int
+    rate: float
+
+    def batches(self, stream: Stream) -> Iterator[slice]:
+        """Windows that are run together; none holds both fitted and held-out ones."""
+        windows, window, _ = stream.shape
+        for some in (range(self.fitted), range(self.fitted, windows)):
+            yield from self.layers.batches(some, window)
+
+    def fit(self, layer: int, dense: nn.Module, shared: nn.Module, streams: Streams) -> None:
+        """Fit the readouts of the shared model's built layer. The dense stream advances over the dense model's layer,
+        the shared one does not."""
+        residual, target = self._fit_attention(layer, dense, shared, streams)
+        if target is not None:
+            self._fit_feed_forward(layer, shared, streams, residual, target)
+
+    def _fit_attention(
+        self, layer: int, dense: nn.Module, shared: nn.Module, streams: Streams
+    ) -> tuple[Residual, Stream | None]:
+        """Fit W_o and advance the dense stream. Returns how the layer adds, and where W_down should bring the shared
+        stream to, if it is fitted too."""
+        path = self.layers.path(Part.O)
+        sums = self._sums(shared, Part.O)
+        target = torch.empty_like(streams.dense) if self.ffn else None
+        residual: Residual | None = None
+        for at in self.batches(streams.dense):
+            entered = streams.dense[at].to(self.layers.device)
+            own = streams.shared[at].to(self.layers.device)
+
+            # The dense layer runs once: it shows what W_o gave, and how the layer adds that to what entered.
+            left, seen = self.layers.run(dense, layer, entered, watched(self.layers))
+            residual = residual or residual_of(self.layers, entered, left, seen)
+
+            # The shared layer runs up to W_o, on its own stream: neither fit changes what enters there.
+            inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
+            carried = residual.carried(entered, seen)
+            weights = token_weights(entered if carried is None else carried)
+            sums[at.start >= self.fitted].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
+
+            # All that W_down needs of the dense layer is noted now, so that the stream can go on in place.
+            if target is not None:
+                target[at] = residual.target(entered, seen).cpu()
+            streams.dense[at] = left.cpu()  # what entered may be a view of it
+        self._solve(layer, Part.O, shared, sums)
+        assert residual is not None
+        return residual, target
+
+    def _fit_feed_forward(
+        self, layer: int, shared: nn.Module, streams: Streams, residual: Residual, target: Stream
+    ) -> None:
+        """Fit W_down, once W_o is. The dense stream has advanced over the layer, the shared one has not."""
+        path = self.layers.path(Part.DOWN)
+        sums = self._sums(shared, Part.DOWN)
+        before = tuple(one for one in watched(self.layers) if one != path)
+        for at in self.batches(streams.shared):
+            own = streams.shared[at].to(self.layers.device)
+            seen = self.shared_layers.run_to(shared, layer, own, path, before)
+            wanted = residual.wanted_of_down(target[at].to(self.layers.device), own, seen)
+            weights = token_weights(streams.dense[at].to(self.layers.device))
+            sums[at.start >= self.fitted].add(seen.inputs[path], wanted, weights)
+        self._solve(layer, Part.DOWN, shared, sums)
+
+    def _sums(self, module: nn.Module, part: Part) -> tuple[NormalEquations, NormalEquations]:
+        """Empty sums for this readout: of fitted and of held-out tokens."""
+        weight, bias = self._readout(module, part)
+        outputs, inputs = weight.shape
+        fit, held = (NormalEquations(inputs, outputs, bias is not None, self.layers.device) for _ in range(2))
+        return fit, held
+
+    def _readout(
+        self, module: nn.Module, part: Part
+    ) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, " outputs"] | None]:
+        """The weight and the bias of a built layer's readout, to be looked at or copied to."""
+        projection = module.get_submodule(self.layers.path(part))
+        weight, bias = projection.weight, getattr(projection, "bias", None)
+        assert isinstance(weight, Tensor)
+        return (weight.T if self.layers.in_out else weight), bias
+
+    def _solve(self, layer: int, part: Part, shared: nn.Module, sums: tuple[NormalEquations, NormalEquations]) -> None:
+        """Fit the readout, put it into the shared layer as it will be stored, and keep it."""
+        name = self.layers.tensor(part, layer)
+        weight, bias = self._readout(shared, part)
+        start = weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
+        free = self.columns.free(name, start.shape[1])
+        lent = self.columns.lent(name, self.result.tensors)
+        narrow = self.columns.narrow(name)
+
+        # Columns are pulled to what they were. Only where a fresh tie has just put another layer's features before
+        # them they are pulled to zero: what they were was for other features.
+        prior = start.clone()
+        if self.shared_layers is self.layers:
+            prior[:, self.columns.foreign(layer, part, weight.shape[1])] = 0
+        dtype = self.columns.dtype(name)
+        found = fit_readout(
+            *sums,
+            start,
+            free,
+            lent,
+            narrow,
+            prior=prior,
+            largest=torch.finfo(dtype).max,
+            all_tokens=not self.gradient_steps,
+        )
+
+        # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with
+        # products of rounded numbers, since those are what a loaded model multiplies with.
+        if lent or not found.why_kept:
+            scales = found.scales.to(dtype)
+            exact = assembled(found.weight.to(dtype).double(), free, lent, scales.double())
+            for unit, product in zip(narrow, self._kept_factors(name, found, narrow), strict=True):
+                exact[:, unit.columns] = product
+            self._keep(name, exact, scales, weight, bias)
+        self.result.steps.append(_step(name, found, sum(one.left_out for one in sums)))
+
+    def _kept_factors(
+        self, name: str, found: Fitted, narrow: tuple[Narrow, ...]
+    ) -> list[Float[Tensor, "outputs inputs"]]:
+        """Add the factors of a readout's factored units to the result, and return their products as they are stored."""
+        dtype = self.columns.dtype(name)
+        split = [split_columns(found.weight[:, one.columns], one.rank) for one in narrow]
+        rounded = [(factor_in.to(dtype), factor_out.to(dtype)) for factor_in, factor_out in split]
+        if narrow:
+            inner, outer = factor_names(name)
+            self.result.tensors[inner] = torch.cat([factor_in for factor_in, _ in rounded]).cpu()
+            self.result.tensors[outer] = torch.cat([factor_out for _, factor_out in rounded], dim=1).cpu()
+        return [join_columns(factor_in.double(), factor_out.double()) for factor_in, factor_out in rounded]
+
+    def _keep(
+        self,
+        name: str,
+        exact: Float[Tensor, "outputs inputs"],
+        scales: Float[Tensor, " scaled"],
+        weight: Float[Tensor, "outputs inner"],
+        bias: Float[Tensor, " outputs"] | None,
+    ) -> None:
+        """Add a readout to the result, and copy it to the built layer's weight and bias. `exact` holds the numbers that
+        are stored, times the scales, and the bias last; a layer computes with these products, a file rounds them."""
+        whole = exact if bias is None else exact[:, :-1]
+        weight.copy_(whole)
+        oriented = whole.T if self.layers.in_out else whole
+        stored = {name: oriented.to(self.columns.dtype(name)).contiguous()}
+        if bias is not None:
+            stored[bias_name(name)] = exact[:, -1].to(self.columns.dtype(bias_name(name)))
+            bias.copy_(stored[bias_name(name)])
+        if scales.numel():
+            stored[scale_name(name)] = scales
+        self.result.tensors.update({key: value.cpu() for key, value in stored.items()})
+
+    # ---- gradient steps
+
+    def reconstruct(self, layer: int, module: nn.Module, streams: Streams) -> None:
+        """Change the weight matrices of the shared model's built layer, put them into it as they will be stored, and
+        keep them. The dense stream has advanced over the layer, the shared one has not."""
+        weights = self._matrices(layer, module)
+        found = reconstruct(
+            self.shared_layers,
+            layer,
+            module,
+            Wanted(streams.shared, streams.dense, self.fitted),
+            weights,
+            self.columns.owned,
+            steps=self.gradient_steps,
+            seed=self.seed,
+            rate=self.rate,
+        )
+        if found.step:
+            for name, weight in found.weights.items():
+                rounded = weight.to(self.columns.dtype(name))
+                self.result.tensors[name] = rounded.cpu()
+                weights[name].copy_(torch.where(self.columns.owned(name, weight), rounded.to(weight), weights[name]))
+        base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
+        best = f"best after {found.step}" if found.step else "none was better"
+        note = f"{self.gradient_steps} gradient steps, {best}"
+        self.result.steps.append(Step(base, None, found.error_before, found.error_after, note))
+
+    def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of a built layer's parts, by name."""
+        matrices = {}
+        for name, path in self.layers.tensors_of(layer, ffn=self.ffn).items():
+            weight = module.get_submodule(path).weight
+            assert isinstance(weight, nn.Parameter)
+            matrices[name] = weight
+        return matrices
+
+
+def _step(name: str, found: Fitted, left_out: int) -> Step:
+    notes = [found.why_kept] if found.why_kept else []
+    if left_out:
+        notes.append(f"{left_out} tokens whose numbers are not finite were left out")
+    ridge = None if found.why_kept else found.ridge
+    return Step(name, ridge, found.error_before, found.error_after, "; ".join(notes))

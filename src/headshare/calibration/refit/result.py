@@ -1,0 +1,36 @@
+"""The result of a refit: new tensors, and the steps that led to them."""
+
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a refit: one readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as
+    parts of the target's own size.
+
+    `ridge` is None where nothing was solved, or the readout was kept as it was; `note` says why, or what else is to be
+    known.
+    """
+
+    tensor: str
+    ridge: float | None
+    error_before: float
+    error_after: float
+    note: str = ""
+
+
+@dataclass
+class Refit:
+    """New tensors by name, whole and in the checkpoint's own orientation and type, scales included; and how each came
+    about. What is not listed stays as it was."""
+
+    tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record of its steps, without any tensor."""
+        return {"steps": [asdict(step) for step in self.steps]}

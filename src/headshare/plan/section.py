@@ -1,0 +1,222 @@
+"""Sections of a plan: one protocol behind which ties, removals, low-rank units and kinds of others' own stand.
+
+A section says which indices of which tensors it changes, which tensors it adds, which modules of a loaded model it
+replaces, and whether a stock model computes the same. Whoever shares, expands, loads or verifies asks these questions
+of all sections alike. A section of a new kind is a subclass of `Section`, registered by `section_kind`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from headshare.errors import PlanError
+from headshare.plan.layout import Layout
+from headshare.plan.units import HeadUnit
+
+MAX_NAME = 200
+# signs of a picture that several kinds of section use
+KEPT = "■"
+LENDS = "◆"
+
+
+class Gap(NamedTuple):
+    """Dense indices [start, stop) that are not stored here, and the same number from `donor_start` of `donor`."""
+
+    start: int
+    stop: int
+    donor: str
+    donor_start: int
+
+
+class Scaled(NamedTuple):
+    """Borrowed indices [start, stop) of a readout that carry one number each."""
+
+    start: int
+    stop: int
+
+
+class Removed(NamedTuple):
+    """Dense indices [start, stop) for which nothing stands."""
+
+    start: int
+    stop: int
+
+
+@runtime_checkable
+class Made(Protocol):
+    """Dense indices [start, stop) that are made from tensors which the section adds.
+
+    `maker` names what makes them from those tensors and, on sharing, those tensors from them: a key of
+    `headshare.sharing.makers.MAKERS`.
+    """
+
+    @property
+    def start(self) -> int:
+        """The first index."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last index."""
+
+    @property
+    def maker(self) -> str:
+        """The name of what makes the numbers."""
+
+    def moved_to(self, start: int) -> "Made":
+        """The same range, of as many indices, from this one on."""
+
+
+Range = Gap | Scaled | Removed | Made
+
+
+class Touched(NamedTuple):
+    """One range of one tensor that a section changes; of a tensor that only lends, no range.
+
+    `shape` is dense, `axis` the one that indices count along. With `outputs`, the indices are the module's outputs, so
+    that a bias beside the weight has them too.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    range: Range | None = None
+    outputs: bool = False
+
+
+class AddedTensor(NamedTuple):
+    """A tensor that the dense model does not have: the weight that it stands beside and shares its type with, its
+    shape, and the number that fills it where nothing was fitted (None: a maker computes it).
+
+    With `same_type`, a checkpoint in which its type is another than the weight's is refused.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    fill: float | None = None
+    same_type: bool = True
+
+
+class ModuleChange(NamedTuple):
+    """A module to replace when a model loads: the one that holds `tensor`, or the one so many steps `above` it.
+
+    `kind` names the function that builds the new module: a key of `headshare.storage.changes.MODULE_CHANGES`.
+    """
+
+    tensor: str
+    kind: str
+    above: int = 0
+
+
+class Choice(BaseModel):
+    """The way in which units were chosen; for people and for reproduction, read by no code."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: Annotated[str, Field(max_length=MAX_NAME)] = "given"
+    mode: Annotated[str, Field(max_length=MAX_NAME)] = "given"
+    ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    scores_digest: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+
+
+class Section(BaseModel, ABC):
+    """One part of a plan: units of one grid, and what is done to them. Frozen; a wrong one cannot be constructed.
+
+    Subclasses have the fields `layout` (the grid of units) and `chosen` (how they were chosen).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # the key of a plan's JSON under which sections of this kind are listed
+    key: ClassVar[str]
+    # whether all layers must store the section's parts in one type of number
+    one_type: ClassVar[bool] = True
+    # the sign of such a unit in a picture, and what the legend says of it
+    sign: ClassVar[str] = "?"
+    legend: ClassVar[str] = ""
+    # whether nothing is left of a unit that this section lists
+    takes_whole: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # subclasses declare them where their JSON has them
+        layout: Layout
+        chosen: Choice
+
+    @abstractmethod
+    def touched(self) -> Iterator[Touched]:
+        """Every range of every tensor that this section changes, and every tensor that lends to it."""
+
+    def added(self) -> Iterator[tuple[str, AddedTensor]]:
+        """Every tensor that this section adds, by name."""
+        return iter(())
+
+    def modules(self) -> Iterator[ModuleChange]:
+        """Every module that a loaded model holds another way; none where a storage of weights does."""
+        return iter(())
+
+    @property
+    def no_stock_equivalent(self) -> str | None:
+        """Why no stock model computes the same, in words; None where one does, and `expand` writes it."""
+        return None
+
+    @property
+    def rounding(self) -> str | None:
+        """Why a shared model's logits may differ from the stock model's in their last bits; None where they do not."""
+        return None
+
+    @property
+    def approximate(self) -> str | None:
+        """Which numbers only come near the dense model's, so that they are not compared with it; None for none."""
+        return None
+
+    def conflict(self, other: "Section") -> str | None:
+        """Why this section and another cannot be in one plan; None where they can. Asked of both."""
+        del other
+        return None
+
+    def bars(self, unit: HeadUnit, layout: Layout) -> bool:
+        """Whether a unit of this other grid can neither lend nor borrow the parts of that grid."""
+        del unit, layout
+        return False
+
+    @abstractmethod
+    def units_given(self) -> Collection[HeadUnit]:
+        """The units of this section's own grid that no longer have all of their own weights."""
+
+    def first_layer(self) -> int | None:
+        """The first layer that computes something else than the dense model's; None where none does."""
+        return min((unit.layer for unit in self.units_given()), default=None)
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Counts and units as plain data, as `inspect --json` prints them."""
+
+    @abstractmethod
+    def picture(self, others: Collection["Section"]) -> str:
+        """A title and a line a layer, a sign a unit. `others` are all sections of the plan."""
+
+    def title(self, what: str, count: int, done: str) -> str:
+        """The first line of a picture, such as "attention, parts q,k: 3 of 12 units given up (25 %; ...)"."""
+        share = count / self.layout.units
+        return (
+            f"{what}: {count} of {self.layout.units} {done} ({share:.1%}; asked {self.chosen.ratio:.1%}), "
+            f"match {self.chosen.match}, mode {self.chosen.mode}"
+        )
+
+
+Kind_ = TypeVar("Kind_", bound=type[Section])
+
+# every kind of section, by the key of a plan's JSON
+SECTION_KINDS: dict[str, type[Section]] = {}
+
+
+def section_kind(kind: Kind_) -> Kind_:
+    """Register a kind of section, so that plans can hold it and read it from JSON.
+
+    Raises:
+        PlanError: if its key is taken.
+    """
+    if kind.key in SECTION_KINDS:
+        raise PlanError(f"there are sections under the key {kind.key!r} already.")
+    SECTION_KINDS[kind.key] = kind
+    return kind

@@ -1,0 +1,82 @@
+"""Makers: from the tensors that a section adds to the numbers of a tensor's made ranges, and back.
+
+A section whose ranges are made names its maker; `share` splits with it, `expand` and calibration join.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from headshare.errors import CheckpointError
+from headshare.plan.low_rank import LOW_RANK, factor_names
+from headshare.plan.tensors import GappedTensor
+from headshare.sharing.factors import join_columns, split_columns
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Both directions between dense numbers and the tensors that stand for them."""
+
+    def split(self, tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+        """The added tensors, by name, that come nearest to the made ranges of this whole dense tensor."""
+
+    def join(self, tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+        """Write the made ranges into a whole tensor, in place; `read` gives an added tensor by its name."""
+
+
+class LowRank:
+    """A readout's columns as products of two factors, each unit's nearest of its rank."""
+
+    def split(self, tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+        """Both factors of a readout, by name; the units' ranks lie one after the other."""
+        pairs = []
+        for start, stop, rank in tensor.factored:
+            columns = dense.narrow(tensor.axis, start, stop - start)
+            pairs.append(split_columns(columns.T if tensor.axis == 0 else columns, rank))
+        name_in, name_out = factor_names(tensor.name)
+        return {name_in: torch.cat([one for one, _ in pairs]), name_out: torch.cat([one for _, one in pairs], dim=1)}
+
+    def join(self, tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+        """Put the products of the factors into the columns of their units."""
+        name_in, name_out = factor_names(tensor.name)
+        factor_in = read(name_in)
+        factor_out = read(name_out)
+        used = 0
+        for start, stop, rank in tensor.factored:
+            columns = join_columns(factor_in[used : used + rank], factor_out[:, used : used + rank])
+            whole.narrow(tensor.axis, start, stop - start).copy_(columns.T if tensor.axis == 0 else columns)
+            used += rank
+
+
+# by the name that a section's ranges give
+MAKERS: dict[str, Maker] = {LOW_RANK: LowRank()}
+
+
+def check_makers(tensors: Iterable[GappedTensor]) -> None:
+    """Refuse tensors with made ranges that nothing here makes.
+
+    Raises:
+        CheckpointError: naming the tensor and the maker.
+    """
+    for tensor in tensors:
+        for one in tensor.made:
+            if one.maker not in MAKERS:
+                raise CheckpointError(f"{tensor.name} is made by {one.maker!r}, for which this headshare has no maker.")
+
+
+def _makers_of(tensor: GappedTensor) -> list[Maker]:
+    """The makers of this tensor's ranges, each once."""
+    return [MAKERS[name] for name in dict.fromkeys(one.maker for one in tensor.made)]
+
+
+def split(tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+    """The added tensors that come nearest to a dense tensor's made ranges, by name."""
+    return {name: one for maker in _makers_of(tensor) for name, one in maker.split(tensor, dense).items()}
+
+
+def join(tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+    """Write a tensor's made ranges into it, in place."""
+    for maker in _makers_of(tensor):
+        maker.join(tensor, whole, read)

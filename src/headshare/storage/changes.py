@@ -1,0 +1,87 @@
+"""Module changes: modules of a loaded model that sections of a plan replace, beside any storage of weights.
+
+A section names what it changes (`ModuleChange`); the functions here build the new modules. Such a module loads its
+tensors under their own names, has ordinary parameters, and stands beside the modules of every storage.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from headshare.errors import StorageError
+from headshare.plan.low_rank import LOW_RANK
+from headshare.plan.plan import SharePlan
+from headshare.plan.section import Section
+from headshare.plan.tensors import GappedTensor, gapped_tensors
+from headshare.storage.low_rank import FactoredProjection
+from headshare.storage.projection import SharedProjection, dense_module
+
+
+@runtime_checkable
+class Build(Protocol):
+    """A function that makes the new module from the stock one."""
+
+    def __call__(self, stock: nn.Module, tensor: GappedTensor | None, section: Section) -> nn.Module:
+        """The module that stands in for `stock`, on the same device (meta). `tensor` is what the plan makes of the
+        tensor that names the module, in the coordinates of a model from which removed units are gone."""
+
+
+@runtime_checkable
+class Replaceable(Protocol):
+    """A changed module that a stock one can take the place of again."""
+
+    def stock_module(self, like: nn.Module) -> nn.Module:
+        """This empty stock module, filled with weights that compute the same."""
+
+
+def _low_rank(stock: nn.Module, tensor: GappedTensor | None, section: Section) -> nn.Module:
+    assert tensor is not None, section
+    return FactoredProjection(stock, tensor)
+
+
+# by the kind that a section's changes name
+MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank}
+
+
+def change_modules(model: nn.Module, plan: SharePlan, path_of: Callable[[str], str]) -> None:
+    """Replace the modules that the plan's sections change. `path_of` gives the path of the module that holds a tensor.
+
+    Raises:
+        StorageError: if nothing here builds such a module.
+        PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
+    """
+    tensors = gapped_tensors(plan)
+    for section in plan.sections:
+        for change in section.modules():
+            if change.kind not in MODULE_CHANGES:
+                raise StorageError(f"the plan holds {change.tensor} as {change.kind!r}, which this headshare cannot.")
+            path = module_to_change(path_of(change.tensor), change.above)
+            whole = tensors.get(change.tensor)
+            reduced = None if whole is None else whole.reduced(tensors)
+            parent, _, leaf = path.rpartition(".")
+            built = MODULE_CHANGES[change.kind](model.get_submodule(path), reduced, section)
+            setattr(model.get_submodule(parent), leaf, built)
+
+
+def module_to_change(path: str, above: int) -> str:
+    """The path of the module so many steps above this one."""
+    return ".".join(path.split(".")[: -above or None])
+
+
+def stock_modules(model: nn.Module, stock: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Stock modules, filled, for all of a model's modules that hold weights another way, by path. `stock` has an empty
+    one for each path that `changed_paths` lists."""
+    filled: dict[str, nn.Module] = {}
+    for path in changed_paths(model):
+        module = model.get_submodule(path)
+        if isinstance(module, SharedProjection):
+            filled[path] = dense_module(module, stock[path])
+        elif isinstance(module, Replaceable):
+            filled[path] = module.stock_module(stock[path])
+    return filled
+
+
+def changed_paths(model: nn.Module) -> list[str]:
+    """The paths of the modules that hold weights another way than stock ones."""
+    return [path for path, module in model.named_modules() if isinstance(module, SharedProjection | Replaceable)]

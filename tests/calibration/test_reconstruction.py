@@ -1,0 +1,238 @@
+"""Gradient steps after a refit bring a layer nearer to the dense one, and touch nothing that is shared."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import headshare as hs
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit import reconstruction
+from headshare.calibration.refit import refitter as refitting
+from headshare.calibration.refit.normal_equations import token_weights
+from headshare.calibration.refit.reconstruction import Wanted, reconstruct
+from headshare.calibration.refit.refitter import Refitter, refit
+from headshare.calibration.refit.result import Refit, Step
+from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CalibrationError
+from headshare.integrations.transformers.loading import load_model
+from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import gapped_tensors
+from headshare.plan.units import Part
+from headshare.precision import short_products
+from support import tiny
+from support.refits import WINDOW, calibration, dense_of, last_states, missed, plan_of, same, stock
+from support.walks import ALL
+
+CASES = [
+    ("llama-gqa", "scaled qkvo"),
+    ("llama-biased", "qkv"),
+    ("gpt2", "qkvo"),
+    ("gpt2", "removed neurons"),
+    ("phi3", "ffn"),
+    ("gpt_neox", "qkv"),
+    ("bert", "qkv"),
+    ("gemma2", "removed attention"),
+]
+STEPS = 40
+SMALL = 5e-4
+
+
+@pytest.fixture(autouse=True)
+def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "FAMILIES", ALL)
+    monkeypatch.setattr(refitting, "RATE", SMALL)  # for models so small
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_steps_bring_the_last_hidden_states_nearer_and_leave_alone_what_is_shared(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    dense, tokens = dense_of(name, tmp_path), calibration(windows=256)
+    plan = plan_of(dense, kind)
+    wanted = last_states(stock(dense), tokens.tokens)
+    before, found = refit(dense, plan, tokens), refit(dense, plan, tokens, steps=STEPS)
+    missed_before = missed(last_states(stock(dense, plan, before), tokens.tokens), wanted)
+    missed_after = missed(last_states(stock(dense, plan, found), tokens.tokens), wanted)
+    assert missed_after < missed_before
+    taken = [step for step in found.steps if "gradient steps, best" in step.note]
+    assert [step.error_after < step.error_before for step in taken] == [True] * len(taken) != []
+    check_untouched(dense, plan, before, found)
+
+
+def test_of_a_mixture_of_experts_attention_takes_steps_and_experts_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So small a model only over-fits (routers choose other experts, which no gradient sees): so every look is taken
+    to be better than the last."""
+    errors = itertools.count(1)
+    monkeypatch.setattr(reconstruction, "_held_out", lambda *_: 1 / next(errors))
+    dense, tokens = dense_of("mixtral", tmp_path), calibration(windows=64)
+    plan = plan_of(dense, "qkv")
+    found = refit(dense, plan, tokens, steps=STEPS)
+    assert all(".self_attn." in name for name in found.tensors)
+    check_untouched(dense, plan, refit(dense, plan, tokens), found)
+
+
+def check_untouched(dense: hs.Checkpoint, plan: SharePlan, before: Refit, found: Refit) -> None:
+    """What others borrow is as the dense model has it, or as its readout was refitted."""
+    changed = set(found.tensors) - set(before.tensors)
+    assert any(".k" in name or "qkv" in name or "c_attn" in name or "query" in name for name in changed)
+    tensors = gapped_tensors(plan)
+    for tensor in tensors.values():
+        for gap in tensor.gaps:
+            if gap.donor in changed:
+                size = gap.stop - gap.start
+                own = found.tensors[gap.donor].narrow(tensors[gap.donor].axis, gap.donor_start, size)
+                was = dense.read(gap.donor).narrow(tensors[gap.donor].axis, gap.donor_start, size)
+                assert torch.equal(own, was)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"),
+    [("llama-gqa", "scaled qkvo", "bfloat16"), ("gpt2", "qkv", "bfloat16"), ("gemma2", "ffn", "float32")],
+)
+def test_the_saved_model_is_the_one_that_was_walked(name: str, kind: str, dtype: str, tmp_path: Path) -> None:
+    """The shared stream that leaves the last layer is what the loaded model computes."""
+    tiny.make(name, tmp_path / "first")
+    plain = load_model(hs.open_checkpoint(tmp_path / "first"), dtype=getattr(torch, dtype))
+    plain.save_pretrained(tmp_path / "dense")
+    dense, tokens = hs.open_checkpoint(tmp_path / "dense"), calibration(windows=256)
+    plan = plan_of(dense, kind)
+    refitter = Refitter(dense, plan, tokens, steps=STEPS)
+    assert list(refitter.advance()) == [0, 1, 2, 3]
+    tensors = refitter.result.tensors
+    fitted = tuple(sorted(key for key in tensors if key.endswith((".weight", ".bias"))))
+    record = RefitRecord(tensors=fitted, text="drawn", text_digest="0" * 64, tokens=5120, window=WINDOW, seed=0)
+    folder = hs.share(dense, plan).with_refit(record, tensors).save(tmp_path / "shared")
+    model = load_model(hs.open_checkpoint(folder), storage="owner", dtype=torch.float32)
+    loaded = last_states(model, refitter.tokens)
+    torch.testing.assert_close(refitter.state()["shared"], loaded, rtol=1e-3, atol=1e-4)
+
+
+def test_one_step_is_adams_on_the_relative_error_of_what_leaves_the_layer(tmp_path: Path) -> None:
+    """Against a stock layer in float64, differentiated by numbers."""
+    dense = dense_of("llama-gqa", tmp_path)
+    layers, generator = Layers(dense), torch.Generator().manual_seed(1)
+    entering, leaving = (torch.randn(3, WINDOW, layers.start(torch.zeros(1, 2).long()).shape[-1], generator=generator)
+                         for _ in range(2))  # fmt: skip
+    module, name = layers.build(1), layers.tensor(Part.Q, 1)
+    weight = module.get_submodule(layers.path(Part.Q)).weight
+    assert isinstance(weight, nn.Parameter)
+    first, free = weight.detach().clone(), torch.arange(weight.numel()).view_as(weight) % 3 > 0
+    wanted = Wanted(entering, leaving, 1)
+    found = reconstruct(layers, 1, module, wanted, {name: weight}, lambda *_: free, steps=1, seed=0, rate=SMALL)
+    assert torch.equal(weight, first)  # the module is as it was
+
+    def error(changed: Tensor, at: slice) -> float:
+        with torch.no_grad():
+            weight.copy_(changed)
+        out = layers.run(module, 1, entering[at])[0].double()
+        return float(((out - leaving[at].double()).square().sum(-1) / leaving[at].double().square().sum(-1)).mean())
+
+    moved = found.weights[name] - first
+    assert found.error_before == pytest.approx(error(first, slice(1, 3)), rel=1e-5)
+    assert found.error_after == pytest.approx(error(found.weights[name], slice(1, 3)), rel=1e-5)
+    fitted = slice(0, 1)
+    assert found.step
+    assert not moved[~free].any()
+    assert torch.allclose(moved[free].abs(), torch.full_like(moved[free], SMALL), rtol=0.02)
+    compared = 0
+    for at in torch.randperm(first.numel(), generator=generator)[:20].tolist():
+        if not free.flatten()[at]:
+            continue
+        nudge = torch.zeros(first.numel())
+        nudge[at] = 1e-2
+        slope = error(first + nudge.view_as(first), fitted) - error(first - nudge.view_as(first), fitted)
+        if abs(slope) > 1e-5:
+            compared += 1
+            assert moved.flatten()[at] * slope < 0
+    assert compared > 5
+
+
+def test_without_the_feed_forward_only_attention_takes_steps(tmp_path: Path) -> None:
+    dense = dense_of("llama-gqa", tmp_path)
+    found = refit(dense, plan_of(dense, "qkv"), calibration(windows=256), ffn=False, steps=STEPS)
+    assert any("gradient steps, best" in step.note for step in found.steps)
+    assert all(".self_attn." in name for name in found.tensors)
+
+
+def test_what_layers_are_called_with_is_exact_whatever_products_are_allowed(tmp_path: Path) -> None:
+    """Positions are made once, in whichever context a shape is first met in, and serve all later runs."""
+    dense = dense_of("llama-gqa", tmp_path)
+    layers, seen = Layers(dense), list[str]()
+    layers.shell.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+    with short_products():
+        layers.start(calibration().tokens)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert seen
+    assert set(seen) == {"ieee"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama-biased", "scaled qkvo"), ("gpt2", "removed neurons")])
+def test_steps_that_were_stopped_go_on_bit_for_bit(name: str, kind: str, tmp_path: Path) -> None:
+    dense, tokens = dense_of(name, tmp_path), calibration(windows=256)
+    plan = plan_of(dense, kind)
+    whole = Refitter(dense, plan, tokens, steps=STEPS)
+    for layer in whole.advance():
+        save_file(whole.state(), tmp_path / f"{layer}.streams")
+        save_file(dict(whole.result.tensors), tmp_path / f"{layer}.tensors")
+        (tmp_path / f"{layer}.json").write_text(json.dumps(whole.result.to_dict()))
+    again = Refitter(dense, plan, tokens, steps=STEPS)
+    steps = [Step(**step) for step in json.loads((tmp_path / "1.json").read_text())["steps"]]
+    again.resume(2, load_file(tmp_path / "1.streams"), load_file(tmp_path / "1.tensors"), steps)
+    assert list(again.advance()) == [2, 3]
+    assert same(whole.result, again.result)
+
+
+def test_the_best_step_is_kept_and_none_where_none_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=256)
+    plan = plan_of(dense, "qkv")
+    monkeypatch.setattr(refitting, "RATE", 100.0)
+    found = refit(dense, plan, tokens, steps=4)
+    assert found.tensors.keys() == refit(dense, plan, tokens).tensors.keys()  # readouts, and no more
+    notes = [step.note for step in found.steps if "gradient" in step.note]
+    assert notes == ["4 gradient steps, none was better"] * len(notes) != []
+
+
+def test_tokens_that_are_not_finite_count_for_nothing(tmp_path: Path) -> None:
+    dense = dense_of("llama-gqa", tmp_path)
+    layers = Layers(dense)
+    generator = torch.Generator().manual_seed(1)
+    entering = torch.randn(4, WINDOW, layers.start(torch.zeros(1, 2).long()).shape[-1], generator=generator)
+    module, name = layers.build(1), layers.tensor(Part.V, 1)
+    weight = module.get_submodule(layers.path(Part.V)).weight
+    assert isinstance(weight, nn.Parameter)
+    leaving = layers.run(module, 1, entering)[0] + 0.1
+    leaving[:, -1] = torch.inf
+
+    def own(_: str, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight, dtype=torch.bool)
+
+    found = reconstruct(
+        layers, 1, module, Wanted(entering, leaving, 3), {name: weight}, own, steps=8, seed=2**64 - 1, rate=SMALL
+    )
+    assert found.step
+    assert found.error_after < found.error_before < 1
+    assert torch.isfinite(found.weights[name]).all()
+    assert not token_weights(torch.zeros(1, 1, 4)).any()
+
+
+def test_fewer_than_no_steps_are_refused(tmp_path: Path) -> None:
+    dense = dense_of("llama-gqa", tmp_path)
+    with pytest.raises(CalibrationError, match=r"in -1 steps. Ask for 0 or more"):
+        refit(dense, plan_of(dense, "qkv"), calibration(), steps=-1)
+
+
+def test_a_refit_for_a_price_takes_no_steps(tmp_path: Path) -> None:
+    dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=256)
+    plan = plan_of(dense, "qkv")
+    with_steps, without = Refitter(dense, plan, tokens, steps=STEPS), Refitter(dense, plan, tokens)
+    entering = without.layers.start(without.tokens)
+    for name, one in with_steps.refitted(1, entering).state_dict().items():
+        assert torch.equal(one, copy.deepcopy(without.refitted(1, entering)).state_dict()[name])

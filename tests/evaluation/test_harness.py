@@ -1,0 +1,100 @@
+"""Tasks of the harness's own go by their names, and report its own metrics."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+from headshare.errors import EvaluationError
+from headshare.evaluation import harness
+from headshare.evaluation.harness import Runner, chosen_tasks
+from headshare.evaluation.measuring import Text, measure
+from headshare.evaluation.results import table_of
+from support.byte_level import SENTENCES
+from support.questions import measured
+
+
+def test_the_harnesss_own_tasks_go_by_their_names(data: Path) -> None:
+    own, theirs = chosen_tasks(["boolq", "hellaswag"], data)
+    assert own.parts is not None
+    assert theirs.parts is None
+    assert chosen_tasks(["boolq"], None)[0].parts is None
+
+
+def only_tasks(monkeypatch: pytest.MonkeyPatch, folder: Path, *tasks: str) -> None:
+    """Let the harness have these tasks alone, each of the sentences in one file."""
+    (folder / "rows.json").write_text(json.dumps([{"text": one} for one in SENTENCES]))
+    for number, task in enumerate(tasks):
+        (folder / f"{number}.yaml").write_text(
+            f"{task}dataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.json'}}}, cache_dir: {folder / 'cache'}}}\n"
+        )
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    monkeypatch.setattr(harness, "tasks_of_harness", lambda **_: manager)
+
+
+def test_a_task_of_the_harness_that_does_not_choose_reports_its_own_metrics(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "task: bits\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    tasks += "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
+    only_tasks(monkeypatch, tmp_path, tasks)
+    (one,) = measured(runner, data, "bits")
+    nats = 0.0
+    for text in SENTENCES:
+        tokens = [runner.tokenizer.eos_token_id, *runner.tokenizer.encode(text)]
+        logits = runner.model(input_ids=torch.tensor([tokens])).logits[0, :-1].double().log_softmax(-1)
+        nats -= sum(row[token].item() for row, token in zip(logits, tokens[1:], strict=True))
+    size = sum(len(text.encode()) for text in SENTENCES)
+    assert one.metrics["bits_per_byte"].value == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert (one.questions, one.chance) == (3, None)
+    assert "bits_per_byte" in table_of([one]) or "word_perplexity" in table_of([one])
+
+
+def test_answers_taken_from_the_text_in_several_ways_are_each_reported(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gsm8k does: its questions count once."""
+    only_tasks(
+        monkeypatch,
+        tmp_path,
+        "task: twice\noutput_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: nothing\n"
+        "generation_kwargs: {until: ['x'], do_sample: false, max_gen_toks: 4}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        "filter_list:\n"
+        "- {name: always, filter: [{function: regex, regex_pattern: 'cannot be', fallback: nothing}, "
+        "{function: take_first}]}\n"
+        "- {name: never, filter: [{function: regex, regex_pattern: 'cannot be', fallback: other}, "
+        "{function: take_first}]}\n",
+    )
+    (one,) = measured(runner, data, "twice")
+    assert {name: metric.value for name, metric in one.metrics.items()} == {
+        "exact_match,always": 1.0,
+        "exact_match,never": 0.0,
+    }
+    assert one.questions == len(SENTENCES)
+
+
+def test_a_tag_of_the_harness_is_told_its_tasks(
+    runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    tasks += "metric_list: [{metric: word_perplexity}]\n"
+    only_tasks(monkeypatch, tmp_path, *(f"tag: both\ntask: {name}\n{tasks}" for name in ("one", "two")))
+    with pytest.raises(EvaluationError, match=r"both is several tasks.*one, two"):
+        runner.run(harness.Chosen("both", "harness"), "key")
+
+
+def test_without_the_harness_texts_are_measured_and_tasks_say_what_to_install(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    (tmp_path / "text").write_text(" ".join(SENTENCES * 9))
+    assert measure([model], text=Text(tmp_path / "text", 32))[0].metrics["perplexity"].value is not None
+    for folder in (data, None):
+        with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install 'headshare\[eval\]'"):
+            measure([model], tasks=["boolq"], data=folder)

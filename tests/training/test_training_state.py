@@ -1,0 +1,222 @@
+"""A run of training that was killed goes on to the same weights, and takes no other run's state."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path as Folder
+from typing import Any
+
+import pytest
+
+import headshare as hs
+from headshare.errors import OutputError, TrainingError
+from headshare.training import SharingTrainer, TrainSettings, train
+from headshare.training.state import checkpoints, note_writing, settle, taken_up
+from support.texts import a_text
+from support.trainings import LONGER, PLAIN, curve_of, killed_after, settings
+
+
+@pytest.mark.parametrize("every", [{}, {"logging_steps": 5, "eval_steps": 3}])
+def test_a_killed_run_goes_on_with_the_same_curve_to_the_same_weights(
+    every: dict[str, int], model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(text, arguments={**LONGER, **every})
+    whole = train(model, tmp_path / "whole", asked)
+
+    def run_and_be_killed() -> None:
+        killed_after(7)
+        train(model, tmp_path / "out", asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TrainingError, match=r"another loss.gamma\. .*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments={**LONGER, **every}, loss={"gamma": 0.1}))
+    text.write_text(text.read_text().replace("w5 ", "w6 ", 1))
+    with pytest.raises(TrainingError, match="it had another text"):
+        train(model, tmp_path / "out", asked)
+    a_text(text, words=15 * 40)
+    seen: list[int] = []
+    real = SharingTrainer.compute_loss
+    monkeypatch.setattr(SharingTrainer, "compute_loss", lambda self, model, *a, **k: (
+        seen.append(self.state.global_step) if model.training else None) or real(self, model, *a, **k))  # fmt: skip
+    again = train(model, tmp_path / "out", asked)
+    assert min(seen) >= 6
+    assert curve_of(again) == curve_of(whole)
+    one, other = (hs.open_checkpoint(tmp_path / name) for name in ("whole", "out"))
+    assert all(one.read(name).equal(other.read(name)) for name in one.tensors)
+
+
+def a_state(work: Folder, step: int, steps: int, content: str | None = None) -> Folder:
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    state = json.dumps({"global_step": step, "max_steps": steps}) if content is None else content
+    (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_checkpoints_that_are_half_written_or_after_the_last_step_are_not_gone_on_from(tmp_path: Folder) -> None:
+    """The Trainer would fail at the first, and take a step too many after the second."""
+    whole, early = a_state(tmp_path, 12, 20), a_state(tmp_path, 8, 20)
+    torn, last = a_state(tmp_path, 16, 20, '{"global_'), a_state(tmp_path, 20, 20)
+    (tmp_path / "checkpoint-18").mkdir()
+    (tmp_path / "run.json").write_text('{"model": "this"}')
+    with taken_up(tmp_path, {"model": "this"}, restart=False):
+        assert list(checkpoints(tmp_path)) == [(12, whole), (8, early)]
+        assert not torn.exists()
+        assert not last.exists()
+        assert not (tmp_path / "checkpoint-18").exists()
+        with pytest.raises(OutputError, match="another run is working"), taken_up(tmp_path, {}, restart=True):
+            pass
+
+
+def test_a_state_in_which_nothing_was_saved_does_not_stand_in_the_way(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    work = tmp_path / ".out.headshare-training"
+    work.mkdir()
+    (work / "run.json").write_text('{"model": "another"}')
+    train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    assert not work.exists()
+
+
+def test_a_run_stopped_after_its_last_step_takes_no_more_of_them(
+    model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(text, arguments=LONGER)
+    whole = train(model, tmp_path / "whole", asked)
+    with monkeypatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError, match="full"):
+            train(model, tmp_path / "out", asked)
+    again = train(model, tmp_path / "out", asked)
+    assert (again.steps, again.best_step, curve_of(again)) == (10, whole.best_step, curve_of(whole))
+
+
+def test_a_run_killed_once_its_output_is_whole_leaves_no_state_for_good(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    asked = settings(text, arguments={"max_steps": 2})
+
+    def run_and_be_killed() -> None:
+        real = shutil.rmtree
+
+        def removed(path: Any, *args: Any, **kwargs: Any) -> None:
+            if Folder(path).name.endswith("-training"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, *args, **kwargs)
+
+        shutil.rmtree = removed  # type: ignore[assignment]
+        train(model, tmp_path / "out", asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (work,) = tmp_path.glob(".out.*")
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 2
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="out exists"):
+        train(model, tmp_path / "out", asked)
+    assert not work.exists()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_state_stays_where_the_output_is_not_there(tmp_path: Folder) -> None:
+    """An old output was to be replaced; writing failed, and then the old one was removed to make room."""
+    work, out = tmp_path / ".out.headshare-training", tmp_path / "out"
+    for folder in (work, out):
+        folder.mkdir()
+    note_writing(work, out)
+    assert not settle(out)
+    (tmp_path / "other").mkdir()  # while the old one is there: a number of a folder that is gone may come again
+    out.rmdir()
+    assert not settle(out)
+    (tmp_path / "other").rename(out)
+    assert not settle(out)
+    assert work.is_dir()
+    (out / "training.json").write_text("{}")
+    assert settle(out)
+    assert not work.exists()
+
+
+def test_a_run_that_stopped_early_and_was_not_written_stops_at_the_same_step(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    arguments = {"max_steps": 40, "learning_rate": 0.02, "optim": "adamw_torch", "eval_steps": 2}
+    asked = settings(text, "both", arguments=arguments, learning={"patience": 2, "arguments": {**PLAIN, **arguments}})
+    whole = train(model, tmp_path / "whole", asked)
+    with pytest.MonkeyPatch.context() as patched:
+        stopped = OutputError("full")
+        patched.setattr("headshare.training.run.write_trained", lambda *_, **__: (_ for _ in ()).throw(stopped))
+        with pytest.raises(OutputError, match="full"):
+            train(model, tmp_path / "out", asked)
+    again = train(model, tmp_path / "out", asked)
+    assert whole.steps < 40
+    assert (again.steps, again.best_step, curve_of(again)) == (whole.steps, whole.best_step, curve_of(whole))
+
+
+def test_how_fast_it_learns_may_change_on_the_way(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    asked = settings(text, arguments=LONGER)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError):
+            train(model, tmp_path / "out", asked)
+    assert train(model, tmp_path / "out", settings(text, arguments={**LONGER, "learning_rate": 1e-4})).steps == 10
+
+
+def killed(model: Folder, out: Folder, asked: TrainSettings) -> None:
+    """A run of ten steps, killed after the seventh."""
+
+    def run() -> None:
+        killed_after(7)
+        train(model, out, asked)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_a_run_goes_on_at_the_rate_that_is_asked_for_now(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    cosine = {**LONGER, "lr_scheduler_type": "cosine"}
+    whole = train(model, tmp_path / "whole", settings(text, arguments=cosine))
+    killed(model, tmp_path / "out", settings(text, arguments=cosine))
+    again = train(model, tmp_path / "out", settings(text, arguments={**cosine, "learning_rate": 1e-3}))
+    rates = [[one["learning_rate"] for one in found.curve if "learning_rate" in one] for found in (whole, again)]
+    assert rates[1] == pytest.approx([*rates[0][:6], *(rate / 10 for rate in rates[0][6:])])
+
+
+def test_a_stream_that_begins_otherwise_is_another_text(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    held = a_text(tmp_path / "held.txt", words=15 * 8)
+    asked = settings(text, text={"stream": True, "held_out_data": str(held)}, arguments=LONGER)
+    killed(model, tmp_path / "out", asked)
+    text.write_text(text.read_text().replace("w", "w7 w", 1))
+    with pytest.raises(TrainingError, match="it had another text"):
+        train(model, tmp_path / "out", asked)
+
+
+def test_what_is_trained_and_not_written_yet_is_not_thrown_away_by_another_run(
+    model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("headshare.training.run.share", lambda *_, **__: (_ for _ in ()).throw(OutputError("full")))
+        with pytest.raises(OutputError):
+            train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    with pytest.raises(TrainingError, match=r"another loss\.gamma"):
+        train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}, loss={"gamma": 0.1}))
+    assert train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1})).steps == 1
+
+
+def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    work = tmp_path / ".out.headshare-training"
+    a_state(work, 1, 10)
+    (work / "run.json").write_text('{"model": "another"}')
+    with pytest.raises(TrainingError, match="another model"):
+        train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
+    train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}), restart=True)
+    assert not work.exists()
