@@ -37,7 +37,6 @@ from headshare.calibration.costs.measured import probe_prices
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.layouts import attention_of
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
@@ -126,7 +125,7 @@ class Bench:
         stock = load_model(dense)
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
-        self.layout = attention_of(dense)
+        self.layout = dense.layouts.attention
         self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
 
     def prices(self, forms: tuple[Form, ...], kind: Kind = Kind.ATTENTION) -> Prices:

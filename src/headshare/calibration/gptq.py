@@ -65,7 +65,7 @@ def round_by_gptq(
     if checkpoint.plan is None:
         checkpoint.require_dense("round it")
     whole = ExpandedTensors.of(checkpoint)
-    tensors, shapes = whole.files.tensors, whole.shapes
+    tensors, shapes = whole.files.tensors, checkpoint.dense_shapes
     if any(tensor.axis or tensor.removed for tensor in tensors.values()):
         raise PlanError(
             "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."

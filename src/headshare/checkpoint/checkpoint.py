@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headshare.architecture.config import text_config
+from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import TensorInfo
 from headshare.errors import CheckpointError
 from headshare.files.atomic import read_at
 from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import added_tensors, gapped_biases, gapped_tensors
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -56,6 +59,24 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by name."""
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the tensors have in the dense model; tensors that a plan adds to it are left out."""
+        if self.plan is None:
+            return self.shapes
+        changed = gapped_tensors(self.plan) | gapped_biases(self.plan)
+        added = added_tensors(self.plan)
+        return {
+            name: changed[name].shape if name in changed else info.shape
+            for name, info in self.tensors.items()
+            if name not in added
+        }
+
+    @cached_property
+    def layouts(self) -> ModelLayouts:
+        """The layouts of the model, shared or dense, in the dense model's shapes."""
+        return ModelLayouts(text_config(self.config), self.dense_shapes)
 
     @property
     def path(self) -> Path:

@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
+from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
@@ -141,12 +140,8 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
 
 def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
     """What a refit may change: weights and biases of W_o and W_down; with gradient steps the weights of all parts."""
-    config = text_config(dense.config)
-    layouts = [attention_layout(config, dense.shapes)]
-    with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
-        layouts.append(ffn_layout(config, dense.shapes))
     found: set[str] = set()
-    for layout in layouts:
+    for layout in dense.layouts.all:
         for part, place in layout.parts.items():
             names = [place.name(layer) for layer in range(layout.layers)]
             if part in READOUTS:

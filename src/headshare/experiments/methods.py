@@ -13,7 +13,6 @@ from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.curves import Form
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.layouts import attention_of
 from headshare.experiments.baselines import (
     overwrite_with_mean,
     removal_prices,
@@ -47,7 +46,7 @@ def _directshare(case: Case) -> SharePlan:
 
 @method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)
 def _output(case: Case) -> SharePlan:
-    units = units_at(case.ratio, attention_of(case.dense).units)
+    units = units_at(case.ratio, case.dense.layouts.attention.units)
     return plan_for_units(case.common.units(Form.QKV), units).plan
 
 
@@ -110,7 +109,7 @@ def _deletion(case: Case) -> SharePlan:
 @method("deletion-same", "DirectShare's recipients deleted, the best matched first, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
     plan = case.directshare()
-    layout, removed = attention_of(case.dense), dict[int, list[int]]()
+    layout, removed = case.dense.layouts.attention, dict[int, list[int]]()
     (scores,) = case.common.scores("qk").tables
     ties = [tie for selection in plan.selections for tie in selection.ties]
     ties.sort(key=lambda tie: -float(scores.scores[layout.index(tie.recipient), layout.index(tie.donor)]))
@@ -151,12 +150,12 @@ def _llm_pruner(case: Case) -> SharePlan:
 
 def _stored_in(dense: Checkpoint) -> torch.dtype:
     """The type of its layers' matrices."""
-    return dense.tensors[next(iter(attention_of(dense).parts.values())).name(0)].torch_dtype
+    return dense.tensors[next(iter(dense.layouts.attention.parts.values())).name(0)].torch_dtype
 
 
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
 def _magnitude_zeros(case: Case) -> Edit:
-    layout, item = attention_of(case.dense), _stored_in(case.dense).itemsize
+    layout, item = case.dense.layouts.attention, _stored_in(case.dense).itemsize
 
     def change(model: Any) -> int:
         zero_smallest(model, layout, -(-case.saved_bytes // item))

@@ -76,12 +76,6 @@ class ExpandedTensors:
         """Where the numbers come from."""
         return self.files.checkpoint
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Dense shapes by name; tensors that the plan adds, which a dense model has not, are left out."""
-        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in self.files.added}
-        return own | {name: tensor.shape for name, tensor in self.files.tensors.items()}
-
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint.tensors
 

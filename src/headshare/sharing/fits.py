@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from headshare.architecture.config import text_config
 from headshare.architecture.removable import check_removals
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, SHAPE, TYPES, Packing, packed_tensors, part_of
@@ -70,8 +69,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, what)
     if plan.removals:
-        dense = {name: tensor.shape for name, tensor in files.tensors.items()}
-        check_removals(plan, text_config(checkpoint.config), {**checkpoint.shapes, **dense})
+        check_removals(plan, checkpoint.layouts)
     # what the plan adds
     for name, added in files.added.items():
         _check_tensor(checkpoint, name, added.shape, what)
@@ -98,7 +96,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
         if section.one_type:
             require_one_dtype(section.layout, dense)
     if plan.removals:
-        check_removals(plan, text_config(dense.config), dense.shapes)
+        check_removals(plan, dense.layouts)
     files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
     check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():

@@ -10,19 +10,16 @@ they are relative to |h|^2 all the same. Chooses nothing across layers.
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.architecture.removable import removal_refusal
 from headshare.calibration.costs.curves import Form, Path, Prices
 from headshare.calibration.costs.descent import neuron_path, paths_beside, unit_path
 from headshare.calibration.costs.sublayer import DenseLayer, Half, Weighted
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import ArchitectureError, OptionError, PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Kind
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -115,9 +112,8 @@ def _wanted(dense: Checkpoint, forms: Sequence[Form], ffn_groups: int) -> _Wante
     Raises:
         PlanError: if that is nothing.
     """
-    config = text_config(dense.config)
-    layouts, neurons = _layouts(config, dense, ffn_groups)
-    refusals = {kind: removal_refusal(config, kind) for kind in layouts if _removes(kind, forms)}
+    layouts, neurons = _layouts(dense, ffn_groups)
+    refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in layouts if _removes(kind, forms)}
     if refusals and layouts[Kind.ATTENTION].groups == 1:
         refusals[Kind.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
@@ -141,15 +137,12 @@ def _allowed(kind: Kind, forms: Sequence[Form], removable: bool) -> tuple[Form, 
     return (*ties, Form.REMOVE) if removable else ties
 
 
-def _layouts(config: Mapping[str, Any], dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
+def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
     """The units of both halves, and single neurons; nothing of the feed-forward where that is a mixture of experts."""
-    layouts = {Kind.ATTENTION: attention_layout(config, dense.shapes)}
-    try:
-        whole = ffn_layout(config, dense.shapes)
-    except ArchitectureError:
-        return layouts, None
-    layouts[Kind.FFN] = ffn_layout(config, dense.shapes, ffn_groups)
-    return layouts, ffn_layout(config, dense.shapes, whole.parts[Part.DOWN].rows)
+    layouts = {Kind.ATTENTION: dense.layouts.attention}
+    if dense.layouts.ffn is not None:
+        layouts[Kind.FFN] = dense.layouts.ffn_in(ffn_groups)
+    return layouts, dense.layouts.neurons
 
 
 def _walk(

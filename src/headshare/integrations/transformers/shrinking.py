@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
 from headshare.architecture.families import ATTENTION_COUNTS
+from headshare.architecture.model_layouts import ModelLayouts
 from headshare.architecture.removable import check_removals
 from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
@@ -61,7 +62,7 @@ def shrink(model: Any, plan: SharePlan, modules: Mapping[str, str]) -> None:
         ArchitectureError: if it counts its attention in a way that the plan's groups do not divide.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    check_removals(plan, text_config(model.config.to_dict()), shapes)
+    check_removals(plan, ModelLayouts(text_config(model.config.to_dict()), shapes))
     for name, shrunk in shrunk_of(plan).items():
         _shrink_module(model.get_submodule(modules[name]), shrunk)
     for attention, numbers in _counted(model, plan, modules):
