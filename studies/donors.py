@@ -27,7 +27,6 @@ from headshare.calibration.costs.least_squares import Fit
 from headshare.calibration.costs.local import HELD_OUT, fitted_windows, looked_at
 from headshare.calibration.costs.sublayer import DenseLayer, Half
 from headshare.calibration.layerwise.layers import Layers
-from headshare.checkpoint.layouts import attention_of
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.precision import short_products
@@ -225,7 +224,7 @@ def main() -> None:
     dense = hs.open_checkpoint(args.model)
     calibration = Calibration.load(args.calibration, dense, tokens=args.tokens, window=args.window, seed=args.seed)
     calibration = calibration.mixed()
-    layout, layers = attention_of(dense), Layers(dense)
+    layout, layers = dense.layouts.attention, Layers(dense)
     weights, found = Weights(dense, layout), dict[str, list[tuple[float, float]]]()
     fitted = fitted_windows(calibration, args.tokens, HELD_OUT) * args.window
     with shown(), short_products():

@@ -24,7 +24,6 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.architecture.config import text_config
 from headshare.architecture.modules import module_path
-from headshare.checkpoint.layouts import attention_of
 from headshare.evaluation.perplexity import window_losses
 from headshare.experiments.controls import recipients_of
 from headshare.integrations.transformers.loading import load_model
@@ -43,7 +42,7 @@ class Gated:
 
     def __init__(self, checkpoint: hs.Checkpoint) -> None:
         self.model = load_model(checkpoint, storage="owner").eval().requires_grad_(False)
-        layout = attention_of(checkpoint)
+        layout = checkpoint.layouts.attention
         place = layout.parts[Part.O]
         self.readouts = [
             self.model.get_submodule(module_path(self.model, place.name(layer)).removesuffix(".weight"))
@@ -102,7 +101,7 @@ class Slopes:
 
 def gates_of(checkpoint: hs.Checkpoint) -> dict[str, Float[Tensor, "gates layers channels"]]:
     """Which channels each gate is over: a head's, or a tied unit's."""
-    layout = attention_of(checkpoint)
+    layout = checkpoint.layouts.attention
     rows = layout.parts[Part.O].rows
     width = rows * layout.groups
     head = text_config(checkpoint.config).get("head_dim") or layout.parts[Part.K].rows

@@ -39,7 +39,6 @@ from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
-from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CalibrationError, PlanError
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
@@ -118,7 +117,7 @@ class Bench:
         stock = load_model(dense)
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
-        self.layout = attention_of(dense)
+        self.layout = dense.layouts.attention
         self._prices: dict[tuple[tuple[Action, ...], Kind], Prices] = {}
 
     def prices(self, actions: tuple[Action, ...], kind: Kind = Kind.ATTENTION) -> Prices:

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import headshare as hs
 from headshare import precision
+from headshare.matching import products
 from headshare.precision import full_float32, short_products
 
 Block = Callable[[], AbstractContextManager[None]]
@@ -120,3 +126,29 @@ def test_an_older_torch_has_one_word_for_both(
             assert torch.get_float32_matmul_precision() == word
             raise ZeroDivisionError
         assert torch.get_float32_matmul_precision() == before
+
+
+class Multiplied(TorchFunctionMode):
+    """Within it, how matrices of float32 were multiplied is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: set[tuple[str, ...]] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.matmul, Tensor.__matmul__) and args[0].dtype is torch.float32:
+            self.settings.add(settings())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, short_products), (torch.float32, full_float32)])
+def test_units_are_multiplied_in_full_but_for_those_that_are_stored_short(
+    dtype: torch.dtype, block: Block, allowed: None, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "EXACT_PRODUCTS", 0)
+    weights = load_file(llama / "model.safetensors")
+    save_file({name: one.to(dtype) for name, one in weights.items()}, llama / "model.safetensors", {"format": "pt"})
+    with hs.open_checkpoint(llama) as dense, Multiplied() as seen:
+        hs.score_units(dense)
+    with block():
+        assert seen.settings == {settings()}

@@ -1,13 +1,14 @@
 """What can go wrong, as one small tree.
 
     HeadshareError
-    ├── CheckpointError     the files cannot be used: missing, truncated, not safetensors, not finite
+    ├── OptionError         an option has a name that does not exist, a value out of its range, or no use here
+    ├── CheckpointError     a checkpoint cannot be used: its files, its weights, or what its config.json says of sharing
     ├── ArchitectureError   the model's layout is unknown, or not what its configuration says
-    ├── PlanError           a share plan, or what was asked of one, is not valid
+    ├── PlanError           a share plan is not valid, does not fit the model, or cannot be made of what was given
     ├── StorageError        a loaded model's weights cannot be held, moved or changed as was asked
     ├── OutputError         the place to write to is not usable: it exists, is inside the input, is full
-    ├── EvaluationError     a text, a tokenizer or a model that cannot be measured
-    ├── CalibrationError    no calibration tokens can be had from what was named
+    ├── EvaluationError     a text, a tokenizer or a model cannot be measured, or compared
+    ├── CalibrationError    no calibration tokens can be had from what was named, or a stopped run cannot go on
     └── TrainingError       a model cannot be trained as was asked, or training went wrong
 
 Every message says what is wrong, what was found, and what to do.
@@ -18,8 +19,12 @@ class HeadshareError(Exception):
     """Base of everything headshare raises on purpose. Its text is meant for the person at the keyboard."""
 
 
+class OptionError(HeadshareError):
+    """An option has a name that does not exist, a value out of its range, or no use beside the others."""
+
+
 class CheckpointError(HeadshareError):
-    """The checkpoint's files cannot be used as they are."""
+    """A checkpoint cannot be used as it is: its files, its weights, or what its config.json says of sharing."""
 
 
 class ArchitectureError(HeadshareError):
@@ -27,7 +32,7 @@ class ArchitectureError(HeadshareError):
 
 
 class PlanError(HeadshareError):
-    """A share plan, or a request for one, is not valid."""
+    """A share plan is not valid, does not fit the model, or cannot be made of what was given."""
 
 
 class StorageError(HeadshareError):
@@ -43,7 +48,7 @@ class EvaluationError(HeadshareError):
 
 
 class CalibrationError(HeadshareError):
-    """Calibration tokens cannot be had from what was named, or not as many as are needed."""
+    """Calibration tokens cannot be had from what was named, or the state of a stopped run is not to be gone on from."""
 
 
 class TrainingError(HeadshareError):

@@ -9,7 +9,7 @@ import headshare as hs
 from headshare.bench.bench import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
 from headshare.bench.tables import bench_table
-from headshare.errors import EvaluationError, PlanError
+from headshare.errors import EvaluationError, OptionError, PlanError
 from support import tiny
 
 
@@ -126,9 +126,13 @@ def test_more_tokens_than_the_model_reads_are_refused(llama: Path) -> None:
 
 def test_a_dense_model_that_does_not_belong_is_refused(llama: Path, shared: Path, tmp_path: Path) -> None:
     other = hs.open_checkpoint(tiny.make_llama(tmp_path / "other", hidden_size=64))
-    for model, against, words in ((llama, llama, "leave --against out"), (shared, other.path, "for another model")):
+    refused = [
+        (llama, llama, OptionError, "leave --against out"),
+        (shared, other.path, PlanError, "for another model"),
+    ]
+    for model, against, error, words in refused:
         with (
-            pytest.raises(PlanError, match=words),
+            pytest.raises(error, match=words),
             dense_and_shared(hs.open_checkpoint(model), hs.open_checkpoint(against), ratio=0.5, parts="qkv"),
         ):
             pass

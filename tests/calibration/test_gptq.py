@@ -19,7 +19,7 @@ from headshare.architecture.modules import module_path
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.int4 import Packing
-from headshare.errors import CheckpointError, EvaluationError, PlanError
+from headshare.errors import CheckpointError, EvaluationError, OptionError, PlanError
 from headshare.evaluation import Text
 from headshare.evaluation.verify import verify
 from headshare.experiments import Grid, compare
@@ -208,7 +208,7 @@ def test_what_is_rounded_is_written_and_computes_the_same(
 ) -> None:
     found = rounded({"dense": dense, "shared": shared}[kind], text)
     out = hs.open_checkpoint(found.save(tmp_path / "out"))
-    assert out.packing == Packing(group=GROUP, ignore=("lm_head",))
+    assert out.require_sharing().packing == Packing(group=GROUP, ignore=("lm_head",))
     assert verify(out).ok
     stock = load_model(shared if kind == "shared" else dense, storage="owner", dtype=torch.float32)
     stock = stock.dequantize() if kind == "shared" else stock
@@ -223,9 +223,9 @@ def test_the_largest_group_that_fits_is_taken(dense: hs.Checkpoint, text: Calibr
     """Matrices of 32 and 48 inputs."""
     assert round_by_gptq(dense, text).packing.group == 16
     for wrong in (-1, 0, 4, 12):
-        with pytest.raises(PlanError, match="use a multiple of 8"):
+        with pytest.raises(OptionError, match="use a multiple of 8"):
             round_by_gptq(dense, text, group=wrong)
-    with pytest.raises(PlanError, match="32, 48 inputs do not divide into groups of 64"):
+    with pytest.raises(CheckpointError, match="32, 48 inputs do not divide into groups of 64"):
         round_by_gptq(dense, text, group=64)
 
 

@@ -18,7 +18,7 @@ from headshare.calibration.costs.curves import Path, Prices, Step, paths_from_js
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.text.tokens import Calibration
 from support import tiny
@@ -289,7 +289,7 @@ def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> N
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_share_of_tokens_that_leaves_none_to_fit_is_refused(share: float, tmp_path: Folder) -> None:
-    with pytest.raises(PlanError, match="share held out"):
+    with pytest.raises(OptionError, match="share held out"):
         price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], held_out=share)
 
 
@@ -360,7 +360,7 @@ def test_a_shared_checkpoint_is_not_priced(tmp_path: Folder) -> None:
 
 
 def test_at_least_one_donor_is_priced(tmp_path: Folder) -> None:
-    with pytest.raises(PlanError, match="at least 1"):
+    with pytest.raises(OptionError, match="at least 1"):
         price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], donors=0)
 
 

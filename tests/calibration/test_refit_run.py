@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 import headshare.calibration.refit.reconstruction
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify
 from support.calibrated import BY_OUTPUT, REFIT, TEXT, copy_of, edit, entry_of
 from support.command_line import Run, assert_one_error_line
@@ -104,7 +104,8 @@ def test_a_record_and_the_dense_models_name_survive_loading_and_saving(things: P
     transformers.AutoModelForCausalLM.from_pretrained("shared").save_pretrained("again")
     before, after = entry_of(things / "shared"), entry_of(things / "again")
     assert after == before
-    assert hs.open_checkpoint("again").refit == hs.open_checkpoint("shared").refit is not None
+    records = [hs.open_checkpoint(name).require_sharing().refit for name in ("again", "shared")]
+    assert records[0] == records[1] is not None
     add_tokenizer(things / "again")
     assert verify(hs.open_checkpoint("again"), hs.open_checkpoint("model")).ok
     assert run("refit", "again", *TEXT).status == 0
@@ -153,7 +154,7 @@ def test_a_hostile_record_is_one_error_wherever_it_is_read(name: str, recorded: 
         assert_one_error_line(found)
         assert "refit" in found.err
         assert found.err.rstrip("\n").isprintable()
-    with pytest.raises(PlanError, match="refit"):
+    with pytest.raises(CheckpointError, match="refit"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -168,7 +169,7 @@ def test_a_hostile_name_of_the_dense_model_is_no_name(name: object, recorded: Pa
     found = run("refit", folder, *TEXT)
     assert_one_error_line(found)
     assert "--dense" in found.err
-    assert hs.load(folder).config.quantization_config.base_model is None
+    assert hs.load(folder).config.quantization_config.sharing.base_model is None
 
 
 def test_what_cannot_be_shown_of_a_texts_name_is_left_out_of_the_record() -> None:

@@ -13,7 +13,6 @@ from torch_pruning.pruner.importance import GroupTaylorImportance
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes
-from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError, PlanError
 from headshare.experiments.baselines import (
     magnitudes,
@@ -127,7 +126,7 @@ def test_the_least_important_go_first_and_every_layer_keeps_one(dense: hs.Checkp
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "gpt_neox"])
 def test_the_smallest_numbers_of_attention_become_zero_and_no_others(name: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / name))
-    model, before, layout = load_model(dense), load_model(dense).state_dict(), attention_of(dense)
+    model, before, layout = load_model(dense), load_model(dense).state_dict(), dense.layouts.attention
     zero_smallest(model, layout, 777)
     names = {place.name(layer) for place in layout.parts.values() for layer in range(layout.layers)}
     after = model.state_dict()
@@ -145,7 +144,7 @@ def test_the_smallest_numbers_of_attention_become_zero_and_no_others(name: str, 
 
 
 def test_of_numbers_alike_the_first_become_zero(dense: hs.Checkpoint) -> None:
-    model, layout = load_model(dense), attention_of(dense)
+    model, layout = load_model(dense), dense.layouts.attention
     weights = [weight_of(model, place.name(layer)) for layer in range(4) for place in layout.parts.values()]
     with torch.no_grad():
         for weight in weights:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import headshare as hs
-from headshare.errors import CalibrationError, EvaluationError, TrainingError
+from headshare.errors import CalibrationError, EvaluationError, OptionError, TrainingError
 from headshare.evaluation import Parallel, Settings, Text, measure
 from headshare.evaluation.harness import named
 from headshare.evaluation.perplexity import evaluate
@@ -264,7 +264,6 @@ def test_what_could_not_be_had_is_tried_again(place: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(("grid", "says"), [
-    ({"methods": ("cats",)}, "no method 'cats'"),
     ({"methods": ("int8+refit",)}, "no readout"),
     ({"methods": ()}, "nothing to compare"),
     ({"ratios": ()}, "nothing to compare"),
@@ -276,6 +275,11 @@ def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, pl
     given = {"methods": ("directshare",), "ratios": (0.1,), "text": Text(place / "test", 32), **grid}
     with pytest.raises(EvaluationError, match=says):
         Grid(**given)
+
+
+def test_a_method_that_does_not_exist_is_refused(place: Path) -> None:
+    with pytest.raises(OptionError, match=r"no method 'cats'\. There are: .*directshare"):
+        Grid(methods=("cats",), ratios=(0.1,), text=Text(place / "test", 32))
 
 
 def test_what_cannot_be_compared_leaves_no_folder(place: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import headshare as hs
-from headshare.checkpoint.layouts import attention_of
 from headshare.errors import EvaluationError
 from headshare.evaluation import Text, measure
 from headshare.evaluation.results import Measured as Row
@@ -394,7 +393,7 @@ def test_without_matplotlib_figures_say_what_to_install(tmp_path: Path, monkeypa
 
 def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make_llama(tmp_path / "model"))
-    layout = attention_of(dense)
+    layout = dense.layouts.attention
     removal = Removal(layout=layout, removed={2: [0]})
     (selection,) = hs.make_plan(hs.score_units(dense), 0.2).selections
     plan = SharePlan(model_type="llama", selections=(selection,), removals=(removal,))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import headshare as hs
-from headshare.errors import PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.matching.pairing import MODES, best_pairs, published_count
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout, Place
@@ -267,11 +267,11 @@ def test_protecting_a_layer_that_is_not_there_is_refused() -> None:
 
 def test_an_unknown_mode_and_parts_without_scores_are_refused() -> None:
     scores = table(np.zeros((6, 6)), layers=3, groups=2)
-    with pytest.raises(PlanError, match=r"no mode 'stars'\. There are: star, root, published"):
+    with pytest.raises(OptionError, match=r"no mode 'stars'\. There are: star, root, published"):
         hs.make_plan(scores, mode="stars")
     with pytest.raises(PlanError, match=r"no ffn units.*gate\+up\+down"):
         hs.make_plan(scores, parts="qkv+ffn")
-    with pytest.raises(PlanError, match="'qx' does not name parts"):
+    with pytest.raises(OptionError, match="'qx' does not name parts"):
         hs.make_plan(scores, parts="qx")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import TensorInfo
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.matching import functions as matching
 from headshare.matching import products as products_module
 from headshare.matching import similarity
@@ -394,7 +394,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(matching, "MATCH_FUNCTIONS", dict(matching.MATCH_FUNCTIONS))
         yield
-    with pytest.raises(PlanError, match=r"no match function 'closest_v'. There are: qk, q, k, v, qkv"):
+    with pytest.raises(OptionError, match=r"no match function 'closest_v'. There are: qk, q, k, v, qkv"):
         matching.get_match_function("closest_v")
 
 
@@ -417,9 +417,9 @@ def test_a_match_function_of_ones_own_scores_recipient_rows_and_donor_columns(tm
 
 
 def test_an_unknown_match_function_and_one_for_the_other_half_of_the_layer_are_refused(llama: Path) -> None:
-    with pytest.raises(PlanError, match="no match function 'cosine'"):
+    with pytest.raises(OptionError, match="no match function 'cosine'"):
         table_of(llama, "cosine")
-    with pytest.raises(PlanError, match="'ffn' is for ffn units, not for attention"):
+    with pytest.raises(OptionError, match="'ffn' is for ffn units, not for attention"):
         table_of(llama, "ffn")
 
 
@@ -512,5 +512,5 @@ def test_a_truncated_scores_file_is_refused_wherever_it_ends(llama: Path, tmp_pa
 
 
 def test_a_name_too_long_for_a_plan_is_refused_when_it_is_registered(registry: None) -> None:
-    with pytest.raises(PlanError, match="at most 200"):
+    with pytest.raises(OptionError, match="at most 200"):
         hs.match_function("q" * 201, Part.Q)

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import headshare as hs
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError, PlanError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import MANIFEST
@@ -130,7 +130,7 @@ def test_a_hostile_plan_cannot_be_read_from_a_file_or_a_checkpoint(
     assert len(str(found.value)) < 1000
     assert "\n" not in str(found.value)
     put_plan(llama, data)
-    with pytest.raises(PlanError):
+    with pytest.raises(CheckpointError):
         hs.open_checkpoint(llama)
 
 
@@ -145,7 +145,7 @@ def put_plan(folder: Path, plan: Any) -> None:
 def test_transformers_does_not_load_a_checkpoint_with_a_hostile_plan(name: str, llama: Path, tmp_path: Path) -> None:
     shared = share(llama, tmp_path / "shared")
     put_plan(shared, INVALID[name](a_plan(llama)))
-    with pytest.raises(PlanError):
+    with pytest.raises(CheckpointError):
         transformers.AutoModelForCausalLM.from_pretrained(shared)
 
 
@@ -193,7 +193,7 @@ def test_another_models_plan_is_neither_applied_nor_loaded(
     with pytest.raises((PlanError, RuntimeError, ValueError)):  # transformers names mismatched shapes by itself
         transformers.AutoModelForCausalLM.from_pretrained(shared)
     assert not verify(hs.open_checkpoint(shared)).ok
-    with pytest.raises(PlanError, match="does not hold what its plan says"):
+    with pytest.raises(CheckpointError, match="does not hold what its plan says"):
         hs.expand(hs.open_checkpoint(shared), tmp_path / "expanded")
     if data != edited(a_plan(llama), k_axis=1):  # a plan may take columns where ours take rows; its tensors fit
         with pytest.raises(PlanError, match="the plan is for another model"):

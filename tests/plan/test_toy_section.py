@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import headshare as hs
-from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.evaluation.verify import verify
 from headshare.plan.describe import describe, given_up, picture
@@ -203,7 +202,7 @@ def dense(llama: Path) -> hs.Checkpoint:
 
 
 def attention(dense: hs.Checkpoint) -> Layout:
-    return attention_of(dense)
+    return dense.layouts.attention
 
 
 UNITS = (HeadUnit(1, 0), HeadUnit(1, 1), HeadUnit(3, 0))

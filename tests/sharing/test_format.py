@@ -185,14 +185,14 @@ def test_its_expansion_is_packed_by_its_plan_as_the_same_file(tmp_path: Path) ->
     shared = hs.open_checkpoint(FOLDER / "packed")
     whole = hs.open_checkpoint(expanded("packed", tmp_path / "whole"))
     dense = hs.open_checkpoint(expanded("packed", tmp_path / "dense", unpacked=True))
-    assert shared.plan is not None
-    assert shared.packing is not None
+    entry = shared.require_sharing()
+    assert entry.packing is not None
     stems = [name.removesuffix(".weight_packed") for name in whole.tensors if name.endswith(".weight_packed")]
     matrices = {
         f"{stem}.weight": Grouped(whole.read(f"{stem}.weight_packed"), whole.read(f"{stem}.weight_scale"))
         for stem in stems
     }
-    again = hs.open_checkpoint(hs.share(dense, shared.plan).save(tmp_path / "again"))
-    out = write_packed(again, matrices, shared.packing, tmp_path / "packed")
+    again = hs.open_checkpoint(hs.share(dense, entry.plan).save(tmp_path / "again"))
+    out = write_packed(again, matrices, entry.packing, tmp_path / "packed")
     assert digests(out, WEIGHTS) == digests(FOLDER / "packed", WEIGHTS)
     assert entry_of(out) == {**entry_of(FOLDER / "packed"), "base_model": str(tmp_path / "dense")}

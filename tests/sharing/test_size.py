@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
-from headshare.errors import ArchitectureError, CheckpointError, PlanError
+from headshare.errors import ArchitectureError, CheckpointError, OptionError, PlanError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from support import tiny
 
@@ -133,7 +133,7 @@ def test_estimate_takes_the_same_names_of_types_as_share(llama: Path) -> None:
     plan = hs.make_plan(hs.score_units(dense), 0.4)
     shared = hs.share(dense, plan, dtype="bfloat16")
     assert hs.estimate(dense, 0.4, dtype="bfloat16") == shared.estimate
-    with pytest.raises(PlanError):
+    with pytest.raises(OptionError):
         hs.estimate(dense, 0.4, dtype="int3")
 
 
@@ -343,7 +343,7 @@ def test_an_estimate_refuses_what_share_would_refuse(llama: Path, tmp_path: Path
     dense = hs.open_checkpoint(llama)
     with pytest.raises(PlanError, match=r"cannot be met.*0\.7500 \(6 units\)"):
         hs.estimate(dense, 0.9)
-    with pytest.raises(PlanError, match="'xyz' does not name parts"):
+    with pytest.raises(OptionError, match="'xyz' does not name parts"):
         hs.estimate(dense, 0.3, parts="xyz")
     with pytest.raises(PlanError, match="48 neurons do not divide into 5 equal groups"):
         hs.estimate(dense, 0.3, parts="ffn", ffn_groups=5)
@@ -355,21 +355,21 @@ def test_an_estimate_refuses_what_share_would_refuse(llama: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "match", "parts"),
+    ("name", "match", "parts", "error"),
     [
-        pytest.param("llama-gqa", "cosine", "qkv", id="no such match function"),
-        pytest.param("llama-gqa", "ffn", "qkv", id="a match function for feed-forwards"),
-        pytest.param("llama-gqa", "separate", "qkvo", id="no ties for o"),
-        pytest.param("gpt2", "qk", "gate", id="no such part"),
+        pytest.param("llama-gqa", "cosine", "qkv", OptionError, id="no such match function"),
+        pytest.param("llama-gqa", "ffn", "qkv", OptionError, id="a match function for feed-forwards"),
+        pytest.param("llama-gqa", "separate", "qkvo", PlanError, id="no ties for o"),
+        pytest.param("gpt2", "qk", "gate", PlanError, id="no such part"),
     ],
 )
 def test_an_estimate_refuses_a_request_that_cannot_be_planned(
-    name: str, match: str, parts: str, tmp_path: Path
+    name: str, match: str, parts: str, error: type[hs.HeadshareError], tmp_path: Path
 ) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
-    with pytest.raises(PlanError):
+    with pytest.raises(error):
         hs.make_plan(hs.score_units(dense, match, parts), 0.3, parts=parts)
-    with pytest.raises(PlanError):
+    with pytest.raises(error):
         hs.estimate(dense, 0.3, match=match, parts=parts)
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import INDEX, MANIFEST, WEIGHTS, contents, nothing_changes
@@ -189,7 +189,7 @@ def test_a_conversion_that_overflows_is_not_silent(llama: Path, tmp_path: Path) 
 
 
 def test_an_unknown_type_is_refused(llama: Path, tmp_path: Path) -> None:
-    with nothing_changes(tmp_path), pytest.raises(PlanError, match="'int8' is not one of"):
+    with nothing_changes(tmp_path), pytest.raises(OptionError, match="'int8' is not one of"):
         share(llama, tmp_path / "out", dtype="int8")
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import headshare as hs
 from headshare.cli.app import main
 from headshare.cli.inspect import describe_split
-from headshare.errors import PlanError, StorageError
+from headshare.errors import OptionError, StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.integrations.transformers.quantizer import device_of
 from headshare.plan.placement import held_again, split_evenly
@@ -480,7 +480,7 @@ def test_held_again_counts_each_donor_once_for_each_other_device(shared: Path) -
 
 
 def test_layers_split_over_more_devices_than_there_are_is_refused(shared: Path) -> None:
-    with pytest.raises(PlanError, match="4 layers cannot be split over 5 devices; choose 1 to 4"):
+    with pytest.raises(OptionError, match="4 layers cannot be split over 5 devices; choose 1 to 4"):
         describe_split(hs.open_checkpoint(shared), 5)
 
 

@@ -151,7 +151,8 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
     assert {name: (info.dtype, info.shape) for name, info in written.tensors.items()} == {
         name: (info.dtype, info.shape) for name, info in expected.tensors.items()
     }
-    assert written.base_model == (None if method is Method.DENSE else str(hs.open_checkpoint(dense).name))
+    entry = written.sharing
+    assert (entry and entry.base_model) == (None if method is Method.DENSE else str(hs.open_checkpoint(dense).name))
     assert {path.name for path in written.path.iterdir()} == {
         *(path.name for path in expected.path.iterdir()), "training.json",
     }  # fmt: skip

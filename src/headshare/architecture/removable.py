@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headshare.architecture.families import Counts, family_of
-from headshare.architecture.recognition import Shapes, attention_layout, ffn_layout
+from headshare.architecture.model_layouts import ModelLayouts
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.plan import SharePlan
@@ -33,8 +33,8 @@ def counts_of(model_type: str) -> Counts | None:
     return None if family is None else family.removable
 
 
-def check_removals(plan: SharePlan, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Check removals against a (text) configuration and the dense shapes of a checkpoint or a model.
+def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
+    """Check removals against the layouts of a checkpoint or a model.
 
     Raises:
         PlanError: if the family's models cannot go without such units, or the plan's units are not this model's.
@@ -42,12 +42,10 @@ def check_removals(plan: SharePlan, config: Mapping[str, Any], shapes: Shapes) -
     """
     for removal in plan.removals:
         kind = removal.layout.kind
-        reason = removal_refusal(config, kind)
+        reason = removal_refusal(layouts.config, kind)
         if reason is not None:
             raise PlanError(f"{kind} units cannot be removed from this model: {reason}. Share it without `removals`.")
-        is_attention = kind is Kind.ATTENTION
-        found = attention_layout(config, shapes) if is_attention else ffn_layout(config, shapes, removal.layout.groups)
-        if _geometry(found) != _geometry(removal.layout):
+        if _geometry(layouts.units(kind, removal.layout.groups)) != _geometry(removal.layout):
             raise PlanError(f"the plan removes {kind} units that are not laid out as this model's; it is for another.")
 
 

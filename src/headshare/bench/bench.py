@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
-from headshare.checkpoint.checkpoint import Checkpoint, plan_of
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.errors import EvaluationError, PlanError
+from headshare.errors import EvaluationError, OptionError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
@@ -136,12 +136,13 @@ def dense_and_shared(
     a shared one, without its dense model beside it, is expanded.
 
     Raises:
-        PlanError: if `against` is given for a dense model, or is not the dense model of a shared one.
+        OptionError: if `against` is given for a dense model.
+        PlanError: if it is not the dense model of a shared one.
     """
     if against is not None and model.plan is None:
-        raise PlanError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
+        raise OptionError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
-        fit_plan(plan_of(model), against)
+        fit_plan(model.require_sharing().plan, against)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:

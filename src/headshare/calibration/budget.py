@@ -8,7 +8,7 @@ from fractions import Fraction
 from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, Action, Output
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
-from headshare.errors import PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
 from headshare.plan.units import Kind, Parts
@@ -44,7 +44,8 @@ class Budget:
         is to `allow`) or of ranks, the budget is as many bytes as sharing q, k and v at this ratio would save.
 
         Raises:
-            PlanError: if a word is not known, or the budget cannot be met by any plan.
+            OptionError: if a word is not known, or the amount to save is none.
+            PlanError: if the budget cannot be met by any plan.
         """
         dense.require_dense("plan for it")
         actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
@@ -64,7 +65,7 @@ def _actions_of(parts: str) -> list[Action]:
     words = [word.strip() for word in parts.split("+")]
     unknown = [word for word in words if word not in known]
     if unknown:
-        raise PlanError(
+        raise OptionError(
             f"units cannot be matched by output in parts '{unknown[0]}'. There are: {', '.join(known)}, "
             "or several joined by +."
         )
@@ -74,7 +75,9 @@ def _actions_of(parts: str) -> list[Action]:
 def _allowed(word: str) -> Action:
     known = {name: action for name, action in ACTIONS.items() if action.removes}
     if word not in known:
-        raise PlanError(f"'{word}' is not something that can be allowed besides sharing. There is: {', '.join(known)}.")
+        raise OptionError(
+            f"'{word}' is not something that can be allowed besides sharing. There is: {', '.join(known)}."
+        )
     return known[word]
 
 
@@ -82,7 +85,7 @@ def _bytes_of(dense: Checkpoint, save: str) -> int:
     whole = sum(info.nbytes for info in parameter_infos(dense).values())
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
     if found is None:
-        raise PlanError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
+        raise OptionError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
     wanted = Fraction(found[1]) * (Fraction(whole, 100) if found[2] else 1)
     if not 1 <= wanted < whole:
         raise PlanError(f"{save} of a model of {whole:,} bytes cannot be saved; ask for more than 0 and less than all.")

@@ -21,7 +21,7 @@ from headshare.architecture.modules import ModuleMap
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.integrations.transformers.loading import empty_model
 from headshare.plan.tensors import GappedTensor
 from headshare.progress import track
@@ -58,13 +58,14 @@ def round_by_gptq(
 
     Raises:
         CheckpointError: if gptqmodel is not there, the model's matrices stand the other way round (GPT-2's), it has
-            experts, it is rounded already, or it cannot be walked layer by layer.
-        PlanError: if the plan does more than share rows (of q, k, v, gate and up), or the group does not fit.
+            experts, no such group fits it, it is rounded already, or it cannot be walked layer by layer.
+        OptionError: if the group does not fill whole words.
+        PlanError: if the plan does more than share rows (of q, k, v, gate and up).
     """
     if checkpoint.plan is None:
         checkpoint.require_dense("round it")
     whole = ExpandedTensors.of(checkpoint)
-    tensors, shapes = whole.files.tensors, whole.shapes
+    tensors, shapes = whole.files.tensors, checkpoint.dense_shapes
     if any(tensor.axis or tensor.removed for tensor in tensors.values()):
         raise PlanError(
             "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."
@@ -109,15 +110,16 @@ def _packing(
     """How these matrices are packed; every other linear module of the model is left as it is.
 
     Raises:
-        PlanError: if a group of so many inputs does not fit a matrix.
+        OptionError: if the group does not fill whole words.
+        CheckpointError: if it does not fit a matrix.
     """
     inputs = {shapes[name][1] for name in names}
     fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
     if group is not None and (group < A_WORD or group % A_WORD):
-        raise PlanError(f"a group of {group} inputs does not fill words of {A_WORD}; use a multiple of {A_WORD}.")
+        raise OptionError(f"a group of {group} inputs does not fill words of {A_WORD}; use a multiple of {A_WORD}.")
     if (group is None and not fitting) or (group is not None and any(count % group for count in inputs)):
         sizes = ", ".join(map(str, sorted(inputs)))
-        raise PlanError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
+        raise CheckpointError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
     model = empty_model(checkpoint)
     rounded = set(ModuleMap.of(model, names).paths().values())
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -197,6 +197,7 @@ def refit_checkpoint(
         OutputError: if it cannot be written.
     """
     plan = open_shared(shared).plan
+    entry = shared.require_sharing()
     dense.require_dense("refit to")
     fit_plan(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
@@ -204,13 +205,13 @@ def refit_checkpoint(
     # the shared model is part of the identity: layers that were fitted to other weights are of no use
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
     with calibrated_run(dense, out, setting, **more) as run:
-        if shared.refit and _has_replaced(run.resumable):
-            return shared.refit  # a second refit would start from the first one's weights
+        if entry.refit and _has_replaced(run.resumable):
+            return entry.refit  # a second refit would start from the first one's weights
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
-        record = record_of(run.calibration, refitter.result.tensors, shared.refit, steps=steps)
+        record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.resumable.mark_committing(out)
-        base = shared.base_model or dense.name
+        base = entry.base_model or dense.name
         write_refitted(shared, record, refitter.result.tensors, out, base_model=base, overwrite=overwrite)
     return record
 

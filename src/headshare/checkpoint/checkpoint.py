@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headshare.checkpoint.entry import METHOD
+from headshare.architecture.config import text_config
+from headshare.architecture.model_layouts import ModelLayouts
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import TensorInfo
-from headshare.checkpoint.int4 import NESTED, Packing
-from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError
 from headshare.files.atomic import read_at
-from headshare.files.untrusted import is_shown
 from headshare.plan.plan import SharePlan
+from headshare.plan.tensors import added_tensors, gapped_biases, gapped_tensors
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -42,52 +42,41 @@ class Checkpoint:
     _opening: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @cached_property
-    def plan(self) -> SharePlan | None:
-        """The checked share plan, where this is a shared checkpoint; None where it is dense.
+    def sharing(self) -> SharingEntry | None:
+        """The checked entry of headshare in config.json, where this is a shared checkpoint; None where it is dense.
 
         Raises:
-            PlanError: if the checkpoint carries a plan that is not valid.
+            CheckpointError: if the entry is not valid.
         """
-        entry = self.config.get("quantization_config")
-        if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
-            return None
-        return SharePlan.from_dict(entry.get("plan"))
-
-    @cached_property
-    def refit(self) -> RefitRecord | None:
-        """What was refitted in this shared checkpoint; None where nothing was.
-
-        Raises:
-            PlanError: if the checkpoint carries a record that is not valid.
-        """
-        entry = self.config.get("quantization_config")
-        if self.plan is None or not isinstance(entry, dict) or entry.get("refit") is None:
-            return None
-        return RefitRecord.from_dict(entry["refit"])
-
-    @cached_property
-    def packing(self) -> Packing | None:
-        """How the matrices of this shared checkpoint are rounded and packed; None where they are not.
-
-        Raises:
-            PlanError: if the checkpoint says so in a way that is not valid.
-        """
-        entry = self.config.get("quantization_config")
-        if self.plan is None or not isinstance(entry, dict) or entry.get(NESTED) is None:
-            return None
-        return Packing.from_dict(entry[NESTED])
+        return SharingEntry.from_config(self.config.get("quantization_config"))
 
     @property
-    def base_model(self) -> str | None:
-        """The dense model that this shared checkpoint says it was made from, as it was named then."""
-        entry = self.config.get("quantization_config")
-        name = entry.get("base_model") if self.plan is not None and isinstance(entry, dict) else None
-        return name if isinstance(name, str) and is_shown(name) else None
+    def plan(self) -> SharePlan | None:
+        """The share plan; None where this is a dense checkpoint."""
+        return None if self.sharing is None else self.sharing.plan
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by name."""
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the tensors have in the dense model; tensors that a plan adds to it are left out."""
+        if self.plan is None:
+            return self.shapes
+        changed = gapped_tensors(self.plan) | gapped_biases(self.plan)
+        added = added_tensors(self.plan)
+        return {
+            name: changed[name].shape if name in changed else info.shape
+            for name, info in self.tensors.items()
+            if name not in added
+        }
+
+    @cached_property
+    def layouts(self) -> ModelLayouts:
+        """The layouts of the model, shared or dense, in the dense model's shapes."""
+        return ModelLayouts(text_config(self.config), self.dense_shapes)
 
     @property
     def path(self) -> Path:
@@ -146,6 +135,16 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def require_sharing(self) -> SharingEntry:
+        """The entry of a shared checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint is dense.
+        """
+        if self.sharing is None:
+            raise CheckpointError(f"{self.name} is a dense checkpoint: nothing in it is tied.")
+        return self.sharing
+
     def require_dense(self, purpose: str) -> None:
         """Refuse a checkpoint that is already shared or quantised.
 
@@ -155,23 +154,12 @@ class Checkpoint:
         entry = self.config.get("quantization_config")
         if not entry:
             return
-        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
-        if method == METHOD:
-            how = "expand --unpack" if isinstance(entry, dict) and entry.get(NESTED) else "expand"
+        if self.sharing is not None:
+            how = "expand" if self.sharing.packing is None else "expand --unpack"
             raise CheckpointError(
                 f"{self.name} is already shared. To {purpose}, first: headshare {how} {self.name} DENSE"
             )
+        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
         raise CheckpointError(
             f"{self.name} is quantised ({method}). headshare can only {purpose} original weights; quantise afterwards."
         )
-
-
-def plan_of(checkpoint: Checkpoint) -> SharePlan:
-    """The plan of a shared checkpoint.
-
-    Raises:
-        PlanError: if the checkpoint is dense.
-    """
-    if checkpoint.plan is None:
-        raise PlanError(f"{checkpoint.name} is a dense checkpoint: nothing in it is tied.")
-    return checkpoint.plan

@@ -1,25 +1,62 @@
-"""The entry of headshare in config.json: its name and its fields."""
+"""The entry of headshare in config.json: one value, and the door through which a stranger's enters."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from headshare.checkpoint.int4 import NESTED, Packing
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.plan.plan import FORMAT, SharePlan
+from headshare.errors import CheckpointError, PlanError
+from headshare.files.untrusted import is_shown
+from headshare.plan.plan import FORMAT, SharePlan, check_format
 
 METHOD = "headshare"
 
 
-def quantization_entry(
-    plan: SharePlan,
-    refit: RefitRecord | None = None,
-    base_model: str | None = None,
-    packing: Packing | None = None,
-) -> dict[str, Any]:
-    """The `quantization_config` of a shared checkpoint, which tells transformers who is to load it. What rounds its
-    matrices nests inside, under the same name."""
-    entry = {"quant_method": METHOD, "format": FORMAT, "plan": plan.model_dump(mode="json")}
-    if refit is not None:
-        entry["refit"] = refit.model_dump(mode="json")
-    if packing is not None:
-        entry[NESTED] = packing.to_dict()
-    return entry if base_model is None else {**entry, "base_model": base_model}
+@dataclass(frozen=True)
+class SharingEntry:
+    """The `quantization_config` of a shared checkpoint: its plan, the record of its refit, the dense model that it was
+    made from, as that was named then, and how its matrices are packed in four bits. Holds no weight and no path.
+
+    Read it from a dictionary alone, wherever that comes from: `from_config`. Written as one again: `to_config`.
+    """
+
+    plan: SharePlan
+    refit: RefitRecord | None = None
+    base_model: str | None = None
+    packing: Packing | None = None
+
+    @classmethod
+    def from_config(cls, entry: Any) -> "SharingEntry | None":
+        """Check a `quantization_config` that somebody else wrote; None where there is none, or it is another method's.
+
+        A name of a dense model that cannot be shown is left out.
+
+        Raises:
+            CheckpointError: if it is of another format, or its plan, its record of a refit or its packing is not valid.
+        """
+        if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
+            return None
+        try:
+            check_format("the checkpoint", entry.get("format", FORMAT))
+            plan = SharePlan.from_dict(entry.get("plan"))
+        except PlanError as error:
+            raise CheckpointError(str(error)) from None
+        refit, packing, name = entry.get("refit"), entry.get(NESTED), entry.get("base_model")
+        return cls(
+            plan=plan,
+            refit=None if refit is None else RefitRecord.from_dict(refit),
+            base_model=name if isinstance(name, str) and is_shown(name) else None,
+            packing=None if packing is None else Packing.from_dict(packing),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The same as JSON has it; the inverse of `from_config`. It tells transformers who is to load the checkpoint.
+        The entry of the packing nests inside, under the same name as this one."""
+        entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
+        if self.refit is not None:
+            entry["refit"] = self.refit.model_dump(mode="json")
+        if self.packing is not None:
+            entry[NESTED] = self.packing.to_dict()
+        if self.base_model is not None:
+            entry["base_model"] = self.base_model
+        return entry

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from headshare.checkpoint.refit_record import MAX_TENSORS
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError, PlanError
 from headshare.files.untrusted import Text
 from headshare.plan.tensors import GappedTensor
 
@@ -44,14 +44,14 @@ class Packing(BaseModel):
         """Check an entry that somebody else wrote.
 
         Raises:
-            PlanError: if it is not valid, or of numbers that are packed in another way.
+            CheckpointError: if it is not valid, or of numbers that are packed in another way.
         """
         try:
             found = cls(group=_group_of(entry), ignore=tuple(entry["ignore"]))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             found = None
         if found is None or found.to_dict() != entry:
-            raise PlanError(
+            raise CheckpointError(
                 "the checkpoint's matrices are rounded in a way that this headshare does not read: its nested "
                 "quantization_config is not that of symmetric groups of 4 bits, packed. Upgrade headshare."
             )
@@ -82,10 +82,10 @@ class Packing(BaseModel):
         """What is stored of a matrix, by name, and its shape; but for the matrix's own shape, which stands beside.
 
         Raises:
-            PlanError: if it is no matrix whose inputs fill whole groups.
+            CheckpointError: if it is no matrix whose inputs fill whole groups.
         """
         if len(shape) != 2 or shape[1] % self.group:
-            raise PlanError(f"{name} has shape {shape}, which groups of {self.group} inputs do not fill.")
+            raise CheckpointError(f"{name} has shape {shape}, which groups of {self.group} inputs do not fill.")
         return {
             part_of(name, PACKED): (shape[0], shape[1] // A_WORD),
             part_of(name, SCALE): (shape[0], shape[1] // self.group),
@@ -98,12 +98,12 @@ def part_of(name: str, part: str) -> str:
 
 
 def check_types(stored: Iterable[tuple[str, str]]) -> None:
-    """Raise PlanError if of these tensors, by name and type, a part of a packed matrix is of another type than such
-    parts are. Loading would convert it: the numbers, and not the bits that are packed in them."""
+    """Raise CheckpointError if of these tensors, by name and type, a part of a packed matrix is of another type than
+    such parts are. Loading would convert it: the numbers, and not the bits that are packed in them."""
     for name, dtype in stored:
         wanted = TYPES.get(name.rpartition(".")[2], dtype)
         if dtype != wanted:
-            raise PlanError(f"{name} is of type {dtype}; it should be {wanted}. Download the checkpoint again.")
+            raise CheckpointError(f"{name} is of type {dtype}; it should be {wanted}. Download the checkpoint again.")
 
 
 def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dict[str, GappedTensor]:

@@ -1,7 +1,5 @@
 """Layouts of a checkpoint's attention and feed-forward units."""
 
-from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
 from headshare.errors import CheckpointError
 from headshare.plan.layout import Layout
@@ -30,17 +28,11 @@ def layouts_of(checkpoint: Checkpoint, parts: Parts, ffn_groups: int = 1) -> tup
         ArchitectureError: if the model's layout is not known.
         PlanError: if a part is not there.
     """
-    config, shapes = text_config(checkpoint.config), checkpoint.shapes
     layouts = []
     if parts.attention:
-        layouts.append(attention_layout(config, shapes))
+        layouts.append(checkpoint.layouts.attention)
     if parts.ffn:
-        layouts.append(ffn_layout(config, shapes, ffn_groups))
+        layouts.append(checkpoint.layouts.ffn_in(ffn_groups))
     for layout in layouts:
         require_one_dtype(layout, checkpoint)
     return tuple(layouts)
-
-
-def attention_of(dense: Checkpoint) -> Layout:
-    """The attention units of a model, with all their parts."""
-    return attention_layout(text_config(dense.config), dense.shapes)

@@ -15,8 +15,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
     """Open a local folder or a hub id and read its headers. With weights=False a hub model's weights are not fetched.
 
     Raises:
-        CheckpointError: if there is no such model, or its files are missing, truncated or not safetensors.
-        PlanError: if it is a shared checkpoint whose plan is not valid.
+        CheckpointError: if there is no such model, its files are missing, truncated or not safetensors, or it is a
+            shared checkpoint whose entry in config.json is not valid.
     """
     folder = Path(model)
     try:
@@ -37,7 +37,7 @@ def _looks_local(model: str) -> bool:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    _ = checkpoint.plan, checkpoint.refit, checkpoint.packing
+    _ = checkpoint.sharing
     return checkpoint
 
 

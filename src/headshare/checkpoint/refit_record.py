@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError
 from headshare.files.untrusted import CONTROL, MAX_TEXT, Text
 
 MAX_TENSORS = 100_000
@@ -19,7 +19,7 @@ class RefitRecord(BaseModel):
     """The tensors that no longer hold the dense model's numbers, and the calibration tokens they were fitted on.
 
     Raises:
-        PlanError: from `from_dict`, if a checkpoint's own record is not valid.
+        CheckpointError: from `from_dict`, if a checkpoint's own record is not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -64,10 +64,10 @@ class RefitRecord(BaseModel):
             return cls.model_validate_json(json.dumps(data))
         except (TypeError, ValueError, RecursionError) as error:
             if not isinstance(error, ValidationError):
-                raise PlanError(f"the checkpoint's record of its refit is not valid: {error}.") from None
+                raise CheckpointError(f"the checkpoint's record of its refit is not valid: {error}.") from None
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(step) for step in first["loc"])[:MAX_TEXT] or "its top"
-            raise PlanError(
+            raise CheckpointError(
                 f"the checkpoint's record of its refit is not valid at {where!a}: {first['msg']}."
             ) from None
 

@@ -4,11 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from headshare.checkpoint.checkpoint import Checkpoint, plan_of
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify as verify_checkpoint
 from headshare.plan.describe import describe, picture
 from headshare.plan.placement import held_again, split_evenly
@@ -19,17 +19,20 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
     """What is held more than once when the layers are split evenly over this many devices: by pair, by device, in all.
 
     Raises:
-        PlanError: if the checkpoint is dense, or has fewer layers than there are devices.
+        CheckpointError: if the checkpoint is dense, packed in four bits, or lacks a tensor that its plan shares.
+        OptionError: if it has fewer layers than there are devices.
     """
-    plan = plan_of(checkpoint)
-    if checkpoint.packing is not None:
-        raise PlanError("what devices hold again is not counted for matrices of 4 bits: give the checkpoint before.")
-    places = split_evenly(plan, devices)
+    entry = checkpoint.require_sharing()
+    if entry.packing is not None:
+        raise CheckpointError(
+            "what devices hold again is not counted for matrices of 4 bits: give the checkpoint before."
+        )
+    places = split_evenly(entry.plan, devices)
     missing = sorted(set(places) - set(checkpoint.tensors))
     if missing:
-        raise PlanError(f"the plan in {checkpoint.name} shares {missing[0]}, which is not among its tensors.")
+        raise CheckpointError(f"the plan in {checkpoint.name} shares {missing[0]}, which is not among its tensors.")
     itemsizes = {name: checkpoint.tensors[name].torch_dtype.itemsize for name in places}
-    pairs = held_again(plan, places, itemsizes)
+    pairs = held_again(entry.plan, places, itemsizes)
     by_device = [[pair for pair in pairs if pair.device == f"device {number}"] for number in range(devices)]
     return {
         "pairs": [
@@ -71,18 +74,18 @@ def inspect(
         print_result(describe(made), picture(made), as_json)
         return
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
-    made = plan_of(checkpoint)
+    entry = checkpoint.require_sharing()
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
-    record = checkpoint.refit
+    record = entry.refit
     data = {
-        **describe(made),
+        **describe(entry.plan),
         "stored_bytes": stored,
         "refit": None if record is None else {**record.model_dump(mode="json"), "tensors": len(record.tensors)},
-        "base_model": checkpoint.base_model,
-        "quantization_config": None if checkpoint.packing is None else checkpoint.packing.to_dict(),
+        "base_model": entry.base_model,
+        "quantization_config": None if entry.packing is None else entry.packing.to_dict(),
     }
-    words = f"{picture(made)}\n{stored:,} bytes of weights stored in {shared}"
-    words += "" if checkpoint.packing is None else f"\n{checkpoint.packing.in_words()}"
+    words = f"{picture(entry.plan)}\n{stored:,} bytes of weights stored in {shared}"
+    words += "" if entry.packing is None else f"\n{entry.packing.in_words()}"
     words += "" if record is None else f"\n{record.in_words()}"
     if split is not None:
         data["split"] = describe_split(checkpoint, split)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.errors import HeadshareError, PlanError
+from headshare.errors import HeadshareError, OptionError
 
 if TYPE_CHECKING:
     from typer import Context as Context
@@ -28,11 +28,11 @@ def is_given(context: Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[HeadshareError] = PlanError) -> None:
+def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[HeadshareError] = OptionError) -> None:
     """Refuse options that were given and would do nothing.
 
     Raises:
-        PlanError: or another `error`.
+        OptionError: or another `error`.
     """
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     given = [options[name] for name in names if is_given(context, name)]

@@ -78,9 +78,9 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
 
 
 def _dense_of(shared: Checkpoint, given: str | None) -> str:
-    if shared.plan is None:
+    if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to refit.")
-    found = given or shared.base_model
+    found = given or shared.sharing.base_model
     if found is None:
         raise CheckpointError(f"{shared.name} does not say which dense model it came from. Name it: --dense MODEL")
     return found

@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OutputError
+from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
@@ -73,7 +72,7 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
         CheckpointError: if the checkpoint is not a shared one, or cannot be opened at all.
     """
     result = Verification()
-    if shared.plan is None:
+    if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
     try:
         _check_files(shared, result)
@@ -114,12 +113,13 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
     bit."""
     dense = files.checkpoint
     tensors = files.tensors
-    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if shared.packing else {}
+    entry = shared.require_sharing()
+    packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
     for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(files.added)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
-    converted, refitted = set(), frozenset(shared.refit.tensors if shared.refit else ())
-    for name in sorted(refitted - _refittable(dense, stepped=bool(shared.refit and shared.refit.steps))):
+    converted, refitted = set(), frozenset(entry.refit.tensors if entry.refit else ())
+    for name in sorted(refitted - _refittable(dense, stepped=bool(entry.refit and entry.refit.steps))):
         result.fail(f"the record of the refit names {name}, which no refit changes")
     _check_lent(shared, dense, refitted, tensors, result)
     common = [name for name in common if name not in refitted]
@@ -129,24 +129,20 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
-    if shared.refit:
-        result.notes.append(f"not compared with the dense model: {shared.refit.in_words()}")
+    if entry.refit:
+        result.notes.append(f"not compared with the dense model: {entry.refit.in_words()}")
     for near in filter(None, (section.approximate for section in files.plan.sections)):
         result.notes.append(f"not compared with the dense model: {near}")
-    if shared.packing:
-        result.notes.append(f"not compared with the dense model: {shared.packing.in_words()}")
+    if entry.packing:
+        result.notes.append(f"not compared with the dense model: {entry.packing.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
 
 def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
     """What a refit may change: weights and biases of W_o and W_down; with gradient steps the weights of all parts."""
-    config = text_config(dense.config)
-    layouts = [attention_layout(config, dense.shapes)]
-    with suppress(ArchitectureError):  # a mixture of experts, whose feed-forward is left alone
-        layouts.append(ffn_layout(config, dense.shapes))
     found: set[str] = set()
-    for layout in layouts:
+    for layout in dense.layouts.all:
         for part, place in layout.parts.items():
             names = [place.name(layer) for layer in range(layout.layers)]
             if part in READOUTS:
@@ -196,7 +192,7 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
     if needed > free:
         result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
         return
-    with _stock_folder(shared, plan, against) as stock:
+    with _stock_folder(shared, against) as stock:
         probe = _probe(shared)
         ours = _outputs(shared, probe, dtype)
         theirs = _outputs(stock, probe, dtype)
@@ -222,15 +218,16 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
 
 
 @contextmanager
-def _stock_folder(shared: Checkpoint, plan: SharePlan, against: Checkpoint | None) -> Iterator[Checkpoint]:
+def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in place of recipients', written where there is room and then removed."""
+    entry = shared.require_sharing()
     scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
     same_dtype = against is not None and all(
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
     try:
-        if against is not None and same_dtype and not (added_tensors(plan) or shared.refit or shared.packing):
-            folder = write_overwritten(against, plan, scratch / "stock")
+        if against is not None and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing):
+            folder = write_overwritten(against, entry.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:

@@ -16,7 +16,6 @@ from headshare.calibration.costs.actions import REMOVE
 from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.sublayer import UnitSizes
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.layouts import attention_of
 from headshare.errors import CheckpointError
 from headshare.experiments.controls import weight_of
 from headshare.integrations.transformers.loading import load_model
@@ -34,7 +33,7 @@ Importance = Float[Tensor, " units"]
 
 def magnitudes(dense: Checkpoint) -> Importance:
     """The Euclidean norm of each unit's weights, q, k, v and o together: structured magnitude pruning, by unit."""
-    return _summed(attention_of(dense), lambda name: dense.read(name).double().square()).sqrt()
+    return _summed(dense.layouts.attention, lambda name: dense.read(name).double().square()).sqrt()
 
 
 def _summed(layout: Layout, numbers: Callable[[str], Tensor]) -> Importance:
@@ -57,7 +56,7 @@ def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") 
 
     Grouped queries go with their key and value. The model is in memory whole, with the gradients of its attention.
     """
-    layout = attention_of(dense)
+    layout = dense.layouts.attention
     model = load_model(dense, dtype=torch.float32, device_map=device).requires_grad_(False)
     weights = {
         place.name(layer): weight_of(model, place.name(layer)).requires_grad_()
@@ -78,7 +77,7 @@ def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") 
 
 def removal_prices(dense: Checkpoint, importance: Importance) -> Prices:
     """Deletion of attention units, the least important of each layer first; each layer keeps its most important one."""
-    layout = attention_of(dense)
+    layout = dense.layouts.attention
     paths = []
     for layer in range(layout.layers):
         order = sorted(range(layout.groups), key=lambda group: _of(importance, layout, layer, group))[:-1]

@@ -13,7 +13,6 @@ from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, QKV, REMOVE
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.layouts import attention_of
 from headshare.experiments.baselines import (
     overwrite_with_mean,
     removal_prices,
@@ -46,7 +45,7 @@ def _directshare(case: Case) -> SharePlan:
 
 @method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)
 def _output(case: Case) -> SharePlan:
-    units = units_at(case.ratio, attention_of(case.dense).units)
+    units = units_at(case.ratio, case.dense.layouts.attention.units)
     return plan_for_units(case.common.units(QKV), units).plan
 
 
@@ -110,7 +109,7 @@ def _deletion(case: Case) -> SharePlan:
 @method("deletion-same", "DirectShare's recipients deleted, the best matched first, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
     plan = case.directshare()
-    layout = attention_of(case.dense)
+    layout = case.dense.layouts.attention
     removed: dict[int, list[int]] = {}
     (scores,) = case.common.scores("qk").tables
     ties = [tie for selection in plan.selections for tie in selection.ties]
@@ -152,12 +151,12 @@ def _llm_pruner(case: Case) -> SharePlan:
 
 def _stored_in(dense: Checkpoint) -> torch.dtype:
     """The type of its layers' matrices."""
-    return dense.tensors[next(iter(attention_of(dense).parts.values())).name(0)].torch_dtype
+    return dense.tensors[next(iter(dense.layouts.attention.parts.values())).name(0)].torch_dtype
 
 
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
 def _magnitude_zeros(case: Case) -> Edit:
-    layout = attention_of(case.dense)
+    layout = case.dense.layouts.attention
     item = _stored_in(case.dense).itemsize
 
     def change(model: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, OptionError
 from headshare.evaluation.harness import Settings
 from headshare.evaluation.measuring import Text
 from headshare.evaluation.translation import SOURCE, Parallel
@@ -41,7 +41,7 @@ class Grid:
         for name in self.methods:
             method = METHODS.get(base_of(name))
             if method is None:
-                raise EvaluationError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
+                raise OptionError(f"there is no method {name!r:.60}. There are: {', '.join(METHODS)}.")
             if REFIT in name and not method.refits:
                 raise EvaluationError(f"{method.name} has no readout that a refit could change. Leave out {REFIT}.")
             if name.endswith(ROUNDED) and method.name not in TYING:

@@ -28,7 +28,7 @@ def estimate(
     function and in the `parts` that are named; a plan says all that itself.
 
     Raises:
-        ArchitectureError, PlanError, CheckpointError: as `share` would.
+        ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
     """
     if isinstance(wish, SharePlan):
         return estimate_plan(checkpoint, wish, dtype=dtype)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 from headshare.plan.section import MAX_NAME
 from headshare.plan.units import FFN_PARTS, Kind, Part
 
@@ -39,10 +39,10 @@ def match_function(
     """Register a match function under a name; `parts` are those whose inner products it needs.
 
     Raises:
-        PlanError: if the name is longer than a plan can hold.
+        OptionError: if the name is longer than a plan can hold.
     """
     if len(name) > MAX_NAME:
-        raise PlanError(f"a match function's name has at most {MAX_NAME} characters; this one has {len(name)}.")
+        raise OptionError(f"a match function's name has at most {MAX_NAME} characters; this one has {len(name)}.")
 
     def register(score: Callable[[Products], MatchingScores]) -> Callable[[Products], MatchingScores]:
         MATCH_FUNCTIONS[name] = MatchFunction(name, kind, parts, score, separate)
@@ -105,8 +105,8 @@ def get_match_function(name: str) -> MatchFunction:
     """Look a match function up by its name.
 
     Raises:
-        PlanError: naming those that exist.
+        OptionError: naming those that exist.
     """
     if name not in MATCH_FUNCTIONS:
-        raise PlanError(f"there is no match function '{name}'. There are: {', '.join(MATCH_FUNCTIONS)}.")
+        raise OptionError(f"there is no match function '{name}'. There are: {', '.join(MATCH_FUNCTIONS)}.")
     return MATCH_FUNCTIONS[name]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headshare.errors import PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
@@ -70,11 +70,12 @@ def make_plan(
     `ffn_ratio` is the feed-forward's own ratio where it differs. Layers in `protect` give nothing up.
 
     Raises:
+        OptionError: if there is no such mode, or no such part.
         PlanError: if the ratio cannot be met (it says the maximum), or the scores lack what the parts need.
     """
     wanted = Parts.parse(parts)
     if mode not in MODES:
-        raise PlanError(f"there is no mode '{mode}'. There are: {', '.join(MODES)}.")
+        raise OptionError(f"there is no mode '{mode}'. There are: {', '.join(MODES)}.")
     digest = scores.digest
     selections = []
     for kind in Kind:

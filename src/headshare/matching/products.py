@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -13,6 +11,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.units import Part
+from headshare.precision import full_float32, short_products
 from headshare.progress import track
 
 SLICE_BYTES = 32 * 2**20
@@ -158,28 +157,17 @@ def _accumulate(
 def _blocks(
     numbers: Float[Tensor, "units slice"], groups: int, *, stored: torch.dtype
 ) -> list[tuple[int, Float[Tensor, "rows columns"]]]:
-    """Products of all units with all, block row by block row up to each block's own diagonal: (first row, product)."""
+    """Products of all units with all, block row by block row up to each block's own diagonal: (first row, product).
+
+    Numbers that are `stored` as bfloat16 lose nothing in short products, whose sums are float32 too; all others are
+    multiplied in full.
+    """
     height = max(groups, BLOCK_UNITS // groups * groups)
-    with _as_stored(stored):
+    with short_products() if stored is torch.bfloat16 else full_float32():
         return [
             (start, numbers[start : start + height] @ numbers[: start + height].T)
             for start in range(0, len(numbers), height)
         ]
-
-
-@contextmanager
-def _as_stored(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of numbers that are bfloat16 anyway use the processor's bfloat16 units, where it has some:
-    the inputs lose nothing, and sums are still float32."""
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype is not torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _not_finite(largest: Float[Tensor, " units"], checkpoint: Checkpoint, layout: Layout, place: Place) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 from headshare.matching.functions import MatchFunction, get_match_function
 from headshare.matching.products import CHUNK_NUMBERS, is_exact, read_unit, unit_products
 from headshare.matching.scores import Scores, ScoreTable
@@ -24,13 +24,13 @@ def match_for(layout: Layout, match: str) -> MatchFunction:
     """The match function for this grid: the one asked for, or for feed-forward units `ffn`.
 
     Raises:
-        PlanError: if there is none of that name, or it is for another kind of unit.
+        OptionError: if there is none of that name, or it is for another kind of unit.
     """
     asked = get_match_function(match)
     if layout.kind is Kind.FFN:
         return get_match_function("ffn")
     if asked.kind is not layout.kind:
-        raise PlanError(f"the match function '{match}' is for {asked.kind} units, not for {layout.kind}.")
+        raise OptionError(f"the match function '{match}' is for {asked.kind} units, not for {layout.kind}.")
     return asked
 
 
@@ -48,7 +48,8 @@ def score_units(
     large ones, and pairs too close to call are then computed again in float64. Ties are therefore exact.
 
     Raises:
-        ArchitectureError, PlanError: if the model or the match function is not known.
+        OptionError: if the match function is not known, or is not for these parts.
+        ArchitectureError: if the model is not known.
         CheckpointError: if the checkpoint is already shared or quantised, or a weight is not finite.
     """
     checkpoint.require_dense("score")

@@ -6,7 +6,7 @@ Knows a plan and where each tensor is to be; never sees a weight.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
 
 
@@ -42,11 +42,11 @@ def split_evenly(plan: SharePlan, devices: int) -> dict[str, str]:
     """The device of each of the plan's tensors when its layers are split over this many, named device 0, 1, ...
 
     Raises:
-        PlanError: if there are more devices than layers, or none.
+        OptionError: if there are more devices than layers, or none.
     """
     layers = min((selection.layout.layers for selection in plan.selections), default=devices)
     if not 1 <= devices <= layers:
-        raise PlanError(f"{layers} layers cannot be split over {devices} devices; choose 1 to {layers}.")
+        raise OptionError(f"{layers} layers cannot be split over {devices} devices; choose 1 to {layers}.")
     return {
         place.name(layer): f"device {layer * devices // selection.layout.layers}"
         for selection in plan.selections

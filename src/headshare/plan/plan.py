@@ -197,8 +197,7 @@ class SharePlan(BaseModel):
         """Check a plan that was already parsed, as in a checkpoint's config.json."""
         if not isinstance(data, dict):
             raise PlanError(f"the plan should be a JSON object, found {type(data).__name__}.")
-        if data.get("format") != FORMAT:
-            raise PlanError(f"the plan has format {data.get('format')!r}; this headshare reads format {FORMAT}.")
+        check_format("the plan", data.get("format"))
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -227,6 +226,12 @@ class SharePlan(BaseModel):
         if path.stat().st_size > MAX_JSON_BYTES:
             raise PlanError(f"{path} is {path.stat().st_size} bytes; a plan has at most {MAX_JSON_BYTES}.")
         return cls.from_json(path.read_bytes())
+
+
+def check_format(what: str, found: Any) -> None:
+    """Raise PlanError unless this is the format that this headshare reads."""
+    if found != FORMAT:
+        raise PlanError(f"{what} has format {found!r:.50}; this headshare reads format {FORMAT}. Upgrade headshare.")
 
 
 def _refuse(reason: str | None) -> None:

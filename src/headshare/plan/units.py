@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 
 
 class Part(StrEnum):
@@ -72,7 +72,7 @@ class Parts:
         """Read `qkv`, `qk`, `qkvo`, `ffn`, `gateup`, or several joined by `+`: `qkvo+ffn`. Parts pass through.
 
         Raises:
-            PlanError: if a letter or a word is not a part.
+            OptionError: if a letter or a word is not a part.
         """
         if isinstance(text, Parts):
             return text
@@ -98,7 +98,7 @@ def _parts_of(word: str, text: str) -> tuple[Part, ...]:
         return _NAMED_SETS[word]
     letters = {str(part): part for part in ATTENTION_PARTS}
     if not word or any(letter not in letters for letter in word):
-        raise PlanError(
+        raise OptionError(
             f"'{text}' does not name parts. Use letters of q, k, v, o (such as qkv or qkvo), "
             "ffn, gateup, or several joined by + (such as qkvo+ffn)."
         )

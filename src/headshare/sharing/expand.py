@@ -46,10 +46,11 @@ def expand(
     if not rounded:
         assemblies = [_widened(one) if one.name in computed else one for one in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
-    if shared.packing is None:
+    packing = shared.require_sharing().packing
+    if packing is None:
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite, computed)
     if not unpacked:
-        config["quantization_config"] = shared.packing.to_dict()
+        config["quantization_config"] = packing.to_dict()
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite)
     assemblies, matrices = _unpacked(shared, assemblies)
     return write_checkpoint(shared, assemblies, config, Path(out), overwrite, matrices)

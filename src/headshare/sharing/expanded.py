@@ -52,14 +52,14 @@ class ExpandedTensors:
         """Those of a checkpoint as it is, shared or dense.
 
         Raises:
-            CheckpointError, PlanError: if it is shared and does not hold what its plan says.
+            CheckpointError: if it is shared and does not hold what its plan says.
         """
-        if checkpoint.packing is not None:
+        if checkpoint.sharing is None:
+            return cls(SharedFiles(checkpoint, SharePlan(), {}, {}, stored=False))
+        if checkpoint.sharing.packing is not None:
             raise CheckpointError(
                 f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."
             )
-        if checkpoint.plan is None:
-            return cls(SharedFiles(checkpoint, SharePlan(), {}, {}, stored=False))
         return cls(open_shared(checkpoint))
 
     @classmethod
@@ -75,12 +75,6 @@ class ExpandedTensors:
     def checkpoint(self) -> Checkpoint:
         """Where the numbers come from."""
         return self.files.checkpoint
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Dense shapes by name; tensors that the plan adds, which a dense model has not, are left out."""
-        own = {name: shape for name, shape in self.checkpoint.shapes.items() if name not in self.files.added}
-        return own | {name: tensor.shape for name, tensor in self.files.tensors.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint.tensors

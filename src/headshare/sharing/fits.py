@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from headshare.architecture.config import text_config
 from headshare.architecture.removable import check_removals
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, SHAPE, TYPES, Packing, packed_tensors, part_of
 from headshare.checkpoint.layouts import require_one_dtype
-from headshare.errors import CheckpointError, PlanError
+from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors, tied_names
@@ -40,17 +39,22 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     """A shared checkpoint whose tensors are what its plan says.
 
     Raises:
-        CheckpointError: if the checkpoint is not shared.
-        PlanError: if a tensor is missing or has another shape, or an added one is of another type than its weight.
+        CheckpointError: if the checkpoint is not shared, a tensor is missing or has another shape, or an added one is
+            of another type than its weight.
+        PlanError: if such units cannot be removed from this model.
     """
-    plan = checkpoint.plan
-    if plan is None:
+    if checkpoint.sharing is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
-    files = SharedFiles(checkpoint, plan, _tensors_of(plan, checkpoint), added_tensors(plan), stored=True)
+    plan = checkpoint.sharing.plan
+    packing = checkpoint.sharing.packing
+    tensors = _tensors_of(plan, checkpoint)
+    if packing is not None:
+        tensors = packed_tensors(tensors, packing)
+    files = SharedFiles(checkpoint, plan, tensors, added_tensors(plan), stored=True)
     check_makers(files.tensors.values())
     what = "the checkpoint does not hold what its plan says"
-    if checkpoint.packing is not None:
-        _check_packed(checkpoint, files.tensors, checkpoint.packing)
+    if packing is not None:
+        _check_packed(checkpoint, files.tensors, packing)
     # every tensor of the plan's grids, whole where the plan leaves it alone
     expected: dict[str, tuple[int, ...]] = {
         place.name(layer): place.shape
@@ -58,22 +62,21 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
         for place in layout.parts.values()
         for layer in range(layout.layers)
     }
-    if checkpoint.packing is not None:
-        parts = [checkpoint.packing.parts(name, shape) for name, shape in expected.items()]
+    if packing is not None:
+        parts = [packing.parts(name, shape) for name, shape in expected.items()]
         expected = {name: shape for one in parts for name, shape in one.items()}
     expected |= {name: tensor.stored_shape for name, tensor in files.tensors.items()}
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, what)
     if plan.removals:
-        dense = {name: tensor.shape for name, tensor in files.tensors.items()}
-        check_removals(plan, text_config(checkpoint.config), {**checkpoint.shapes, **dense})
+        check_removals(plan, checkpoint.layouts)
     # what the plan adds
     for name, added in files.added.items():
         _check_tensor(checkpoint, name, added.shape, what)
         found = checkpoint.tensors[name].dtype
         meant = checkpoint.tensors[added.weight].dtype
         if added.same_type and found != meant:
-            raise PlanError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {added.weight} is.")
+            raise CheckpointError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {added.weight} is.")
     return files
 
 
@@ -88,16 +91,16 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
     for layout in plan.layouts:
         for place in layout.parts.values():
             for layer in range(layout.layers):
-                _check_tensor(dense, place.name(layer), place.shape, what)
+                _check_tensor(dense, place.name(layer), place.shape, what, PlanError)
     for section in plan.sections:
         if section.one_type:
             require_one_dtype(section.layout, dense)
     if plan.removals:
-        check_removals(plan, text_config(dense.config), dense.shapes)
+        check_removals(plan, dense.layouts)
     files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
     check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():
-        _check_tensor(dense, name, tensor.shape, what)
+        _check_tensor(dense, name, tensor.shape, what, PlanError)
     taken = sorted(set(files.added) & set(dense.tensors))
     if taken:
         raise PlanError(f"the plan adds {taken[0]}, which is a tensor of {dense.name} already.")
@@ -107,15 +110,14 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
 def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
     """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
     biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
-    found = {**gapped_tensors(plan), **biases}
-    return found if checkpoint.packing is None else packed_tensors(found, checkpoint.packing)
+    return {**gapped_tensors(plan), **biases}
 
 
 def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], packing: Packing) -> None:
     """Every packed matrix has its parts, in their types, and in shapes that fit each other.
 
     Raises:
-        PlanError: naming the first that has not.
+        CheckpointError: naming the first that has not.
     """
     what = "the checkpoint does not hold packed matrices as its config.json says"
     stems = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith(PARTS)}
@@ -123,18 +125,26 @@ def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], p
         found = [checkpoint.tensors.get(part_of(stem, part)) for part in PARTS]
         wanted_types = [(TYPES[PACKED], 2), (TYPES[SCALE], 2), (TYPES[SHAPE], 1)]
         if [one and (one.dtype, len(one.shape)) for one in found] != wanted_types:
-            raise PlanError(f"{what}: {stem} should have {', '.join(PARTS)}, of {', '.join(TYPES.values())}.")
+            raise CheckpointError(f"{what}: {stem} should have {', '.join(PARTS)}, of {', '.join(TYPES.values())}.")
         packed, scale, shape = (one for one in found if one is not None)
         rows, words = packed.shape
         for name, wanted in ((scale.name, (rows, words * A_WORD // packing.group)), (shape.name, (2,))):
             _check_tensor(checkpoint, name, wanted, what)
         dense = tensors[packed.name].shape[0] if packed.name in tensors else rows
         if words * A_WORD % packing.group or checkpoint.read(shape.name).tolist() != [dense, words * A_WORD]:
-            raise PlanError(f"{what}: {shape.name} should say {[dense, words * A_WORD]}, in groups of {packing.group}.")
+            raise CheckpointError(
+                f"{what}: {shape.name} should say {[dense, words * A_WORD]}, in groups of {packing.group}."
+            )
 
 
-def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], what: str) -> None:
+def _check_tensor(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    what: str,
+    error: type[HeadshareError] = CheckpointError,
+) -> None:
     info = checkpoint.tensors.get(name)
     if info is None or info.shape != shape:
         found = "no such tensor" if info is None else f"shape {info.shape}"
-        raise PlanError(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")
+        raise error(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")

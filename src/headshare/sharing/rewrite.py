@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import quantization_entry
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
@@ -46,7 +46,7 @@ def write_refitted(
     check_written_again(shared, out, overwrite=overwrite)
     files = open_shared(shared)
     assemblies = [dataclasses.replace(copied(info), shared=name in files.tied) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": quantization_entry(files.plan, refit, base_model)}
+    config = {**shared.config, "quantization_config": SharingEntry(files.plan, refit, base_model).to_config()}
     replaced = as_stored(tensors, assemblies, files.tensors)
     in_place = _is_own(shared, out)
     return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
@@ -71,10 +71,10 @@ def write_trained(
     code = dtype_code(dtype)
     config = dict(trained.config)
     tied: frozenset[str] = frozenset()
-    if trained.plan is not None:
-        files = open_shared(trained)
-        tied = files.tied
-        config["quantization_config"] = quantization_entry(files.plan, trained.refit, base_model or trained.base_model)
+    if trained.sharing is not None:
+        tied = open_shared(trained).tied
+        entry = dataclasses.replace(trained.sharing, base_model=base_model or trained.sharing.base_model)
+        config["quantization_config"] = entry.to_config()
     assemblies = [
         dataclasses.replace(copied(info, code), shared=name in tied) for name, info in trained.tensors.items()
     ]
@@ -107,13 +107,13 @@ def write_packed(
         CheckpointError: if a scale is not finite, or the source cannot be read.
         OutputError: if it cannot be written.
     """
-    kind = text_config(source.config).get("model_type")
-    plan = SharePlan(model_type=kind)
     tensors: Mapping[str, GappedTensor] = {}
-    if source.plan is not None:
-        files = open_shared(source)
-        plan = files.plan
-        tensors = packed_tensors(files.tensors, packing)
+    if source.sharing is None:
+        kind = text_config(source.config).get("model_type")
+        entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name)
+    else:
+        entry = source.sharing
+        tensors = packed_tensors(open_shared(source).tensors, packing)
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -126,8 +126,8 @@ def write_packed(
         given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
         file = source.tensors[name].file
         assemblies += [given_assembly(one, given[one], file) for one in (*parts, part_of(name, SHAPE))]
-    base = source.name if source.plan is None else source.base_model
-    config = {**source.config, "quantization_config": quantization_entry(plan, source.refit, base, packing)}
+    entry = dataclasses.replace(entry, packing=packing)
+    config = {**source.config, "quantization_config": entry.to_config()}
     return write_checkpoint(source, assemblies, config, out, overwrite, given)
 
 

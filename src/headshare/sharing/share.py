@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import quantization_entry
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
@@ -74,10 +74,8 @@ class SharedCheckpoint:
             kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
-        config = {
-            **self.dense.config,
-            "quantization_config": quantization_entry(self.plan, self.refit, self.dense.name),
-        }
+        entry = SharingEntry(self.plan, self.refit, self.dense.name)
+        config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype
         # what the plan adds, and what a refit put in the place of dense tensors
@@ -132,6 +130,7 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.
+        OptionError: if there is no such type.
         CheckpointError: if the checkpoint is already shared or quantised, or its layers are of different types.
     """
     dense.require_dense("share")

@@ -8,7 +8,7 @@ from headshare.architecture.config import text_config
 from headshare.architecture.families import BUFFERS, INPUT_EMBEDDINGS, MASKS, TIED_OUTPUTS
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
-from headshare.errors import PlanError
+from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors
 from headshare.plan.units import Kind
@@ -65,7 +65,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     """The bytes that this very plan leaves of this checkpoint, stored as `dtype` or as they are.
 
     Raises:
-        PlanError: if there is no such type.
+        OptionError: if there is no such type.
     """
     code = dtype_code(dtype)
     parameters = parameter_infos(checkpoint)
@@ -102,10 +102,10 @@ def dtype_code(dtype: str | None) -> str | None:
     """What safetensors calls this type.
 
     Raises:
-        PlanError: naming those that weights can be stored as.
+        OptionError: naming those that weights can be stored as.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise PlanError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
+        raise OptionError(f"the dtype '{dtype}' is not one of {', '.join(OUTPUT_DTYPES)}.")
     return None if dtype is None else OUTPUT_DTYPES[dtype]
 
 

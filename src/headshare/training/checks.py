@@ -24,7 +24,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
     Raises:
         TrainingError: if the method is not for this model or plan.
     """
-    if source.packing is not None:
+    if source.sharing is not None and source.sharing.packing is not None:
         raise TrainingError(
             f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
         )

@@ -227,7 +227,9 @@ class _Run:
         loss = self.settings.loss
         if not loss.distill:
             return None
-        name = loss.teacher or (self.source.base_model if self.source.plan is not None else str(self.source.path))
+        name = loss.teacher or (
+            str(self.source.path) if self.source.sharing is None else self.source.sharing.base_model
+        )
         if name is None:
             raise TrainingError(f"{self.source.name} does not say which dense model it came from; name it as teacher.")
         if is_deepspeed_zero3_enabled():
@@ -269,7 +271,7 @@ class _Run:
             if self.pulls:
                 share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite, notes=notes)
                 return
-            origin = self.source.name if shared_first else before.base_model
+            origin = self.source.name if shared_first else None  # as its entry says
             write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite, notes=notes)
 
 

@@ -10,10 +10,7 @@ they are relative to |h|^2 all the same. Chooses nothing across layers.
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-from headshare.architecture.config import text_config
-from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.architecture.removable import removal_refusal
 from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
 from headshare.calibration.costs.curves import Path, Prices
@@ -21,9 +18,9 @@ from headshare.calibration.costs.descent import neuron_path, own_path, paths_bes
 from headshare.calibration.costs.sublayer import DenseLayer, Half, Weighted
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import ArchitectureError, PlanError
+from headshare.errors import OptionError, PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Kind
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -61,15 +58,16 @@ def price_units(
     allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
 
     Raises:
-        PlanError: if none of the actions can be had of this model, or not together, one is not registered, `done` is of
-            another model, or there is no donor to be priced or no token to be fitted to.
+        OptionError: if there is no donor to be priced, or no token to be fitted to.
+        PlanError: if none of the actions can be had of this model, or not together, one is not registered, or `done` is
+            of another model.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("price it")
     if donors < 1:
-        raise PlanError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
+        raise OptionError(f"{donors} donors of a unit cannot be priced again after each step; price at least 1.")
     if not 0 <= held_out < 1:
-        raise PlanError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
+        raise OptionError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
     wanted = _wanted(dense, actions, ffn_groups)
     found = {} if done is None else done
     # Prices check their paths: those of another model are refused before any work is done.
@@ -126,12 +124,11 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _W
     Raises:
         PlanError: if that is nothing.
     """
-    config = text_config(dense.config)
-    layouts, neurons = _layouts(config, dense, ffn_groups)
+    layouts, neurons = _layouts(dense, ffn_groups)
     asked = {kind: _asked(kind, actions) for kind in layouts}
     # Families differ in the halves that can go without units.
     removing = [kind for kind, some in asked.items() if any(action.removes for action in some)]
-    refusals = {kind: removal_refusal(config, kind) for kind in removing}
+    refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in removing}
     if Kind.ATTENTION in refusals and layouts[Kind.ATTENTION].groups == 1:
         refusals[Kind.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
@@ -159,15 +156,12 @@ def _allowed(kind: Kind, asked: Sequence[Action], removable: bool) -> tuple[Acti
     return removals if kind is Kind.FFN else tuple(asked)
 
 
-def _layouts(config: Mapping[str, Any], dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
+def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
     """The units of both halves, and single neurons; nothing of the feed-forward where that is a mixture of experts."""
-    layouts = {Kind.ATTENTION: attention_layout(config, dense.shapes)}
-    try:
-        whole = ffn_layout(config, dense.shapes)
-    except ArchitectureError:
-        return layouts, None
-    layouts[Kind.FFN] = ffn_layout(config, dense.shapes, ffn_groups)
-    return layouts, ffn_layout(config, dense.shapes, whole.parts[Part.DOWN].rows)
+    layouts = {Kind.ATTENTION: dense.layouts.attention}
+    if dense.layouts.ffn is not None:
+        layouts[Kind.FFN] = dense.layouts.ffn_in(ffn_groups)
+    return layouts, dense.layouts.neurons
 
 
 def _walk(

@@ -15,11 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headshare.architecture.config import text_config
 from headshare.architecture.families import FAMILIES
-from headshare.architecture.recognition import attention_layout
 from headshare.calibration.layerwise.observed import Batch, ReachedError, Seen, Stream, watching
-from headshare.calibration.layerwise.shell import Shell, ffn_or_none, on_device
+from headshare.calibration.layerwise.shell import Shell, on_device
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError, CheckpointError
 from headshare.integrations.transformers.loading import quiet
@@ -52,18 +50,16 @@ class Layers:
 
     Raises:
         ArchitectureError: if the model's layout is not known.
-        CheckpointError: if the model's code is remote, or its weights are not all there.
-        PlanError: if the checkpoint is shared and does not hold what its plan says.
+        CheckpointError: if the model's code is remote, its weights are not all there, or it is shared and does not hold
+            what its plan says.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         weights = ExpandedTensors.of(checkpoint)
-        config = text_config(checkpoint.config)
-        shapes = weights.shapes
-        self.attention = attention_layout(config, shapes)
-        self.ffn = ffn_or_none(config, shapes)
+        self.attention = checkpoint.layouts.attention
+        self.ffn = checkpoint.layouts.ffn  # experts have no one W_down to refit
         self.count = self.attention.layers
         self.shell = Shell(checkpoint, weights, self.attention, self.device, head=head)
         o_path = self.path(Part.O)

@@ -1,7 +1,7 @@
 """The stock model around the layers: its embeddings, norms and head, with the names that the checkpoint uses."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from headshare.architecture.families import OLD_NAMES
 from headshare.architecture.modules import module_path
-from headshare.architecture.recognition import ffn_layout
 from headshare.calibration.layerwise.observed import Batch
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.remote_code import check_model_code
-from headshare.errors import ArchitectureError, CheckpointError
+from headshare.errors import CheckpointError
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.layout import Layout
 from headshare.plan.units import Part
@@ -161,14 +160,6 @@ def different_prefixes(first: str, second: str) -> tuple[str, str]:
         ours.pop()
         theirs.pop()
     return "".join(f"{step}." for step in ours), "".join(f"{step}." for step in theirs)
-
-
-def ffn_or_none(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
-    """The feed-forward's layout; None for a model whose feed-forward has none, such as experts."""
-    try:
-        return ffn_layout(config, shapes)
-    except ArchitectureError:  # a mixture of experts has no one W_down to refit
-        return None
 
 
 def whole_model(checkpoint: Checkpoint, device: torch.device, head: bool) -> Any:

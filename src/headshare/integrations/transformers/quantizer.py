@@ -49,7 +49,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     ) -> None:
         """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
         still to be worked out is worked out on the storage that trains, which has the sizes of all."""
-        plan, packing = self.quantization_config.plan, self.quantization_config.packing
+        entry = self.quantization_config.sharing
+        plan, packing = entry.plan, entry.packing
         if packing is not None:
             tensors = gapped_tensors(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
@@ -90,7 +91,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
         paths = self._modules.paths()
         itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in paths.items()}
-        found = held_again(self.quantization_config.plan, devices, itemsizes)
+        found = held_again(self.quantization_config.sharing.plan, devices, itemsizes)
         units, nbytes = sum(pair.units for pair in found), sum(pair.nbytes for pair in found)
         LOGGER.info("%d units, %d bytes, are held more than once: on each device that uses them", units, nbytes)
 
@@ -107,8 +108,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        plan = self.quantization_config.plan
-        if self.quantization_config.packing is not None:
+        plan = self.quantization_config.sharing.plan
+        if self.quantization_config.sharing.packing is not None:
             number: Any = model.dtype
             packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
             _put_back(model, {path: unpacked(module, number) for path, module in packed})
@@ -146,7 +147,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         Raises:
             StorageError: if shared weights are read-only. The Trainer asks, and would otherwise train only the others.
         """
-        if self.quantization_config.packing is not None:
+        if self.quantization_config.sharing.packing is not None:
             raise StorageError("this model's matrices are rounded to 4 bits, which are not trained. Train it before.")
         if self._frozen:
             raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")

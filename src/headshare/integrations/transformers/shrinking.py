@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
 from headshare.architecture.families import Counts
+from headshare.architecture.model_layouts import ModelLayouts
 from headshare.architecture.modules import ModuleMap, linear_of
 from headshare.architecture.removable import check_removals, counts_of
-from headshare.errors import PlanError
+from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.spans import length
 from headshare.plan.tensors import GappedTensor, bias_name, gapped_biases, gapped_tensors
@@ -57,11 +58,12 @@ def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
     """Take removed units out of a stock model on the meta device.
 
     Raises:
-        PlanError: if the model cannot go without such units, or has modules of other shapes or kinds.
-        StorageError: if a module holds several tensors.
+        PlanError: if the model cannot go without such units.
+        StorageError: if it has modules of other shapes or kinds, or one that holds several tensors.
+        ArchitectureError: if it counts its attention in a way that the plan's groups do not divide.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    check_removals(plan, text_config(model.config.to_dict()), shapes)
+    check_removals(plan, ModelLayouts(text_config(model.config.to_dict()), shapes))
     for name, shrunk in shrunk_of(plan).items():
         _shrink_module(modules.module(model, name), shrunk)
     for attention, counts, numbers in _counted(model, plan, modules):
@@ -88,7 +90,9 @@ def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any,
 
 def _scaled(number: Any, kept: int, groups: int) -> int:
     if type(number) is not int or number % groups:
-        raise PlanError(f"the model counts its attention by {number!r:.50}, which {groups} groups do not divide.")
+        raise ArchitectureError(
+            f"the model counts its attention by {number!r:.50}, which {groups} groups do not divide."
+        )
     return number // groups * kept
 
 
@@ -96,7 +100,7 @@ def _shrink_module(module: Any, shrunk: Shrunk) -> None:
     weight, bias = module.weight, getattr(module, "bias", None)
     linear = linear_of(module)
     if tuple(weight.shape) != shrunk.weight.shape or linear is None:
-        raise PlanError(
+        raise StorageError(
             f"the model holds {shrunk.weight.name} in a {type(module).__name__} of shape {tuple(weight.shape)}; the "
             f"plan removes rows or columns of a linear layer of shape {shrunk.weight.shape}."
         )

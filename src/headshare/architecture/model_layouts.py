@@ -1,0 +1,71 @@
+"""A model's layouts as one value: its attention units, and its feed-forward in as many groups as are asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from headshare.architecture.recognition import Shapes, attention_layout, ffn_layout
+from headshare.errors import ArchitectureError
+from headshare.plan.layout import Layout
+from headshare.plan.units import Kind, Part
+
+
+@dataclass(frozen=True)
+class ModelLayouts:
+    """Layouts of a model by its (text) configuration and its tensors' dense shapes, each found when it is first asked
+    for: a model whose attention is not known may still have a feed-forward that is.
+
+    `Checkpoint.layouts` is a checkpoint's.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Shapes
+
+    @cached_property
+    def attention(self) -> Layout:
+        """The attention units, with all their parts.
+
+        Raises:
+            ArchitectureError: if the model's layout is not known.
+        """
+        return attention_layout(self.config, self.shapes)
+
+    @cached_property
+    def ffn(self) -> Layout | None:
+        """The feed-forward, one unit a layer; None where it has no layout, as a mixture of experts."""
+        try:
+            return self.ffn_in(1)
+        except ArchitectureError:
+            return None
+
+    @property
+    def neurons(self) -> Layout | None:
+        """The feed-forward's single neurons; None where it has no layout."""
+        return None if self.ffn is None else self.ffn_in(self.ffn.parts[Part.DOWN].rows)
+
+    @property
+    def all(self) -> tuple[Layout, ...]:
+        """The attention units and, where it has a layout, the feed-forward.
+
+        Raises:
+            ArchitectureError: if the model's layout is not known.
+        """
+        return (self.attention,) if self.ffn is None else (self.attention, self.ffn)
+
+    def ffn_in(self, groups: int) -> Layout:
+        """The feed-forward in this many groups of neurons a layer.
+
+        Raises:
+            ArchitectureError: if it has no layout, saying why.
+            PlanError: if the neurons do not divide into that many groups.
+        """
+        return ffn_layout(self.config, self.shapes, groups)
+
+    def units(self, kind: Kind, groups: int) -> Layout:
+        """The units of one kind; those of the feed-forward in this many groups a layer.
+
+        Raises:
+            ArchitectureError, PlanError: as the others do.
+        """
+        return self.attention if kind is Kind.ATTENTION else self.ffn_in(groups)
