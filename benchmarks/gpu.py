@@ -28,12 +28,12 @@ from headshare.architecture.recognition import attention_layout
 from headshare.errors import StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
-from headshare.plan.tensors import gapped_tensors
+from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
-from headshare.storage.pooled.cuda_driver import Block, Span, cuda_driver
+from headshare.storage.pooled.cuda_driver import AddressSpan, Block, cuda_driver
 from headshare.storage.pooled.frozen import read_banks
-from headshare.storage.pooled.product import Slots, slot_linear
+from headshare.storage.pooled.product import BlockTable, slot_linear
 from headshare.storage.projection import SharedProjection
 from headshare.storage.registry import STORAGES
 from machine import machine
@@ -115,7 +115,7 @@ def product_ways(
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(kept, HEAD, width, dtype=DTYPE, device=device) / inputs**0.5
     tables = [torch.randint(0, kept, (count,), generator=generator, dtype=torch.int32) for _ in range(sets)]
-    slots = [Slots(bank, table.to(device)) for table in tables]
+    slots = [BlockTable(bank, table.to(device)) for table in tables]
     dense = [one.gather().T.contiguous() if across else one.gather() for one in slots]
     x = torch.randn(tokens, inputs, dtype=DTYPE, device=device)
     ways: dict[str, Way] = {
@@ -139,8 +139,8 @@ def mapped_weights(bank: Tensor, tables: list[Tensor], device: str) -> list[Tens
     if slot % driver.granularity:
         return []
     blocks = [Block(driver, slot) for _ in range(len(bank))]
-    driver.tensor(Span(driver, blocks)).view(bank.dtype).view(bank.shape).copy_(bank)
-    spans = [Span(driver, [blocks[n] for n in table.tolist()]) for table in tables]
+    driver.tensor(AddressSpan(driver, blocks)).view(bank.dtype).view(bank.shape).copy_(bank)
+    spans = [AddressSpan(driver, [blocks[n] for n in table.tolist()]) for table in tables]
     return [driver.tensor(span).view(bank.dtype).view(-1, bank.shape[-1]) for span in spans]
 
 
@@ -181,7 +181,7 @@ def built(
     """A model whose weights are set one by one; `weights` gives each for its name and what stands there on meta."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(DTYPE)
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     if storage != "dense":
         STORAGES[storage](dict.fromkeys(tensors, device)).install(model, tensors, ModuleMap.of(model, tensors))
     for name, parameter in list(model.named_parameters()):
@@ -271,7 +271,7 @@ def differences(held: dict[str, Any], device: str) -> dict[str, float]:
 
 def saved_bytes(plan: SharePlan) -> int:
     """What the plan's gaps would take."""
-    tensors = gapped_tensors(plan).values()
+    tensors = tensor_plans(plan).values()
     return sum((t.shape[0] * t.shape[1] - t.stored_shape[0] * t.stored_shape[1]) * DTYPE.itemsize for t in tensors)
 
 

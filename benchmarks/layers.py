@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from headshare.architecture.modules import ModuleMap
-from headshare.plan.section import Gap
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.section import Borrowed
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.pooled.frozen import read_banks
 from headshare.storage.registry import STORAGES
 from machine import machine
@@ -52,18 +52,18 @@ def ties_of(layers: int, heads: int, seed: int = 0) -> dict[tuple[int, int], tup
     }
 
 
-def gapped(layers: int, hidden: int, head: int, ties: dict) -> dict[str, GappedTensor]:
+def gapped(layers: int, hidden: int, head: int, ties: dict) -> dict[str, TensorPlan]:
     """The same as what a plan means for each tensor."""
     tensors = {}
     for layer in range(layers):
         for part in "qkv":
             gaps = [
-                Gap(mine * head, (mine + 1) * head, f"layers.{donor[0]}.{part}.weight", donor[1] * head)
+                Borrowed(mine * head, (mine + 1) * head, f"layers.{donor[0]}.{part}.weight", donor[1] * head)
                 for (at, mine), donor in sorted(ties.items())
                 if at == layer
             ]
             name = f"layers.{layer}.{part}.weight"
-            tensors[name] = GappedTensor(name, (hidden, hidden), 0, tuple(gaps))
+            tensors[name] = TensorPlan(name, (hidden, hidden), 0, tuple(gaps))
     return tensors
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import headshare as hs
 from headshare.calibration.costs.actions import AUTO_ACTIONS
-from headshare.calibration.costs.curves import Path as PricedPath
+from headshare.calibration.costs.curves import CostCurve as PricedPath
 from headshare.calibration.costs.local import price_units
 from headshare.text.tokens import Calibration
 from machine import machine

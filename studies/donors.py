@@ -25,10 +25,10 @@ from benchmarks.machine import machine
 from headshare.architecture.config import text_config
 from headshare.calibration.costs.least_squares import Fit
 from headshare.calibration.costs.local import HELD_OUT, fitted_windows, looked_at
-from headshare.calibration.costs.sublayer import DenseLayer, Half
+from headshare.calibration.costs.sublayer import DenseLayer, SublayerData
 from headshare.calibration.layerwise.layers import Layers
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.precision import short_products
 from headshare.progress import shown, track
 from headshare.text.tokens import Calibration
@@ -100,7 +100,7 @@ def normalised(product: Score, one: HeadUnit, other: HeadUnit) -> float:
 class Layer:
     """The attention of one layer, and what every unit of the model would put in the place of its own."""
 
-    def __init__(self, half: Half, layers: range) -> None:
+    def __init__(self, half: SublayerData, layers: range) -> None:
         self.half, self.fitted, self.number = half, half.fitted, half.dense.number
         self.fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.target = half.inputs[half.fitted :].double() @ half.weight.double().T
@@ -231,9 +231,9 @@ def main() -> None:
         stream = layers.start(calibration.tokens[: looked_at(calibration, args.tokens)])
         for number in track(range(max(args.layers) + 1), "layers", max(args.layers) + 1):
             at = DenseLayer(dense, layers, number, layers.build(number), stream)
-            seen, stream = at.look((Kind.ATTENTION,))
+            seen, stream = at.look((Sublayer.ATTENTION,))
             if number in args.layers:
-                half = Half(at, layout, seen[Kind.ATTENTION], fitted)
+                half = SublayerData(at, layout, seen[Sublayer.ATTENTION], fitted)
                 if len(half.shifts) > 1:
                     parser.error("this model's units do not do the same in every place; there is no table for it.")
                 for name, parts in measured(Layer(half, range(layers.count)), weights):

@@ -27,7 +27,7 @@ from headshare.architecture.modules import module_path
 from headshare.evaluation.perplexity import window_losses
 from headshare.experiments.controls import recipients_of
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 from headshare.progress import shown, track
 from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows
@@ -107,7 +107,7 @@ def gates_of(checkpoint: hs.Checkpoint) -> dict[str, Float[Tensor, "gates layers
     head = text_config(checkpoint.config).get("head_dim") or layout.parts[Part.K].rows
     heads = torch.eye(layout.layers * width // head).repeat_interleave(head, dim=1)
     found = {"every head": heads.view(-1, layout.layers, width)}
-    tied = [] if checkpoint.plan is None else recipients_of(checkpoint.plan).get(Kind.ATTENTION, [])
+    tied = [] if checkpoint.plan is None else recipients_of(checkpoint.plan).get(Sublayer.ATTENTION, [])
     if tied:
         units = torch.zeros(len(tied), layout.layers, width)
         for number, (layer, group) in enumerate(tied):

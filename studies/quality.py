@@ -4,7 +4,7 @@
     python -m studies.quality MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
 
 At each ratio all rows save what sharing q, k and v of int(ratio x units) units saves, or a little more (the table says
-how much). Prices are nats a token. The divergence is that of the predictions on the test text from the dense model's,
+how much). CostCurves are nats a token. The divergence is that of the predictions on the test text from the dense model's,
 KL(dense | model), nats a token. Every setting is chosen on the calibration text; the test text is only measured on.
 `--text self` has the model write one, with the next seed; `--text articles` takes every sixth article out of the
 calibration text (of WikiText, where titles stand between equals signs), to choose methods by. `--out` keeps each row
@@ -31,10 +31,10 @@ from benchmarks.machine import machine
 from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, FACTORED, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Prices
+from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
-from headshare.calibration.costs.saved import SavedPaths
+from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ from headshare.integrations.transformers.loading import load_model, load_tokeniz
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import units_at
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration
@@ -118,24 +118,24 @@ class Bench:
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
         self.layout = dense.layouts.attention
-        self._prices: dict[tuple[tuple[Action, ...], Kind], Prices] = {}
+        self._prices: dict[tuple[tuple[Action, ...], Sublayer], CostCurves] = {}
 
-    def prices(self, actions: tuple[Action, ...], kind: Kind = Kind.ATTENTION) -> Prices:
+    def prices(self, actions: tuple[Action, ...], kind: Sublayer = Sublayer.ATTENTION) -> CostCurves:
         """The prices of these actions, in nats, of one half of each layer; of removals too where ties follow those."""
         if (actions, kind) not in self._prices:
             words = "-".join(map(str, actions))
-            rough = SavedPaths(self.work, joint_digest("priced", words))
+            rough = SavedCurves(self.work, joint_digest("priced", words))
             found = price_units(self.dense, self.calibration, actions, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
-                fine = SavedPaths(self.work, joint_digest("probed", words, kind, self.ffn))
+                fine = SavedCurves(self.work, joint_digest("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
             self._prices[actions, kind] = found
         return self._prices[actions, kind]
 
-    def both(self) -> Prices:
+    def both(self) -> CostCurves:
         """The prices of ties and removals of units, and of removals of neurons."""
-        units, neurons = self.prices(AUTO_ACTIONS), self.prices((REMOVE,), Kind.FFN)
+        units, neurons = self.prices(AUTO_ACTIONS), self.prices((REMOVE,), Sublayer.FFN)
         return replace(units, paths=units.paths + neurons.paths)
 
     def measure(self, cell: Cell) -> Row:
@@ -214,12 +214,12 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
 
-    def saving(prices: Prices, *actions: Action) -> tuple[SharePlan, float]:
+    def saving(prices: CostCurves, *actions: Action) -> tuple[SharePlan, float]:
         return priced(plan_for_bytes(prices.only(actions), wanted))
 
     budget = f"{share:.0%}"
     yield Cell(budget, CONTROL, lambda: saving(bench.prices(AUTO_ACTIONS), REMOVE))
-    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((REMOVE,), Kind.FFN), REMOVE))
+    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((REMOVE,), Sublayer.FFN), REMOVE))
     yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(AUTO_ACTIONS), FACTORED))
     yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *AUTO_ACTIONS, REMOVE))
 

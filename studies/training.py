@@ -31,13 +31,13 @@ from headshare.files.resume import ResumableRun
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, opening_token
 from headshare.training import TrainSettings, train
-from headshare.training.settings import Text
+from headshare.training.settings import TrainingText
 from headshare.training.windows import Packed, training_windows
 from studies.products import parsed
 from studies.quality import numbers, test_windows
@@ -83,7 +83,7 @@ class Bench:
     def _own_windows(self) -> Windows:
         """What the model wrote, packed as what it is trained on is."""
         data = self._written("test", self.args.tokens // self.args.window, 3)
-        some, last = training_windows(self.dense, Text(data=data, context=self.args.window, held_out=1))
+        some, last = training_windows(self.dense, TrainingText(data=data, context=self.args.window, held_out=1))
         assert isinstance(some, Packed)
         return Windows(
             torch.cat([some.tokens, last.tokens]).long(), opening_token(load_tokenizer(self.dense), None) is not None
@@ -111,7 +111,7 @@ class Bench:
         what = {"model": fingerprint(self.dense), "text": f"{text.digest} {text.seed}"}
         with ResumableRun(self.out / "prices", what, refused=CalibrationError, kept=True) as run:
             work = run.workspace
-            prices = prices_on(self.dense, text, AUTO_ACTIONS, kinds=(Kind.ATTENTION,), workspace=work)
+            prices = prices_on(self.dense, text, AUTO_ACTIONS, kinds=(Sublayer.ATTENTION,), workspace=work)
         least = estimate(self.dense, ratio, parts="qkv").saved_bytes
         return plan_for_bytes(prices.only(actions), least).plan
 

@@ -25,17 +25,17 @@ from headshare.experiments.controls import overwrite_recipients, with_random_don
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.describe import describe, picture
 from headshare.plan.layout import Layout
-from headshare.plan.low_rank import Factored, Product
+from headshare.plan.low_rank import LowRankRange, LowRankUnits
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice
-from headshare.plan.tensors import GappedTensor, added_tensors
+from headshare.plan.tensors import TensorPlan, added_tensors
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.sharing.expand import write_overwritten
 from headshare.sharing.fits import open_shared
 from headshare.sharing.rewrite import write_refitted
-from headshare.storage.low_rank import FactoredProjection
+from headshare.storage.low_rank import LowRankProjection
 from support import tiny
 
 MODEL = "model.safetensors"
@@ -54,7 +54,7 @@ def some_factored(dense: hs.Checkpoint, units: dict[int, dict[int, int]] | None 
         count = max(1, layout.groups // 2)
         drawn = {layer: sorted(random.Random(layer).sample(range(layout.groups), count)) for layer in (0, 2, 3)}
         units = {layer: {group: RANKS[(layer + group) % 2] for group in groups} for layer, groups in drawn.items()}
-    factored = Factored(
+    factored = LowRankUnits(
         layout=layout.only((Part.O,)),
         units={layer: list(ranks) for layer, ranks in units.items()},
         ranks={layer: list(ranks.values()) for layer, ranks in units.items()},
@@ -170,7 +170,7 @@ def test_a_factored_model_equals_a_stock_model_with_the_products_written_in(name
         if hasattr(model, "generate") and model.can_generate():
             asked = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 10).long()}
             assert torch.equal(model.generate(tiny.tokens(), **asked), stock.generate(tiny.tokens(), **asked))
-    assert sum(isinstance(module, FactoredProjection) for module in model.modules()) == 3
+    assert sum(isinstance(module, LowRankProjection) for module in model.modules()) == 3
     assert not torch.allclose(outputs(stock), outputs(type(model).from_pretrained(dense.path).eval()), atol=1e-3)
     assert unique_parameter_bytes(model) == shared.estimate.shared_bytes < shared.estimate.dense_bytes
     assert sum(t.nbytes for t in load_file(out / MODEL).values()) == shared.estimate.shared_bytes
@@ -213,7 +213,7 @@ def test_expanding_and_dequantising_multiply_the_factors_out(name: str, tmp_path
     stock = type(model).from_pretrained(folder).eval()
     torch.testing.assert_close(outputs(model), outputs(stock), **CLOSE)
     whole = model.dequantize()
-    assert not any(isinstance(module, FactoredProjection) for module in whole.modules())
+    assert not any(isinstance(module, LowRankProjection) for module in whole.modules())
     torch.testing.assert_close(outputs(whole), outputs(stock), rtol=0, atol=0)
     whole.save_pretrained(tmp_path / "dequantised")
     assert raw(tmp_path / "dequantised") == raw(folder)
@@ -381,10 +381,10 @@ def test_a_factored_module_equals_a_float64_loop(kind: str, units: dict[int, int
     torch.testing.assert_close(module.whole_weight().double(), weight if axis else weight.T, **CLOSE)
 
 
-def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> FactoredProjection:
-    spans = tuple(Product(group * 5, group * 5 + 5, rank) for group, rank in units.items())
-    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, made=spans)
-    module = FactoredProjection(dense, tensor)
+def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> LowRankProjection:
+    spans = tuple(LowRankRange(group * 5, group * 5 + 5, rank) for group, rank in units.items())
+    tensor = TensorPlan("o.weight", (12, 20) if axis else (20, 12), axis, made=spans)
+    module = LowRankProjection(dense, tensor)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()

@@ -28,9 +28,9 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice
 from headshare.plan.spans import Span
-from headshare.plan.tensors import gapped_biases, gapped_tensors, reduced_tensors
+from headshare.plan.tensors import bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 from headshare.storage.projection import SharedProjection
 from support import tiny
 
@@ -59,8 +59,8 @@ REFUSED = {"llama-mqa": "keep one", "falcon-mqa": "keep one", "falcon-mha": "wit
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}")
     for name, (_, _, ffn) in ALL.items()
-    for kind in Kind
-    if not (kind is Kind.ATTENTION and name in REFUSED) and (kind is Kind.ATTENTION or ffn)
+    for kind in Sublayer
+    if not (kind is Sublayer.ATTENTION and name in REFUSED) and (kind is Sublayer.ATTENTION or ffn)
 ]
 
 
@@ -69,15 +69,15 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "FAMILIES", ALL)
 
 
-def layout_of(dense: hs.Checkpoint, kind: Kind, groups: int | None = None) -> Layout:
+def layout_of(dense: hs.Checkpoint, kind: Sublayer, groups: int | None = None) -> Layout:
     config = text_config(dense.config)
-    if kind is Kind.ATTENTION:
+    if kind is Sublayer.ATTENTION:
         return attention_layout(config, dense.shapes)
     place = ffn_layout(config, dense.shapes).parts[Part.DOWN]
     return ffn_layout(config, dense.shapes, groups or place.shape[place.axis])
 
 
-def some_removed(dense: hs.Checkpoint, *kinds: Kind) -> SharePlan:
+def some_removed(dense: hs.Checkpoint, *kinds: Sublayer) -> SharePlan:
     """A plan that removes other units of each layer, but none of layer 1."""
     removals = []
     for kind in kinds:
@@ -113,8 +113,8 @@ def outputs(model: Any) -> torch.Tensor:
     return found
 
 
-def implementations(name: str, kind: Kind) -> list[dict[str, str]]:
-    if kind is Kind.FFN:
+def implementations(name: str, kind: Sublayer) -> list[dict[str, str]]:
+    if kind is Sublayer.FFN:
         return [{}]
     return [{"attn_implementation": one} for one in (("eager",) if name == "gemma2" else ("eager", "sdpa"))]
 
@@ -124,7 +124,7 @@ def implementations(name: str, kind: Kind) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_model_without_units_equals_the_dense_model_with_their_outputs_zeroed(
-    name: str, kind: Kind, tmp_path: Path
+    name: str, kind: Sublayer, tmp_path: Path
 ) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     plan = some_removed(dense, kind)
@@ -154,18 +154,18 @@ def test_attention_that_was_not_shown_to_work_with_fewer_heads_keeps_them(name: 
         tiny.make(name, tmp_path / "dense")
     dense = hs.open_checkpoint(tmp_path / "dense")
     with pytest.raises(PlanError, match=REFUSED.get(name, f"'{name}' models")):
-        hs.share(dense, some_removed(dense, Kind.ATTENTION))
+        hs.share(dense, some_removed(dense, Sublayer.ATTENTION))
 
 
 def test_experts_and_unlisted_feed_forwards_keep_their_neurons(tmp_path: Path) -> None:
     experts = hs.open_checkpoint(tiny.make("mixtral", tmp_path / "experts"))
     llama = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "llama"))
     with pytest.raises(hs.HeadshareError, match=r"another model|mixture of experts"):
-        hs.share(experts, some_removed(llama, Kind.FFN))
+        hs.share(experts, some_removed(llama, Sublayer.FFN))
     tf.StableLmForCausalLM(tf.StableLmConfig(**tiny.COMMON)).save_pretrained(tmp_path / "unlisted")
     unlisted = hs.open_checkpoint(tmp_path / "unlisted")
     with pytest.raises(PlanError, match="'stablelm'"):
-        hs.share(unlisted, some_removed(unlisted, Kind.FFN))
+        hs.share(unlisted, some_removed(unlisted, Sublayer.FFN))
 
 
 def test_the_text_model_inside_a_vision_model_goes_without_units(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_text_model_inside_a_vision_model_goes_without_units(tmp_path: Path)
     config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     tf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
     dense = hs.open_checkpoint(tmp_path / "dense")
-    plan = some_removed(dense, *Kind)
+    plan = some_removed(dense, *Sublayer)
     out = hs.share(dense, plan).save(tmp_path / "shared")
     model = tf.Gemma3ForConditionalGeneration.from_pretrained(out).eval()
     stock = tf.Gemma3ForConditionalGeneration.from_pretrained(dense.path).eval()
@@ -191,9 +191,9 @@ MIXED = ["llama-gqa", "llama-biased", "gpt2", "phi3", "gpt_neox", "bert"]
 def mixed(dense: hs.Checkpoint) -> SharePlan:
     """Ties, scaled ties, removed units and removed neurons, in the same layers."""
     units, neurons, quarters = (
-        layout_of(dense, Kind.ATTENTION),
-        layout_of(dense, Kind.FFN),
-        layout_of(dense, Kind.FFN, 4),
+        layout_of(dense, Sublayer.ATTENTION),
+        layout_of(dense, Sublayer.FFN),
+        layout_of(dense, Sublayer.FFN, 4),
     )
 
     def ties(*four: tuple[int, int, int, int]) -> tuple[Tie, ...]:
@@ -258,7 +258,7 @@ def test_expanding_and_dequantising_write_zeros_where_units_were(name: str, tmp_
     folder = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
     expanded, original = load_file(folder / MODEL), load_file(dense.path / MODEL)
     assert {key: one.shape for key, one in expanded.items()} == {key: one.shape for key, one in original.items()}
-    tensors = {**gapped_tensors(plan), **gapped_biases(plan)}
+    tensors = {**tensor_plans(plan), **bias_plans(plan)}
     lost = 0
     for key in set(tensors) & set(expanded):
         for start, stop in tensors[key].removed:
@@ -298,7 +298,7 @@ def test_a_model_without_units_saves_what_it_loaded(name: str, storage: str, tmp
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "falcon-gqa"])
 def test_copies_and_later_changes_of_attention_know_the_smaller_layers(name: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
-    out = hs.share(dense, some_removed(dense, *Kind)).save(tmp_path / "shared")
+    out = hs.share(dense, some_removed(dense, *Sublayer)).save(tmp_path / "shared")
     model = load_model(hs.open_checkpoint(out), attn_implementation="sdpa")
     expected = outputs(model)
     assert torch.equal(outputs(copy.deepcopy(model)), expected)
@@ -311,7 +311,7 @@ def test_copies_and_later_changes_of_attention_know_the_smaller_layers(name: str
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3", "falcon-gqa", "opt"])
 def test_a_static_cache_holds_what_each_layer_has(name: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
-    out = hs.share(dense, some_removed(dense, Kind.ATTENTION)).save(tmp_path / "shared")
+    out = hs.share(dense, some_removed(dense, Sublayer.ATTENTION)).save(tmp_path / "shared")
     model = load_model(hs.open_checkpoint(out), attn_implementation="eager")
     asked = {
         "max_new_tokens": 6,
@@ -325,7 +325,7 @@ def test_a_static_cache_holds_what_each_layer_has(name: str, tmp_path: Path) -> 
 
 def test_a_model_without_units_trains_and_is_placed_by_a_device_map(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
-    plan = some_removed(dense, *Kind)
+    plan = some_removed(dense, *Sublayer)
     out = hs.share(dense, plan).save(tmp_path / "shared")
     model = tf.LlamaForCausalLM.from_pretrained(out, device_map="auto")
     model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
@@ -338,7 +338,7 @@ def test_a_model_without_units_trains_and_is_placed_by_a_device_map(tmp_path: Pa
 
 def test_transformers_without_headshare_stops_at_the_smaller_shapes(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
-    out = hs.share(dense, some_removed(dense, Kind.FFN)).save(tmp_path / "shared")
+    out = hs.share(dense, some_removed(dense, Sublayer.FFN)).save(tmp_path / "shared")
     code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(out)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -363,7 +363,7 @@ def test_verify_compares_every_number_and_what_is_computed(dtype: str, tmp_path:
 @pytest.mark.parametrize("tensor", ["self_attn.q_proj.bias", "self_attn.q_proj.weight", "mlp.down_proj.weight"])
 def test_verify_finds_one_wrong_number_beside_what_was_removed(tensor: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-biased", tmp_path / "dense"))
-    out = hs.share(dense, some_removed(dense, *Kind)).save(tmp_path / "shared")
+    out = hs.share(dense, some_removed(dense, *Sublayer)).save(tmp_path / "shared")
     tensors = load_file(out / MODEL)
     tensors[f"model.layers.2.{tensor}"].flatten()[-1] += 1
     save_file(tensors, out / MODEL, metadata={"format": "pt"})
@@ -374,7 +374,7 @@ def test_verify_finds_one_wrong_number_beside_what_was_removed(tensor: str, tmp_
 
 def test_verify_finds_a_model_that_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
-    out = hs.open_checkpoint(hs.share(dense, some_removed(dense, *Kind)).save(tmp_path / "shared"))
+    out = hs.open_checkpoint(hs.share(dense, some_removed(dense, *Sublayer)).save(tmp_path / "shared"))
 
     def load_wrong(checkpoint: hs.Checkpoint, **options: object) -> Any:
         model = load_model(checkpoint, **options)
@@ -454,7 +454,7 @@ def test_random_donors_are_units_that_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["shape", "families", "layout"])
 def test_transformers_does_not_load_removals_that_are_not_the_models(change: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
-    out = hs.share(dense, some_removed(dense, Kind.ATTENTION)).save(tmp_path / "shared")
+    out = hs.share(dense, some_removed(dense, Sublayer.ATTENTION)).save(tmp_path / "shared")
     config = json.loads((out / "config.json").read_text())
     layout = config["quantization_config"]["plan"]["removals"][0]["layout"]
     if change == "shape":
@@ -472,7 +472,7 @@ def test_transformers_does_not_load_removals_that_are_not_the_models(change: str
 
 
 def test_a_tensor_that_only_loses_units_needs_no_storage(tmp_path: Path) -> None:
-    plan = some_removed(hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense")), *Kind)
+    plan = some_removed(hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense")), *Sublayer)
     assert reduced_tensors(plan) == {}
-    assert len(gapped_tensors(plan)) == 3 * 7
-    assert gapped_tensors(plan)["model.layers.0.self_attn.o_proj.weight"].removed in ((Span(0, 16),), (Span(16, 32),))
+    assert len(tensor_plans(plan)) == 3 * 7
+    assert tensor_plans(plan)["model.layers.0.self_attn.o_proj.weight"].removed in ((Span(0, 16),), (Span(16, 32),))

@@ -15,7 +15,7 @@ from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import ArchitectureError, PlanError
 from headshare.evaluation.verify import verify
-from headshare.plan.units import Kind, Part, Parts
+from headshare.plan.units import Part, Parts, Sublayer
 from support import tiny
 
 FORMAT = Path(__file__).parents[1] / "sharing" / "format"  # shared checkpoints of every kind
@@ -28,19 +28,19 @@ def test_each_family_has_the_layouts_that_its_names_and_shapes_say(name: str, tm
     config, found = text_config(dense.config), dense.layouts
     attention = attention_layout(config, dense.shapes)
     assert found.attention == attention
-    assert found.units(Kind.ATTENTION, 1) == attention
+    assert found.units(Sublayer.ATTENTION, 1) == attention
     assert layouts_of(dense, Parts.parse("qkv")) == (attention,)
     if tiny.FAMILIES[name][2] is None:
         assert found.ffn is found.neurons is None
         assert found.all == (attention,)
-        for refused in (found.ffn_in, lambda groups: found.units(Kind.FFN, groups)):
+        for refused in (found.ffn_in, lambda groups: found.units(Sublayer.FFN, groups)):
             with pytest.raises(ArchitectureError, match="Experts are left alone"):
                 refused(1)
         return
     whole, halves = ffn_layout(config, dense.shapes), ffn_layout(config, dense.shapes, 2)
     assert found.ffn == whole
     assert found.all == (attention, whole)
-    assert found.ffn_in(2) == found.units(Kind.FFN, 2) == halves
+    assert found.ffn_in(2) == found.units(Sublayer.FFN, 2) == halves
     assert layouts_of(dense, Parts.parse("qkv+ffn"), 2) == (attention, halves)
     neurons = found.neurons
     assert neurons is not None

@@ -15,18 +15,18 @@ from headshare.checkpoint.int4 import Packing
 from headshare.errors import PlanError, StorageError
 from headshare.integrations.transformers.loading import empty_model, load_model
 from headshare.integrations.transformers.shrinking import shrink
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.section import Choice, Gap
-from headshare.plan.tensors import GappedTensor, gapped_tensors
+from headshare.plan.section import Borrowed, Choice
+from headshare.plan.tensors import TensorPlan, tensor_plans
 from headshare.plan.units import Part
 from headshare.storage.changes import change_modules, changed_tensors
 from headshare.storage.int4 import install_packed
 from headshare.storage.pooled.alias import AliasBank
-from headshare.storage.pooled.bank import Bank
+from headshare.storage.pooled.bank import BlockPool
 from headshare.storage.pooled.indirect import IndirectBank
-from headshare.storage.pooled.product import Slots
+from headshare.storage.pooled.product import BlockTable
 from headshare.storage.pooled.vmm import VmmStorage
 from headshare.storage.registry import STORAGES
 
@@ -38,13 +38,13 @@ def name_of(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}.weight"
 
 
-def tied() -> dict[str, GappedTensor]:
+def tied() -> dict[str, TensorPlan]:
     """q, k and v of two layers; the second takes heads 1 and 2 of q and k from the first."""
     tensors = {}
     for layer in (0, 1):
         for part in "qkv":
-            gaps = (Gap(HEAD, 3 * HEAD, name_of(0, part), 0),) if layer and part != "v" else ()
-            tensors[name_of(layer, part)] = GappedTensor(name_of(layer, part), (ROWS, WIDTH), 0, gaps)
+            gaps = (Borrowed(HEAD, 3 * HEAD, name_of(0, part), 0),) if layer and part != "v" else ()
+            tensors[name_of(layer, part)] = TensorPlan(name_of(layer, part), (ROWS, WIDTH), 0, gaps)
     return tensors
 
 
@@ -142,9 +142,9 @@ def test_what_shrinks_packs_or_factors_modules_refuses_those_that_fuse(llama: Pa
 
     removal = SharePlan(removals=(Removal(layout=attention, removed={1: [0]}, chosen=Choice()),))
     with pytest.raises(StorageError, match=FUSES):
-        shrink(model, removal, below_another(gapped_tensors(removal)))
+        shrink(model, removal, below_another(tensor_plans(removal)))
     only_o = attention.model_copy(update={"parts": {Part.O: attention.parts[Part.O]}})
-    factored = SharePlan(factored=(Factored(layout=only_o, units={1: [0]}, ranks={1: (2,)}, chosen=Choice()),))
+    factored = SharePlan(factored=(LowRankUnits(layout=only_o, units={1: [0]}, ranks={1: (2,)}, chosen=Choice()),))
     with pytest.raises(StorageError, match=FUSES):
         change_modules(model, factored, below_another(changed_tensors(factored)))
     tensors = tied()
@@ -158,22 +158,22 @@ def test_what_shrinks_packs_or_factors_modules_refuses_those_that_fuse(llama: Pa
 class Fused(nn.Module):
     """An engine's product of several tensors, one below the other, with weights that a bank holds."""
 
-    def __init__(self, bank: Bank, names: list[str]) -> None:
+    def __init__(self, bank: BlockPool, names: list[str]) -> None:
         super().__init__()
         self.wholes = [bank.held(name).whole for name in names]
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [whole.gather() if isinstance(whole, Slots) else whole for whole in self.wholes]
+        weights = [whole.gather() if isinstance(whole, BlockTable) else whole for whole in self.wholes]
         return torch.cat([x @ weight.T for weight in weights], dim=-1)
 
 
-def indirect(tensors: dict[str, GappedTensor]) -> Bank:
+def indirect(tensors: dict[str, TensorPlan]) -> BlockPool:
     return IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("make", [AliasBank, indirect], ids=["alias", "indirect"])
 def test_an_engine_fills_modules_that_fuse_from_a_bank_by_a_map_of_its_own(
-    make: Callable[[dict[str, GappedTensor]], Bank],
+    make: Callable[[dict[str, TensorPlan]], BlockPool],
 ) -> None:
     tensors, modules, model = tied(), fused(), Engine()
     wholes = {name: torch.randn(ROWS, WIDTH) for name in tensors}

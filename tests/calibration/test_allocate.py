@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, product
-from pathlib import Path as Folder
+from pathlib import CostCurve as Folder
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headshare.calibration import allocate as budget
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.to_plan import Budgeted, plan_for_steps
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from headshare.plan.layout import Layout, Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.sharing.size import estimate_plan
 from headshare.text.tokens import Calibration
 from support import tiny
@@ -34,8 +34,10 @@ TIES = (QK, QKV, QKVO)
 FEW = settings(max_examples=40, deadline=None)
 
 
-def layout_of(kind: Kind, groups: int, rows: int) -> Layout:
-    *features, readout = (Part.Q, Part.K, Part.V, Part.O) if kind is Kind.ATTENTION else (Part.GATE, Part.UP, Part.DOWN)
+def layout_of(kind: Sublayer, groups: int, rows: int) -> Layout:
+    *features, readout = (
+        (Part.Q, Part.K, Part.V, Part.O) if kind is Sublayer.ATTENTION else (Part.GATE, Part.UP, Part.DOWN)
+    )
     size = groups * rows
     places = {
         part: Place(tensor=f"l.{{layer}}.{part}.weight", axis=0, shape=(size, 8), start=0, step=rows, rows=rows)
@@ -45,8 +47,11 @@ def layout_of(kind: Kind, groups: int, rows: int) -> Layout:
     return Layout(kind=kind, layers=LAYERS, groups=groups, parts={**places, readout: down})
 
 
-LAYOUTS = {Kind.ATTENTION: layout_of(Kind.ATTENTION, GROUPS, 4), Kind.FFN: layout_of(Kind.FFN, GROUPS, 4)}
-SINGLE = layout_of(Kind.FFN, NEURONS, 1)
+LAYOUTS = {
+    Sublayer.ATTENTION: layout_of(Sublayer.ATTENTION, GROUPS, 4),
+    Sublayer.FFN: layout_of(Sublayer.FFN, GROUPS, 4),
+}
+SINGLE = layout_of(Sublayer.FFN, NEURONS, 1)
 SIZES = {QK: 64, QKV: 96, QKVO: 124, FACTORED: 116, GATEUP: 64, REMOVE: 128}
 
 
@@ -54,23 +59,23 @@ SIZES = {QK: 64, QKV: 96, QKVO: 124, FACTORED: 116, GATEUP: 64, REMOVE: 128}
 
 Steps = list[
     tuple[Any, ...]
-]  # what a Step is made of: strategies make no values that beartype checks, as it draws lots
+]  # what a CurveStep is made of: strategies make no values that beartype checks, as it draws lots
 
 
 @st.composite
-def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Kind, int, Steps]]:
+def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Sublayer, int, Steps]]:
     """Paths of any forms and prices, dear steps before cheap ones too, and often several of one half; of layer 0's
     attention some is removed at most. A layer's units are factored or tied in all parts, not both."""
     of_neurons = neurons and draw(st.booleans())
-    paths: list[tuple[Kind, int, Steps]] = []
+    paths: list[tuple[Sublayer, int, Steps]] = []
     for layer in range(LAYERS):
         whole = draw(st.sampled_from((QKVO, FACTORED)))
         forms = (QK, QKV, whole, REMOVE) if layer else (REMOVE,)
-        paths += [(Kind.ATTENTION, layer, steps) for steps in draw(alternatives(layer, forms))]
+        paths += [(Sublayer.ATTENTION, layer, steps) for steps in draw(alternatives(layer, forms))]
         if of_neurons:
-            paths += [(Kind.FFN, layer, draw(chunks())) for _ in range(draw(st.integers(1, 2)))]
+            paths += [(Sublayer.FFN, layer, draw(chunks())) for _ in range(draw(st.integers(1, 2)))]
         elif layer:
-            paths.append((Kind.FFN, layer, draw(units(layer, (GATEUP,)))))
+            paths.append((Sublayer.FFN, layer, draw(units(layer, (GATEUP,)))))
     return paths
 
 
@@ -115,18 +120,18 @@ def chunks(draw: st.DrawFn) -> Steps:
     return [(REMOVE, tuple(order[at : at + 3]), draw(PRICE), 72) for at in ends]
 
 
-def made(paths: list[tuple[Kind, int, Steps]], *, most: int | None = None) -> Prices:
-    """Prices of these paths, or of those of the first few halves."""
+def made(paths: list[tuple[Sublayer, int, Steps]], *, most: int | None = None) -> CostCurves:
+    """CostCurves of these paths, or of those of the first few halves."""
     halves = list(dict.fromkeys((kind, layer) for kind, layer, _ in paths))[:most]
-    found = [Path(kind, layer, tuple(Step(*one) for one in steps)) for kind, layer, steps in paths]
-    return Prices("llama", LAYOUTS, tuple(path for path in found if (path.kind, path.layer) in halves), SINGLE)
+    found = [CostCurve(kind, layer, tuple(CurveStep(*one) for one in steps)) for kind, layer, steps in paths]
+    return CostCurves("llama", LAYOUTS, tuple(path for path in found if (path.kind, path.layer) in halves), SINGLE)
 
 
-Half = tuple[Kind, int]
-Beginning = tuple[Step, ...]
+Half = tuple[Sublayer, int]
+Beginning = tuple[CurveStep, ...]
 
 
-def beginnings(prices: Prices) -> dict[Half, list[Beginning]]:
+def beginnings(prices: CostCurves) -> dict[Half, list[Beginning]]:
     """All that each half could do: nothing, or so many steps along one of its paths."""
     found: dict[Half, list[Beginning]] = {}
     for path in prices.paths:
@@ -135,26 +140,26 @@ def beginnings(prices: Prices) -> dict[Half, list[Beginning]]:
     return found
 
 
-def choices(prices: Prices) -> Iterator[list[Step]]:
+def choices(prices: CostCurves) -> Iterator[list[CurveStep]]:
     """The steps of every choice there is: of each half, so many along one of its paths."""
     return (list(chain(*chosen)) for chosen in product(*beginnings(prices).values()))
 
 
-def price_of(steps: Sequence[Step]) -> float:
+def price_of(steps: Sequence[CurveStep]) -> float:
     return sum(step.price for step in steps)
 
 
-def saved_by(steps: Sequence[Step]) -> int:
+def saved_by(steps: Sequence[CurveStep]) -> int:
     return sum(step.saved_bytes for step in steps)
 
 
-def most_units(prices: Prices) -> int:
+def most_units(prices: CostCurves) -> int:
     """As many as can be given up: of each half, as many as its longest path. Single neurons are none."""
     of_neurons = {(path.kind, path.layer) for path in prices.paths if path.is_of_neurons}
     return sum(max(map(len, some)) for half, some in beginnings(prices).items() if half not in of_neurons)
 
 
-def most_bytes(prices: Prices) -> int:
+def most_bytes(prices: CostCurves) -> int:
     """As many as can be saved: of each half, those of the path that saves most."""
     return sum(max(map(saved_by, some)) for some in beginnings(prices).values())
 
@@ -168,7 +173,7 @@ def test_exactly_as_many_units_are_given_up_as_asked_at_the_least_price_there_is
     few = made(drawn, most=4)
     units = round(share * most_units(few))
     found = plan_for_units(few, units)
-    assert found.plan.ties + found.plan.removed(Kind.ATTENTION) >= units  # parts with other ties count again
+    assert found.plan.ties + found.plan.removed(Sublayer.ATTENTION) >= units  # parts with other ties count again
     assert len(given_up(found.plan)) == units
     best = min(price_of(steps) for steps in choices(few) if len(steps) == units)
     assert found.price >= best - 1e-9
@@ -182,7 +187,7 @@ def test_single_neurons_are_no_units(drawn: Any, share: float) -> None:
     units = round(share * most_units(prices))
     found = plan_for_units(prices, units)
     assert len(given_up(found.plan)) == units
-    assert found.plan.removed(Kind.FFN) == 0
+    assert found.plan.removed(Sublayer.FFN) == 0
 
 
 @given(drawn=priced(), share=SHARE)
@@ -219,7 +224,7 @@ def test_a_mix_costs_no_more_than_each_form_of_each_half_alone(drawn: Any, share
             assert found.price <= plan_for_bytes(alone, wanted).price
 
 
-def plain_greed(prices: Prices, wanted: int) -> float:
+def plain_greed(prices: CostCurves, wanted: int) -> float:
     """Go on in one half, to whatever beginning of a path is the cheapest for what it saves, until it is enough."""
     halves = [[(saved_by(steps), price_of(steps)) for steps in some] for some in beginnings(prices).values()]
     taken, total, price = [(0, 0.0)] * len(halves), 0, 0.0
@@ -237,9 +242,9 @@ def plain_greed(prices: Prices, wanted: int) -> float:
 
 def test_the_last_fill_is_the_cheapest_that_completes() -> None:
     """Plain greed goes on along the first path, and then needs the dear end of it."""
-    cheap = Path(Kind.ATTENTION, 1, (gone(0, 1.0, 100), gone(1, 9.0, 100)))
-    other = Path(Kind.ATTENTION, 2, (gone(0, 3.0, 150),))
-    prices = Prices("llama", LAYOUTS, (cheap, other))
+    cheap = CostCurve(Sublayer.ATTENTION, 1, (gone(0, 1.0, 100), gone(1, 9.0, 100)))
+    other = CostCurve(Sublayer.ATTENTION, 2, (gone(0, 3.0, 150),))
+    prices = CostCurves("llama", LAYOUTS, (cheap, other))
     assert plain_greed(prices, 150) == 4
     found = plan_for_bytes(prices, 150)
     assert (found.price, found.saved_bytes) == (3, 150)
@@ -247,25 +252,25 @@ def test_the_last_fill_is_the_cheapest_that_completes() -> None:
 
 def test_steps_that_turn_out_not_to_be_needed_are_not_taken() -> None:
     steps = [gone(0, 0.1, 10), gone(0, 1.5, 100), gone(0, 1.6, 100)]
-    paths = tuple(Path(Kind.ATTENTION, layer, (step,)) for layer, step in enumerate(steps, 1))
-    assert plain_greed(Prices("llama", LAYOUTS, paths), 200) == pytest.approx(3.2)
-    assert plan_for_bytes(Prices("llama", LAYOUTS, paths), 200).price == pytest.approx(3.1)
+    paths = tuple(CostCurve(Sublayer.ATTENTION, layer, (step,)) for layer, step in enumerate(steps, 1))
+    assert plain_greed(CostCurves("llama", LAYOUTS, paths), 200) == pytest.approx(3.2)
+    assert plan_for_bytes(CostCurves("llama", LAYOUTS, paths), 200).price == pytest.approx(3.1)
 
 
 def test_a_dear_step_does_not_hide_cheap_ones_behind_it() -> None:
-    hidden = Path(Kind.ATTENTION, 1, (gone(0, 5.0, 100), gone(1, 0.0, 900)))
-    other = Path(Kind.ATTENTION, 2, (gone(0, 1.0, 100), gone(1, 20.0, 900)))
-    assert plan_for_bytes(Prices("llama", LAYOUTS, (hidden, other)), 1000).price == 5
-    assert plan_for_units(Prices("llama", LAYOUTS, (hidden, other)), 2).price == 5
-    again = Path(Kind.ATTENTION, 3, hidden.steps)
-    assert plan_for_bytes(Prices("llama", LAYOUTS, (hidden, other, again)), 2000).price == 10
+    hidden = CostCurve(Sublayer.ATTENTION, 1, (gone(0, 5.0, 100), gone(1, 0.0, 900)))
+    other = CostCurve(Sublayer.ATTENTION, 2, (gone(0, 1.0, 100), gone(1, 20.0, 900)))
+    assert plan_for_bytes(CostCurves("llama", LAYOUTS, (hidden, other)), 1000).price == 5
+    assert plan_for_units(CostCurves("llama", LAYOUTS, (hidden, other)), 2).price == 5
+    again = CostCurve(Sublayer.ATTENTION, 3, hidden.steps)
+    assert plan_for_bytes(CostCurves("llama", LAYOUTS, (hidden, other, again)), 2000).price == 10
 
 
 def test_what_costs_less_than_nothing_is_no_reason_to_leave_more_of_it() -> None:
     """A beginning that saves more at the same price does not stand for one that leaves room for the other half's."""
-    free = Path(Kind.ATTENTION, 1, (gone(0, -2.0, 10), gone(1, 0.0, 30)))
-    other = Path(Kind.ATTENTION, 2, (gone(0, -1.0, 70),))
-    prices = Prices("llama", LAYOUTS, (free, other))
+    free = CostCurve(Sublayer.ATTENTION, 1, (gone(0, -2.0, 10), gone(1, 0.0, 30)))
+    other = CostCurve(Sublayer.ATTENTION, 2, (gone(0, -1.0, 70),))
+    prices = CostCurves("llama", LAYOUTS, (free, other))
     assert plain_greed(prices, 29) == -3
     assert plan_for_bytes(prices, 29).price == -3
 
@@ -273,39 +278,39 @@ def test_what_costs_less_than_nothing_is_no_reason_to_leave_more_of_it() -> None
 # ---- one of several paths
 
 
-def alternative_paths(layer: int, *prices_and_bytes: Sequence[tuple[float, int]]) -> list[Path]:
+def alternative_paths(layer: int, *prices_and_bytes: Sequence[tuple[float, int]]) -> list[CostCurve]:
     """Paths of one half that remove units, the second of them in the other order."""
     orders = ((0, 1), (1, 0))
     return [
-        Path(Kind.ATTENTION, layer, tuple(gone(group, *one) for group, one in zip(order, steps, strict=False)))
+        CostCurve(Sublayer.ATTENTION, layer, tuple(gone(group, *one) for group, one in zip(order, steps, strict=False)))
         for order, steps in zip(orders, prices_and_bytes, strict=True)
     ]
 
 
 def test_which_path_is_followed_depends_on_how_far() -> None:
     first, second = alternative_paths(1, [(1.0, 100), (9.0, 100)], [(5.0, 100), (0.0, 100)])
-    prices = Prices("llama", LAYOUTS, (first, second))
+    prices = CostCurves("llama", LAYOUTS, (first, second))
     for asked, taken in ((1, first.steps[:1]), (2, second.steps)):
         for found in (plan_for_units(prices, asked), plan_for_bytes(prices, 100 * asked)):
-            assert removed(found.plan, Kind.ATTENTION) == {HeadUnit(1, step.groups[0]) for step in taken}
+            assert removed(found.plan, Sublayer.ATTENTION) == {HeadUnit(1, step.groups[0]) for step in taken}
             assert (found.price, found.saved_bytes) == (price_of(taken), saved_by(taken))
 
 
 def test_a_path_is_left_for_another_where_that_saves_more_for_its_price() -> None:
     """The first turn goes along the first path, the second along another half; the third leaves the first path."""
     first, second = alternative_paths(1, [(1.0, 100), (30.0, 150)], [(4.0, 250)])
-    other = Path(Kind.ATTENTION, 2, (gone(0, 1.5, 100),))
-    prices = Prices("llama", LAYOUTS, (first, second, other))
+    other = CostCurve(Sublayer.ATTENTION, 2, (gone(0, 1.5, 100),))
+    prices = CostCurves("llama", LAYOUTS, (first, second, other))
     for wanted, price, units in ((100, 1, {(1, 0)}), (200, 2.5, {(1, 0), (2, 0)}), (350, 5.5, {(1, 1), (2, 0)})):
         found = plan_for_bytes(prices, wanted)
-        assert (found.price, removed(found.plan, Kind.ATTENTION)) == (price, units)
+        assert (found.price, removed(found.plan, Sublayer.ATTENTION)) == (price, units)
         alone = [plan_for_bytes(replace(prices, paths=(kept, other)), wanted).price for kept in (first, second)]
         assert found.price == min(alone) < max(alone)
 
 
 def test_a_longer_path_is_followed_where_others_have_too_few_units() -> None:
     first, second = alternative_paths(1, [(0.1, 500)], [(7.0, 10), (7.0, 10)])
-    prices = Prices("llama", LAYOUTS, (first, second))
+    prices = CostCurves("llama", LAYOUTS, (first, second))
     assert plan_for_units(prices, 1).price == 0.1
     assert plan_for_units(prices, 2).price == 14
     with pytest.raises(PlanError, match=r"3 units cannot be given up.*2 can"):
@@ -315,10 +320,10 @@ def test_a_longer_path_is_followed_where_others_have_too_few_units() -> None:
         plan_for_bytes(prices, 501)
 
 
-@given(drawn=priced(), layer=st.integers(0, LAYERS - 1), kind=st.sampled_from(Kind), share=SHARE)
+@given(drawn=priced(), layer=st.integers(0, LAYERS - 1), kind=st.sampled_from(Sublayer), share=SHARE)
 @FEW
 def test_a_half_alone_gives_up_what_is_cheapest_of_all_its_paths(
-    drawn: Any, layer: int, kind: Kind, share: float
+    drawn: Any, layer: int, kind: Sublayer, share: float
 ) -> None:
     prices = made([one for one in drawn if one[:2] == (kind, layer)])
     wanted = round(share * most_bytes(prices))
@@ -364,23 +369,23 @@ def test_the_plan_of_some_steps_takes_those_and_nothing_else(drawn: Any, number:
 
 
 def test_the_plan_of_no_steps_is_a_plan_of_nothing() -> None:
-    path = Path(Kind.ATTENTION, 1, (gone(0, 1.0, 9),))
-    assert plan_for_steps(Prices("llama", LAYOUTS, (path,)), path, 0) == SharePlan(model_type="llama")
+    path = CostCurve(Sublayer.ATTENTION, 1, (gone(0, 1.0, 9),))
+    assert plan_for_steps(CostCurves("llama", LAYOUTS, (path,)), path, 0) == SharePlan(model_type="llama")
 
 
 # ---- what is in a plan
 
 
-def gone(group: int, price: float, saved: int) -> Step:
-    return Step(REMOVE, (group,), price, saved)
+def gone(group: int, price: float, saved: int) -> CurveStep:
+    return CurveStep(REMOVE, (group,), price, saved)
 
 
-def taken_by(prices: Prices, found: Budgeted) -> list[Step]:
+def taken_by(prices: CostCurves, found: Budgeted) -> list[CurveStep]:
     """The steps that are in the plan."""
     return list(chain(*followed(prices, found.plan).values()))
 
 
-def followed(prices: Prices, plan: SharePlan) -> dict[Half, Beginning]:
+def followed(prices: CostCurves, plan: SharePlan) -> dict[Half, Beginning]:
     """What each half does in the plan, which is the beginning of one of its paths: the cheapest that says the same."""
     done, found = deeds(plan), {}
     for half, some in beginnings(prices).items():
@@ -395,13 +400,13 @@ def followed(prices: Prices, plan: SharePlan) -> dict[Half, Beginning]:
 Deed = tuple[int, Action, int]  # a unit of a half, what is done to it, and its rank
 
 
-def deeds_of(step: Step) -> list[Deed]:
+def deeds_of(step: CurveStep) -> list[Deed]:
     return [(group, step.action, step.rank) for group in step.groups]
 
 
 def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
     """What the plan does to each half."""
-    shared: dict[tuple[Kind, HeadUnit], set[Part]] = {}
+    shared: dict[tuple[Sublayer, HeadUnit], set[Part]] = {}
     for one in plan.selections:
         for tie in one.ties:
             shared.setdefault((one.layout.kind, tie.recipient), set()).update(one.parts)
@@ -409,23 +414,23 @@ def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
              for group, rank in one.ranked(layer)}  # fmt: skip
     found: dict[Half, set[Deed]] = {}
     for (kind, unit), parts in shared.items():
-        rank = ranks.pop(unit, 0) if kind is Kind.ATTENTION else 0
+        rank = ranks.pop(unit, 0) if kind is Sublayer.ATTENTION else 0
         (form,) = [form for form in SIZES if set(form.shares) == parts and (form is FACTORED) == (rank > 0)]
         found.setdefault((kind, unit.layer), set()).add((unit.group, form, rank))
-    for kind in Kind:
+    for kind in Sublayer:
         for layer, group in removed(plan, kind):
             found.setdefault((kind, layer), set()).add((group, REMOVE, 0))
     assert not ranks
     return found
 
 
-def given_up(plan: SharePlan) -> set[tuple[Kind, HeadUnit]]:
+def given_up(plan: SharePlan) -> set[tuple[Sublayer, HeadUnit]]:
     """All units that are tied or removed; no single neurons."""
     tied = {(one.layout.kind, tie.recipient) for one in plan.selections for tie in one.ties}
-    return tied | {(Kind.ATTENTION, unit) for unit in removed(plan, Kind.ATTENTION)}
+    return tied | {(Sublayer.ATTENTION, unit) for unit in removed(plan, Sublayer.ATTENTION)}
 
 
-def removed(plan: SharePlan, kind: Kind) -> set[HeadUnit]:
+def removed(plan: SharePlan, kind: Sublayer) -> set[HeadUnit]:
     found = [one for one in plan.removals if one.layout.kind is kind]
     return {HeadUnit(layer, group) for one in found for layer in one.removed for group in one.indices(layer)}
 
@@ -443,7 +448,7 @@ def test_donors_keep_what_they_lend_and_are_the_best_that_do(drawn: Any, share: 
     steps = {(*half, step.groups[0]): step for half, some in taken.items() for step in some}
     dearer = 0.0
     factored = {layer for one in found.plan.factored for layer in one.units}
-    donors: dict[tuple[Kind, HeadUnit], set[HeadUnit]] = {}
+    donors: dict[tuple[Sublayer, HeadUnit], set[HeadUnit]] = {}
     for one in found.plan.selections:
         for recipient, donor in one.ties:
             assert (one.layout.kind, donor) not in given
@@ -467,7 +472,7 @@ def test_layer_0_lends_when_all_other_units_are_given_up(drawn: Any) -> None:
     prices = made(drawn)
     found = plan_for_units(prices, most_units(prices))
     given = given_up(found.plan)
-    assert {unit for _, unit in given if unit.layer == 0} <= removed(found.plan, Kind.ATTENTION)
+    assert {unit for _, unit in given if unit.layer == 0} <= removed(found.plan, Sublayer.ATTENTION)
     assert all((one.layout.kind, tie.donor) not in given for one in found.plan.selections for tie in one.ties)
     assert SharePlan.from_json(found.plan.to_json()) == found.plan
 
@@ -483,7 +488,7 @@ def test_parts_and_scales_are_those_of_each_units_form(drawn: Any, share: float)
         for step in steps
         if step.action is not REMOVE
     }
-    shared: dict[tuple[Kind, HeadUnit], set[Part]] = {}
+    shared: dict[tuple[Sublayer, HeadUnit], set[Part]] = {}
     for one in found.plan.selections:
         assert one.scale == (Part.O in one.parts)
         for tie in one.ties:
@@ -515,12 +520,12 @@ def test_factored_units_have_the_ranks_of_their_steps_and_share_q_k_and_v(drawn:
 
 def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
-    steps = tuple(Step(FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
-    paths = tuple(Path(Kind.ATTENTION, layer, steps) for layer in (3, 1))
+    steps = tuple(CurveStep(FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
+    paths = tuple(CostCurve(Sublayer.ATTENTION, layer, steps) for layer in (3, 1))
     chosen = Choice(match="output", mode="mine", ratio=0.5)
-    plan = plan_for_units(Prices("llama", LAYOUTS, paths), 4, choice=chosen).plan
+    plan = plan_for_units(CostCurves("llama", LAYOUTS, paths), 4, choice=chosen).plan
     (factored,) = plan.factored
-    assert factored.layout == LAYOUTS[Kind.ATTENTION].only((Part.O,))
+    assert factored.layout == LAYOUTS[Sublayer.ATTENTION].only((Part.O,))
     assert {layer: factored.ranked(layer) for layer in range(LAYERS)} == {
         0: [], 1: [(0, 1), (2, 3)], 2: [], 3: [(0, 1), (2, 3)]
     }  # fmt: skip
@@ -528,48 +533,48 @@ def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None
 
 
 def test_a_rank_that_columns_cannot_have_is_refused() -> None:
-    step = Step(FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
+    step = CurveStep(FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
     with pytest.raises(PlanError, match=r"rank 4.*from 1 to 3"):
-        plan_for_units(Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (step,)),)), 1)
+        plan_for_units(CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, (step,)),)), 1)
 
 
 def test_a_tie_without_any_donor_left_is_refused() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
-    emptied = Path(Kind.ATTENTION, 0, (gone(0, 0.1, 9), gone(1, 0.1, 9)))
-    tied = Path(Kind.ATTENTION, 1, (Step(QKV, (0,), 0.1, 9, donors),))
-    found = plan_for_units(Prices("llama", LAYOUTS, (emptied, tied)), 3)
+    emptied = CostCurve(Sublayer.ATTENTION, 0, (gone(0, 0.1, 9), gone(1, 0.1, 9)))
+    tied = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(QKV, (0,), 0.1, 9, donors),))
+    found = plan_for_units(CostCurves("llama", LAYOUTS, (emptied, tied)), 3)
     assert found.plan.selections[0].ties[0].donor == HeadUnit(0, 2)
-    one = {Kind.ATTENTION: layout_of(Kind.ATTENTION, 1, 4)}
-    from_tied = Path(Kind.ATTENTION, 2, (Step(QKV, (0,), 0.1, 9, ((HeadUnit(1, 0), 0.1),)),))
-    assert plan_for_units(Prices("llama", one, (tied, from_tied)), 2).plan.selections[0].ties[1].donor == (0, 0)
+    one = {Sublayer.ATTENTION: layout_of(Sublayer.ATTENTION, 1, 4)}
+    from_tied = CostCurve(Sublayer.ATTENTION, 2, (CurveStep(QKV, (0,), 0.1, 9, ((HeadUnit(1, 0), 0.1),)),))
+    assert plan_for_units(CostCurves("llama", one, (tied, from_tied)), 2).plan.selections[0].ties[1].donor == (0, 0)
 
 
 # ---- limits and records
 
 
 def test_nothing_asked_for_is_a_plan_of_nothing() -> None:
-    prices = Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (gone(0, 1.0, 9),)),))
+    prices = CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, (gone(0, 1.0, 9),)),))
     for found in (plan_for_units(prices, 0), plan_for_bytes(prices, 0)):
         assert found == Budgeted(SharePlan(model_type="llama"), 0, 0.0)
 
 
 @pytest.mark.parametrize("asked", [-1, 2])
 def test_more_units_than_were_priced_are_refused(asked: int) -> None:
-    prices = Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (gone(0, 1.0, 9),)),))
+    prices = CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, (gone(0, 1.0, 9),)),))
     with pytest.raises(PlanError, match=f"{asked} units cannot be given up.*1 can"):
         plan_for_units(prices, asked)
 
 
 @pytest.mark.parametrize("asked", [-1, 10])
 def test_more_bytes_than_were_priced_are_refused(asked: int) -> None:
-    prices = Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (gone(0, 1.0, 9),)),))
+    prices = CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, (gone(0, 1.0, 9),)),))
     with pytest.raises(PlanError, match=f"{asked} bytes cannot be saved.* 9"):
         plan_for_bytes(prices, asked)
 
 
 def test_the_plan_says_how_it_was_chosen() -> None:
-    steps = (gone(0, 1.0, 9), Step(QKV, (1,), 1.0, 9, ((HeadUnit(0, 0), 1.0),)))
-    prices = Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, steps),))
+    steps = (gone(0, 1.0, 9), CurveStep(QKV, (1,), 1.0, 9, ((HeadUnit(0, 0), 1.0),)))
+    prices = CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, steps),))
     chosen = Choice(match="output", mode="mine", ratio=0.5)
     plan = plan_for_units(prices, 2, choice=chosen).plan
     assert {one.chosen for one in (*plan.selections, *plan.removals)} == {chosen}
@@ -604,7 +609,7 @@ def saved_in(plan: SharePlan, checkpoint: Checkpoint) -> int:
 
 def test_the_words_say_where_removal_is_cheaper_than_sharing() -> None:
     removals = (
-        Removal(layout=LAYOUTS[Kind.ATTENTION], removed={0: [1]}),
+        Removal(layout=LAYOUTS[Sublayer.ATTENTION], removed={0: [1]}),
         Removal(layout=SINGLE, removed={1: [0, 5], 2: [3]}),
     )
     both, one = SharePlan(model_type="llama", removals=removals), SharePlan(model_type="llama", removals=removals[:1])

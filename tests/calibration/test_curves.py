@@ -1,28 +1,31 @@
 """Orders in which units are given up, and their prices, as values and as JSON."""
 
 from dataclasses import replace
-from pathlib import Path as Folder
+from pathlib import CostCurve as Folder
 
 import pytest
 
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.calibration.costs.actions import FACTORED, GATEUP, QKV, REMOVE
-from headshare.calibration.costs.curves import Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep, curves_from_json, curves_to_json
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind
+from headshare.plan.units import HeadUnit, Sublayer
 from support.priced import opened
 
-TIE = Step(QKV, (1,), 0.1, 100, ((HeadUnit(0, 1), 0.1), (HeadUnit(0, 0), 1 / 3)))
-GONE = Step(REMOVE, (0,), -1e-300, 100)
+TIE = CurveStep(QKV, (1,), 0.1, 100, ((HeadUnit(0, 1), 0.1), (HeadUnit(0, 0), 1 / 3)))
+GONE = CurveStep(REMOVE, (0,), -1e-300, 100)
 
 
 def test_paths_come_back_from_json_to_the_last_bit() -> None:
     factored = replace(TIE, action=FACTORED, groups=(2,), rank=8)
-    paths = [Path(Kind.ATTENTION, 1, (TIE, GONE, factored)), Path(Kind.FFN, 1, (replace(GONE, groups=(4, 7)),))]
-    assert paths_from_json(paths_to_json(paths)) == paths
-    assert paths_from_json(paths_to_json([])) == []
+    paths = [
+        CostCurve(Sublayer.ATTENTION, 1, (TIE, GONE, factored)),
+        CostCurve(Sublayer.FFN, 1, (replace(GONE, groups=(4, 7)),)),
+    ]
+    assert curves_from_json(curves_to_json(paths)) == paths
+    assert curves_from_json(curves_to_json([])) == []
 
 
 @pytest.mark.parametrize(
@@ -51,25 +54,25 @@ def test_paths_come_back_from_json_to_the_last_bit() -> None:
     ],
 )
 def test_json_that_is_not_of_paths_is_refused(old: str, new: str, words: str) -> None:
-    text = paths_to_json([Path(Kind.ATTENTION, 1, (TIE, GONE))])
+    text = curves_to_json([CostCurve(Sublayer.ATTENTION, 1, (TIE, GONE))])
     assert old in text
     with pytest.raises(PlanError, match=words):
-        paths_from_json(text.replace(old, new, 1))
+        curves_from_json(text.replace(old, new, 1))
 
 
 def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     config = text_config(checkpoint.config)
     attention, groups = attention_layout(config, checkpoint.shapes), ffn_layout(config, checkpoint.shapes, 2)
-    layouts = {Kind.ATTENTION: attention, Kind.FFN: groups}
+    layouts = {Sublayer.ATTENTION: attention, Sublayer.FFN: groups}
     neurons = ffn_layout(config, checkpoint.shapes, 48)
     donors = ((HeadUnit(0, 0), 0.1),)
 
-    def make(*paths: Path, neurons: Layout | None = neurons) -> Prices:
-        return Prices("llama", layouts, paths, neurons)
+    def make(*paths: CostCurve, neurons: Layout | None = neurons) -> CostCurves:
+        return CostCurves("llama", layouts, paths, neurons)
 
-    tied = Path(Kind.FFN, 1, (Step(GATEUP, (1,), 0.1, 9, donors),))
-    removed = Path(Kind.FFN, 2, (replace(GONE, groups=(40,)),))
+    tied = CostCurve(Sublayer.FFN, 1, (CurveStep(GATEUP, (1,), 0.1, 9, donors),))
+    removed = CostCurve(Sublayer.FFN, 2, (replace(GONE, groups=(40,)),))
     assert make(tied).layout_of(tied) == groups
     assert make(removed).layout_of(removed) == neurons
     several = (tied, replace(tied, steps=(replace(tied.steps[0], groups=(0,)),)))
@@ -77,13 +80,16 @@ def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -
     for wrong, words in [
         ((tied, removed), "one or the other"),
         ((tied, replace(removed, layer=1)), "one or the other"),
-        ((Path(Kind.ATTENTION, 1, (TIE,)), Path(Kind.ATTENTION, 1, (replace(TIE, groups=(7,)),))), "not of this model"),
-        ((Path(Kind.ATTENTION, 4, (TIE,)),), "not of this model"),
-        ((Path(Kind.ATTENTION, 1, (replace(GONE, groups=(0, 1)),)),), "keep one"),
+        (
+            (CostCurve(Sublayer.ATTENTION, 1, (TIE,)), CostCurve(Sublayer.ATTENTION, 1, (replace(TIE, groups=(7,)),))),
+            "not of this model",
+        ),
+        ((CostCurve(Sublayer.ATTENTION, 4, (TIE,)),), "not of this model"),
+        ((CostCurve(Sublayer.ATTENTION, 1, (replace(GONE, groups=(0, 1)),)),), "keep one"),
     ]:
         with pytest.raises(PlanError, match=words):
             make(*wrong)
     with pytest.raises(PlanError, match="have no layout"):
         make(removed, neurons=None)
     with pytest.raises(PlanError, match="both removes neurons and ties"):
-        Path(Kind.FFN, 1, (*tied.steps, *removed.steps))
+        CostCurve(Sublayer.FFN, 1, (*tied.steps, *removed.steps))

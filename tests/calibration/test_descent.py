@@ -6,12 +6,12 @@ import pytest
 
 from headshare.calibration.costs import descent as layerprices
 from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Step
+from headshare.calibration.costs.curves import CurveStep
 from headshare.calibration.costs.least_squares import Remainder
 from headshare.calibration.costs.local import price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from support.least_squares import Direct
 from support.priced import KEPT, OWN, TIES, Reference, calibration, fitted, forms_of, opened, paths_of, pull_of
 
@@ -24,8 +24,8 @@ def test_only_the_top_of_the_queue_is_priced_again_and_the_order_is_that_of_pric
     real = Remainder.price
     monkeypatch.setattr(Remainder, "price", lambda *args: priced.append(args) or real(*args))
     prices = fitted(checkpoint, calibration(), [REMOVE])
-    layout = prices.layouts[Kind.ATTENTION]
-    for path in (path for path in prices.paths if path.kind is Kind.ATTENTION):
+    layout = prices.layouts[Sublayer.ATTENTION]
+    for path in (path for path in prices.paths if path.kind is Sublayer.ATTENTION):
         reference = Reference(checkpoint, layout, path.layer)
         assert [step.groups[0] for step in path.steps] == cheapest_first(reference, layout.groups)
     everything = layout.layers * (4 + 3 + 2)
@@ -51,9 +51,9 @@ def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_byte
     checkpoint = opened(name, tmp_path)
     for text in (calibration(4, window=8), calibration()):
         prices = price_units(checkpoint, text, (*TIES, REMOVE), donors=99)
-        layout = prices.layouts[Kind.ATTENTION]
+        layout = prices.layouts[Sublayer.ATTENTION]
         for layer in (1, 2):
-            reference, paths = Reference(checkpoint, layout, layer, text), paths_of(prices, Kind.ATTENTION, layer)
+            reference, paths = Reference(checkpoint, layout, layer, text), paths_of(prices, Sublayer.ATTENTION, layer)
             assert [forms_of(path) for path in paths[1:]] == [{REMOVE}, {QKVO}]
             for path, forms in zip(paths, (TIES[:2], (REMOVE,)), strict=False):
                 offers = [best_offer(reference, checkpoint, group, form) for group in range(layout.groups)
@@ -61,7 +61,7 @@ def test_of_all_units_and_forms_the_one_goes_first_that_is_cheapest_for_its_byte
                 check_first(path.steps[0], offers)
 
 
-def check_first(first: Step, offers: list[tuple[float, float, Step]]) -> None:
+def check_first(first: CurveStep, offers: list[tuple[float, float, CurveStep]]) -> None:
     """The step is the best of these."""
     error, _, step = min(offers, key=lambda one: one[0] * one[1] / one[2].saved_bytes)
     assert (first.groups, first.action, first.rank) == (step.groups, step.action, step.rank)
@@ -70,7 +70,9 @@ def check_first(first: Step, offers: list[tuple[float, float, Step]]) -> None:
     assert [price for _, price in first.donors[:1]] == pytest.approx([error / 0.75] * len(step.donors), rel=5e-3)
 
 
-def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: Action) -> tuple[float, float, Step]:
+def best_offer(
+    reference: Reference, checkpoint: Checkpoint, group: int, form: Action
+) -> tuple[float, float, CurveStep]:
     """One unit in one form, from scratch: the error, by how much it is larger on other tokens, and the best step; of
     donors and ranks the best is the one of the least error for its bytes."""
     layout, channels = reference.layout, reference.readout.rows
@@ -79,7 +81,7 @@ def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: A
     for rank in (1, 2, 4, 8) if form is FACTORED else (0,):
         for donor in [None] if form is REMOVE else earlier:
             donors = () if donor is None else ((donor, 0.0),)
-            step = Step(form, (group,), 0.0, saved_in(checkpoint, layout, form, rank), donors, rank)
+            step = CurveStep(form, (group,), 0.0, saved_in(checkpoint, layout, form, rank), donors, rank)
             if rank < channels:
                 offers.append((alone(reference, step), step))
     error, step = min(offers, key=lambda one: one[0] / one[1].saved_bytes)
@@ -87,7 +89,7 @@ def best_offer(reference: Reference, checkpoint: Checkpoint, group: int, form: A
     return error, 1 + 2 * added / reference.direct(0.25).fitted, step
 
 
-def alone(reference: Reference, step: Step) -> float:
+def alone(reference: Reference, step: CurveStep) -> float:
     """What a step misses on the tokens it is fitted to, the ridge of a product included."""
     direct = reference.direct(0.25)
     reference.give_up(direct, step)
@@ -114,13 +116,13 @@ def saved_in(checkpoint: Checkpoint, layout: Layout, form: Action, rank: int) ->
 def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_removed(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
     prices = price_units(checkpoint, calibration(), [*OWN, GATEUP])
-    attention = [path for path in prices.paths if path.kind is Kind.ATTENTION]
+    attention = [path for path in prices.paths if path.kind is Sublayer.ATTENTION]
     lengths = {
         form: [(path.layer, len(path.steps)) for path in attention if form in forms_of(path)]
         for form in (QKV, REMOVE, FACTORED)
     }
     ranks = sum(
-        rank < Reference(checkpoint, prices.layouts[Kind.ATTENTION], 1).readout.rows for rank in layerprices.RANKS
+        rank < Reference(checkpoint, prices.layouts[Sublayer.ATTENTION], 1).readout.rows for rank in layerprices.RANKS
     )
     assert lengths[QKV] == [(layer, 4) for layer in (1, 2, 3)]
     assert lengths[REMOVE] == [(layer, 3) for layer in range(4)]
@@ -129,7 +131,7 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
         assert len({step.groups for step in path.steps}) == len(path.steps)
         assert len(forms_of(path)) == 1 or forms_of(path) <= {QK, QKV}
     removed = price_units(checkpoint, calibration(), [REMOVE]).paths
-    assert [(path.layer, len(path.steps)) for path in removed if path.kind is Kind.ATTENTION] == [
+    assert [(path.layer, len(path.steps)) for path in removed if path.kind is Sublayer.ATTENTION] == [
         (layer, 3) for layer in range(4)
     ]
 
@@ -144,9 +146,9 @@ def test_ties_and_removals_are_priced_as_if_the_others_had_not_been_asked_for(na
         price_units(checkpoint, calibration(), forms) for forms in (alone, (REMOVE,), every[len(alone) :])
     )
     for layer in range(4):
-        assert paths_of(together, Kind.FFN, layer) == paths_of(removals, Kind.FFN, layer) != []
-        apart = paths_of(ties, Kind.ATTENTION, layer) + paths_of(beside, Kind.ATTENTION, layer)
-        assert paths_of(together, Kind.ATTENTION, layer) == apart
+        assert paths_of(together, Sublayer.FFN, layer) == paths_of(removals, Sublayer.FFN, layer) != []
+        apart = paths_of(ties, Sublayer.ATTENTION, layer) + paths_of(beside, Sublayer.ATTENTION, layer)
+        assert paths_of(together, Sublayer.ATTENTION, layer) == apart
         removed = [path for path in apart if forms_of(path) == {REMOVE}]
-        assert removed == paths_of(removals, Kind.ATTENTION, layer)
+        assert removed == paths_of(removals, Sublayer.ATTENTION, layer)
         assert len(removed) == (name not in KEPT)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import headshare as hs
 from headshare.architecture.modules import module_path
-from headshare.calibration.gptq import Rounded, round_by_gptq
+from headshare.calibration.gptq import QuantizedModel, round_by_gptq
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.int4 import Packing
 from headshare.errors import CheckpointError, EvaluationError, OptionError, PlanError
-from headshare.evaluation import Text
+from headshare.evaluation import EvalText
 from headshare.evaluation.verify import verify
 from headshare.experiments import Grid, compare
 from headshare.integrations.transformers.loading import load_model
@@ -65,11 +65,11 @@ def nearest_numbers(monkeypatch: pytest.MonkeyPatch) -> list[Nearest]:
     return stand_in(monkeypatch)
 
 
-def rounded(checkpoint: hs.Checkpoint, text: Calibration) -> Rounded:
+def rounded(checkpoint: hs.Checkpoint, text: Calibration) -> QuantizedModel:
     return round_by_gptq(checkpoint, text, group=GROUP)
 
 
-def whole(found: Rounded) -> dict[str, Tensor]:
+def whole(found: QuantizedModel) -> dict[str, Tensor]:
     """Numbers times scales, in plain words."""
     return {
         name: unpack_from_int32(one.packed, 4, (len(one.packed), 8 * one.packed.shape[1])).float()
@@ -144,7 +144,7 @@ def test_shared_rows_are_rounded_once_on_what_all_their_users_give(shared: hs.Ch
 
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_shared_model_is_compared_in_four_bits(dense: hs.Checkpoint, text: Calibration, tmp_path: Path) -> None:
-    measured = Text(a_text(tmp_path / "text", 200), 32)
+    measured = EvalText(a_text(tmp_path / "text", 200), 32)
     names = ("gptq4", "directshare", "directshare+gptq4", "directshare+refit+gptq4")
     cells = {
         cell.method: cell

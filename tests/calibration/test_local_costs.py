@@ -1,11 +1,11 @@
-"""Prices are what a stock model whose rows were really overwritten, and a plain least-squares solve, say they are.
+"""CostCurves are what a stock model whose rows were really overwritten, and a plain least-squares solve, say they are.
 
 The solve sees the first tokens; what is compared is its error on them, or on the others, which prices are of.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path as Folder
+from pathlib import CostCurve as Folder
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ import headshare as hs
 from headshare.calibration.costs import descent as layerprices
 from headshare.calibration.costs import local as pricing
 from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep, curves_from_json, curves_to_json
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, OptionError, PlanError
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.priced import (
@@ -55,18 +55,18 @@ def unmixed(tokens: torch.Tensor) -> Calibration:
 def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [QK, QKV, REMOVE])
-    ties, *removals = paths_of(prices, Kind.ATTENTION, LAST)
+    ties, *removals = paths_of(prices, Sublayer.ATTENTION, LAST)
     assert forms_of(ties) <= {QK, QKV}
     assert [forms_of(path) for path in removals] == ([] if name in KEPT else [{REMOVE}])
     for path in (ties, *removals):
-        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path)
+        check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], path)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biased", "gpt2", "mpnet"])
 def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_together(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(4), [QKVO, QKV], protect=[1])
-    paths = paths_of(prices, Kind.ATTENTION, 2)
+    paths = paths_of(prices, Sublayer.ATTENTION, 2)
     if name in KEPT:
         (mixed,) = paths
         assert {QKVO} <= forms_of(mixed) <= set(TIES)
@@ -74,23 +74,23 @@ def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_togethe
         assert [forms_of(path) for path in paths] == [{QKV}, {REMOVE}, {QKVO}]
     for path in paths:
         shorter = replace(path, steps=path.steps[:2])  # the reference's one system of equations grows fast
-        check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4)
+        check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], shorter, windows=4)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biased", "phi3", "gpt2", "falcon-gqa", "gemma2", "opt"])
 def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [GATEUP], ffn_groups=4)
-    path = path_of(prices, Kind.FFN, LAST)
+    path = path_of(prices, Sublayer.FFN, LAST)
     assert [step.action for step in path.steps] == [GATEUP] * 4
-    check_path(checkpoint, prices.layouts[Kind.FFN], path)
+    check_path(checkpoint, prices.layouts[Sublayer.FFN], path)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa", "bert", "mpnet"])
 def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [REMOVE])
-    path = path_of(prices, Kind.FFN, 0)
+    path = path_of(prices, Sublayer.FFN, 0)
     assert prices.neurons is not None
     assert path.is_of_neurons
     assert sum(len(step.groups) for step in path.steps) == prices.neurons.groups * 3 // 4
@@ -102,7 +102,7 @@ def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -
     prices = fitted(checkpoint, calibration(), [REMOVE])
     assert prices.neurons is not None
     reference, gone = Reference(checkpoint, prices.neurons, 2), []
-    for step in path_of(prices, Kind.FFN, 2).steps[:3]:
+    for step in path_of(prices, Sublayer.FFN, 2).steps[:3]:
         left = sorted(set(range(prices.neurons.groups)) - set(gone))
         errors = [reference.errors([replace(step, groups=(*gone, neuron))])[0] for neuron in left]
         gone.append(left[errors.index(min(errors))])
@@ -121,7 +121,7 @@ def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: 
     """Biases, alibi and relative positions belong to the place, so a donor does something else in each."""
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [QKV])
-    layout, (first, *_) = prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, 2).steps
+    layout, (first, *_) = prices.layouts[Sublayer.ATTENTION], path_of(prices, Sublayer.ATTENTION, 2).steps
     reference = Reference(checkpoint, layout, 2)
     assert len(first.donors) == 2 * layout.groups
     assert [price for _, price in first.donors] == sorted(price for _, price in first.donors)
@@ -133,8 +133,8 @@ def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: 
 def test_donors_of_q_and_k_are_priced_with_the_recipients_own_v(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
     prices = fitted(checkpoint, calibration(), [QK], donors=3)
-    first = path_of(prices, Kind.ATTENTION, LAST).steps[0]
-    reference = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST)
+    first = path_of(prices, Sublayer.ATTENTION, LAST).steps[0]
+    reference = Reference(checkpoint, prices.layouts[Sublayer.ATTENTION], LAST)
     for donor, price in first.donors[:3]:
         assert price == pytest.approx(isolated(reference, first.groups[0], donor, QK), rel=5e-3)
     assert len(first.donors) == LAST * 4
@@ -156,20 +156,20 @@ def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
 ) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), forms, held_out=share)
-    paths = paths_of(prices, Kind.ATTENTION, LAST)
+    paths = paths_of(prices, Sublayer.ATTENTION, LAST)
     assert {FACTORED, REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
     for path in paths:
         assert path.steps
-        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
+        check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], path, held_out=share)
 
 
 @pytest.mark.parametrize(("windows", "share"), [(2, 0.25), (5, 0.25), (6, 0.25), (7, 0.5)])
 def test_tokens_are_held_out_by_whole_windows(windows: int, share: float, tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     prices = price_units(checkpoint, calibration(windows), [QKV, REMOVE], held_out=share)
-    for path in paths_of(prices, Kind.ATTENTION, LAST):
-        check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, windows, share)
-    (path,) = paths_of(prices, Kind.FFN, 1)
+    for path in paths_of(prices, Sublayer.ATTENTION, LAST):
+        check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], path, windows, share)
+    (path,) = paths_of(prices, Sublayer.FFN, 1)
     assert prices.neurons is not None
     check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]), windows, share)
 
@@ -191,20 +191,20 @@ def test_at_least_one_window_is_fitted_to_and_of_two_or_more_one_held_out_but_ot
 def test_scaled_ties_are_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(4), [QKVO, QKV], protect=[1])
-    path = paths_of(prices, Kind.ATTENTION, 2)[-1]
+    path = paths_of(prices, Sublayer.ATTENTION, 2)[-1]
     assert forms_of(path) == {QKVO}
     shorter = replace(path, steps=path.steps[:2])
-    check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4, held_out=0.25)
+    check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], shorter, windows=4, held_out=0.25)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mpnet"])
 def test_the_feed_forward_is_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
     tied = price_units(checkpoint, calibration(), [GATEUP], ffn_groups=4)
-    check_path(checkpoint, tied.layouts[Kind.FFN], path_of(tied, Kind.FFN, 2), held_out=0.25)
+    check_path(checkpoint, tied.layouts[Sublayer.FFN], path_of(tied, Sublayer.FFN, 2), held_out=0.25)
     removed = price_units(checkpoint, calibration(), [REMOVE])
     assert removed.neurons is not None
-    path = path_of(removed, Kind.FFN, 1)
+    path = path_of(removed, Sublayer.FFN, 1)
     check_path(checkpoint, removed.neurons, replace(path, steps=path.steps[:12]), held_out=0.25)
 
 
@@ -217,8 +217,8 @@ def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
     monkeypatch.setattr(layerprices, "RANKS", ranks)
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [FACTORED])
-    layout = prices.layouts[Kind.ATTENTION]
-    paths = [path for path in paths_of(prices, Kind.ATTENTION, LAST) if forms_of(path) == {FACTORED}]
+    layout = prices.layouts[Sublayer.ATTENTION]
+    paths = [path for path in paths_of(prices, Sublayer.ATTENTION, LAST) if forms_of(path) == {FACTORED}]
     assert {step.rank for path in paths for step in path.steps} <= set(ranks)
     for path in paths:
         check_path(checkpoint, layout, path)
@@ -240,11 +240,11 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
     """And are priced with removals beside them, whether those were asked for or not."""
     checkpoint = opened(name, tmp_path)
     prices = fitted(checkpoint, calibration(), [FACTORED, QKVO])
-    channels = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST).readout.rows
-    (start,) = paths_of(prices, Kind.ATTENTION, 0)
+    channels = Reference(checkpoint, prices.layouts[Sublayer.ATTENTION], LAST).readout.rows
+    (start,) = paths_of(prices, Sublayer.ATTENTION, 0)
     assert forms_of(start) == {REMOVE}
     for layer in range(1, LAST + 1):
-        removal, *ties = paths_of(prices, Kind.ATTENTION, layer)
+        removal, *ties = paths_of(prices, Sublayer.ATTENTION, layer)
         assert forms_of(removal) == {REMOVE}
         assert [(forms_of(path), {step.rank for step in path.steps}) for path in ties] == [
             ({QKVO}, {0}),
@@ -265,13 +265,13 @@ def test_products_that_save_nothing_are_not_offered(tmp_path: Folder, monkeypatc
     checkpoint = opened("llama-gqa", tmp_path)
     bytes_of_rank = 4 * sum(rows_and_columns(checkpoint))
     monkeypatch.setattr(Action, "saved_bytes", lambda self, sizes, rank=0: (3 - rank) * bytes_of_rank)
-    paths = paths_of(fitted(checkpoint, calibration(), [FACTORED]), Kind.ATTENTION, LAST)
+    paths = paths_of(fitted(checkpoint, calibration(), [FACTORED]), Sublayer.ATTENTION, LAST)
     assert [{step.rank for step in path.steps} for path in paths] == [{0}, {1}, {2}]
 
 
 def rows_and_columns(checkpoint: Checkpoint) -> tuple[int, int]:
     """Of the columns that one unit has of W_o."""
-    place = price_units(checkpoint, calibration(2), [QK]).layouts[Kind.ATTENTION].parts[Part.O]
+    place = price_units(checkpoint, calibration(2), [QK]).layouts[Sublayer.ATTENTION].parts[Part.O]
     return place.rows, place.numel // place.rows
 
 
@@ -279,8 +279,8 @@ def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> N
     """Donors are compared on the tokens that are fitted, and their prices are as if all were such."""
     checkpoint = opened("llama-gqa", tmp_path)
     doubled = unmixed(torch.cat([calibration(4).mixed().tokens] * 2))
-    half = path_of(price_units(checkpoint, doubled, [QKV], held_out=0.5), Kind.ATTENTION, 2).steps
-    whole = path_of(fitted(checkpoint, calibration(4), [QKV]), Kind.ATTENTION, 2).steps
+    half = path_of(price_units(checkpoint, doubled, [QKV], held_out=0.5), Sublayer.ATTENTION, 2).steps
+    whole = path_of(fitted(checkpoint, calibration(4), [QKV]), Sublayer.ATTENTION, 2).steps
     for one, other in zip(half, whole, strict=True):
         assert [donor for donor, _ in one.donors] == [donor for donor, _ in other.donors]
         expected = [price for _, price in other.donors]
@@ -296,23 +296,23 @@ def test_a_share_of_tokens_that_leaves_none_to_fit_is_refused(share: float, tmp_
 # ---- forms, layers and what is asked for
 
 
-def kinds_and_forms(prices: Prices) -> set[tuple[Kind, Action]]:
+def kinds_and_forms(prices: CostCurves) -> set[tuple[Sublayer, Action]]:
     return {(path.kind, step.action) for path in prices.paths for step in path.steps}
 
 
 def test_neurons_are_removed_where_groups_of_them_could_also_be_tied(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     both = kinds_and_forms(price_units(checkpoint, calibration(), [GATEUP, REMOVE], ffn_groups=2))
-    assert both == {(Kind.FFN, REMOVE), (Kind.ATTENTION, REMOVE)}
+    assert both == {(Sublayer.FFN, REMOVE), (Sublayer.ATTENTION, REMOVE)}
 
 
 def test_layer_0_ties_nothing_and_keeps_a_unit_that_ties_may_need(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     tied = price_units(checkpoint, calibration(), [QKV, REMOVE])
-    path = path_of(tied, Kind.ATTENTION, 0)
+    path = path_of(tied, Sublayer.ATTENTION, 0)
     assert forms_of(path) == {REMOVE}
-    assert len(path.steps) == tied.layouts[Kind.ATTENTION].groups - 1
-    assert (Kind.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
+    assert len(path.steps) == tied.layouts[Sublayer.ATTENTION].groups - 1
+    assert (Sublayer.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
     for forms in ([QKV], [GATEUP]):
         assert {path.layer for path in price_units(checkpoint, calibration(), forms).paths} == {1, 2, 3}
 
@@ -320,14 +320,14 @@ def test_layer_0_ties_nothing_and_keeps_a_unit_that_ties_may_need(tmp_path: Fold
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mpnet", {(Kind.FFN, REMOVE)}),
-        ("falcon-mha", {(Kind.FFN, REMOVE)}),
-        ("falcon-mqa", {(Kind.FFN, REMOVE)}),
-        ("mixtral", {(Kind.ATTENTION, REMOVE)}),
+        ("mpnet", {(Sublayer.FFN, REMOVE)}),
+        ("falcon-mha", {(Sublayer.FFN, REMOVE)}),
+        ("falcon-mqa", {(Sublayer.FFN, REMOVE)}),
+        ("mixtral", {(Sublayer.ATTENTION, REMOVE)}),
     ],
 )
 def test_forms_that_a_family_cannot_have_are_left_out(
-    name: str, expected: set[tuple[Kind, Action]], tmp_path: Folder
+    name: str, expected: set[tuple[Sublayer, Action]], tmp_path: Folder
 ) -> None:
     checkpoint = opened(name, tmp_path)
     assert kinds_and_forms(price_units(checkpoint, calibration(), [REMOVE])) == expected
@@ -386,7 +386,7 @@ def test_layers_that_are_done_are_walked_through_and_give_the_same_prices(
     checkpoint, done = opened("llama-gqa", tmp_path), {}
     whole = price_units(checkpoint, calibration(), [QKV, REMOVE], done=done)
     assert sorted(done) == [0, 1, 2, 3]
-    kept = {layer: paths_from_json(paths_to_json(paths)) for layer, paths in done.items() if layer != 2}
+    kept = {layer: curves_from_json(curves_to_json(paths)) for layer, paths in done.items() if layer != 2}
     priced, real = [], pricing.unit_path
     monkeypatch.setattr(pricing, "unit_path", lambda *args, **kw: priced.append(args) or real(*args, **kw))
     assert price_units(checkpoint, calibration(), [QKV, REMOVE], done=kept) == whole
@@ -402,6 +402,6 @@ def test_nothing_is_walked_where_all_is_done(tmp_path: Folder, monkeypatch: pyte
 
 
 def test_what_was_done_for_another_model_is_refused(tmp_path: Folder) -> None:
-    path = Path(Kind.ATTENTION, 1, (Step(QKV, (7,), 0.1, 100, ((HeadUnit(0, 1), 0.1),)),))
+    path = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(QKV, (7,), 0.1, 100, ((HeadUnit(0, 1), 0.1),)),))
     with pytest.raises(PlanError, match="not of this model"):
         price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], done={1: [path]})

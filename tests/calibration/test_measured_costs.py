@@ -1,11 +1,11 @@
-"""Prices in nats are what a stock model loses whose layer was given other weights, and nothing else."""
+"""CostCurves in nats are what a stock model loses whose layer was given other weights, and nothing else."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path as Folder
+from pathlib import CostCurve as Folder
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ import headshare as hs
 from headshare.architecture.modules import module_path
 from headshare.calibration.costs import measured as probing
 from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices, repriced
 from headshare.calibration.costs.to_plan import plan_for_steps
@@ -29,7 +29,7 @@ from headshare.calibration.refit.refitter import Refitter
 from headshare.errors import ArchitectureError, CalibrationError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.units import HeadUnit, Kind
+from headshare.plan.units import HeadUnit, Sublayer
 from headshare.precision import full_float32
 from headshare.text.tokens import Calibration
 from support import tiny
@@ -65,7 +65,9 @@ def llama_in(folder: Folder) -> hs.Checkpoint:
 # ---- the reference: a stock model with one layer's weights changed
 
 
-def changed(dense: hs.Checkpoint, prices: Prices, path: Path, steps: int, fitted: Calibration, ffn: bool) -> Any:
+def changed(
+    dense: hs.Checkpoint, prices: CostCurves, path: CostCurve, steps: int, fitted: Calibration, ffn: bool
+) -> Any:
     """A stock model whose layer takes these steps, and has the readouts that a refit gives it when it comes there."""
     plan = plan_for_steps(prices, path, steps)
     refitter = Refitter(dense, plan, fitted, ffn=ffn)
@@ -100,7 +102,7 @@ def divergence(dense: Any, other: Any, tokens: Tensor) -> float:
 
 
 def losses(
-    dense: hs.Checkpoint, prices: Prices, paths: Sequence[Path], measured: Tensor, *, ffn: bool = True
+    dense: hs.Checkpoint, prices: CostCurves, paths: Sequence[CostCurve], measured: Tensor, *, ffn: bool = True
 ) -> list[dict[int, float]]:
     """What each path costs after 1, 2, 4, 8, ... and all of its steps."""
     whole = load_model(dense, dtype=torch.float32)
@@ -114,12 +116,14 @@ def losses(
     ]
 
 
-def sums(path: Path, marks: Iterable[int]) -> dict[int, float]:
+def sums(path: CostCurve, marks: Iterable[int]) -> dict[int, float]:
     """What the first steps cost in all."""
     return {steps: sum(step.price for step in path.steps[:steps]) for steps in marks}
 
 
-def assert_adds_up(found: Sequence[Path], wanted: Sequence[Mapping[int, float]], close: Mapping[str, float]) -> None:
+def assert_adds_up(
+    found: Sequence[CostCurve], wanted: Sequence[Mapping[int, float]], close: Mapping[str, float]
+) -> None:
     assert len(found) == len(wanted)
     for path, loss in zip(found, wanted, strict=True):
         assert sums(path, loss) == pytest.approx(dict(loss), **close)
@@ -129,36 +133,36 @@ def assert_adds_up(found: Sequence[Path], wanted: Sequence[Mapping[int, float]],
 
 
 @pytest.fixture(scope="module")
-def llama_prices(tmp_path_factory: pytest.TempPathFactory) -> tuple[hs.Checkpoint, Prices]:
+def llama_prices(tmp_path_factory: pytest.TempPathFactory) -> tuple[hs.Checkpoint, CostCurves]:
     dense = llama_in(tmp_path_factory.mktemp("dense"))
     return dense, shortened(price_units(dense, text(), FORMS, **SEEN), 11)
 
 
-def shortened(prices: Prices, most: int) -> Prices:
+def shortened(prices: CostCurves, most: int) -> CostCurves:
     """The same with the first steps of each path, as every mark of it is a refit here."""
     return replace(prices, paths=tuple(replace(path, steps=path.steps[:most]) for path in prices.paths))
 
 
 @pytest.fixture(scope="module")
-def truth(llama_prices: tuple[hs.Checkpoint, Prices]) -> list[dict[int, float]]:
+def truth(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> list[dict[int, float]]:
     dense, prices = llama_prices
     return losses(dense, prices, prices.paths, text().mixed().tokens[-3:])
 
 
 @pytest.fixture
-def thin(llama_prices: tuple[hs.Checkpoint, Prices]) -> tuple[hs.Checkpoint, Prices]:
+def thin(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> tuple[hs.Checkpoint, CostCurves]:
     """The same with one path a layer, which is enough where it is not about numbers."""
     dense, prices = llama_prices
-    first = {path.layer: path for path in reversed(prices.paths) if path.kind is Kind.ATTENTION}
+    first = {path.layer: path for path in reversed(prices.paths) if path.kind is Sublayer.ATTENTION}
     return dense, replace(prices, paths=tuple(first[layer] for layer in sorted(first)))
 
 
-def probe(dense: hs.Checkpoint, prices: Prices, **more: Any) -> Prices:
+def probe(dense: hs.Checkpoint, prices: CostCurves, **more: Any) -> CostCurves:
     return probe_prices(dense, text(), prices, **{**SEEN, "probed": PROBED, **more})
 
 
 def test_prices_add_up_to_what_a_stock_model_loses_by_the_steps_of_one_layer(
-    llama_prices: tuple[hs.Checkpoint, Prices], truth: list[dict[int, float]], full: None
+    llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]], full: None
 ) -> None:
     dense, prices = llama_prices
     found = probe(dense, prices)
@@ -169,11 +173,11 @@ def test_prices_add_up_to_what_a_stock_model_loses_by_the_steps_of_one_layer(
 
 
 def test_paths_of_the_same_half_are_each_measured(
-    llama_prices: tuple[hs.Checkpoint, Prices], truth: list[dict[int, float]], full: None
+    llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]], full: None
 ) -> None:
     """Ties and removals are of the same units; each is what it is without the other."""
     dense, prices = llama_prices
-    both = [path for path in prices.paths if (path.kind, path.layer) == (Kind.ATTENTION, 1)]
+    both = [path for path in prices.paths if (path.kind, path.layer) == (Sublayer.ATTENTION, 1)]
     assert [{step.action for step in path.steps} for path in both] == [{QKV}, {REMOVE}]
     for path in both:
         (alone,) = probe(dense, replace(prices, paths=(path,))).paths
@@ -181,13 +185,13 @@ def test_paths_of_the_same_half_are_each_measured(
 
 
 def test_short_products_change_little(
-    llama_prices: tuple[hs.Checkpoint, Prices], truth: list[dict[int, float]]
+    llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]]
 ) -> None:
     dense, prices = llama_prices
     assert_adds_up(probe(dense, prices).paths, truth, {"rel": 0.1, "abs": 1e-4})
 
 
-def test_a_price_does_not_depend_on_which_other_paths_there_are(thin: tuple[hs.Checkpoint, Prices]) -> None:
+def test_a_price_does_not_depend_on_which_other_paths_there_are(thin: tuple[hs.Checkpoint, CostCurves]) -> None:
     """Each layer gives up its own alone: nothing of an earlier layer's steps reaches it."""
     dense, prices = thin
     found = probe(dense, prices).paths
@@ -197,7 +201,7 @@ def test_a_price_does_not_depend_on_which_other_paths_there_are(thin: tuple[hs.C
 
 @pytest.mark.parametrize(("probed", "windows"), [(1, 1), (2 * WINDOW + 15, 2), (10**9, WINDOWS - FITTED)])
 def test_as_many_of_the_last_windows_are_measured_as_were_asked_for_and_never_fitted_ones(
-    probed: int, windows: int, llama_prices: tuple[hs.Checkpoint, Prices], full: None
+    probed: int, windows: int, llama_prices: tuple[hs.Checkpoint, CostCurves], full: None
 ) -> None:
     dense, prices = llama_prices
     one = replace(prices, paths=(prices.paths[2],))
@@ -206,7 +210,7 @@ def test_as_many_of_the_last_windows_are_measured_as_were_asked_for_and_never_fi
 
 
 def test_without_the_feed_forwards_refit_attention_pays_alone(
-    llama_prices: tuple[hs.Checkpoint, Prices], truth: list[dict[int, float]], full: None
+    llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]], full: None
 ) -> None:
     dense, prices = llama_prices
     one = replace(prices, paths=(prices.paths[0],))
@@ -216,7 +220,7 @@ def test_without_the_feed_forwards_refit_attention_pays_alone(
 
 
 def test_batches_change_nothing(
-    thin: tuple[hs.Checkpoint, Prices], full: None, monkeypatch: pytest.MonkeyPatch
+    thin: tuple[hs.Checkpoint, CostCurves], full: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two windows and then one."""
     dense, prices = thin
@@ -226,7 +230,7 @@ def test_batches_change_nothing(
 
 
 def test_a_number_added_to_all_logits_changes_nothing(
-    llama_prices: tuple[hs.Checkpoint, Prices], full: None, monkeypatch: pytest.MonkeyPatch
+    llama_prices: tuple[hs.Checkpoint, CostCurves], full: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of GPT-2 lie about -100, where one more bit is as large as a small price."""
     dense, prices = llama_prices
@@ -240,7 +244,7 @@ def test_a_number_added_to_all_logits_changes_nothing(
 
 
 def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
-    thin: tuple[hs.Checkpoint, Prices], monkeypatch: pytest.MonkeyPatch
+    thin: tuple[hs.Checkpoint, CostCurves], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, prices = thin
     last = shortened(replace(prices, paths=prices.paths[-1:]), 1)
@@ -305,25 +309,27 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
 def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
     forms: tuple[Action, ...], groups: tuple[int, ...], answer: bool
 ) -> None:
-    def path(kind: Kind, forms: tuple[Action, ...], groups: tuple[int, ...]) -> Path:
+    def path(kind: Sublayer, forms: tuple[Action, ...], groups: tuple[int, ...]) -> CostCurve:
         ties = [((HeadUnit(0, 0), 0.1),) if form is not REMOVE else () for form in forms]
         each = zip(forms, groups, ties, strict=True)
-        return Path(kind, 1, tuple(Step(form, (unit,), 0.1, 9, tie, int(form is FACTORED)) for form, unit, tie in each))
+        return CostCurve(
+            kind, 1, tuple(CurveStep(form, (unit,), 0.1, 9, tie, int(form is FACTORED)) for form, unit, tie in each)
+        )
 
-    own, removal = path(Kind.ATTENTION, forms, groups), path(Kind.ATTENTION, (REMOVE,) * 2, (0, 1))
-    neurons = path(Kind.FFN, (REMOVE,) * 2, (0, 1))
+    own, removal = path(Sublayer.ATTENTION, forms, groups), path(Sublayer.ATTENTION, (REMOVE,) * 2, (0, 1))
+    neurons = path(Sublayer.FFN, (REMOVE,) * 2, (0, 1))
     assert leader_of(own, [neurons, own, removal]) == (removal if answer else None)
     assert leader_of(own, [neurons, own]) is None
 
 
 def test_a_path_whose_leader_had_no_error_costs_what_that_costs() -> None:
-    before = Path(Kind.ATTENTION, 1, (Step(REMOVE, (0,), 0.0, 9), Step(REMOVE, (1,), 0.0, 9)))
+    before = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(REMOVE, (0,), 0.0, 9), CurveStep(REMOVE, (1,), 0.0, 9)))
     after = repriced(before, {1: 0.1, 2: 0.3})
-    own = Path(Kind.ATTENTION, 1, (Step(FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
+    own = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
     assert sums(beside(own, before, after), [1]) == pytest.approx({1: 0.1})
 
 
-def test_nothing_but_prices_and_donors_prices_changes(thin: tuple[hs.Checkpoint, Prices]) -> None:
+def test_nothing_but_prices_and_donors_prices_changes(thin: tuple[hs.Checkpoint, CostCurves]) -> None:
     dense, prices = thin
     tokens = text()
     before = tokens.tokens.clone()
@@ -333,7 +339,7 @@ def test_nothing_but_prices_and_donors_prices_changes(thin: tuple[hs.Checkpoint,
     assert [without_prices(path) for path in found.paths] == [without_prices(path) for path in prices.paths]
 
 
-def without_prices(path: Path) -> Path:
+def without_prices(path: CostCurve) -> CostCurve:
     steps = (replace(step, price=0.0, donors=tuple((unit, 0.0) for unit, _ in step.donors)) for step in path.steps)
     return replace(path, steps=tuple(steps))
 
@@ -342,18 +348,18 @@ def without_prices(path: Path) -> Path:
 
 
 def test_a_stopped_measurement_goes_on_to_the_same_prices_and_measures_nothing_again(
-    thin: tuple[hs.Checkpoint, Prices], monkeypatch: pytest.MonkeyPatch
+    thin: tuple[hs.Checkpoint, CostCurves], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, prices = thin
-    whole, done, measured = probe(dense, prices), dict[int, list[Path]](), list[int]()
+    whole, done, measured = probe(dense, prices), dict[int, list[CostCurve]](), list[int]()
     priced = probing._Walk._priced
 
-    def stopping(self: Any, layer: int, paths: Sequence[Path]) -> list[Path]:
+    def stopping(self: Any, layer: int, paths: Sequence[CostCurve]) -> list[CostCurve]:
         if layer == 2:
             raise KeyboardInterrupt
         return priced(self, layer, paths)
 
-    def noting(self: Any, layer: int, paths: Sequence[Path]) -> list[Path]:
+    def noting(self: Any, layer: int, paths: Sequence[CostCurve]) -> list[CostCurve]:
         measured.append(layer)
         return priced(self, layer, paths)
 
@@ -370,7 +376,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_prices_and_measures_nothing_a
 
 
 def test_what_was_measured_of_other_layers_neither_hides_these_nor_comes_along(
-    thin: tuple[hs.Checkpoint, Prices],
+    thin: tuple[hs.Checkpoint, CostCurves],
 ) -> None:
     dense, prices = thin
     whole = probe(dense, prices)
@@ -380,7 +386,7 @@ def test_what_was_measured_of_other_layers_neither_hides_these_nor_comes_along(
     assert found.paths == tuple(path for path in whole.paths if path.layer > 0)
 
 
-def test_nothing_to_price_is_nothing_to_measure(thin: tuple[hs.Checkpoint, Prices]) -> None:
+def test_nothing_to_price_is_nothing_to_measure(thin: tuple[hs.Checkpoint, CostCurves]) -> None:
     dense, prices = thin
     found = probe(dense, replace(prices, paths=()))
     assert found.paths == ()
@@ -391,7 +397,9 @@ def test_nothing_to_price_is_nothing_to_measure(thin: tuple[hs.Checkpoint, Price
     ("windows", "more"),
     [(1, {}), (2, {}), (WINDOWS, {"tokens": WINDOW}), (4, {"held_out": 0.0}), (WINDOWS, {"tokens": 1})],
 )
-def test_too_few_windows_are_one_error(windows: int, more: dict[str, Any], thin: tuple[hs.Checkpoint, Prices]) -> None:
+def test_too_few_windows_are_one_error(
+    windows: int, more: dict[str, Any], thin: tuple[hs.Checkpoint, CostCurves]
+) -> None:
     dense, prices = thin
     with pytest.raises(
         CalibrationError, match=rf"a text gave {windows} windows?, .*(more tokens|smaller window)"
@@ -400,13 +408,15 @@ def test_too_few_windows_are_one_error(windows: int, more: dict[str, Any], thin:
     assert "\n" not in str(one.value)
 
 
-def test_three_windows_are_enough(llama_prices: tuple[hs.Checkpoint, Prices]) -> None:
+def test_three_windows_are_enough(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> None:
     dense, prices = llama_prices
     one = replace(prices, paths=(prices.paths[2],))
     assert probe_prices(dense, text(3), one).paths[0].steps[0].price > 0
 
 
-def test_predictions_that_are_not_finite_are_one_error(thin: tuple[hs.Checkpoint, Prices], tmp_path: Folder) -> None:
+def test_predictions_that_are_not_finite_are_one_error(
+    thin: tuple[hs.Checkpoint, CostCurves], tmp_path: Folder
+) -> None:
     dense, prices = thin
     (tmp_path / "broken").mkdir()
     for path in dense.path.iterdir():
@@ -459,7 +469,7 @@ def test_a_path_is_measured_after_powers_of_two_and_at_its_end() -> None:
 OLD = NEW = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(-1e3, -1e-9))
 
 
-Steps = list[tuple[Any, ...]]  # what a Step is made of: beartype draws lots, which no strategy may
+Steps = list[tuple[Any, ...]]  # what a CurveStep is made of: beartype draws lots, which no strategy may
 
 
 @st.composite
@@ -475,8 +485,8 @@ def steps_of(draw: st.DrawFn) -> Steps:
     return steps
 
 
-def path_of(steps: Steps) -> Path:
-    return Path(Kind.ATTENTION, 3, tuple(Step(*step) for step in steps))
+def path_of(steps: Steps) -> CostCurve:
+    return CostCurve(Sublayer.ATTENTION, 3, tuple(CurveStep(*step) for step in steps))
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,14 +15,14 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit import reconstruction
 from headshare.calibration.refit import refitter as refitting
 from headshare.calibration.refit.normal_equations import token_weights
-from headshare.calibration.refit.reconstruction import Wanted, reconstruct
+from headshare.calibration.refit.reconstruction import LayerTarget, reconstruct
 from headshare.calibration.refit.refitter import Refitter, refit_readouts
-from headshare.calibration.refit.result import Refit, Step
+from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import gapped_tensors
+from headshare.plan.tensors import tensor_plans
 from headshare.plan.units import Part
 from headshare.precision import short_products
 from support import tiny
@@ -83,7 +83,7 @@ def check_untouched(dense: hs.Checkpoint, plan: SharePlan, before: Refit, found:
     """What others borrow is as the dense model has it, or as its readout was refitted."""
     changed = set(found.tensors) - set(before.tensors)
     assert any(".k" in name or "qkv" in name or "c_attn" in name or "query" in name for name in changed)
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     for tensor in tensors.values():
         for gap in tensor.gaps:
             if gap.donor in changed:
@@ -125,7 +125,7 @@ def test_one_step_is_adams_on_the_relative_error_of_what_leaves_the_layer(tmp_pa
     weight = module.get_submodule(layers.path(Part.Q)).weight
     assert isinstance(weight, nn.Parameter)
     first, free = weight.detach().clone(), torch.arange(weight.numel()).view_as(weight) % 3 > 0
-    wanted = Wanted(entering, leaving, 1)
+    wanted = LayerTarget(entering, leaving, 1)
     found = reconstruct(layers, 1, module, wanted, {name: weight}, lambda *_: free, steps=1, seed=0, rate=SMALL)
     assert torch.equal(weight, first)  # the module is as it was
 
@@ -184,7 +184,7 @@ def test_steps_that_were_stopped_go_on_bit_for_bit(name: str, kind: str, tmp_pat
         save_file(dict(whole.result.tensors), tmp_path / f"{layer}.tensors")
         (tmp_path / f"{layer}.json").write_text(json.dumps(whole.result.to_dict()))
     again = Refitter(dense, plan, tokens, steps=STEPS)
-    steps = [Step(**step) for step in json.loads((tmp_path / "1.json").read_text())["steps"]]
+    steps = [RefitStep(**step) for step in json.loads((tmp_path / "1.json").read_text())["steps"]]
     again.resume(2, load_file(tmp_path / "1.streams"), load_file(tmp_path / "1.tensors"), steps)
     assert list(again.advance()) == [2, 3]
     assert same(whole.result, again.result)
@@ -215,7 +215,7 @@ def test_tokens_that_are_not_finite_count_for_nothing(tmp_path: Path) -> None:
         return torch.ones_like(weight, dtype=torch.bool)
 
     found = reconstruct(
-        layers, 1, module, Wanted(entering, leaving, 3), {name: weight}, own, steps=8, seed=2**64 - 1, rate=SMALL
+        layers, 1, module, LayerTarget(entering, leaving, 3), {name: weight}, own, steps=8, seed=2**64 - 1, rate=SMALL
     )
     assert found.step
     assert found.error_after < found.error_before < 1

@@ -21,14 +21,14 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.residuals import residual_of, watched
-from headshare.calibration.refit.result import Refit, Step
+from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError, CheckpointError, PlanError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import gapped_tensors
+from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection, scale_name
 from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.text.tokens import Calibration
@@ -90,7 +90,7 @@ def test_a_refit_brings_the_last_hidden_states_nearer(name: str, kind: str, fami
 
 def check_lent_and_removed(dense: hs.Checkpoint, plan: SharePlan, found: Refit) -> None:
     """Removed inputs' numbers are zero, lent ones are the donor's as refitted, times the scale where there is one."""
-    for name, gapped in gapped_tensors(plan).items():
+    for name, gapped in tensor_plans(plan).items():
         if name not in found.tensors:
             continue
         whole, used = found.tensors[name].movedim(gapped.axis, 0), 0
@@ -205,7 +205,7 @@ def test_streams_go_on_with_the_weights_as_they_are_stored(dtype: torch.dtype, k
         found = refitter.result
         assert {tensor.dtype for tensor in found.tensors.values()} <= {dtype}
         model = stock(dense, plan, found)
-        for name, gapped in gapped_tensors(plan).items():  # what a layer multiplies is not rounded once more
+        for name, gapped in tensor_plans(plan).items():  # what a layer multiplies is not rounded once more
             used = 0
             for gap in gapped.gaps if scale_name(name) in found.tensors else ():
                 donor = found.tensors.get(gap.donor, dense.read(gap.donor) if gap.donor in dense.tensors else None)
@@ -275,7 +275,7 @@ def test_a_refit_that_was_stopped_goes_on_bit_for_bit(name: str, kind: str, tmp_
         (tmp_path / f"{layer}.json").write_text(json.dumps(whole.result.to_dict()))
     for layer in range(dense.config.get("num_hidden_layers", 4)):
         again = Refitter(dense, plan, tokens)
-        steps = [Step(**step) for step in json.loads((tmp_path / f"{layer}.json").read_text())["steps"]]
+        steps = [RefitStep(**step) for step in json.loads((tmp_path / f"{layer}.json").read_text())["steps"]]
         state, tensors = load_file(tmp_path / f"{layer}.streams"), load_file(tmp_path / f"{layer}.tensors")
         again.resume(layer + 1, state, tensors, steps)
         assert list(again.advance()) == list(range(layer + 1, 4))
@@ -320,7 +320,7 @@ def factoring(dense: hs.Checkpoint, *, tied: bool = True) -> SharePlan:
         model_type=str(dense.config["model_type"]),
         selections=(Selection(layout=layout.only((Part.Q, Part.K, Part.V)), ties=ties),) if tied else (),
         factored=(
-            Factored(
+            LowRankUnits(
                 layout=layout.only((Part.O,)),
                 units={layer: list(one) for layer, one in ranks.items()},
                 ranks={layer: list(one.values()) for layer, one in ranks.items()},
@@ -479,7 +479,7 @@ def test_a_trained_shared_checkpoint_is_refitted_from_what_it_is(name: str, kind
 
 def rewrite(folder: Path, plan: SharePlan, found: Refit) -> None:
     """Put refitted tensors into a shared folder: of each, what it keeps."""
-    tensors, gapped = load_file(folder / "model.safetensors"), gapped_tensors(plan)
+    tensors, gapped = load_file(folder / "model.safetensors"), tensor_plans(plan)
     for name, tensor in found.tensors.items():
         spans = gapped[name].kept() if name in gapped else None
         if spans is not None:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from headshare.calibration.refit import regression as readouts
 from headshare.calibration.refit.normal_equations import NormalEquations
-from headshare.calibration.refit.regression import RIDGES, Fitted, Lent, Narrow, assembled, fit_readout
+from headshare.calibration.refit.regression import (
+    RIDGES,
+    BorrowedColumns,
+    Fitted,
+    LowRankColumns,
+    assembled,
+    fit_readout,
+)
 from headshare.precision import _both, full_float32
 
 TOKENS, INPUTS, OUTPUTS = 300, 12, 7
@@ -90,8 +97,8 @@ def test_a_fit_is_what_least_squares_on_the_tokens_gives(seed: int, bias: bool) 
     size = INPUTS + bias
     start, prior = torch.randn(2, OUTPUTS, size, dtype=torch.float64)
     lent = (
-        Lent(torch.tensor([10, 11]), torch.randn(OUTPUTS, 2, dtype=torch.float64), False),
-        Lent(torch.tensor([4]), torch.randn(OUTPUTS, 1, dtype=torch.float64), False),
+        BorrowedColumns(torch.tensor([10, 11]), torch.randn(OUTPUTS, 2, dtype=torch.float64), False),
+        BorrowedColumns(torch.tensor([4]), torch.randn(OUTPUTS, 1, dtype=torch.float64), False),
     )
     free = torch.tensor([0, 1, 2, 3, 5, 6, 7, *([INPUTS] if bias else [])])
     fixed = torch.zeros(OUTPUTS, size, dtype=torch.float64)
@@ -136,7 +143,7 @@ def test_a_start_that_nothing_beats_is_kept_and_says_so() -> None:
 
 def test_a_readout_of_lent_columns_alone_is_the_donors() -> None:
     fit, held = pair()
-    lent = (Lent(ALL, torch.randn_like(fit.truth), False),)
+    lent = (BorrowedColumns(ALL, torch.randn_like(fit.truth), False),)
     found = fit_readout(fit.sums(), held.sums(), fit.truth, ALL[:0], lent)
     assert torch.equal(found.weight, lent[0].donor)
     assert found.why_kept
@@ -145,12 +152,12 @@ def test_a_readout_of_lent_columns_alone_is_the_donors() -> None:
 # ---- scaled ties
 
 
-def scaled_case(seed: int, scale: Tensor | None = None) -> tuple[Tokens, Tokens, Tensor, tuple[Lent, ...]]:
+def scaled_case(seed: int, scale: Tensor | None = None) -> tuple[Tokens, Tokens, Tensor, tuple[BorrowedColumns, ...]]:
     """Inputs 8 to 11 take a donor's columns, given in two pieces and out of order."""
     fit, held = pair(seed)
     donor = fit.truth[:, 8:] * torch.tensor([0.5, -2.0, 1.0, 4.0]) + 0.2 * torch.randn(OUTPUTS, 4, dtype=torch.float64)
     pieces = [
-        Lent(torch.arange(8 + first, 10 + first), donor[:, first : first + 2], True, None if scale is None else
+        BorrowedColumns(torch.arange(8 + first, 10 + first), donor[:, first : first + 2], True, None if scale is None else
              scale[first : first + 2])
         for first in (2, 0)
     ]  # fmt: skip
@@ -243,9 +250,9 @@ def test_scales_of_channels_that_are_silent_stay_finite() -> None:
 # ---- columns that are a product
 
 
-def split_off(*units: tuple[int, int, int], bias: bool = False) -> tuple[Tensor, tuple[Narrow, ...]]:
+def split_off(*units: tuple[int, int, int], bias: bool = False) -> tuple[Tensor, tuple[LowRankColumns, ...]]:
     """Free inputs, and units of (start, stop, rank)."""
-    narrow = tuple(Narrow(torch.arange(start, stop), rank) for start, stop, rank in units)
+    narrow = tuple(LowRankColumns(torch.arange(start, stop), rank) for start, stop, rank in units)
     taken = {int(at) for one in narrow for at in one.columns}
     return torch.tensor([at for at in range(INPUTS + bias) if at not in taken], dtype=torch.long), narrow
 
@@ -622,9 +629,9 @@ def test_numbers_that_the_checkpoint_cannot_hold_take_a_larger_ridge_or_keep_the
 def test_a_readout_is_put_together_from_free_lent_and_removed_columns() -> None:
     weight = torch.arange(12.0).view(2, 6)
     lent = (
-        Lent(torch.tensor([4, 5]), torch.full((2, 2), 10.0), True),
-        Lent(torch.tensor([1]), torch.full((2, 1), 20.0), True),
-        Lent(torch.tensor([2]), torch.full((2, 1), 7.0), False),
+        BorrowedColumns(torch.tensor([4, 5]), torch.full((2, 2), 10.0), True),
+        BorrowedColumns(torch.tensor([1]), torch.full((2, 1), 20.0), True),
+        BorrowedColumns(torch.tensor([2]), torch.full((2, 1), 7.0), False),
     )
     found = assembled(weight, torch.tensor([0]), lent, torch.tensor([1.0, 2.0, 3.0]))
     assert found.tolist() == [[0, 20, 7, 0, 20, 30], [6, 20, 7, 0, 20, 30]]

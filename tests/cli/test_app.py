@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import headshare as hs
 from headshare.cli.app import app
-from headshare.experiments.demo import Row
+from headshare.experiments.demo import DemoRow
 from support import tiny
 from support.command_line import Outcome, Run, assert_one_error_line
 from support.folders import WEIGHTS
@@ -203,7 +203,7 @@ def test_a_perplexity_past_any_float_is_null_in_every_json() -> None:
     # Infinity is no JSON.
     counts = dict.fromkeys(("recipients", "disk_bytes", "memory_bytes", "pss_bytes", "tokens", "window"), 1)
     beyond = dict.fromkeys(("shared", "deleted", "random_donors", "refit"), math.inf)
-    row = Row(ratio=0.1, verified=True, dense=1.0, **counts, **beyond)
+    row = DemoRow(ratio=0.1, verified=True, dense=1.0, **counts, **beyond)
     assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["shared"] is None
 
 

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from headshare.errors import EvaluationError
 from headshare.evaluation import harness
 from headshare.evaluation.harness import Runner, chosen_tasks
-from headshare.evaluation.measuring import Text, measure
+from headshare.evaluation.measuring import EvalText, measure
 from headshare.evaluation.results import table_of
 from support.byte_level import SENTENCES
 from support.questions import measured
@@ -94,7 +94,7 @@ def test_without_the_harness_texts_are_measured_and_tasks_say_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     (tmp_path / "text").write_text(" ".join(SENTENCES * 9))
-    assert measure([model], text=Text(tmp_path / "text", 32))[0].metrics["perplexity"].value is not None
+    assert measure([model], text=EvalText(tmp_path / "text", 32))[0].metrics["perplexity"].value is not None
     for folder in (data, None):
         with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install 'headshare\[eval\]'"):
             measure([model], tasks=["boolq"], data=folder)

@@ -16,9 +16,9 @@ from headshare.errors import EvaluationError
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import Runner, Settings
 from headshare.evaluation.harness_tasks import averaged
-from headshare.evaluation.measuring import Text, measure
+from headshare.evaluation.measuring import EvalText, measure
 from headshare.evaluation.perplexity import evaluate, perplexity
-from headshare.evaluation.results import Measured, Metric, current, kept_results, read_results, table_of
+from headshare.evaluation.results import Metric, TaskResult, current, kept_results, read_results, table_of
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.text.windows import windows_of
 from support import tiny
@@ -34,7 +34,7 @@ def test_what_was_measured_is_not_measured_again_and_a_stopped_run_goes_on(
 ) -> None:
     run, ran = Runner.run, list[str]()
 
-    def counted(self: Runner, task: Any, key: str) -> Measured:
+    def counted(self: Runner, task: Any, key: str) -> TaskResult:
         if task.name == "rte" and "rte" not in ran:
             ran.append("rte")
             raise KeyboardInterrupt
@@ -86,7 +86,7 @@ def test_a_text_and_tasks_of_several_models_make_one_table(model: Path, data: Pa
     dense, text = hs.open_checkpoint(model), " ".join(SENTENCES * 9)
     twin = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.25)).save(tmp_path / "twin")
     (tmp_path / "text").write_text(text)
-    rows = measure([model, twin], tasks=["piqa"], data=data, text=Text(tmp_path / "text", 32))
+    rows = measure([model, twin], tasks=["piqa"], data=data, text=EvalText(tmp_path / "text", 32))
     windows = windows_of(load_tokenizer(dense), text, window=32)
     assert rows[0].metrics["perplexity"].value == pytest.approx(perplexity(hs.load(model), windows).perplexity)
     lines = table_of(rows).splitlines()
@@ -95,8 +95,8 @@ def test_a_text_and_tasks_of_several_models_make_one_table(model: Path, data: Pa
 
 
 def test_what_cannot_be_told_from_guessing_is_marked() -> None:
-    def row(value: float, error: float) -> Measured:
-        return Measured("m", "t", f"{value}", {"acc": Metric(value, error)}, 9, chance=0.5)
+    def row(value: float, error: float) -> TaskResult:
+        return TaskResult("m", "t", f"{value}", {"acc": Metric(value, error)}, 9, chance=0.5)
 
     assert row(0.58, 0.05).at_chance
     assert row(0.42, 0.05).at_chance
@@ -119,8 +119,8 @@ def test_always_the_same_answer_is_no_better_than_guessing(runner: Runner, data:
 
 
 def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
-    def row(model: str, value: float, **settings: Any) -> Measured:
-        return Measured(model, "t", f"{model}{value}", {"acc": Metric(value, 0.0)}, 9, 0.5, settings=settings)
+    def row(model: str, value: float, **settings: Any) -> TaskResult:
+        return TaskResult(model, "t", f"{model}{value}", {"acc": Metric(value, 0.0)}, 9, 0.5, settings=settings)
 
     same = [row("a", 0.1, limit=9, dtype="auto", device="cpu"), row("b", 0.2, limit=9, dtype="auto", device="cuda:0")]
     assert table_of(same).splitlines()[0] == "| model | t (9) |"
@@ -132,7 +132,7 @@ def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
 def test_runs_that_keep_their_results_in_one_folder_keep_each_others(tmp_path: Path) -> None:
     """One process for each GPU, say."""
     one, other = kept_results(tmp_path), kept_results(tmp_path)
-    rows = [Measured("m", name, name, {"acc": Metric(0.5)}, 9) for name in ("a", "b", "c")]
+    rows = [TaskResult("m", name, name, {"acc": Metric(0.5)}, 9) for name in ("a", "b", "c")]
     one.add(rows[0])
     other.add(rows[1])
     one.add(rows[2])
@@ -156,7 +156,7 @@ def test_answers_that_are_partly_right_have_the_error_of_their_spread() -> None:
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
     kept = kept_results(tmp_path / "new")
-    row = Measured("m", "t", "k", {"acc": Metric(0.1 + 0.2, None)}, 9, 0.25, {"a": (1 / 3, 4)}, {"limit": None})
+    row = TaskResult("m", "t", "k", {"acc": Metric(0.1 + 0.2, None)}, 9, 0.25, {"a": (1 / 3, 4)}, {"limit": None})
     kept.add(row)
     assert kept_results(tmp_path / "new").find("k") == row
     assert kept_results(tmp_path / "new").find("other") is None
@@ -237,8 +237,8 @@ def test_a_models_own_habits_of_writing_do_not_count(model: Path, tmp_path: Path
 
 
 def test_what_was_measured_of_another_model_of_the_same_name_is_not_current() -> None:
-    def row(task: str, digest: str) -> Measured:
-        return Measured("m", task, f"{task}{digest}", {"acc": Metric(0.5, 0.1)}, 9, settings={"model": digest})
+    def row(task: str, digest: str) -> TaskResult:
+        return TaskResult("m", task, f"{task}{digest}", {"acc": Metric(0.5, 0.1)}, 9, settings={"model": digest})
 
     rows = [row("a", "old"), row("b", "old"), row("a", "new")]
     assert current(rows) == rows[2:]

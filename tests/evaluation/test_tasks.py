@@ -21,7 +21,7 @@ from headshare.errors import EvaluationError
 from headshare.evaluation.harness import Runner, Settings, _hushed, chosen_tasks, tasks_of_harness
 from headshare.evaluation.harness_tasks import as_task
 from headshare.evaluation.questions import Question
-from headshare.evaluation.task_files import TASKS, Part
+from headshare.evaluation.task_files import TASKS, TaskPart
 from support.questions import EXAM, ROWS, measured, zipped
 
 NONE = tasks_of_harness(any_at_all=False)
@@ -325,4 +325,4 @@ def test_a_question_is_one_context_or_one_ending() -> None:
     for contexts, endings in ((("a", "b"), ("c", "d")), ((), ("c", "d")), (("a",), ())):
         with pytest.raises(EvaluationError):
             Question(contexts, endings, 0)
-    assert Part((Question(("a", "b"), ("c",), 1),)).questions[0].chance == 0.5
+    assert TaskPart((Question(("a", "b"), ("c",), 1),)).questions[0].chance == 0.5

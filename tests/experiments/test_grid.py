@@ -18,13 +18,13 @@ import pytest
 
 import headshare as hs
 from headshare.errors import CalibrationError, EvaluationError, OptionError, TrainingError
-from headshare.evaluation import Parallel, Settings, Text, measure
+from headshare.evaluation import EvalText, Parallel, Settings, measure
 from headshare.evaluation.harness import named
 from headshare.evaluation.perplexity import evaluate
 from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, Recipe, compare
 from headshare.experiments.case import REFIT, TRAINED, Case, Common
-from headshare.experiments.cells import GivenUp, kept_cells
+from headshare.experiments.cells import TakenUnits, kept_cells
 from headshare.experiments.methods import DELETING, SHARING, TYING
 from headshare.experiments.report.tables import as_csv, table, verdict
 from headshare.files.state_files import Workspace
@@ -52,7 +52,7 @@ def compared(place: Path) -> dict[str, Compared]:
 def run(place: Path, out: Path, *methods: str, ratios: tuple[float, ...] = (0.25,), **more: Any) -> list[Compared]:
     dense = hs.open_checkpoint(place / "model")
     text = Calibration.load(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
-    grid = Grid(methods, ratios, text=Text(place / "test", 32))
+    grid = Grid(methods, ratios, text=EvalText(place / "test", 32))
     return compare(dense, grid, out, **{"calibration": text, **more})
 
 
@@ -149,7 +149,7 @@ def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "rounded").mkdir()
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis").write_text("mine")
-    text = Text(a_text(tmp_path / "text", 200), 32)
+    text = EvalText(a_text(tmp_path / "text", 200), 32)
     compare(hs.open_checkpoint(dense), Grid(("directshare",), (0.5,), text=text), tmp_path)
     assert hs.open_checkpoint(dense).plan is None
     assert (tmp_path / "rounded").is_dir()
@@ -272,18 +272,18 @@ def test_what_could_not_be_had_is_tried_again(place: Path, tmp_path: Path, monke
     ({"methods": ("postshare",)}, "postshare trains: say on what"),
 ])  # fmt: skip
 def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], says: str, place: Path) -> None:
-    given = {"methods": ("directshare",), "ratios": (0.1,), "text": Text(place / "test", 32), **grid}
+    given = {"methods": ("directshare",), "ratios": (0.1,), "text": EvalText(place / "test", 32), **grid}
     with pytest.raises(EvaluationError, match=says):
         Grid(**given)
 
 
 def test_a_method_that_does_not_exist_is_refused(place: Path) -> None:
     with pytest.raises(OptionError, match=r"no method 'cats'\. There are: .*directshare"):
-        Grid(methods=("cats",), ratios=(0.1,), text=Text(place / "test", 32))
+        Grid(methods=("cats",), ratios=(0.1,), text=EvalText(place / "test", 32))
 
 
 def test_what_cannot_be_compared_leaves_no_folder(place: Path, tmp_path: Path) -> None:
-    grid = Grid(("directshare",), (0.5,), text=Text(a_text(tmp_path / "text", 20), 32))
+    grid = Grid(("directshare",), (0.5,), text=EvalText(a_text(tmp_path / "text", 20), 32))
     with hs.open_checkpoint(place / "model") as dense, pytest.raises(EvaluationError, match="window"):
         compare(dense, grid, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -360,9 +360,9 @@ def test_a_plan_that_ties_nothing_deletes() -> None:
     mixed, output = cell("auto+refit", 1.0, 2.0, 3.0), cell("output", 1.2, 2.1, 3.1)
     cells = [mixed, output, cell("deletion", 1.5, 2.4, 3.6)]
     assert "The best that shares, auto+refit, is ahead of the best that only deletes, deletion: " in verdict(cells)
-    cells[0] = replace(mixed, given_up=GivenUp(3, 1, 0))
+    cells[0] = replace(mixed, given_up=TakenUnits(3, 1, 0))
     assert "shares, auto+refit (3 tied, 1 removed), is ahead of the best that only deletes, deletion" in verdict(cells)
-    cells[0] = replace(mixed, given_up=GivenUp(0, 4, 1024))
+    cells[0] = replace(mixed, given_up=TakenUnits(0, 4, 1024))
     told = "The best that shares, output, is behind the best that only deletes, auto+refit (4 removed, 1,024 neurons): "
     assert told in verdict(cells)
 
@@ -371,7 +371,7 @@ def test_a_unit_that_is_tied_part_by_part_counts_once(place: Path) -> None:
     dense = hs.open_checkpoint(place / "model")
     plan = hs.make_plan(hs.score_units(dense, "separate"), 0.5)
     units = {tie.recipient for selection in plan.selections for tie in selection.ties}
-    assert GivenUp.of(plan) == GivenUp(len(units), 0, 0)
+    assert TakenUnits.of(plan) == TakenUnits(len(units), 0, 0)
     assert len(units) < plan.ties
 
 
@@ -389,9 +389,9 @@ def test_a_note_names_the_ratio_where_it_is_another_at_another() -> None:
 def test_a_cell_says_what_its_plan_takes(compared: dict[str, Compared]) -> None:
     given = {name: cell.given_up for name, cell in compared.items()}
     half = 4 * 2 // 2  # int(ratio x layers x units): four layers, two units each
-    assert given["directshare"] == given["directshare+refit"] == given["random-donors"] == GivenUp(half, 0, 0)
+    assert given["directshare"] == given["directshare+refit"] == given["random-donors"] == TakenUnits(half, 0, 0)
     for name in ("deletion", "deletion-same", "magnitude", "llm-pruner"):
-        assert given[name] == GivenUp(0, round(2 * sum(compared[name].by_layer)), 0) != GivenUp(0, 0, 0)
+        assert given[name] == TakenUnits(0, round(2 * sum(compared[name].by_layer)), 0) != TakenUnits(0, 0, 0)
     assert given["neurons"] is not None
     assert (given["neurons"].tied, given["neurons"].removed) == (0, 0)
     assert f"| neurons | {given['neurons'].neurons:,} neurons | " in table([compared["neurons"]])
@@ -408,7 +408,7 @@ def test_what_is_saved_is_of_what_is_stored_whatever_it_is_measured_in(place: Pa
     dense, names = hs.open_checkpoint(place / "model"), ("int8", "magnitude-zeros", "mean-unit", "directshare")
     saved = []
     for dtype in ("float32", "bfloat16"):
-        grid = Grid(names, (0.5,), text=Text(place / "test", 32), settings=Settings(dtype=dtype))
+        grid = Grid(names, (0.5,), text=EvalText(place / "test", 32), settings=Settings(dtype=dtype))
         saved.append([one.saved_bytes for one in compare(dense, grid, tmp_path / dtype)])
     assert saved[0] == saved[1]
     assert saved[0][1] > 0
@@ -442,7 +442,7 @@ def training(place: Path, **more: Any) -> TrainSettings:
 
 def test_methods_that_train_are_measured_as_they_are_written(place: Path, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(place / "model")
-    grid = Grid(("directshare", *TRAINED), (0.5,), text=Text(place / "test", 32), training=training(place))
+    grid = Grid(("directshare", *TRAINED), (0.5,), text=EvalText(place / "test", 32), training=training(place))
     cells = {one.method: one for one in compare(dense, grid, tmp_path)}
     plain, pulled, recovered = (cells[name] for name in ("directshare", *TRAINED))
     assert not [one.failed for one in cells.values() if one.failed]
@@ -462,7 +462,7 @@ def test_methods_that_train_are_measured_as_they_are_written(place: Path, tmp_pa
 def test_training_that_made_nothing_better_is_said(place: Path, tmp_path: Path) -> None:
     """The weights are those that were not trained, so the figures are DirectShare's: a reader is told why."""
     idle = training(place, learning_rate=0.0, max_steps=2)
-    grid = Grid(("directshare", "postshare"), (0.5,), text=Text(place / "test", 32), training=idle)
+    grid = Grid(("directshare", "postshare"), (0.5,), text=EvalText(place / "test", 32), training=idle)
     _, plain, pulled = compare(hs.open_checkpoint(place / "model"), grid, tmp_path)
     assert pulled.losses == plain.losses
     assert "no step of training was better than none" in pulled.note
@@ -474,14 +474,16 @@ def test_other_settings_of_training_are_other_cells_and_only_of_those_that_train
     for steps in (2, 3):
         trained = training(place, max_steps=steps)
         compare(
-            dense, Grid(("directshare", "postshare"), (0.5,), text=Text(place / "test", 32), training=trained), tmp_path
+            dense,
+            Grid(("directshare", "postshare"), (0.5,), text=EvalText(place / "test", 32), training=trained),
+            tmp_path,
         )
     kept = json.loads((tmp_path / "cells.json").read_text())
     assert [one["method"] for one in kept] == ["dense", "directshare", "postshare", "postshare"]
 
 
 def test_training_that_fails_stops_the_grid_and_is_tried_again(place: Path, tmp_path: Path) -> None:
-    dense, text = hs.open_checkpoint(place / "model"), Text(place / "test", 32)
+    dense, text = hs.open_checkpoint(place / "model"), EvalText(place / "test", 32)
     with pytest.raises(TrainingError):
         compare(dense, Grid(("postshare",), (0.5,), text=text, training=training(place, learning_rate=1e30)), tmp_path)
     assert [one["method"] for one in json.loads((tmp_path / "cells.json").read_text())] == ["dense"]
@@ -497,7 +499,7 @@ def test_restart_is_of_the_training_run_too(place: Path, tmp_path: Path, monkeyp
         raise TrainingError("stopped")
 
     monkeypatch.setattr("headshare.experiments.cell_runner.train", stopped)
-    grid = Grid(("postshare",), (0.5,), text=Text(place / "test", 32), training=training(place))
+    grid = Grid(("postshare",), (0.5,), text=EvalText(place / "test", 32), training=training(place))
     for restart in (False, True):
         with pytest.raises(TrainingError):
             compare(hs.open_checkpoint(place / "model"), grid, tmp_path, restart=restart)
@@ -505,7 +507,7 @@ def test_restart_is_of_the_training_run_too(place: Path, tmp_path: Path, monkeyp
 
 
 def test_another_training_text_under_the_same_name_is_another_cell(place: Path, tmp_path: Path) -> None:
-    dense, text = hs.open_checkpoint(place / "model"), Text(place / "test", 32)
+    dense, text = hs.open_checkpoint(place / "model"), EvalText(place / "test", 32)
     settings, own = training(place, max_steps=1), tmp_path / "own"
     settings = settings.model_copy(update={"text": settings.text.model_copy(update={"data": str(own)})})
     for words in (400, 500):

@@ -12,9 +12,9 @@ import pytest
 
 import headshare as hs
 from headshare.errors import EvaluationError
-from headshare.evaluation import Text, measure
-from headshare.evaluation.results import Measured as Row
+from headshare.evaluation import EvalText, measure
 from headshare.evaluation.results import Metric
+from headshare.evaluation.results import TaskResult as Row
 from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, compare
 from headshare.experiments.about import About
@@ -22,7 +22,7 @@ from headshare.experiments.case import base_of
 from headshare.experiments.report.claims import Checked, Says, checked
 from headshare.experiments.report.figures import draw
 from headshare.experiments.report.page import report
-from headshare.experiments.report.sources import Measured, Published, published
+from headshare.experiments.report.sources import Comparison, Published, published
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
@@ -111,7 +111,7 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
         Published(table="3", model="llama-2-7B-hf", tasks=("piqa", "rte"), rows={"directshare 0.1": (61.25, 50.0)}),
         Published(table="10", model="another", tasks=("piqa",), rows={"directshare 0.1": (99.0,)}),
     ]
-    page = report([Measured(about("Llama-2-7b-hf", *cells), cells)], tables)
+    page = report([Comparison(about("Llama-2-7b-hf", *cells), cells)], tables)
     assert "## A title, on Llama-2-7b-hf\n" in page
     assert "the first 200 questions" in page
     assert "| directshare 0.1 | 40.00 / 61.25 |" in page
@@ -119,17 +119,17 @@ def test_the_page_has_tables_claims_and_the_papers_figures_of_the_same_model() -
     assert "99.0" not in page
     assert "| PostShare is above DirectShare | Llama-2-7b-hf | holds: 1 |" in page
     assert "| PostShare is above DirectShare | 0.1 | holds | directshare 40.0 %, postshare 50.0 % |" in page
-    assert "No claim" in report([Measured(about(), cells[:1])])
+    assert "No claim" in report([Comparison(about(), cells[:1])])
     assert "\n\n\n" not in page + page_of(cells[1:])
     worse = [*cells[:2], scored("postshare", 0.1, 0.1, 0.02)]
-    twice = report([Measured(about("a", *these), these) for these in (cells, cells, worse)])
+    twice = report([Comparison(about("a", *these), these) for these in (cells, cells, worse)])
     assert "| PostShare is above DirectShare | a | does not hold: 1, holds: 1 |" in twice
     shot = [replace(one, results=tuple(replace(row, task=f"{row.task}:5") for row in one.results)) for one in cells]
-    assert "| directshare 0.1 | 40.00 / 61.25 |" in report([Measured(about("Llama-2-7b-hf", *shot), shot)], tables)
+    assert "| directshare 0.1 | 40.00 / 61.25 |" in report([Comparison(about("Llama-2-7b-hf", *shot), shot)], tables)
 
 
 def page_of(*tables: list[Compared]) -> str:
-    return report([Measured(about("a", *cells), cells) for cells in tables])
+    return report([Comparison(about("a", *cells), cells) for cells in tables])
 
 
 def test_what_several_comparisons_measured_alike_counts_once() -> None:
@@ -167,7 +167,7 @@ def test_what_is_told_alike_but_measured_otherwise_counts_apart() -> None:
 
 def test_a_page_of_several_models_counts_each() -> None:
     cells = [cell("dense", 0.0, 1.0, 2.0), cell("directshare", 0.1, 3.0, 4.0), cell("postshare", 0.1, 2.0, 3.0)]
-    page = report([Measured(about(model, *cells), cells) for model in ("a", "b")])
+    page = report([Comparison(about(model, *cells), cells) for model in ("a", "b")])
     assert all(f"| PostShare is above DirectShare | {model} | holds: 1 |" in page for model in "ab")
 
 
@@ -180,7 +180,7 @@ def test_the_published_figures_are_of_methods_and_tasks_that_there_are() -> None
 
 
 def test_the_command_writes_the_page_of_finished_comparisons(command, place: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    grid = Grid(("directshare", "match-separate"), (0.25, 0.5), text=Text(place / "test", 32))
+    grid = Grid(("directshare", "match-separate"), (0.25, 0.5), text=EvalText(place / "test", 32))
     compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "done", title="Matches")
     status, out, _ = command("report", tmp_path / "done", "--out", tmp_path / "page.md", "--paper", PUBLISHED)
     assert status == 0
@@ -194,7 +194,7 @@ def test_the_command_writes_the_page_of_finished_comparisons(command, place: Pat
 
 
 def test_results_of_eval_stand_on_the_page_too(place: Path, tmp_path: Path, command: Callable) -> None:
-    text = Text(place / "test", 32)
+    text = EvalText(place / "test", 32)
     rows = measure([place / "model"], text=text, out=tmp_path / "evaluated")
     status, out, _ = command("report", tmp_path / "evaluated")
     assert status == 0
@@ -215,7 +215,7 @@ def test_results_of_eval_stand_on_the_page_too(place: Path, tmp_path: Path, comm
 
 def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert command("report", tmp_path)[0] == 1
-    grid = Grid(("directshare",), (0.5,), text=Text(place / "test", 32))
+    grid = Grid(("directshare",), (0.5,), text=EvalText(place / "test", 32))
     compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "done")
     (tmp_path / "bad.yaml").write_text("- table: 1\n")
     status, out, err = command("report", tmp_path / "done", "--paper", tmp_path / "bad.yaml")
@@ -247,7 +247,7 @@ def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_p
     cells = json.loads((tmp_path / "done" / "cells.json").read_text())
     (tmp_path / "done" / "cells.json").write_text(json.dumps(cells[:1]))
     with pytest.raises(EvaluationError, match="lacks 1 cells"):
-        Measured.load(tmp_path / "done")
+        Comparison.load(tmp_path / "done")
 
 
 def test_evidence_names_both_sides() -> None:
@@ -266,7 +266,7 @@ def test_figures_show_what_there_is(place: Path, tmp_path: Path, command: Callab
     )  # fmt: skip
     names = ("directshare", "deletion-same", "postshare", "int8")
     dense = hs.open_checkpoint(place / "model")
-    grid = Grid(names, (0.25, 0.5), text=Text(place / "test", 32), training=run)
+    grid = Grid(names, (0.25, 0.5), text=EvalText(place / "test", 32), training=run)
     cells = compare(dense, grid, tmp_path / "cells")
     plan = hs.make_plan(hs.score_units(dense), 0.5)
     by_name = {(cell.method, cell.ratio): cell for cell in cells}
@@ -408,7 +408,7 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
     folders = sorted(path.parent for path in (ROOT / "docs" / "measured").glob("*/cells.json"))
-    measured = [Measured.load(folder) for folder in folders]
+    measured = [Comparison.load(folder) for folder in folders]
     drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
     shown = [[(title, f"results/{path.name}") for title, path in some] for some in drawn]
     assert report(measured, published(PUBLISHED), shown) == (ROOT / "docs" / "results.md").read_text()

@@ -18,14 +18,14 @@ from headshare.errors import OptionError, PlanError
 from headshare.matching.pairing import MODES, best_pairs, published_count
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout, Place
-from headshare.plan.units import Kind, Part, Parts
+from headshare.plan.units import Part, Parts, Sublayer
 
 Pairs = dict[int, int]  # recipient: donor, as unit numbers
 PAPER = os.environ.get("HEADSHARE_PAPER_DATA")
 quick = settings(max_examples=150, deadline=None)
 
 
-def grid(layers: int, groups: int, parts: str = "qkvo", kind: Kind = Kind.ATTENTION) -> Layout:
+def grid(layers: int, groups: int, parts: str = "qkvo", kind: Sublayer = Sublayer.ATTENTION) -> Layout:
     chosen = Parts.parse(parts)
     places = {
         part: Place(tensor=f"{{layer}}.{part}", axis=0, shape=(groups, 1), start=0, step=1, rows=1)
@@ -283,7 +283,7 @@ def test_scores_whose_names_are_too_long_for_a_plan_are_refused(model_type: str,
 
 
 def test_attention_and_feed_forward_have_a_ratio_each() -> None:
-    ffn = ScoreTable(layout := grid(4, 2, "ffn", Kind.FFN), "ffn", tuple(layout.parts), torch.zeros(8, 8).double())
+    ffn = ScoreTable(layout := grid(4, 2, "ffn", Sublayer.FFN), "ffn", tuple(layout.parts), torch.zeros(8, 8).double())
     scores = Scores("llama", (*table(np.zeros((12, 12)), layers=4, groups=3).tables, ffn))
     heads, neurons = hs.make_plan(scores, 0.5, parts="qkv+ffn", ffn_ratio=0.25).selections
     assert (len(heads.ties), len(neurons.ties)) == (6, 2)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import added_tensors, gapped_tensors
-from headshare.plan.units import Kind, Part
+from headshare.plan.tensors import added_tensors, tensor_plans
+from headshare.plan.units import Part, Sublayer
 from headshare.sharing.factors import join_columns, split_columns
 
 
@@ -168,7 +168,7 @@ RANKED = st.dictionaries(st.integers(0, 2), st.dictionaries(st.integers(0, 3), s
 def test_factored_units_are_read_as_they_were_written(drawn: dict[int, dict[int, int]]) -> None:
     layout = Layout.model_validate(small()["factored"][0]["layout"])
     ordered = {layer: dict(sorted(ranks.items())) for layer, ranks in drawn.items()}
-    factored = Factored(
+    factored = LowRankUnits(
         layout=layout,
         units={layer: list(ranks) for layer, ranks in ordered.items()},
         ranks={layer: list(ranks.values()) for layer, ranks in ordered.items()},
@@ -180,7 +180,7 @@ def test_factored_units_are_read_as_they_were_written(drawn: dict[int, dict[int,
         layer: ranks for layer, ranks in ordered.items() if ranks
     }
     assert factored.count == sum(map(len, drawn.values()))
-    for name, tensor in gapped_tensors(plan).items():
+    for name, tensor in tensor_plans(plan).items():
         layer = int(name.split(".")[1])
         assert tensor.stored_shape == (8, 16 - 4 * len(ordered[layer]))
         extra = added_tensors(plan)
@@ -203,4 +203,4 @@ def test_a_matrix_of_a_rank_is_split_and_joined_again(outputs: int, channels: in
 def test_only_attention_is_factored() -> None:
     place = Place.model_validate(place_of("down", 1))
     with pytest.raises(PlanError, match="only part o of attention units"):
-        Factored(layout=Layout(kind=Kind.FFN, layers=3, groups=4, parts={Part.DOWN: place}), units={}, ranks={})
+        LowRankUnits(layout=Layout(kind=Sublayer.FFN, layers=3, groups=4, parts={Part.DOWN: place}), units={}, ranks={})

@@ -17,9 +17,9 @@ import headshare.plan.ties
 from headshare.errors import PlanError
 from headshare.plan.layout import MAX_UNITS, Layout, Place
 from headshare.plan.section import Choice
-from headshare.plan.tensors import gapped_tensors
+from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 
 Json = dict[str, Any]
 ODD_NUMBERS = [0, 1, -1, 2, 3, 10**6, 10**6 + 1, 2**31, 2**40, 2**63, -(2**63), 10**400, 0.5, 1.0, -0.0, 1e308]
@@ -149,7 +149,7 @@ def assert_sound(plan: hs.SharePlan) -> None:
 
 
 def assert_every_gap_is_filled_by_what_is_stored(plan: hs.SharePlan) -> None:
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     for name, tensor in tensors.items():
         edges = [0, *(edge for gap in tensor.gaps for edge in (gap.start, gap.stop)), tensor.size]
         assert edges == sorted(edges), f"gaps of {name} overlap or lie outside it"
@@ -222,7 +222,7 @@ def test_a_saved_plan_is_loaded_as_it_was_and_has_one_tie_a_line(tmp_path: Path,
 def test_parts_are_in_the_same_order_after_reading() -> None:
     layout = {part: Place(**place(f"{{layer}}.{part}")) for part in (Part.Q, Part.K, Part.V)}
     plan = hs.SharePlan(
-        selections=(Selection(layout=Layout(kind=Kind.ATTENTION, layers=2, groups=2, parts=layout), ties=()),)
+        selections=(Selection(layout=Layout(kind=Sublayer.ATTENTION, layers=2, groups=2, parts=layout), ties=()),)
     )
     assert hs.SharePlan.from_json(plan.to_json()).selections[0].parts == plan.selections[0].parts
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from headshare.errors import PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
-from headshare.plan.section import Gap
+from headshare.plan.section import Borrowed
 from headshare.plan.spans import read_indices, spans_of, write_indices
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 
 # ---- the plan
 
@@ -221,19 +221,19 @@ SETS = st.integers(1, 8).flatmap(
 FATES = st.lists(st.sampled_from(["keep", "remove", ("a", 0), ("a", 5), ("b", 3)]), min_size=1, max_size=12)
 
 
-def some_tensors(donors: dict[str, tuple[int, set[int]]], fates: list[Any]) -> dict[str, GappedTensor]:
+def some_tensors(donors: dict[str, tuple[int, set[int]]], fates: list[Any]) -> dict[str, TensorPlan]:
     """Two donors that lose something, and a recipient, each of whose indices is kept, removed or taken from a donor."""
     tensors = {
-        name: GappedTensor(name, (size, 1), 0, removed=spans_of(removed)) for name, (size, removed) in donors.items()
+        name: TensorPlan(name, (size, 1), 0, removed=spans_of(removed)) for name, (size, removed) in donors.items()
     }
     there = {name: [i for start, stop in one.present() for i in range(start, stop)] for name, one in tensors.items()}
     gaps = tuple(
-        Gap(index, index + 1, fate[0], there[fate[0]][fate[1] % len(there[fate[0]])])
+        Borrowed(index, index + 1, fate[0], there[fate[0]][fate[1] % len(there[fate[0]])])
         for index, fate in enumerate(fates)
         if isinstance(fate, tuple)
     )
     removed = spans_of(index for index, fate in enumerate(fates) if fate == "remove")
-    return {**tensors, "c": GappedTensor("c", (len(fates), 1), 0, gaps, removed=removed)}
+    return {**tensors, "c": TensorPlan("c", (len(fates), 1), 0, gaps, removed=removed)}
 
 
 @settings(max_examples=200)
@@ -257,7 +257,7 @@ def test_stored_reduced_and_dense_coordinates_are_of_the_same_numbers(
         assert put_together(small[name], small, stored) == list(expected[~gone])
 
 
-def put_together(one: GappedTensor, tensors: dict[str, GappedTensor], stored: dict[str, np.ndarray]) -> list[float]:
+def put_together(one: TensorPlan, tensors: dict[str, TensorPlan], stored: dict[str, np.ndarray]) -> list[float]:
     found: list[float] = []
     for source, start, stop in one.whole():
         first = tensors[source].stored_index(start) if source else 0

@@ -30,7 +30,7 @@ from headshare.plan.section import (
     Touched,
     section_kind,
 )
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import HeadUnit, Part
 from headshare.sharing.makers import MAKERS
 from headshare.storage.changes import MODULE_CHANGES
@@ -53,11 +53,11 @@ class MeanRows(NamedTuple):
 
 
 class MeanMaker:
-    def split(self, tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+    def split(self, tensor: TensorPlan, dense: Tensor) -> dict[str, Tensor]:
         rows = [dense[one.start : one.stop].float().mean(0) for one in tensor.made]
         return {mean_name(tensor.name): torch.stack(rows)}
 
-    def join(self, tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+    def join(self, tensor: TensorPlan, whole: Tensor, read: Callable[[str], Tensor]) -> None:
         means = read(mean_name(tensor.name))
         for one in tensor.made:
             assert isinstance(one, MeanRows)
@@ -122,7 +122,7 @@ class Averaged(Section):
 class MeanRowsProjection(SharedProjection):
     """Each mean row is multiplied once, and its output repeated."""
 
-    def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
+    def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
         super().__init__(dense, tensor)
         self.made = tensor.made
         self.kept = tensor.kept()

@@ -16,7 +16,7 @@ import transformers
 
 import headshare as hs
 from headshare.evaluation.verify import verify
-from headshare.sharing.rewrite import Grouped, write_packed
+from headshare.sharing.rewrite import PackedMatrix, write_packed
 
 FOLDER = Path(__file__).parent / "format"
 EXPECTED = FOLDER / "expected.json"
@@ -189,7 +189,7 @@ def test_its_expansion_is_packed_by_its_plan_as_the_same_file(tmp_path: Path) ->
     assert entry.packing is not None
     stems = [name.removesuffix(".weight_packed") for name in whole.tensors if name.endswith(".weight_packed")]
     matrices = {
-        f"{stem}.weight": Grouped(whole.read(f"{stem}.weight_packed"), whole.read(f"{stem}.weight_scale"))
+        f"{stem}.weight": PackedMatrix(whole.read(f"{stem}.weight_packed"), whole.read(f"{stem}.weight_scale"))
         for stem in stems
     }
     again = hs.open_checkpoint(hs.share(dense, entry.plan).save(tmp_path / "again"))

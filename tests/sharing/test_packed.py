@@ -26,7 +26,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
 from headshare.sharing.expand import expand
-from headshare.sharing.rewrite import Grouped, write_packed
+from headshare.sharing.rewrite import PackedMatrix, write_packed
 from headshare.training import train
 from support import tiny
 from support.command_line import Run, assert_one_error_line
@@ -71,8 +71,8 @@ def drawn(dense: Checkpoint, shared: Checkpoint) -> dict[str, tuple[Tensor, Tens
     return found
 
 
-def grouped(dense: Checkpoint, shared: Checkpoint) -> dict[str, Grouped]:
-    return {name: Grouped(pack(numbers), scale) for name, (numbers, scale) in drawn(dense, shared).items()}
+def grouped(dense: Checkpoint, shared: Checkpoint) -> dict[str, PackedMatrix]:
+    return {name: PackedMatrix(pack(numbers), scale) for name, (numbers, scale) in drawn(dense, shared).items()}
 
 
 def tied(plan: SharePlan | None) -> list[tuple[Any, Any]]:

@@ -26,11 +26,11 @@ from headshare.integrations.transformers.loading import load_model, unique_param
 from headshare.integrations.transformers.quantizer import device_of
 from headshare.plan.placement import held_again, split_evenly
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import gapped_tensors
+from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.storage.pooled import product
 from headshare.storage.pooled.indirect import IndirectBank, IndirectProjection
-from headshare.storage.pooled.product import Slots, slot_linear
+from headshare.storage.pooled.product import BlockTable, slot_linear
 from headshare.storage.pooled.shelves import shelves_of
 from headshare.storage.pooled.slots import racks_of
 from headshare.storage.projection import shared_projections
@@ -55,13 +55,13 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def slots_of(height: int, width: int, count: int, dtype: torch.dtype) -> Slots:
+def slots_of(height: int, width: int, count: int, dtype: torch.dtype) -> BlockTable:
     """A bank of twice as many slots, and a table that uses some of them more than once."""
     bank = (torch.randn(2 * count, height, width) / width**0.5).to(dtype)
-    return Slots(bank.to(DEVICE), torch.randint(0, 2 * count, (count,), dtype=torch.int32).to(DEVICE))
+    return BlockTable(bank.to(DEVICE), torch.randint(0, 2 * count, (count,), dtype=torch.int32).to(DEVICE))
 
 
-def exact(x: torch.Tensor, slots: Slots, bias: torch.Tensor | None, across: bool) -> torch.Tensor:
+def exact(x: torch.Tensor, slots: BlockTable, bias: torch.Tensor | None, across: bool) -> torch.Tensor:
     """The product in float64, row by row of the table."""
     rows = torch.cat([slots.bank[slot].double() for slot in slots.table.tolist()])
     return functional.linear(x.double(), rows.T if across else rows, None if bias is None else bias.double())
@@ -199,8 +199,8 @@ def test_gradients_through_the_kernels_are_within_rounding(by_kernels: None) -> 
 def test_the_operator_compiles_as_one_graph_with_its_gradient() -> None:
     run_python("""
 import torch
-from headshare.storage.pooled.product import Slots, slot_linear
-slots = Slots(torch.randn(6, 16, 48), torch.tensor([3, 1, 1], dtype=torch.int32))
+from headshare.storage.pooled.product import BlockTable, slot_linear
+slots = BlockTable(torch.randn(6, 16, 48), torch.tensor([3, 1, 1], dtype=torch.int32))
 x = torch.randn(4, 48, requires_grad=True)
 def product(x): return slot_linear(x.relu(), slots, None, across=False)
 found = torch.compile(product, fullgraph=True, backend="aot_eager")(x)
@@ -373,7 +373,7 @@ torch.testing.assert_close(found, expected)
 def test_a_weight_that_never_came_is_named(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, *others = tensors
     for name in others:
@@ -385,7 +385,7 @@ def test_a_weight_that_never_came_is_named(shared: Path) -> None:
 def test_two_types_of_number_in_one_bank_are_refused(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, second = list(tensors)[:2]
     bank.put(first, torch.zeros(tensors[first].stored_shape))
@@ -422,7 +422,7 @@ def test_units_used_on_two_devices_are_held_on_both_and_said_so(
 def test_replicas_are_filled_whichever_comes_first(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     names = {f"device {n}": torch.device("cpu", n) for n in range(2)}
     devices = {name: names[device] for name, device in split_evenly(plan, 2).items() if name in tensors}
     stored = {name: torch.randn(tensor.stored_shape) for name, tensor in tensors.items()}
@@ -445,7 +445,7 @@ def test_replicas_are_filled_whichever_comes_first(shared: Path) -> None:
 def test_a_shelf_holds_its_tensors_slots_and_those_that_they_borrow(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     devices = {name: torch.device("cpu", n) for name, n in zip(tensors, [0, 1] * len(tensors), strict=False)}
     for rack in racks_of(tensors):
         for shelf in shelves_of(rack, devices):
@@ -520,7 +520,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = hs.open_checkpoint(tiny.make("qwen3", tmp_path / "wide"))
-    heads_of_16 = gapped_tensors(hs.make_plan(hs.score_units(wide), 0.5))
+    heads_of_16 = tensor_plans(hs.make_plan(hs.score_units(wide), 0.5))
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
 
@@ -531,7 +531,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
     with caplog.at_level(logging.INFO, logger="headshare"):
         assert chosen(heads_of_16) == "indirect"
         assert "storage indirect: the model is placed on CUDA devices" in caplog.text
-        assert chosen(gapped_tensors(plan)) == "owner"
+        assert chosen(tensor_plans(plan)) == "owner"
         assert "blocks of 8 rows, and kernels take multiples of 16" in caplog.text
         assert chosen(heads_of_16, torch.float64) == "owner"
         assert "no kernels for torch.float64" in caplog.text

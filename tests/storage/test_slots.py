@@ -5,14 +5,14 @@ from math import gcd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headshare.plan.tensors import GappedTensor, gapped_tensors
-from headshare.storage.pooled.slots import Rack, racks_of
+from headshare.plan.tensors import TensorPlan, tensor_plans
+from headshare.storage.pooled.slots import BlockLayout, racks_of
 from support.examples import Example, examples
 
 Row = tuple[str, int]  # a dense tensor's name, and an index along the axis in which units lie
 
 
-def rows_that_stand_in(rack: Rack, tensors: dict[str, GappedTensor]) -> list[Row | None]:
+def rows_that_stand_in(rack: BlockLayout, tensors: dict[str, TensorPlan]) -> list[Row | None]:
     """Every row of the bank, after each tensor has put what it stores at its own slots."""
     bank: list[Row | None] = [None] * (rack.slots * rack.height)
     for name, placed in rack.placed.items():
@@ -24,7 +24,7 @@ def rows_that_stand_in(rack: Rack, tensors: dict[str, GappedTensor]) -> list[Row
     return bank
 
 
-def rows_of_the_whole(example: Example, name: str, tensor: GappedTensor) -> list[Row]:
+def rows_of_the_whole(example: Example, name: str, tensor: TensorPlan) -> list[Row]:
     """The dense row that stands at each index after sharing, from the plan's own words."""
     rows: list[Row] = [(name, index) for index in range(tensor.shape[tensor.axis])]
     for selection in example.selections:
@@ -41,7 +41,7 @@ def rows_of_the_whole(example: Example, name: str, tensor: GappedTensor) -> list
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_the_table_of_a_whole_weight_names_the_rows_that_filling_the_gaps_would_put_there(example: Example) -> None:
-    tensors = gapped_tensors(example.plan)
+    tensors = tensor_plans(example.plan)
     racks = racks_of(tensors)
     assert sorted(name for rack in racks for name in rack.placed) == sorted(tensors)
     for rack in racks:
@@ -55,7 +55,7 @@ def test_the_table_of_a_whole_weight_names_the_rows_that_filling_the_gaps_would_
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_a_bank_has_as_many_slots_as_kept_rows_need_and_each_is_used(example: Example) -> None:
-    tensors = gapped_tensors(example.plan)
+    tensors = tensor_plans(example.plan)
     for rack in racks_of(tensors):
         stored = sum(tensors[name].stored_shape[tensors[name].axis] for name in rack.placed)
         assert rack.slots * rack.height == stored
@@ -66,7 +66,7 @@ def test_a_bank_has_as_many_slots_as_kept_rows_need_and_each_is_used(example: Ex
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_slots_are_no_lower_than_the_plans_boundaries_make_them(example: Example) -> None:
-    tensors = gapped_tensors(example.plan)
+    tensors = tensor_plans(example.plan)
     for rack in racks_of(tensors):
         edges: list[int] = []
         for name in rack.placed:
@@ -85,7 +85,7 @@ def test_slots_are_no_lower_than_the_plans_boundaries_make_them(example: Example
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_runs_follow_each_other_and_only_a_tensor_that_gives_something_up_borrows(example: Example) -> None:
-    tensors = gapped_tensors(example.plan)
+    tensors = tensor_plans(example.plan)
     for rack in racks_of(tensors):
         for name, placed in rack.placed.items():
             assert placed.borrows == bool(tensors[name].gaps)
@@ -99,7 +99,7 @@ def test_runs_follow_each_other_and_only_a_tensor_that_gives_something_up_borrow
 @settings(max_examples=50, deadline=None)
 @given(examples(), st.randoms(use_true_random=False))
 def test_the_order_in_which_tensors_are_listed_does_not_change_what_a_table_means(example: Example, chance) -> None:
-    tensors = gapped_tensors(example.plan)
+    tensors = tensor_plans(example.plan)
     names = list(tensors)
     chance.shuffle(names)
     shuffled = {name: tensors[name] for name in names}

@@ -14,7 +14,7 @@ import headshare
 import headshare as hs
 from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import load_model
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.owner import OwnerProjection, OwnerStorage
 from headshare.storage.pooled import cuda_driver, vmm
 from headshare.storage.projection import shared_projections
@@ -36,7 +36,7 @@ class Kept(OwnerStorage):
     brings_memory: ClassVar[bool] = True
 
     @classmethod
-    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+    def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
         return None if devices == {"disk"} else "it is for disks"
 
 

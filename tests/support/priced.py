@@ -1,7 +1,7 @@
-"""Prices of a tiny model's units, and the stock model with overwritten rows that they are compared with."""
+"""CostCurves of a tiny model's units, and the stock model with overwritten rows that they are compared with."""
 
 from collections.abc import Sequence
-from pathlib import Path as Folder
+from pathlib import CostCurve as Folder
 from typing import Any
 
 import pytest
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from headshare.calibration.costs.actions import FACTORED, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.least_squares import Direct, solved
 
 TIES = (QK, QKV, QKVO)
 OWN = (QK, QKV, FACTORED, REMOVE)  # those that one readout may have together
-READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
+READOUT = {Sublayer.ATTENTION: Part.O, Sublayer.FFN: Part.DOWN}
 
 
 def calibration(windows: int = 8, window: int = 16) -> Calibration:
@@ -39,7 +39,7 @@ class Reference:
     def __init__(self, checkpoint: Checkpoint, layout: Layout, layer: int, text: Calibration | None = None) -> None:
         self.model, self.tokens = load_model(checkpoint), (text or calibration()).mixed().tokens
         self.layout, self.layer = layout, layer
-        self.post_norm = layout.kind is Kind.FFN and checkpoint.config["model_type"] in ("bert", "mpnet")
+        self.post_norm = layout.kind is Sublayer.FFN and checkpoint.config["model_type"] in ("bert", "mpnet")
         self.readout = layout.parts[READOUT[layout.kind]]
         self.own = {name: value.clone() for name, value in self.model.state_dict().items()}
         module = self.module(self.readout.name(layer))
@@ -47,7 +47,7 @@ class Reference:
         self.weight = weight.T if self.readout.axis == 0 else weight
         seen = self.seen()
         out, hidden = seen["out"], seen["hidden"]
-        squares = (hidden + out if layout.kind is Kind.ATTENTION else hidden).square().sum(-1, keepdim=True)
+        squares = (hidden + out if layout.kind is Sublayer.ATTENTION else hidden).square().sum(-1, keepdim=True)
         self.root = (squares * len(squares)).rsqrt()
         self.inputs = seen["in"] * self.root
 
@@ -69,7 +69,7 @@ class Reference:
         def note_layer(_: Any, args: Any, kwargs: Any, out: Any) -> None:
             entered = args[0] if args else kwargs["hidden_states"]
             left = out[0] if isinstance(out, tuple) else out
-            seen["hidden"] = flat(entered if self.layout.kind is Kind.ATTENTION else left)
+            seen["hidden"] = flat(entered if self.layout.kind is Sublayer.ATTENTION else left)
 
         handles = [
             self.module(self.readout.name(self.layer)).register_forward_hook(note_readout),
@@ -104,7 +104,7 @@ class Reference:
         weight = self.module(self.readout.name(donor.layer)).weight.detach().double()
         return (weight.T if self.readout.axis == 0 else weight)[:, self.columns(donor.group)]
 
-    def errors(self, steps: Sequence[Step], held_out: float = 0.0) -> list[float]:
+    def errors(self, steps: Sequence[CurveStep], held_out: float = 0.0) -> list[float]:
         """The error after each of these steps, on held-out tokens where there are some."""
         direct = self.direct(held_out)
         found = []
@@ -120,7 +120,7 @@ class Reference:
         held = max(int(held_out * windows), held_out > 0)
         return Direct(self.inputs, self.weight, (windows - held) * window)
 
-    def give_up(self, direct: "Direct", step: Step) -> None:
+    def give_up(self, direct: "Direct", step: CurveStep) -> None:
         """Take the step, with its first donor."""
         columns = self.columns(*step.groups)
         features = [self.features(step.groups[0], step.donors[0][0], step.action)] if step.donors else []
@@ -135,28 +135,28 @@ def flat(value: Tensor) -> Tensor:
     return value.detach().double().flatten(0, -2).clone()
 
 
-def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Action], **options: Any) -> Prices:
-    """Prices on the tokens that are fitted to, which are all there are."""
+def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Action], **options: Any) -> CostCurves:
+    """CostCurves on the tokens that are fitted to, which are all there are."""
     return price_units(checkpoint, text, forms, held_out=0.0, **options)
 
 
-def paths_of(prices: Prices, kind: Kind, layer: int) -> list[Path]:
+def paths_of(prices: CostCurves, kind: Sublayer, layer: int) -> list[CostCurve]:
     return [path for path in prices.paths if (path.kind, path.layer) == (kind, layer)]
 
 
-def path_of(prices: Prices, kind: Kind, layer: int) -> Path:
+def path_of(prices: CostCurves, kind: Sublayer, layer: int) -> CostCurve:
     (path,) = paths_of(prices, kind, layer)
     return path
 
 
-def forms_of(path: Path) -> set[Action]:
+def forms_of(path: CostCurve) -> set[Action]:
     return {step.action for step in path.steps}
 
 
 KEPT = ("mpnet", "falcon-mha", "falcon-mqa", "llama-mqa")  # families whose attention units cannot be removed
 
 
-def pull_of(direct: "Direct", reference: Reference, step: Step) -> float:
+def pull_of(direct: "Direct", reference: Reference, step: CurveStep) -> float:
     features = reference.features(step.groups[0], step.donors[0][0], step.action)
     product = solved(features, reference.inputs @ reference.weight.T - direct.target)
     return direct.ridge_of(features) * float(product.square().sum())
@@ -165,7 +165,9 @@ def pull_of(direct: "Direct", reference: Reference, step: Step) -> float:
 CLOSE = 2e-3  # of what was removed: the walk is float32, and so is the stock model
 
 
-def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8, held_out: float = 0.0) -> None:
+def check_path(
+    checkpoint: Checkpoint, layout: Layout, path: CostCurve, windows: int = 8, held_out: float = 0.0
+) -> None:
     reference = Reference(checkpoint, layout, path.layer, calibration(windows))
     errors = reference.errors(path.steps, held_out)
     scale = max(errors)
@@ -174,5 +176,5 @@ def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int 
 
 
 def isolated(reference: Reference, group: int, donor: HeadUnit, form: Action) -> float:
-    (error,) = reference.errors([Step(form, (group,), 0.0, 1, ((donor, 0.0),))])
+    (error,) = reference.errors([CurveStep(form, (group,), 0.0, 1, ((donor, 0.0),))])
     return error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headshare.evaluation.harness import Runner, chosen_tasks
-from headshare.evaluation.results import Measured
+from headshare.evaluation.results import TaskResult
 
 OPTIONS = ["wind.", "rain.", "snow.", "ice."]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -88,5 +88,5 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def measured(runner: Runner, data: Path, *names: str) -> list[Measured]:
+def measured(runner: Runner, data: Path, *names: str) -> list[TaskResult]:
     return [runner.run(one, one.name) for one in chosen_tasks(names, data)]

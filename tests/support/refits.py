@@ -16,7 +16,7 @@ from headshare.experiments.controls import overwrite_recipients
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.ties import Selection
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.walks import ALL, hidden_states
@@ -36,7 +36,7 @@ def dense_of(name: str, tmp_path: Path) -> hs.Checkpoint:
 def plan_of(dense: hs.Checkpoint, kind: str) -> SharePlan:
     """Ties of layers 1 to 3 (a third to a half of their units) or removals in them."""
     if kind.startswith("removed"):
-        return removing(dense, Kind.ATTENTION if kind.endswith("attention") else Kind.FFN)
+        return removing(dense, Sublayer.ATTENTION if kind.endswith("attention") else Sublayer.FFN)
     parts = kind.removeprefix("scaled ")
     if parts in ("ffn", "gateup", "down"):
         parts = "up" if parts == "gateup" and "gate" not in _gated(dense) else parts
@@ -52,10 +52,10 @@ def _gated(dense: hs.Checkpoint) -> set[str]:
     return {str(part) for part in ffn_layout(text_config(dense.config), dense.shapes).parts}
 
 
-def removing(dense: hs.Checkpoint, kind: Kind) -> SharePlan:
+def removing(dense: hs.Checkpoint, kind: Sublayer) -> SharePlan:
     config = text_config(dense.config)
     layout = attention_layout(config, dense.shapes)
-    if kind is Kind.FFN:
+    if kind is Sublayer.FFN:
         place = ffn_layout(config, dense.shapes).parts[Part.DOWN]
         layout = ffn_layout(config, dense.shapes, place.shape[place.axis])
     most = max(1, layout.groups // 3)

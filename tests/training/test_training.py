@@ -19,7 +19,7 @@ from headshare.evaluation import Settings as Limited
 from headshare.evaluation import measure
 from headshare.integrations.transformers.loading import load_model
 from headshare.text.tokens import Calibration
-from headshare.training import Method, SharingTrainer, train
+from headshare.training import SharingTrainer, TrainingMethod, train
 from headshare.training.arguments import trainer_arguments
 from headshare.training.windows import training_windows
 from support import tiny
@@ -133,26 +133,28 @@ def test_where_no_step_is_better_than_none_the_weights_are_those_from_before(
 # ---- what is written
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", list(TrainingMethod))
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3"])
 def test_what_is_written_is_a_checkpoint_like_any_other(
-    method: Method, name: str, text: Folder, tmp_path: Folder
+    method: TrainingMethod, name: str, text: Folder, tmp_path: Folder
 ) -> None:
     dense = add_tokenizer(tiny.make(name, tmp_path / "dense", dtype=torch.bfloat16))
     start = dense
-    if method is Method.RECOVER:
+    if method is TrainingMethod.RECOVER:
         start = hs.share(hs.open_checkpoint(dense), plan_of(dense)).save(tmp_path / "shared")
     train(start, tmp_path / "out", settings(text, method, arguments={"max_steps": 1}))
     written = hs.open_checkpoint(tmp_path / "out")
     expected = hs.open_checkpoint(hs.share(hs.open_checkpoint(dense), plan_of(dense)).save(tmp_path / "direct"))
-    if method is Method.DENSE:
+    if method is TrainingMethod.DENSE:
         expected = hs.open_checkpoint(hs.expand(expected, tmp_path / "expanded"))
     assert written.plan == expected.plan
     assert {name: (info.dtype, info.shape) for name, info in written.tensors.items()} == {
         name: (info.dtype, info.shape) for name, info in expected.tensors.items()
     }
     entry = written.sharing
-    assert (entry and entry.base_model) == (None if method is Method.DENSE else str(hs.open_checkpoint(dense).name))
+    assert (entry and entry.base_model) == (
+        None if method is TrainingMethod.DENSE else str(hs.open_checkpoint(dense).name)
+    )
     assert {path.name for path in written.path.iterdir()} == {
         *(path.name for path in expected.path.iterdir()), "training.json",
     }  # fmt: skip

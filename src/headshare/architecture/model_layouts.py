@@ -8,7 +8,7 @@ from typing import Any
 from headshare.architecture.recognition import Shapes, attention_layout, ffn_layout
 from headshare.errors import ArchitectureError
 from headshare.plan.layout import Layout
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class ModelLayouts:
         """
         return ffn_layout(self.config, self.shapes, groups)
 
-    def units(self, kind: Kind, groups: int) -> Layout:
+    def units(self, kind: Sublayer, groups: int) -> Layout:
         """The units of one kind; those of the feed-forward in this many groups a layer.
 
         Raises:
             ArchitectureError, PlanError: as the others do.
         """
-        return self.attention if kind is Kind.ATTENTION else self.ffn_in(groups)
+        return self.attention if kind is Sublayer.ATTENTION else self.ffn_in(groups)

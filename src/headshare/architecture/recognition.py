@@ -18,7 +18,7 @@ from headshare.architecture.families import (
 from headshare.architecture.heads import Heads, heads_of
 from headshare.errors import ArchitectureError, PlanError
 from headshare.plan.layout import Layout, Place
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,7 +53,7 @@ def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
         step=rows[Part.Q],
         rows=rows[Part.Q],
     )
-    return Layout(kind=Kind.ATTENTION, layers=layers, groups=kv_heads, parts=places)
+    return Layout(kind=Sublayer.ATTENTION, layers=layers, groups=kv_heads, parts=places)
 
 
 def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> Layout:
@@ -87,7 +87,7 @@ def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> La
             raise ArchitectureError(f"{name} is {shape}, but {down_name} reads {neurons} neurons.")
         places[part] = Place(tensor=name, axis=out_axis, shape=shape, start=start, step=size, rows=size)
     places[Part.DOWN] = Place(tensor=down_name, axis=1 - out_axis, shape=down_shape, start=0, step=size, rows=size)
-    return Layout(kind=Kind.FFN, layers=layers, groups=groups, parts=places)
+    return Layout(kind=Sublayer.FFN, layers=layers, groups=groups, parts=places)
 
 
 def _feature_modules(ffn: Gated | GatedStacked | Plain, neurons: int) -> list[tuple[Part, str, int]]:

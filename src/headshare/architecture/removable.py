@@ -8,16 +8,16 @@ from headshare.architecture.model_layouts import ModelLayouts
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 
 
-def removal_refusal(config: Mapping[str, Any], kind: Kind) -> str | None:
+def removal_refusal(config: Mapping[str, Any], kind: Sublayer) -> str | None:
     """Why units of this kind cannot be removed from a model of this (text) configuration, or None.
 
     Whether there are any to remove is another question: the layout answers it.
     """
     model_type = str(config.get("model_type", "unknown"))
-    if kind is Kind.FFN:
+    if kind is Sublayer.FFN:
         return None if family_of(model_type) else f"headshare does not know how '{model_type}' models use their neurons"
     counts = counts_of(model_type)
     if counts is None:

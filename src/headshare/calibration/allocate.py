@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headshare.calibration.costs.curves import Path, Prices
+from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.to_plan import Budgeted, End, budgeted
 from headshare.errors import PlanError
 from headshare.plan.section import Choice
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 
 Taken = list[int]
 
 
-def plan_for_units(prices: Prices, units: int, *, choice: Choice | None = None) -> Budgeted:
+def plan_for_units(prices: CostCurves, units: int, *, choice: Choice | None = None) -> Budgeted:
     """The plan that gives up exactly this many units, at the least sum of the steps' prices that there is.
 
     Units are attention's, and groups of neurons where those are tied. Single neurons are none, and are all kept.
@@ -36,7 +36,7 @@ def plan_for_units(prices: Prices, units: int, *, choice: Choice | None = None) 
     return budgeted(prices, _cheapest(halves, units), choice)
 
 
-def plan_for_bytes(prices: Prices, saved: int, *, choice: Choice | None = None) -> Budgeted:
+def plan_for_bytes(prices: CostCurves, saved: int, *, choice: Choice | None = None) -> Budgeted:
     """The plan that saves at least this many bytes, at the least sum of the steps' prices that a greedy choice finds.
 
     Each turn goes on in one half of a layer, by one step or several, or along another of its paths, where that is
@@ -56,12 +56,12 @@ def plan_for_bytes(prices: Prices, saved: int, *, choice: Choice | None = None) 
     return min((budgeted(prices, _saving(paths, saved), choice) for paths in able), key=lambda found: found.price)
 
 
-def _most_saved(paths: Sequence[Path]) -> int:
+def _most_saved(paths: Sequence[CostCurve]) -> int:
     """The bytes that one half of a layer saves on the path that saves most."""
     return max(sum(step.saved_bytes for step in path.steps) for path in paths)
 
 
-def _alternatives(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+def _alternatives(paths: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
     """All of them, and those of each set of actions of each half of the layers alone."""
     yield paths
     kinds = sorted({(path.kind, tuple(sorted(path.actions))) for path in paths})
@@ -70,7 +70,7 @@ def _alternatives(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
             yield [path for path in paths if path.kind is kind and path.actions == set(actions)]
 
 
-def _saving(paths: Sequence[Path], wanted: int) -> list[End]:
+def _saving(paths: Sequence[CostCurve], wanted: int) -> list[End]:
     """The ends to which these are followed to save this much."""
     halves = [_Half.of(some).worth_having() for some in _by_half(paths)]
     return _ends(halves, _trimmed(halves, _greedy(halves, wanted), wanted))
@@ -89,7 +89,7 @@ class _Half:
     saved: NDArray[np.int64]
 
     @classmethod
-    def of(cls, paths: Sequence[Path]) -> "_Half":
+    def of(cls, paths: Sequence[CostCurve]) -> "_Half":
         """All beginnings of these paths; the one that has none stands for all of their empty ones."""
         found = [(0, 0.0, paths[0], 0)]
         for path in paths:
@@ -128,9 +128,9 @@ class _Half:
         return self.price[at + 1 :] - self.price[at], self.saved[at + 1 :] - self.saved[at]
 
 
-def _by_half(paths: Iterable[Path]) -> list[list[Path]]:
+def _by_half(paths: Iterable[CostCurve]) -> list[list[CostCurve]]:
     """The paths of each half of each layer together, in order of appearance."""
-    halves: dict[tuple[Kind, int], list[Path]] = {}
+    halves: dict[tuple[Sublayer, int], list[CostCurve]] = {}
     for path in paths:
         halves.setdefault((path.kind, path.layer), []).append(path)
     return list(halves.values())

@@ -11,7 +11,7 @@ from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError, PlanError
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
-from headshare.plan.units import Kind, Parts
+from headshare.plan.units import Parts, Sublayer
 from headshare.sharing.size import parameter_infos
 
 
@@ -49,7 +49,7 @@ class Budget:
         """
         dense.require_dense("plan for it")
         actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
-        words = "gateup" if actions[0].sublayer is Kind.FFN else "qk"
+        words = "gateup" if actions[0].sublayer is Sublayer.FFN else "qk"
         layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
         units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
         saved: int | None = None

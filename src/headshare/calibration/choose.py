@@ -7,16 +7,16 @@ from typing import Any
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import Action
-from headshare.calibration.costs.curves import Prices
+from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import check_windows, predicts, probe_prices
-from headshare.calibration.costs.saved import SavedPaths
+from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import PlanError
 from headshare.files.state_files import Workspace, check_readable, joint_digest
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.text.tokens import Calibration
 
 
@@ -84,11 +84,11 @@ def prices_on(
     *,
     ffn_groups: int = 1,
     protect: tuple[int, ...] = (),
-    kinds: Collection[Kind] = tuple(Kind),
+    kinds: Collection[Sublayer] = tuple(Sublayer),
     probe: bool = True,
     device: str = "cpu",
     workspace: Workspace | None = None,
-) -> Prices:
+) -> CostCurves:
     """The prices of all that these halves of all layers could give up by these actions: `price_units`, and with
     `probe` `probe_prices`, where the model predicts anything.
 
@@ -111,10 +111,10 @@ def prices_on(
     return prices
 
 
-def _saved_paths(workspace: Workspace | None, *what: object) -> SavedPaths | None:
+def _saved_paths(workspace: Workspace | None, *what: object) -> SavedCurves | None:
     """The paths that an earlier run priced under this key, all read once; None where nothing is kept."""
     if workspace is None:
         return None
-    saved = SavedPaths(workspace, joint_digest(*what))
+    saved = SavedCurves(workspace, joint_digest(*what))
     check_readable(saved)
     return saved

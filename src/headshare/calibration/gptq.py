@@ -23,20 +23,20 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
 from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.integrations.transformers.loading import empty_model
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.progress import track
 from headshare.sharing.expanded import ExpandedTensors
-from headshare.sharing.rewrite import Grouped, write_packed
+from headshare.sharing.rewrite import PackedMatrix, write_packed
 from headshare.text.tokens import Calibration
 
 
 @dataclass(frozen=True)
-class Rounded:
+class QuantizedModel:
     """A checkpoint, and its layers' matrices rounded, whole, by name: what `save` will write."""
 
     checkpoint: Checkpoint
     packing: Packing
-    matrices: Mapping[str, Grouped]
+    matrices: Mapping[str, PackedMatrix]
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the rounded checkpoint as a folder, whole or not at all, and check what was written.
@@ -49,7 +49,7 @@ class Rounded:
 
 def round_by_gptq(
     checkpoint: Checkpoint, calibration: Calibration, *, group: int | None = None, device: str = "cpu"
-) -> Rounded:
+) -> QuantizedModel:
     """Round a dense or a shared checkpoint's matrices to four bits, all on the inputs that they have before any is
     rounded, with a scale for each `group` of inputs (default: the largest of 128, 64, 32, 16 and 8 that fits all).
 
@@ -101,7 +101,7 @@ def round_by_gptq(
             mine, theirs, span = found[name], found[gap.donor], gap.stop - gap.start
             mine.packed[gap.start : gap.stop] = theirs.packed.narrow(0, gap.donor_start, span)
             mine.scale[gap.start : gap.stop] = theirs.scale.narrow(0, gap.donor_start, span)
-    return Rounded(checkpoint, packing, found)
+    return QuantizedModel(checkpoint, packing, found)
 
 
 def _packing(
@@ -126,10 +126,10 @@ def _packing(
     return Packing(group=group or fitting[0], ignore=tuple(path for path in linear if path not in rounded))
 
 
-def _empty(shape: tuple[int, ...], group: int) -> Grouped:
+def _empty(shape: tuple[int, ...], group: int) -> PackedMatrix:
     rows, inputs = shape
     packed = torch.zeros(rows, inputs // A_WORD, dtype=torch.int32)
-    return Grouped(packed, torch.zeros(rows, inputs // group, dtype=SCALE_DTYPE))
+    return PackedMatrix(packed, torch.zeros(rows, inputs // group, dtype=SCALE_DTYPE))
 
 
 @dataclass(eq=False)
@@ -151,7 +151,7 @@ class _Piece:
             self._task = make(linear)
         return self._task
 
-    def put(self, found: Grouped) -> None:
+    def put(self, found: PackedMatrix) -> None:
         """Round, and put the rows into their matrix."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -173,7 +173,7 @@ class _Piece:
         found.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
 
 
-def _pieces(name: str, tensors: Mapping[str, GappedTensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:
+def _pieces(name: str, tensors: Mapping[str, TensorPlan], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:
     """The rows that a tensor stores, by their users."""
     users: list[tuple[str, ...]] = [(name,)] * shapes[name][0]
     for other in sorted(tensors.values(), key=lambda one: _layer_of(one.name)):

@@ -14,7 +14,7 @@ from headshare.text.windows import Windows, finite_or_null, is_causal
 
 
 @dataclass(frozen=True)
-class Measured:
+class HeldOutPerplexity:
     """Perplexity of the dense and of the shared model on held-out calibration windows; None, with a note that says why,
     where a model has none."""
 
@@ -36,7 +36,7 @@ class Measured:
         return f"perplexity measured: {self.shared:,.3f}, dense {self.dense:,.3f}, over {where}"
 
 
-def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: str = "cpu") -> Measured:
+def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: str = "cpu") -> HeldOutPerplexity:
     """Perplexity of both models. What hinders measuring is noted, not raised: the work before it is done."""
     windows = Windows(held_out.tokens, held_out.bos)
     window = windows.length
@@ -44,11 +44,13 @@ def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: s
     try:
         model = load_model(dense, **options)
         if not is_causal(model):
-            return Measured(None, None, 0, window, f"{type(model).__name__} is an encoder, which has no perplexity.")
+            return HeldOutPerplexity(
+                None, None, 0, window, f"{type(model).__name__} is an encoder, which has no perplexity."
+            )
         before = perplexity(model, windows)
         del model
         with open_checkpoint(shared) as opened:
             after = perplexity(load_model(opened, **options), windows)
     except HeadshareError as error:
-        return Measured(None, None, 0, window, str(error))
-    return Measured(before.perplexity, after.perplexity, before.tokens, window)
+        return HeldOutPerplexity(None, None, 0, window, str(error))
+    return HeldOutPerplexity(before.perplexity, after.perplexity, before.tokens, window)

@@ -5,7 +5,7 @@ from typing import Any
 
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.measure import Measured
+from headshare.calibration.measure import HeldOutPerplexity
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import SharedCheckpoint
 
@@ -15,7 +15,7 @@ class Planned:
     """A plan with what it saves and what was predicted for it, and what was measured of it, if that was asked for."""
 
     chosen: Budgeted
-    measured: Measured | None = None
+    measured: HeldOutPerplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same under the names that `--json` prints, without the plan."""
@@ -41,7 +41,7 @@ class Outcome:
 
     shared: SharedCheckpoint
     chosen: Budgeted | None = None
-    measured: Measured | None = None
+    measured: HeldOutPerplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `share --json` prints beside the bytes."""
@@ -60,7 +60,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ShareRequest:
     """What is to be done with calibration: a plan, or a budget to choose one under; a refit of it, with gradient
     `steps` a layer after it; a measurement."""
 

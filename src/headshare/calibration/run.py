@@ -16,8 +16,8 @@ import torch
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.measure import Measured, measure
-from headshare.calibration.outcome import Outcome, Planned, Wanted
+from headshare.calibration.measure import HeldOutPerplexity, measure
+from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.run import record_of, refit, run_refit
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Run:
+class CalibratedRun:
     """A calibrated run on its way: the dense model, the tokens, the device, and the state to go on from."""
 
     dense: Checkpoint
@@ -89,13 +89,13 @@ class Run:
         work = self.resumable.workspace
         return refit(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
 
-    def measure(self, shared: Path) -> "Measured":
+    def measure(self, shared: Path) -> "HeldOutPerplexity":
         """Perplexity of the dense model and of the shared one in this folder, on the windows held out of the fits."""
         return measure(self.dense, shared, self.calibration.split()[1], device=self.device)
 
 
 @contextmanager
-def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[Run]:
+def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[CalibratedRun]:
     """A calibrated run to this output. Its state is removed when the block ends, and stays when the block fails. The
     next run to this output must then have the same model, text, setting and `more`, or it is refused.
 
@@ -126,7 +126,7 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
     }
     folder = run_folder(out, "calibrating")
     with ResumableRun(folder, identity, refused=CalibrationError, restart=setting.restart) as resumable:
-        yield Run(dense, text, device, resumable, setting.probe)
+        yield CalibratedRun(dense, text, device, resumable, setting.probe)
 
 
 def plan_calibrated(
@@ -146,7 +146,7 @@ def plan_calibrated(
     return Planned(chosen, found)
 
 
-def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
+def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexity:
     """The measurement of a plan's refitted model, which is written among the state files until it is measured."""
     folder = run.resumable.workspace.folder / "measured"
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +158,7 @@ def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
 
 
 def share_calibrated(
-    dense: Checkpoint, wanted: Wanted, setting: Setting, out: Path, *, overwrite: bool = False
+    dense: Checkpoint, wanted: ShareRequest, setting: Setting, out: Path, *, overwrite: bool = False
 ) -> Outcome:
     """Plan, unless there is a plan, share, refit and write.
 

@@ -22,7 +22,7 @@ from headshare.checkpoint.header import TensorInfo
 from headshare.errors import CheckpointError
 from headshare.files.atomic import read_at
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import added_tensors, gapped_biases, gapped_tensors
+from headshare.plan.tensors import added_tensors, bias_plans, tensor_plans
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -65,7 +65,7 @@ class Checkpoint:
         """The shapes that the tensors have in the dense model; tensors that a plan adds to it are left out."""
         if self.plan is None:
             return self.shapes
-        changed = gapped_tensors(self.plan) | gapped_biases(self.plan)
+        changed = tensor_plans(self.plan) | bias_plans(self.plan)
         added = added_tensors(self.plan)
         return {
             name: changed[name].shape if name in changed else info.shape

@@ -17,7 +17,7 @@ from torch import Tensor
 from headshare.checkpoint.refit_record import MAX_TENSORS
 from headshare.errors import CheckpointError, PlanError
 from headshare.files.untrusted import Text
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 
 NESTED = "quantization_config"
 BITS = 4
@@ -106,13 +106,13 @@ def check_types(stored: Iterable[tuple[str, str]]) -> None:
             raise CheckpointError(f"{name} is of type {dtype}; it should be {wanted}. Download the checkpoint again.")
 
 
-def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dict[str, GappedTensor]:
+def packed_tensors(tensors: Mapping[str, TensorPlan], packing: Packing) -> dict[str, TensorPlan]:
     """What a plan makes of the parts of packed matrices; biases are as they were.
 
     Raises:
         PlanError: if it does more than share rows.
     """
-    found: dict[str, GappedTensor] = {}
+    found: dict[str, TensorPlan] = {}
     for name, tensor in tensors.items():
         if tensor.axis or not tensor.only_borrows:
             raise PlanError(f"only shared rows can be packed in 4 bits, and this plan does more to {name}.")
@@ -121,7 +121,7 @@ def packed_tensors(tensors: Mapping[str, GappedTensor], packing: Packing) -> dic
             continue
         for part, (one, shape) in zip((PACKED, SCALE), packing.parts(name, tensor.shape).items(), strict=True):
             gaps = tuple(gap._replace(donor=part_of(gap.donor, part)) for gap in tensor.gaps)
-            found[one] = GappedTensor(one, shape, 0, gaps)
+            found[one] = TensorPlan(one, shape, 0, gaps)
     return found
 
 

@@ -135,11 +135,11 @@ def report_command(
     from headshare.experiments.about import ABOUT
     from headshare.experiments.report.figures import draw
     from headshare.experiments.report.page import report
-    from headshare.experiments.report.sources import Evaluated, Measured, published
+    from headshare.experiments.report.sources import Comparison, Evaluated, published
 
     has_results = {folder: (folder / RESULTS).is_file() for folder in folders}
     compared = {
-        folder: Measured.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
+        folder: Comparison.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
     }
     loaded = {folder: Evaluated.load(folder) for folder in folders if has_results[folder]}
     evaluated = [one for folder, one in loaded.items() if one.tells_more_than(compared.get(folder))]

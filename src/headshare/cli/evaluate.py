@@ -100,14 +100,14 @@ def evaluate_command(
         refuse_unused(context, "there is no --source", ("prompt", "language"), EvaluationError)
         if not tasks:
             refuse_unused(context, "there are no --tasks and no --source", ("limit", "batch_size"), EvaluationError)
-    from headshare.evaluation import Parallel, Settings, Text, measure, table_of
+    from headshare.evaluation import EvalText, Parallel, Settings, measure, table_of
     from headshare.evaluation.measuring import to_dict
 
     rows = measure(
         models,
         tasks=listed(tasks),
         data=data_dir,
-        text=None if text is None else Text(text, window, tokens, bos),
+        text=None if text is None else EvalText(text, window, tokens, bos),
         parallel=None
         if source is None or reference is None
         else Parallel(source, reference, prompt, limit, language=language),

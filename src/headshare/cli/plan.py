@@ -53,7 +53,7 @@ from headshare.matching.scores import Scores
 from headshare.matching.similarity import score_units
 from headshare.plan.describe import picture
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
 from headshare.text.windows import WINDOW
 
@@ -63,7 +63,7 @@ def _check_budget(context: Context, budget: Budget) -> None:
     refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
     if is_given(context, "save"):
         refuse_unused(context, "--save says how much is given up", ["ratio"])
-    if not any(action.sublayer is Kind.FFN for action in budget.actions):
+    if not any(action.sublayer is Sublayer.FFN for action in budget.actions):
         refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
 
 

@@ -9,7 +9,7 @@ import typer
 
 from headshare.bench.memory import watched_peak
 from headshare.calibration.budget import Budget
-from headshare.calibration.outcome import Outcome, Wanted
+from headshare.calibration.outcome import Outcome, ShareRequest
 from headshare.calibration.run import Setting, refit_checkpoint, share_calibrated
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -148,7 +148,7 @@ def share(
             wanted = make_plan(scores, ratio, parts=parts or "qkv", mode=mode, ffn_ratio=ffn_ratio, protect=numbers)
         if calibration is not None:
             setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
-            asked = Wanted(wanted, refit=refit, ffn=refit_ffn, steps=reconstruct, measure=measure, dtype=dtype)
+            asked = ShareRequest(wanted, refit=refit, ffn=refit_ffn, steps=reconstruct, measure=measure, dtype=dtype)
             found = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
         else:
             assert isinstance(wanted, SharePlan)

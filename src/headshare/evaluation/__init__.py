@@ -2,17 +2,17 @@
 
 from headshare.evaluation.generation import Writing, continuations, samples_of
 from headshare.evaluation.harness import Runner, Settings
-from headshare.evaluation.measuring import Text, measure
-from headshare.evaluation.results import Measured, Metric, read_results, table_of
+from headshare.evaluation.measuring import EvalText, measure
+from headshare.evaluation.results import Metric, TaskResult, read_results, table_of
 from headshare.evaluation.translation import Parallel
 
 __all__ = [
-    "Measured",
+    "TaskResult",
     "Metric",
     "Parallel",
     "Runner",
     "Settings",
-    "Text",
+    "EvalText",
     "Writing",
     "continuations",
     "measure",

@@ -25,8 +25,8 @@ from headshare.evaluation.harness_tasks import (
     share_of_constant,
     share_right,
 )
-from headshare.evaluation.results import Measured, key_of, versions
-from headshare.evaluation.task_files import TASKS, Part, digest_of
+from headshare.evaluation.results import TaskResult, key_of, versions
+from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.text.windows import is_causal, longest_window
 
@@ -68,7 +68,7 @@ class Chosen:
 
     name: str
     digest: str
-    parts: Mapping[str, Part] | None = None
+    parts: Mapping[str, TaskPart] | None = None
     few_shot: int | None = None
 
     @property
@@ -84,7 +84,7 @@ class Chosen:
         """Tells this task of this model by these settings."""
         return key_of(model, self.task, self.digest, harness_version(), RULE, self.settings(settings).deciding)
 
-    def run(self, runner: "Runner", key: str) -> Measured:
+    def run(self, runner: "Runner", key: str) -> TaskResult:
         """Measure it, as `Runner.run` does."""
         return runner.run(self, key)
 
@@ -192,7 +192,7 @@ class Runner:
             softmax_dtype="float32",
         )
 
-    def run(self, task: Chosen, key: str) -> Measured:
+    def run(self, task: Chosen, key: str) -> TaskResult:
         """Measure one task.
 
         Raises:
@@ -225,7 +225,7 @@ class Runner:
         shares = {name: (share_right(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
         scored = all("acc" in sample for sample in samples)
         chosen = all(sample.get("acc") in (0, 1) for sample in samples)
-        return Measured(
+        return TaskResult(
             model=self.name,
             task=task.name,
             key=key,

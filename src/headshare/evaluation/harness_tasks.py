@@ -9,12 +9,12 @@ from typing import Any
 from headshare.errors import EvaluationError
 from headshare.evaluation.questions import Question
 from headshare.evaluation.results import Metric
-from headshare.evaluation.task_files import TASKS, Part
+from headshare.evaluation.task_files import TASKS, TaskPart
 
 SCORED = ("acc", "acc_norm")
 
 
-def as_task(task: str, part: str, kept: Part) -> Any:
+def as_task(task: str, part: str, kept: TaskPart) -> Any:
     """A subject as a task of the harness's own kind."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask

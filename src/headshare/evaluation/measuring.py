@@ -13,14 +13,14 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation.harness import Runner, Settings, chosen_tasks
 from headshare.evaluation.perplexity import perplexity
-from headshare.evaluation.results import Kept, Measured, Metric, kept_results, key_of, not_left_empty
+from headshare.evaluation.results import Kept, Metric, TaskResult, kept_results, key_of, not_left_empty
 from headshare.evaluation.translation import Parallel
 from headshare.progress import say
 from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, windows_of
 
 
 @dataclass(frozen=True)
-class Text:
+class EvalText:
     """A text whose perplexity is measured: in windows of so many tokens, of at most so many tokens of it."""
 
     path: Path
@@ -46,7 +46,7 @@ class Text:
         """Tells this text on this model by these settings."""
         return key_of(model, self.digest, self.window, self.tokens, self.bos, settings.dtype)
 
-    def run(self, runner: Runner, key: str) -> Measured:
+    def run(self, runner: Runner, key: str) -> TaskResult:
         """Measure it.
 
         Raises:
@@ -55,7 +55,9 @@ class Text:
         found = perplexity(runner.model, self.windows(runner)).to_dict()
         value = found.pop("perplexity")
         settings = {**found, **runner.circumstances, "text": self.digest[:8]}
-        return Measured(runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=settings)
+        return TaskResult(
+            runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=settings
+        )
 
     def windows(self, runner: Runner) -> Windows:
         """Its windows for this model.
@@ -74,12 +76,12 @@ def measure(
     *,
     tasks: Sequence[str] = (),
     data: Path | None = None,
-    text: Text | None = None,
+    text: EvalText | None = None,
     parallel: Parallel | None = None,
     settings: Settings | None = None,
     out: Path | None = None,
     revision: str | None = None,
-) -> list[Measured]:
+) -> list[TaskResult]:
     """Every model, dense or shared, on the text, on every task (ours from files in the folder of data, or any of
     lm-evaluation-harness's by name), and on the translation of a parallel text.
 
@@ -101,8 +103,8 @@ def measure(
 
 
 def _measured(
-    checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Kept[Measured]
-) -> Iterator[Measured]:
+    checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Kept[TaskResult]
+) -> Iterator[TaskResult]:
     """One model's results. It is loaded once, if anything is missing."""
     runner: Runner | None = None
     model = fingerprint(checkpoint)
@@ -129,11 +131,11 @@ class _Job(Protocol):
         """Tells this model on this by these settings."""
         ...
 
-    def run(self, runner: Runner, key: str) -> Measured:
+    def run(self, runner: Runner, key: str) -> TaskResult:
         """Measure it."""
         ...
 
 
-def to_dict(rows: Sequence[Measured]) -> dict[str, Any]:
+def to_dict(rows: Sequence[TaskResult]) -> dict[str, Any]:
     """The same as `--json` prints it."""
     return {"results": [asdict(row) for row in rows]}

@@ -43,13 +43,13 @@ class Question:
         return 1 / max(len(self.contexts), len(self.endings))
 
 
-class Row(BaseModel):
+class QuestionRow(BaseModel):
     """One row of a file; other fields than those that are named may stand there too."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-def json_lines(path: Path, kind: type[Row], task: str) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, kind: type[QuestionRow], task: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands.
 
     Raises:
@@ -65,7 +65,7 @@ def json_lines(path: Path, kind: type[Row], task: str) -> Iterator[tuple[str, An
 
 
 def csv_rows(
-    path: Path, split: str, kind: type[Row], task: str, fields: Sequence[str] | None
+    path: Path, split: str, kind: type[QuestionRow], task: str, fields: Sequence[str] | None
 ) -> dict[str, list[tuple[str, Any]]]:
     """The rows of each subject's `SUBJECT_split.csv`, wherever in the folder or zip it lies; none where there is no
     such file. `fields` names the columns of files that have no heading.
@@ -89,14 +89,14 @@ def _csv(text: str, fields: Sequence[str] | None, where: str) -> Iterator[tuple[
         raise EvaluationError(f"{where}, line {reader.line_num} is no CSV: {error}.") from None
 
 
-def _row(kind: type[Row], row: Mapping[str, str], task: str, where: str) -> Row:
+def _row(kind: type[QuestionRow], row: Mapping[str, str], task: str, where: str) -> QuestionRow:
     try:
         return kind.model_validate({name: value for name, value in row.items() if isinstance(name, str)})
     except ValidationError as error:
         raise _malformed(error, kind, task, where) from None
 
 
-def _malformed(error: ValidationError, kind: type[Row], task: str, where: str) -> EvaluationError:
+def _malformed(error: ValidationError, kind: type[QuestionRow], task: str, where: str) -> EvaluationError:
     first = error.errors(include_url=False)[0]
     at, found = ".".join(str(step) for step in first["loc"]) or "the row", first["input"]
     found = sorted(found) if isinstance(found, dict) else found

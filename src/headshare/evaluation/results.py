@@ -39,7 +39,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Measured(Keyed):
+class TaskResult(Keyed):
     """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives, and
     `constant`, where all questions have the same options, that of always giving the one that is right most often.
 
@@ -174,25 +174,25 @@ def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
     return rows
 
 
-def kept_results(folder: Path | None) -> Kept[Measured]:
+def kept_results(folder: Path | None) -> Kept[TaskResult]:
     """What `headshare eval --out` keeps in this folder, if any.
 
     Raises:
         EvaluationError: if its file is there and holds something else.
     """
-    return Kept(None if folder is None else folder / RESULTS, Measured, WHAT)
+    return Kept(None if folder is None else folder / RESULTS, TaskResult, WHAT)
 
 
-def read_results(file: Path) -> list[Measured]:
+def read_results(file: Path) -> list[TaskResult]:
     """The rows of such a file.
 
     Raises:
         EvaluationError: if it is not there, or holds something else.
     """
-    return read_rows(file, Measured, WHAT)
+    return read_rows(file, TaskResult, WHAT)
 
 
-def table_of(rows: Sequence[Measured]) -> str:
+def table_of(rows: Sequence[TaskResult]) -> str:
     """Markdown: models down, tasks across, in percent with standard errors; what guessing gives in a row of its own,
     and after a stroke what always the same answer does. A tilde marks what is not two standard errors above both. A
     task that was measured in several ways has a column for each."""
@@ -206,12 +206,12 @@ def table_of(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def guesses_of(row: Measured) -> str:
+def guesses_of(row: TaskResult) -> str:
     """What guessing gives, and always the same answer, in percent."""
     return " / ".join(f"{100 * one:.1f}" for one in row.guessed)
 
 
-def current(rows: Sequence[Measured]) -> list[Measured]:
+def current(rows: Sequence[TaskResult]) -> list[TaskResult]:
     """Without what is of another model than the last that was measured under the same name."""
     last = {row.model: row.settings.get("model") for row in rows}
     return [row for row in rows if row.settings.get("model") == last[row.model]]
@@ -226,10 +226,10 @@ def versions(*also: str) -> dict[str, str]:
     return found
 
 
-def _columns(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
+def _columns(rows: Sequence[TaskResult]) -> dict[str, list[TaskResult]]:
     """Rows of one task, measured in one way, under what they are called: the task, its questions, and where it was
     measured in several ways what differs. Of two rows of one model the later comes first."""
-    by_way: dict[str, dict[str, list[Measured]]] = {}
+    by_way: dict[str, dict[str, list[TaskResult]]] = {}
     for row in rows:
         way = json.dumps([row.questions, row.chance, _way(row)], sort_keys=True)
         by_way.setdefault(row.task, {}).setdefault(way, []).insert(0, row)
@@ -243,7 +243,7 @@ def _columns(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
     return found
 
 
-def _way(row: Measured) -> dict[str, Any]:
+def _way(row: TaskResult) -> dict[str, Any]:
     """The settings that a result depends on, in words that can stand in a table."""
     return {
         name: ascii(value).strip("'").replace("|", "/")

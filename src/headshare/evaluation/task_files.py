@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from headshare.errors import EvaluationError
-from headshare.evaluation.questions import Question, Row, csv_rows, json_lines
+from headshare.evaluation.questions import Question, QuestionRow, csv_rows, json_lines
 
 Rows = Sequence[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskPart:
     """A subject of a task, or all of it: its questions, and others to be shown as examples, with their answers."""
 
     questions: tuple[Question, ...]
@@ -30,10 +30,10 @@ class Task:
 
     name: str
     files: tuple[str, ...]
-    read: Callable[[Path], dict[str, Part]]
+    read: Callable[[Path], dict[str, TaskPart]]
     space: str = " "
 
-    def parts(self, folder: Path) -> dict[str, Part]:
+    def parts(self, folder: Path) -> dict[str, TaskPart]:
         """All questions, by subject; where there is one part alone, it is the task's own name.
 
         Raises:
@@ -54,7 +54,7 @@ class Task:
 TASKS: dict[str, Task] = {}
 
 
-def digest_of(parts: Mapping[str, Part]) -> str:
+def digest_of(parts: Mapping[str, TaskPart]) -> str:
     """What changes with any question, and with which examples are shown first."""
     order = ["in their order"] if any(part.examples for part in parts.values()) else []
     kept = [[name, asdict(part)] for name, part in parts.items()]
@@ -64,7 +64,7 @@ def digest_of(parts: Mapping[str, Part]) -> str:
 def read_rows(
     name: str,
     *files: str,
-    row: type[Row],
+    row: type[QuestionRow],
     together: str | None = None,
     kept: Callable[[Any], bool] = lambda _: True,
     examples: str | None = None,
@@ -82,9 +82,9 @@ def read_rows(
             found = [_asked(question, list(group)) for _, group in groups]
             return tuple(sorted(found, key=_mixing) if mixed else found)
 
-        def read(path: Path) -> dict[str, Part]:
+        def read(path: Path) -> dict[str, TaskPart]:
             shown = path.with_name(examples) if examples else path
-            return {"": Part(questions(path), questions(shown) if shown != path and shown.is_file() else ())}
+            return {"": TaskPart(questions(path), questions(shown) if shown != path and shown.is_file() else ())}
 
         TASKS[name] = Task(name, files or (f"{name}.jsonl",), read, space)
         return question
@@ -102,18 +102,18 @@ def exam(
     *,
     heading: Callable[[str], str],
     fields: Sequence[str] | None,
-    row: type[Row],
+    row: type[QuestionRow],
     space: str = " ",
 ) -> Callable[[Callable[[Any], Question]], Callable[[Any], Question]]:
     """Register a task of one CSV a subject, in a folder or a zip; examples are those of the split `dev`."""
 
     def register(question: Callable[[Any], Question]) -> Callable[[Any], Question]:
-        def read(path: Path) -> dict[str, Part]:
+        def read(path: Path) -> dict[str, TaskPart]:
             asked, shown = (csv_rows(path, one, row, name, fields) for one in (split, "dev"))
             if not asked:
                 raise EvaluationError(f"{path} holds no file SUBJECT_{split}.csv, which {name} is read from.")
             return {
-                subject: Part(
+                subject: TaskPart(
                     tuple(_asked(lambda rows: question(rows[0]), [one]) for one in rows),
                     tuple(_asked(lambda rows: question(rows[0]), [one]) for one in shown.get(subject, ())),
                     heading(subject.replace("_", " ")),

@@ -11,13 +11,13 @@ from typing import Literal
 from pydantic import Field
 
 from headshare.errors import EvaluationError
-from headshare.evaluation.questions import Question, Row
+from headshare.evaluation.questions import Question, QuestionRow
 from headshare.evaluation.task_files import exam, read_rows
 
 # ---- rows
 
 
-class _Asked(Row):
+class _Asked(QuestionRow):
     query: str
     choices: list[str]
     gold: int
@@ -27,31 +27,31 @@ class _Fact(_Asked):
     fact1: str
 
 
-class _Filled(Row):
+class _Filled(QuestionRow):
     context_options: list[str]
     continuation: str
     gold: int
 
 
-class _Premise(Row):
+class _Premise(QuestionRow):
     premise: str
     hypothesis: str
     label: Literal["entailment", "not_entailment"]
 
 
-class _Pair(Row):
+class _Pair(QuestionRow):
     sentence1: str
     sentence2: str
     label: Literal["entailment", "not_entailment"]
 
 
-class _Inference(Row):
+class _Inference(QuestionRow):
     sentence1: str
     sentence2: str
     label: Literal["entailment", "neutral", "contradiction", "-"]
 
 
-class _Read(Row):
+class _Read(QuestionRow):
     example_id: str
     article: str
     question: str
@@ -72,18 +72,18 @@ class _Read(Row):
         return f"Question: {self.question}\nAnswer: {right}\n"
 
 
-class _News(Row):
+class _News(QuestionRow):
     sentence: str
     label_desc: str
 
 
-class _Paper(Row):
+class _Paper(QuestionRow):
     abst: str
     keyword: list[str]
     label: Literal["0", "1"]
 
 
-class _Exam(Row):
+class _Exam(QuestionRow):
     question: str
     A: str
     B: str

@@ -13,7 +13,7 @@ from typing import Any
 from headshare.errors import EvaluationError
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import INSTALL, Runner, Settings
-from headshare.evaluation.results import Measured, Metric, key_of
+from headshare.evaluation.results import Metric, TaskResult, key_of
 from headshare.text.windows import read_text
 
 SOURCE = "{source}"
@@ -63,7 +63,7 @@ class Parallel:
         """Tells this translation by this model and these settings."""
         return key_of(model, self.pairs, self.prompt, self.tokens, self.language, METEOR_RULE, settings.dtype)
 
-    def run(self, runner: Runner, key: str) -> Measured:
+    def run(self, runner: Runner, key: str) -> TaskResult:
         """Translate every line and measure all.
 
         Raises:
@@ -78,7 +78,7 @@ class Parallel:
             "lines": hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8], **runner.circumstances,
             "bleu": signature, "meteor": METEOR_RULE,
         }  # fmt: skip
-        return Measured(runner.name, self.name, key, found, len(self.pairs), settings=settings)
+        return TaskResult(runner.name, self.name, key, found, len(self.pairs), settings=settings)
 
 
 def stemmer_for(language: str | None) -> Any:

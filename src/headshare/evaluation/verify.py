@@ -22,7 +22,7 @@ from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor, added_tensors, bias_name
+from headshare.plan.tensors import TensorPlan, added_tensors, bias_name
 from headshare.plan.units import READOUTS
 from headshare.progress import track
 from headshare.sharing.expand import expand, write_overwritten
@@ -156,7 +156,7 @@ def _check_lent(
     shared: Checkpoint,
     dense: Checkpoint,
     refitted: frozenset[str],
-    tensors: Mapping[str, GappedTensor],
+    tensors: Mapping[str, TensorPlan],
     result: Verification,
 ) -> None:
     """What other layers borrow of q, k, v, gate and up is the dense model's, whatever a refit did to the rest."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headshare.architecture.modules import linear_of
 from headshare.calibration.costs.actions import REMOVE
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.sublayer import UnitSizes
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
@@ -21,7 +21,7 @@ from headshare.experiments.controls import weight_of
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.layout import Layout, Place
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -75,17 +75,17 @@ def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") 
     return _summed(layout, salience)
 
 
-def removal_prices(dense: Checkpoint, importance: Importance) -> Prices:
+def removal_prices(dense: Checkpoint, importance: Importance) -> CostCurves:
     """Deletion of attention units, the least important of each layer first; each layer keeps its most important one."""
     layout = dense.layouts.attention
     paths = []
     for layer in range(layout.layers):
         order = sorted(range(layout.groups), key=lambda group: _of(importance, layout, layer, group))[:-1]
         saved = REMOVE.saved_bytes(UnitSizes.of(dense, layout, layer))
-        steps = tuple(Step(REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
+        steps = tuple(CurveStep(REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
         if steps:
-            paths.append(Path(Kind.ATTENTION, layer, steps))
-    return Prices(str(dense.config.get("model_type", "unknown")), {Kind.ATTENTION: layout}, tuple(paths))
+            paths.append(CostCurve(Sublayer.ATTENTION, layer, steps))
+    return CostCurves(str(dense.config.get("model_type", "unknown")), {Sublayer.ATTENTION: layout}, tuple(paths))
 
 
 def _of(importance: Importance, layout: Layout, layer: int, group: int) -> float:

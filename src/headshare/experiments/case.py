@@ -8,8 +8,8 @@ from typing import Any
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.choose import prices_on
 from headshare.calibration.costs.actions import REMOVE, Action
-from headshare.calibration.costs.curves import Prices
-from headshare.calibration.gptq import Rounded
+from headshare.calibration.costs.curves import CostCurves
+from headshare.calibration.gptq import QuantizedModel
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.experiments.baselines import Importance, magnitudes, taylor
@@ -19,10 +19,10 @@ from headshare.matching.pairing import make_plan
 from headshare.matching.scores import Scores
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.text.tokens import Calibration
-from headshare.training import Method as Training
 from headshare.training import Sharing, TrainSettings
+from headshare.training import TrainingMethod as Training
 
 REFIT = "+refit"
 ROUNDED = "+gptq4"
@@ -70,16 +70,16 @@ class Common:
         some = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
         return taylor(self.dense, some, device=self.device)
 
-    def units(self, *actions: Action) -> Prices:
-        """Prices of attention's units by these actions, in nats: measured once, and of removals too where ties follow
+    def units(self, *actions: Action) -> CostCurves:
+        """CostCurves of attention's units by these actions, in nats: measured once, and of removals too where ties follow
         those."""
-        return self._prices(actions, Kind.ATTENTION)
+        return self._prices(actions, Sublayer.ATTENTION)
 
-    def neurons(self) -> Prices:
-        """Prices of neurons' removal, in nats, measured once."""
-        return self._prices((REMOVE,), Kind.FFN)
+    def neurons(self) -> CostCurves:
+        """CostCurves of neurons' removal, in nats, measured once."""
+        return self._prices((REMOVE,), Sublayer.FFN)
 
-    def _prices(self, actions: tuple[Action, ...], kind: Kind) -> Prices:
+    def _prices(self, actions: tuple[Action, ...], kind: Sublayer) -> CostCurves:
         return prices_on(self.dense, self.text, actions, kinds=(kind,), device=self.device, workspace=self.work)
 
 
@@ -111,7 +111,7 @@ class Case:
         assert found is not None
         return found.model_copy(update={"method": method, "sharing": Sharing(ratio=self.ratio), "seed": self.seed})
 
-    def saving(self, prices: Prices) -> SharePlan:
+    def saving(self, prices: CostCurves) -> SharePlan:
         """The plan that saves the bytes at the least price."""
         return plan_for_bytes(prices, self.saved_bytes).plan
 
@@ -125,7 +125,7 @@ class Edit:
     note: str
 
 
-Make = Callable[[Case], SharePlan | Edit | TrainSettings | Rounded]
+Make = Callable[[Case], SharePlan | Edit | TrainSettings | QuantizedModel]
 
 
 @dataclass(frozen=True)

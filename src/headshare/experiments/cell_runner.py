@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headshare.calibration.gptq import Rounded, round_by_gptq
+from headshare.calibration.gptq import QuantizedModel, round_by_gptq
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
@@ -19,10 +19,10 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import HeadshareError, OutputError, TrainingError
 from headshare.evaluation.harness import Chosen, Runner, chosen_tasks
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
-from headshare.evaluation.results import Measured, kept_results, key_of, versions
+from headshare.evaluation.results import TaskResult, kept_results, key_of, versions
 from headshare.evaluation.translation import Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
-from headshare.experiments.cells import DENSE, Compared, GivenUp
+from headshare.experiments.cells import DENSE, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
 from headshare.files.folder import file_digest
 from headshare.files.state_files import Workspace
@@ -78,7 +78,7 @@ class CellRunner:
             made = METHODS[base_of(name)].make(case)
             if isinstance(made, TrainSettings):
                 return self._trained(Compared(key, name, ratio), made, begun)
-            if isinstance(made, Rounded):
+            if isinstance(made, QuantizedModel):
                 return self._rounded(Compared(key, name, ratio), made, begun)
             if isinstance(made, Edit):
                 return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
@@ -117,7 +117,7 @@ class CellRunner:
         shutil.rmtree(folder)
         return found
 
-    def _rounded(self, cell: Compared, rounded: Rounded, begun: float) -> Compared:
+    def _rounded(self, cell: Compared, rounded: QuantizedModel, begun: float) -> Compared:
         with open_checkpoint(rounded.save(self.folder.with_name(MADE_ROUNDED), overwrite=True)) as written:
             whole, left = (sum(i.nbytes for i in parameter_infos(one).values()) for one in (self.dense, written))
             return self._measured(cell, written, saved=whole - left, seconds=time.monotonic() - begun)
@@ -159,7 +159,7 @@ class CellRunner:
             divergences=divergences,
         )
 
-    def _on_task(self, task: Chosen | Parallel, runner: Runner, cell: Compared) -> Measured:
+    def _on_task(self, task: Chosen | Parallel, runner: Runner, cell: Compared) -> TaskResult:
         """What `headshare eval --out` kept of the dense model in the same folder is not measured again."""
         if cell.method != DENSE:
             return task.run(runner, cell.key)
@@ -200,7 +200,7 @@ def _in_one_line(error: HeadshareError) -> str:
 
 def _told(cell: Compared, plan: SharePlan) -> Compared:
     """With what the plan takes, in all and layer by layer."""
-    return replace(cell, given_up=GivenUp.of(plan), by_layer=tuple(given_up(plan)))
+    return replace(cell, given_up=TakenUnits.of(plan), by_layer=tuple(given_up(plan)))
 
 
 def _curve(record: Mapping[str, Any]) -> Iterator[dict[str, float]]:

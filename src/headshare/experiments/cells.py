@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict
 
-from headshare.evaluation.results import Kept, Keyed, Measured, read_rows
+from headshare.evaluation.results import Kept, Keyed, TaskResult, read_rows
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 
 CELLS, WHAT = "cells.json", "cells of `headshare compare`"
 DENSE = "dense"
@@ -25,7 +25,7 @@ def _point(row: dict[str, float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class GivenUp:
+class TakenUnits:
     """What a plan takes from a model: units that use a donor's weights, and removed attention units and neurons."""
 
     tied: int
@@ -33,10 +33,10 @@ class GivenUp:
     neurons: int
 
     @classmethod
-    def of(cls, plan: SharePlan) -> "GivenUp":
+    def of(cls, plan: SharePlan) -> "TakenUnits":
         """Counted over all layers; a unit whose parts are tied to several donors counts once."""
         tied = {(one.layout.kind, tie.recipient) for one in plan.selections for tie in one.ties}
-        return cls(len(tied), plan.removed(Kind.ATTENTION), plan.removed(Kind.FFN))
+        return cls(len(tied), plan.removed(Sublayer.ATTENTION), plan.removed(Sublayer.FFN))
 
     @property
     def in_cell(self) -> str:
@@ -69,13 +69,13 @@ class Compared(Keyed):
     seconds: float = 0.0
     note: str = ""
     failed: str = ""
-    results: tuple[Measured, ...] = ()
+    results: tuple[TaskResult, ...] = ()
     losses: tuple[float, ...] = ()
     divergences: tuple[float, ...] = ()
     by_layer: tuple[float, ...] = ()
     curve: tuple[Annotated[dict[str, float], AfterValidator(_point)], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    given_up: GivenUp | None = None
+    given_up: TakenUnits | None = None
 
     @property
     def title(self) -> str:

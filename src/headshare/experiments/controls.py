@@ -11,7 +11,7 @@ from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> Non
     Raises:
         PlanError: if the layout has no readout part.
     """
-    part = Part.O if layout.kind is Kind.ATTENTION else Part.DOWN
+    part = Part.O if layout.kind is Sublayer.ATTENTION else Part.DOWN
     if part not in layout.parts:
         raise PlanError(f"to delete {layout.kind} units, the layout must have part {part}.")
     place = layout.parts[part]
@@ -69,9 +69,9 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
     )
 
 
-def recipients_of(plan: SharePlan) -> dict[Kind, list[HeadUnit]]:
+def recipients_of(plan: SharePlan) -> dict[Sublayer, list[HeadUnit]]:
     """The units that give something up, by kind, each once."""
-    found: dict[Kind, set[HeadUnit]] = {}
+    found: dict[Sublayer, set[HeadUnit]] = {}
     for selection in plan.selections:
         found.setdefault(selection.layout.kind, set()).update(tie.recipient for tie in selection.ties)
     return {kind: sorted(units) for kind, units in found.items()}

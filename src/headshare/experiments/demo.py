@@ -9,7 +9,7 @@ from typing import Any
 from headshare.bench.bench import Subject, measure_loading
 from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import QKV
-from headshare.calibration.costs.curves import Prices
+from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ CALIBRATED_TIMES = 2  # as many tokens to calibrate on as to measure on, times t
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One ratio. Bytes are measured: files on disk, parameters of the loaded model, each counted once, and what loading
     it adds to the PSS of a fresh process (None where the system does not say).
 
@@ -69,7 +69,7 @@ def language_reference() -> str:
 
 def run_demo(
     model: str | Path, work: Path, text: str, *, ratios: Sequence[float] = RATIOS, tokens: int = TOKENS, seed: int = 0
-) -> Iterator[Row]:
+) -> Iterator[DemoRow]:
     """Share at each ratio into `work`, verify, measure, and yield one row at a time.
 
     Raises:
@@ -96,7 +96,7 @@ def run_demo(
             if not found.ok:
                 raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(found.problems)}")
             loaded = load_model(shared)
-            yield Row(
+            yield DemoRow(
                 ratio=ratio,
                 recipients=plan.ties,
                 disk_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
@@ -131,7 +131,7 @@ def _halved(windows: Windows, tokens: int, seed: int) -> tuple[Windows, Calibrat
 
 
 def _refitted(
-    dense: Checkpoint, prices: Prices, units: int, calibration: Calibration, windows: Windows, out: Path
+    dense: Checkpoint, prices: CostCurves, units: int, calibration: Calibration, windows: Windows, out: Path
 ) -> float:
     """Perplexity of this many units matched by output and refitted, written and loaded again."""
     shared = share(dense, plan_for_units(prices, units).plan)
@@ -152,7 +152,7 @@ def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows, seed: int
     return perplexity(model, windows).perplexity
 
 
-def in_one_sentence(rows: Sequence[Row]) -> str:
+def in_one_sentence(rows: Sequence[DemoRow]) -> str:
     """What the table shows, in words that follow from its numbers."""
     last = rows[-1]
     saved = 1 - last.memory_bytes / rows[0].memory_bytes
@@ -167,7 +167,7 @@ def in_one_sentence(rows: Sequence[Row]) -> str:
     )
 
 
-def _in_pss(rows: Sequence[Row]) -> str:
+def _in_pss(rows: Sequence[DemoRow]) -> str:
     """The saving as the system sees it: the dense model's PSS against the last row's."""
     dense, shared = rows[0].pss_bytes, rows[-1].pss_bytes
     if dense is None or shared is None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from headshare.bench.tables import markdown, mib
-from headshare.experiments.demo import Row
+from headshare.experiments.demo import DemoRow
 
 HEADERS = (
     "ratio",
@@ -19,12 +19,12 @@ HEADERS = (
 )
 
 
-def demo_table(rows: Sequence[Row]) -> str:
+def demo_table(rows: Sequence[DemoRow]) -> str:
     """One line a ratio: measured bytes, then perplexities of the shared model and its controls."""
     return markdown([HEADERS, *(_cells(row) for row in rows)])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: DemoRow) -> tuple[str, ...]:
     perplexities = (row.shared, row.deleted, row.random_donors, row.dense, row.refit)
     return (
         f"{row.ratio:g}",

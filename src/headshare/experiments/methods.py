@@ -11,7 +11,7 @@ import torch
 
 from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, QKV, REMOVE
-from headshare.calibration.gptq import Rounded, round_by_gptq
+from headshare.calibration.gptq import QuantizedModel, round_by_gptq
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.experiments.baselines import (
     overwrite_with_mean,
@@ -26,7 +26,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.units import HeadUnit
 from headshare.sharing.size import estimate_plan
-from headshare.training import Method as Training
+from headshare.training import TrainingMethod as Training
 from headshare.training import TrainSettings
 
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
@@ -183,5 +183,5 @@ def _int8(case: Case) -> Edit:
     fixed=True,
     reads=True,
 )
-def _gptq4(case: Case) -> Rounded:
+def _gptq4(case: Case) -> QuantizedModel:
     return round_by_gptq(case.dense, case.common.text, device=case.common.device)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError, OptionError
 from headshare.evaluation.harness import Settings
-from headshare.evaluation.measuring import Text
+from headshare.evaluation.measuring import EvalText
 from headshare.evaluation.translation import SOURCE, Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.methods import TYING
@@ -31,7 +31,7 @@ class Grid:
     ratios: tuple[float, ...]
     tasks: tuple[str, ...] = ()
     data: Path | None = None
-    text: Text | None = None
+    text: EvalText | None = None
     parallel: Parallel | None = None
     settings: Settings = field(default_factory=Settings)
     seed: int = 0
@@ -118,7 +118,7 @@ class Recipe(BaseModel):
             ratios=self.ratios,
             tasks=self.tasks,
             data=self.data_dir,
-            text=None if self.text is None else Text(self.text, self.window, self.tokens),
+            text=None if self.text is None else EvalText(self.text, self.window, self.tokens),
             parallel=None
             if self.source is None or self.reference is None
             else Parallel(self.source, self.reference, self.prompt, self.limit, language=self.language),

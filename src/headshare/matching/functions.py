@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headshare.errors import OptionError
 from headshare.plan.section import MAX_NAME
-from headshare.plan.units import FFN_PARTS, Kind, Part
+from headshare.plan.units import FFN_PARTS, Part, Sublayer
 
 Products = Mapping[Part, Float[Tensor, "units units"]]
 MatchingScores = Float[Tensor, "units units"]
@@ -24,7 +24,7 @@ class MatchFunction:
     """A named match function, the parts it reads, and whether each part is matched, and tied, on its own."""
 
     name: str
-    kind: Kind
+    kind: Sublayer
     parts: tuple[Part, ...]
     score: Callable[[Products], MatchingScores]
     separate: bool = False
@@ -34,7 +34,7 @@ MATCH_FUNCTIONS: dict[str, MatchFunction] = {}
 
 
 def match_function(
-    name: str, *parts: Part, kind: Kind = Kind.ATTENTION, separate: bool = False
+    name: str, *parts: Part, kind: Sublayer = Sublayer.ATTENTION, separate: bool = False
 ) -> Callable[[Callable[[Products], MatchingScores]], Callable[[Products], MatchingScores]]:
     """Register a match function under a name; `parts` are those whose inner products it needs.
 
@@ -95,7 +95,7 @@ def separate(products: Products) -> MatchingScores:
     return cosine(products, *products)
 
 
-@match_function("ffn", *FFN_PARTS, kind=Kind.FFN)
+@match_function("ffn", *FFN_PARTS, kind=Sublayer.FFN)
 def ffn(products: Products) -> MatchingScores:
     """The feed-forward's features: gate and up where both are there, else up."""
     return cosine(products, *(part for part in (Part.GATE, Part.UP) if part in products))

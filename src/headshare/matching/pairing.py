@@ -16,7 +16,7 @@ from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Parts, Tie
+from headshare.plan.units import HeadUnit, Part, Parts, Sublayer, Tie
 
 ScoreMatrix = Float[Tensor, "units units"]
 
@@ -51,9 +51,9 @@ def units_at(ratio: float, units: int) -> int:
     return int(Fraction(str(ratio)) * units)
 
 
-def ratio_of(kind: Kind, ratio: float, ffn_ratio: float | None) -> float:
+def ratio_of(kind: Sublayer, ratio: float, ffn_ratio: float | None) -> float:
     """The ratio for this kind of unit: the feed-forward's own, where it has one."""
-    return ffn_ratio if kind is Kind.FFN and ffn_ratio is not None else ratio
+    return ffn_ratio if kind is Sublayer.FFN and ffn_ratio is not None else ratio
 
 
 def make_plan(
@@ -78,7 +78,7 @@ def make_plan(
         raise OptionError(f"there is no mode '{mode}'. There are: {', '.join(MODES)}.")
     digest = scores.digest
     selections = []
-    for kind in Kind:
+    for kind in Sublayer:
         tied, share = wanted.of(kind), ratio_of(kind, ratio, ffn_ratio)
         for table in _tables_for(scores, kind, tied):
             shared = tuple(part for part in tied if part in table.parts)
@@ -90,7 +90,7 @@ def make_plan(
     return SharePlan(model_type=scores.model_type, selections=tuple(selections))
 
 
-def _tables_for(scores: Scores, kind: Kind, tied: tuple[Part, ...]) -> list[ScoreTable]:
+def _tables_for(scores: Scores, kind: Sublayer, tied: tuple[Part, ...]) -> list[ScoreTable]:
     tables = [table for table in scores.tables if table.layout.kind is kind]
     if tied and not tables:
         raise PlanError(f"the scores hold no {kind} units. Score the model again with parts {'+'.join(tied)}.")
@@ -102,7 +102,7 @@ def _tables_for(scores: Scores, kind: Kind, tied: tuple[Part, ...]) -> list[Scor
 def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], layout: Layout) -> None:
     """Raise PlanError unless some table chooses the ties of each part; a feed-forward without gate needs none."""
     covered = {part for parts in tables for part in parts}
-    absent = {Part.GATE} if layout.kind is Kind.FFN and len(tied) > 1 and Part.GATE not in layout.parts else set()
+    absent = {Part.GATE} if layout.kind is Sublayer.FFN and len(tied) > 1 and Part.GATE not in layout.parts else set()
     missing = [part for part in tied if part not in covered | absent]
     if missing:
         raise PlanError(

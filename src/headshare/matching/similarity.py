@@ -11,7 +11,7 @@ from headshare.matching.functions import MatchFunction, get_match_function
 from headshare.matching.products import CHUNK_NUMBERS, is_exact, read_unit, unit_products
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout
-from headshare.plan.units import Kind, Part, Parts
+from headshare.plan.units import Part, Parts, Sublayer
 
 NEAR_EXACT = 1e-11
 NEAR_FLOAT32 = 6e-6
@@ -27,7 +27,7 @@ def match_for(layout: Layout, match: str) -> MatchFunction:
         OptionError: if there is none of that name, or it is for another kind of unit.
     """
     asked = get_match_function(match)
-    if layout.kind is Kind.FFN:
+    if layout.kind is Sublayer.FFN:
         return get_match_function("ffn")
     if asked.kind is not layout.kind:
         raise OptionError(f"the match function '{match}' is for {asked.kind} units, not for {layout.kind}.")

@@ -1,18 +1,18 @@
 """Plans: units, layouts and choices that say what is shared, and what that means per tensor. They hold no weight."""
 
 from headshare.plan.layout import Layout, Place
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice, Section, section_kind
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Parts, Tie
+from headshare.plan.units import HeadUnit, Part, Parts, Sublayer, Tie
 
 __all__ = [
     "Choice",
-    "Factored",
+    "LowRankUnits",
     "HeadUnit",
-    "Kind",
+    "Sublayer",
     "Layout",
     "Part",
     "Parts",

@@ -4,7 +4,7 @@ from typing import Any
 
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import KEPT, LENDS, SECTION_KINDS
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 
 # keys that the description of every plan has
 _ALWAYS = ("selections", "removals", "factored")
@@ -20,10 +20,10 @@ def describe(plan: SharePlan) -> dict[str, Any]:
 
 def given_up(plan: SharePlan) -> list[float]:
     """The share of each layer's attention units that are tied, factored or removed: the paper's figure 6."""
-    layouts = [layout for layout in plan.layouts if layout.kind is Kind.ATTENTION]
+    layouts = [layout for layout in plan.layouts if layout.kind is Sublayer.ATTENTION]
     if not layouts:
         return []
-    sections = (section for section in plan.sections if section.layout.kind is Kind.ATTENTION)
+    sections = (section for section in plan.sections if section.layout.kind is Sublayer.ATTENTION)
     units = {unit for section in sections for unit in section.units_given()}
     layers = range(layouts[0].layers)
     return [sum(unit.layer == layer for unit in units) / layouts[0].groups for layer in layers]

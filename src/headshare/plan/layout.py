@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headshare.errors import PlanError
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 
 MAX_UNITS = 10_000_000  # single neurons are units too: 126 layers of 53,248 are 6.7 million
 MAX_LAYERS = 10_000
@@ -55,7 +55,7 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind
+    kind: Sublayer
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     groups: Annotated[int, Field(ge=1, le=MAX_GROUPS)]
     parts: dict[Part, Place]

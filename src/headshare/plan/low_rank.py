@@ -12,13 +12,13 @@ from headshare.plan.removal import Removal, counts
 from headshare.plan.section import KEPT, AddedTensor, Choice, ModuleChange, Section, Touched, section_kind
 from headshare.plan.spans import Spans, length
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 
 # what makes such columns, and what holds them in a loaded model
 LOW_RANK = "low_rank"
 
 
-class Product(NamedTuple):
+class LowRankRange(NamedTuple):
     """Dense indices [start, stop) of a readout that are stored as a product of this rank: those of one unit."""
 
     start: int
@@ -30,13 +30,13 @@ class Product(NamedTuple):
         """The name of what multiplies the factors."""
         return LOW_RANK
 
-    def moved_to(self, start: int) -> "Product":
+    def moved_to(self, start: int) -> "LowRankRange":
         """The same range, of as many indices, from this one on."""
         return self._replace(start=start, stop=start + self.stop - self.start)
 
 
 @section_kind
-class Factored(Section):
+class LowRankUnits(Section):
     """Units whose columns of the readout (W_o) are stored as a product of two matrices, of a rank for each unit.
 
     The layout has the part o alone. `units` says which groups, by layer, as a removal does; `ranks` has a number for
@@ -55,7 +55,7 @@ class Factored(Section):
     @field_validator("layout")
     @classmethod
     def _check_layout(cls, layout: Layout) -> Layout:
-        if layout.kind is not Kind.ATTENTION or tuple(layout.parts) != (Part.O,):
+        if layout.kind is not Sublayer.ATTENTION or tuple(layout.parts) != (Part.O,):
             raise PlanError(
                 f"only part o of attention units is stored as a product; this layout is of {layout.kind} units and has "
                 f"{','.join(layout.parts)}."
@@ -116,7 +116,7 @@ class Factored(Section):
         """The units' columns, each unit's a product of its own rank."""
         for layer in self.units:
             for group, rank in self.ranked(layer):
-                product = Product(*self.place.span(group), rank)
+                product = LowRankRange(*self.place.span(group), rank)
                 yield Touched(self.place.name(layer), self.place.shape, self.place.axis, product)
 
     def added(self) -> Iterator[tuple[str, AddedTensor]]:
@@ -145,7 +145,7 @@ class Factored(Section):
 
     def conflict(self, other: Section) -> str | None:
         """A unit's columns are a product or removed, not both; and such a readout neither gives nor takes columns."""
-        if isinstance(other, Factored):
+        if isinstance(other, LowRankUnits):
             return "a plan lists factored attention units twice. Make them one."
         if isinstance(other, Removal):
             return self._conflict_with_removal(other)

@@ -25,11 +25,11 @@ from pydantic import (
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
 from headshare.plan.layout import Layout, check_places, check_tensors
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.removal import Removal
-from headshare.plan.section import MAX_NAME, SECTION_KINDS, Gap, Scaled, Section
+from headshare.plan.section import MAX_NAME, SECTION_KINDS, Borrowed, Scaled, Section
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 
 FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
@@ -49,8 +49,8 @@ class SharePlan(BaseModel):
     format: Literal[1] = FORMAT
     model_type: Annotated[str, Field(max_length=MAX_NAME)] = "unknown"
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
-    removals: Annotated[tuple[Removal, ...], Field(max_length=len(Kind))] = ()
-    factored: Annotated[tuple[Factored, ...], Field(max_length=len(Kind))] = ()
+    removals: Annotated[tuple[Removal, ...], Field(max_length=len(Sublayer))] = ()
+    factored: Annotated[tuple[LowRankUnits, ...], Field(max_length=len(Sublayer))] = ()
     # sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
     others: Annotated[tuple[SerializeAsAny[Section], ...], Field(max_length=MAX_SECTIONS)] = ()
 
@@ -121,7 +121,7 @@ class SharePlan(BaseModel):
         Raises:
             PlanError: if two sections contradict each other.
         """
-        own = {"selections": Selection, "removals": Removal, "factored": Factored}
+        own = {"selections": Selection, "removals": Removal, "factored": LowRankUnits}
         listed = list(sections)
         by_key = {key: tuple(one for one in listed if isinstance(one, kind)) for key, kind in own.items()}
         others = tuple(one for one in listed if not isinstance(one, tuple(own.values())))
@@ -143,7 +143,7 @@ class SharePlan(BaseModel):
         first = (section.layout for section in self.sections[len(self.selections) :])
         return (*first, *(selection.layout for selection in self.selections))
 
-    def removed(self, kind: Kind) -> int:
+    def removed(self, kind: Sublayer) -> int:
         """How many units of this kind are removed, over all layers; in the feed-forward these are neurons."""
         return sum(removal.count for removal in self.removals if removal.layout.kind is kind)
 
@@ -166,7 +166,7 @@ class SharePlan(BaseModel):
         """Whether the plan does nothing but tie units as they are, without scales."""
         ranges = (touched.range for section in self.sections for touched in section.touched())
         changed = any(next(section.modules(), None) for section in self.sections)
-        return not changed and all(one is None or isinstance(one, Gap) for one in ranges)
+        return not changed and all(one is None or isinstance(one, Borrowed) for one in ranges)
 
     @property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from headshare.plan.layout import Layout, Place
 from headshare.plan.section import KEPT, Choice, Removed, Section, Touched, section_kind
 from headshare.plan.spans import Span, Spans, length
 from headshare.plan.ties import Selection
-from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, READOUTS, HeadUnit, Kind, Part
+from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, READOUTS, HeadUnit, Part, Sublayer
 
 # the width of a picture of neurons
 BAR = 32
@@ -51,8 +51,8 @@ class Removal(Section):
     def _check(self) -> "Removal":
         layout = self.layout
         wanted = {
-            Kind.ATTENTION: (ATTENTION_PARTS,),
-            Kind.FFN: (FFN_PARTS, tuple(part for part in FFN_PARTS if part is not Part.GATE)),
+            Sublayer.ATTENTION: (ATTENTION_PARTS,),
+            Sublayer.FFN: (FFN_PARTS, tuple(part for part in FFN_PARTS if part is not Part.GATE)),
         }[layout.kind]
         if tuple(layout.parts) not in wanted:
             raise PlanError(
@@ -72,9 +72,9 @@ class Removal(Section):
 
     def _check_size(self) -> None:
         """A few characters can name all units: so there must not be more of them than models have."""
-        if self.layout.kind is Kind.ATTENTION and self.layout.units > MAX_ATTENTION_UNITS:
+        if self.layout.kind is Sublayer.ATTENTION and self.layout.units > MAX_ATTENTION_UNITS:
             raise PlanError(f"{self.layout.units} attention units; removals are for at most {MAX_ATTENTION_UNITS}.")
-        if self.layout.kind is Kind.FFN and any((p.rows, p.step) != (1, 1) for p in self.layout.parts.values()):
+        if self.layout.kind is Sublayer.FFN and any((p.rows, p.step) != (1, 1) for p in self.layout.parts.values()):
             raise PlanError("the feed-forward loses single neurons: a removal's layout has one row in each group.")
 
     @property
@@ -146,7 +146,7 @@ class Removal(Section):
         """A sign for each attention unit; for neurons, of which there are thousands, a bar and a count."""
         del others
         layout = self.layout
-        attention = layout.kind is Kind.ATTENTION
+        attention = layout.kind is Sublayer.ATTENTION
         width = len(str(layout.layers - 1))
         digits = len(str(layout.groups))
         lines = [self.title(str(layout.kind), self.count, "units removed" if attention else "neurons removed")]

@@ -21,7 +21,7 @@ KEPT = "■"
 LENDS = "◆"
 
 
-class Gap(NamedTuple):
+class Borrowed(NamedTuple):
     """Dense indices [start, stop) that are not stored here, and the same number from `donor_start` of `donor`."""
 
     start: int
@@ -68,7 +68,7 @@ class Made(Protocol):
         """The same range, of as many indices, from this one on."""
 
 
-Range = Gap | Scaled | Removed | Made
+Range = Borrowed | Scaled | Removed | Made
 
 
 class Touched(NamedTuple):

@@ -15,17 +15,17 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from headshare.plan.low_rank import Product
+from headshare.plan.low_rank import LowRankRange
 from headshare.plan.plan import SharePlan
-from headshare.plan.section import AddedTensor, Gap, Made, Removed, Scaled, Touched
+from headshare.plan.section import AddedTensor, Borrowed, Made, Removed, Scaled, Touched
 from headshare.plan.spans import Span, Spans, joined
 
 NOTHING = ""
-PRODUCT = "*"
+MADE = "*"
 
 
-class Run(NamedTuple):
-    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros; of PRODUCT, what the tensor's own factors
+class Source(NamedTuple):
+    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros; of MADE, what the tensor's own factors
     make there."""
 
     source: str
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GappedTensor:
+class TensorPlan:
     """One tensor under a plan: its dense shape, the axis along which units lie, its gaps, what is removed and what is
     factored, in order.
 
@@ -44,7 +44,7 @@ class GappedTensor:
     name: str
     shape: tuple[int, ...]
     axis: int
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[Borrowed, ...] = ()
     scaled: tuple[tuple[int, int], ...] = ()
     removed: Spans = ()
     made: tuple[Made, ...] = ()
@@ -93,20 +93,20 @@ class GappedTensor:
         """The reduced position of a dense index that is not removed."""
         return index - self._removed.before(index)
 
-    def whole(self) -> list[Run]:
+    def whole(self) -> list[Source]:
         """All dense indices in order, each run naming the tensor that has it; neighbouring runs are joined."""
-        runs = [(start, Run(self.name, start, stop)) for start, stop in self.kept()]
+        runs = [(start, Source(self.name, start, stop)) for start, stop in self.kept()]
         runs += [
-            (gap.start, Run(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
+            (gap.start, Source(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
         ]
-        runs += [(start, Run(NOTHING, start, stop)) for start, stop in self.removed]
-        runs += [(one.start, Run(PRODUCT, one.start, one.stop)) for one in self.made]
+        runs += [(start, Source(NOTHING, start, stop)) for start, stop in self.removed]
+        runs += [(one.start, Source(MADE, one.start, one.stop)) for one in self.made]
         return _joined([run for _, run in sorted(runs)])
 
-    def reduced(self, tensors: Mapping[str, "GappedTensor"]) -> "GappedTensor":
+    def reduced(self, tensors: Mapping[str, "TensorPlan"]) -> "TensorPlan":
         """The same in reduced coordinates: a smaller tensor of which nothing is removed."""
         gaps = tuple(
-            Gap(
+            Borrowed(
                 self.reduced_index(gap.start),
                 self.reduced_index(gap.start) + gap.stop - gap.start,
                 gap.donor,
@@ -118,12 +118,12 @@ class GappedTensor:
             (self.reduced_index(start), self.reduced_index(start) + stop - start) for start, stop in self.scaled
         )
         made = tuple(one.moved_to(self.reduced_index(one.start)) for one in self.made)
-        return GappedTensor(self.name, self.reduced_shape, self.axis, gaps, scaled, made=made)
+        return TensorPlan(self.name, self.reduced_shape, self.axis, gaps, scaled, made=made)
 
     @property
-    def factored(self) -> tuple[Product, ...]:
+    def factored(self) -> tuple[LowRankRange, ...]:
         """The ranges that are products of two factors."""
-        return tuple(one for one in self.made if isinstance(one, Product))
+        return tuple(one for one in self.made if isinstance(one, LowRankRange))
 
     @property
     def is_whole(self) -> bool:
@@ -157,19 +157,19 @@ class _Absent:
         return [Span(start, stop) for start, stop in pairs if start < stop]
 
 
-def _joined(runs: list[Run]) -> list[Run]:
-    joined: list[Run] = []
+def _joined(runs: list[Source]) -> list[Source]:
+    joined: list[Source] = []
     for run in runs:
         if joined and joined[-1].source == run.source and joined[-1].stop == run.start:
-            joined[-1] = Run(run.source, joined[-1].start, run.stop)
+            joined[-1] = Source(run.source, joined[-1].start, run.stop)
         else:
             joined.append(run)
     return joined
 
 
-def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
+def tensor_plans(plan: SharePlan) -> dict[str, TensorPlan]:
     """Every tensor that some section of the plan changes or borrows from, by name, in dense coordinates. Tensors that a
-    plan leaves alone are not listed; nor are biases, which not every model has: see `gapped_biases`."""
+    plan leaves alone are not listed; nor are biases, which not every model has: see `bias_plans`."""
     by_name: dict[str, list[Touched]] = {}
     for section in plan.sections:
         for touched in section.touched():
@@ -177,18 +177,18 @@ def gapped_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
     return {name: _merged(touched) for name, touched in by_name.items()}
 
 
-def _merged(touched: list[Touched]) -> GappedTensor:
+def _merged(touched: list[Touched]) -> TensorPlan:
     """One tensor from all that sections say of it."""
     first = touched[0]
     ranges = [one.range for one in touched if one.range is not None]
-    gaps = tuple(sorted(one for one in ranges if isinstance(one, Gap)))
+    gaps = tuple(sorted(one for one in ranges if isinstance(one, Borrowed)))
     scaled = tuple(sorted((one.start, one.stop) for one in ranges if isinstance(one, Scaled)))
     removed = joined(sorted((one.start, one.stop) for one in ranges if isinstance(one, Removed)))
-    made = tuple(one for one in ranges if not isinstance(one, Gap | Scaled | Removed))
-    return GappedTensor(first.name, first.shape, first.axis, gaps, scaled, removed, made)
+    made = tuple(one for one in ranges if not isinstance(one, Borrowed | Scaled | Removed))
+    return TensorPlan(first.name, first.shape, first.axis, gaps, scaled, removed, made)
 
 
-def gapped_biases(plan: SharePlan) -> dict[str, GappedTensor]:
+def bias_plans(plan: SharePlan) -> dict[str, TensorPlan]:
     """The biases that lose something, where the model has them: those beside weights whose outputs are removed."""
     by_name: dict[str, list[Touched]] = {}
     for section in plan.sections:
@@ -196,7 +196,7 @@ def gapped_biases(plan: SharePlan) -> dict[str, GappedTensor]:
             if touched.outputs and isinstance(touched.range, Removed):
                 by_name.setdefault(bias_name(touched.name), []).append(touched)
     return {
-        name: GappedTensor(
+        name: TensorPlan(
             name,
             (many[0].shape[many[0].axis],),
             0,
@@ -206,13 +206,13 @@ def gapped_biases(plan: SharePlan) -> dict[str, GappedTensor]:
     }
 
 
-def reduced_tensors(plan: SharePlan) -> dict[str, GappedTensor]:
+def reduced_tensors(plan: SharePlan) -> dict[str, TensorPlan]:
     """Every tensor that gives or takes, in the coordinates of a model from which removed units are gone."""
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
 
 
-def tied_names(tensors: Mapping[str, GappedTensor]) -> list[str]:
+def tied_names(tensors: Mapping[str, TensorPlan]) -> list[str]:
     """The names of the tensors that give or take."""
     donors = {gap.donor for tensor in tensors.values() for gap in tensor.gaps}
     return [name for name, tensor in tensors.items() if tensor.gaps or name in donors]
@@ -228,6 +228,6 @@ def added_tensors(plan: SharePlan) -> dict[str, AddedTensor]:
     return {name: tensor for section in plan.sections for name, tensor in section.added()}
 
 
-def total_rank(tensor: GappedTensor) -> int:
+def total_rank(tensor: TensorPlan) -> int:
     """The sum of the ranks of a readout's factored units."""
     return sum(one.rank for one in tensor.factored)

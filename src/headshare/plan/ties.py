@@ -12,8 +12,8 @@ from headshare.plan.section import (
     KEPT,
     LENDS,
     AddedTensor,
+    Borrowed,
     Choice,
-    Gap,
     Scaled,
     Section,
     Touched,
@@ -94,7 +94,7 @@ class Selection(Section):
                 name = place.name(recipient.layer)
                 donor_name = place.name(donor.layer)
                 span = place.span(recipient.group)
-                yield Touched(name, place.shape, place.axis, Gap(*span, donor_name, place.span(donor.group)[0]))
+                yield Touched(name, place.shape, place.axis, Borrowed(*span, donor_name, place.span(donor.group)[0]))
                 yield Touched(donor_name, place.shape, place.axis)
                 if self.scale and part is Part.O:
                     yield Touched(name, place.shape, place.axis, Scaled(*span))

@@ -19,7 +19,7 @@ class Part(StrEnum):
     DOWN = "down"
 
 
-class Kind(StrEnum):
+class Sublayer(StrEnum):
     """Which half of a transformer layer a unit belongs to."""
 
     ATTENTION = "attention"
@@ -84,9 +84,9 @@ class Parts:
             ffn=tuple(part for part in FFN_PARTS if part in found),
         )
 
-    def of(self, kind: Kind) -> tuple[Part, ...]:
+    def of(self, kind: Sublayer) -> tuple[Part, ...]:
         """Those of this half of the layer."""
-        return self.attention if kind is Kind.ATTENTION else self.ffn
+        return self.attention if kind is Sublayer.ATTENTION else self.ffn
 
     def __str__(self) -> str:
         ffn = "ffn" if self.ffn == FFN_PARTS else "+".join(self.ffn)

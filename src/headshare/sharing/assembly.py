@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
-from headshare.plan.tensors import NOTHING, PRODUCT, GappedTensor, Run
+from headshare.plan.tensors import MADE, NOTHING, Source, TensorPlan
 
 SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
 PAGE = 4096
@@ -28,7 +28,7 @@ class Assembly:
     shape: tuple[int, ...]
     file: str
     axis: int
-    runs: tuple[Run, ...]
+    runs: tuple[Source, ...]
     shared: bool = False
 
     @property
@@ -48,34 +48,34 @@ class Assembly:
 def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
     """The tensor as it is, stored as `dtype` if it is a floating-point weight."""
     length = info.shape[0] if info.shape else 1
-    return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Run(info.name, 0, length),))
+    return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Source(info.name, 0, length),))
 
 
-def kept_only(info: TensorInfo, tensor: GappedTensor, dtype: str | None = None, *, shared: bool = True) -> Assembly:
+def kept_only(info: TensorInfo, tensor: TensorPlan, dtype: str | None = None, *, shared: bool = True) -> Assembly:
     """What a dense tensor keeps under a plan. It is `shared` where others take from it, or it from them."""
-    runs = tuple(Run(info.name, start, stop) for start, stop in tensor.kept())
+    runs = tuple(Source(info.name, start, stop) for start, stop in tensor.kept())
     return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, shared)
 
 
-def overwritten(info: TensorInfo, tensor: GappedTensor) -> Assembly:
+def overwritten(info: TensorInfo, tensor: TensorPlan) -> Assembly:
     """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint.
 
     Columns that the plan stores as a product are left as the dense tensor has them.
     """
-    runs = (run._replace(source=info.name) if run.source == PRODUCT else run for run in tensor.whole())
+    runs = (run._replace(source=info.name) if run.source == MADE else run for run in tensor.whole())
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
 
-def filled(info: TensorInfo, tensor: GappedTensor, tensors: Mapping[str, GappedTensor]) -> Assembly:
+def filled(info: TensorInfo, tensor: TensorPlan, tensors: Mapping[str, TensorPlan]) -> Assembly:
     """The same, read from a shared checkpoint, where donors too hold only what they keep. There are zeros where the
     tensor's own factors are to be multiplied out."""
     runs = []
     for source, start, stop in tensor.whole():
-        if source in (NOTHING, PRODUCT):
-            runs.append(Run(NOTHING, start, stop))
+        if source in (NOTHING, MADE):
+            runs.append(Source(NOTHING, start, stop))
         else:
             first = tensors[source].stored_index(start)
-            runs.append(Run(source, first, first + stop - start))
+            runs.append(Source(source, first, first + stop - start))
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.plan.ties import scale_name
 from headshare.sharing.assembly import filled, overwritten, stream
 from headshare.sharing.factors import widened
@@ -103,7 +103,7 @@ class ExpandedTensors:
             join(tensor, whole, self._added(tensor))
         return whole
 
-    def _added(self, tensor: GappedTensor) -> Callable[[str], Tensor]:
+    def _added(self, tensor: TensorPlan) -> Callable[[str], Tensor]:
         """The added tensors that made ranges are made from: as stored, or nearest to a dense model's numbers."""
         if self.files.stored:
             return self.checkpoint.read
@@ -122,7 +122,7 @@ class ExpandedTensors:
         return LazyTensors(names, lambda name: self.read(name, rounded=rounded))
 
 
-def _scale_columns(weight: Tensor, tensor: GappedTensor, scale: Tensor) -> None:
+def _scale_columns(weight: Tensor, tensor: TensorPlan, scale: Tensor) -> None:
     """Multiply the scaled channels of a whole readout by their scales, in place."""
     used = 0
     for start, stop in tensor.scaled:

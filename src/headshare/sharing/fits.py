@@ -10,7 +10,7 @@ from headshare.checkpoint.layouts import require_one_dtype
 from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
-from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors, tied_names
+from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, tensor_plans, tied_names
 from headshare.sharing.makers import check_makers
 
 
@@ -25,7 +25,7 @@ class SharedFiles:
 
     checkpoint: Checkpoint
     plan: SharePlan
-    tensors: Mapping[str, GappedTensor]
+    tensors: Mapping[str, TensorPlan]
     added: Mapping[str, AddedTensor]
     stored: bool
 
@@ -107,13 +107,13 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
     return files
 
 
-def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, GappedTensor]:
+def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
-    biases = {name: bias for name, bias in gapped_biases(plan).items() if name in checkpoint.tensors}
-    return {**gapped_tensors(plan), **biases}
+    biases = {name: bias for name, bias in bias_plans(plan).items() if name in checkpoint.tensors}
+    return {**tensor_plans(plan), **biases}
 
 
-def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, GappedTensor], packing: Packing) -> None:
+def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, TensorPlan], packing: Packing) -> None:
     """Every packed matrix has its parts, in their types, and in shapes that fit each other.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headshare.errors import CheckpointError
 from headshare.plan.low_rank import LOW_RANK, factor_names
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.sharing.factors import join_columns, split_columns
 
 
@@ -19,17 +19,17 @@ from headshare.sharing.factors import join_columns, split_columns
 class Maker(Protocol):
     """Both directions between dense numbers and the tensors that stand for them."""
 
-    def split(self, tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+    def split(self, tensor: TensorPlan, dense: Tensor) -> dict[str, Tensor]:
         """The added tensors, by name, that come nearest to the made ranges of this whole dense tensor."""
 
-    def join(self, tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+    def join(self, tensor: TensorPlan, whole: Tensor, read: Callable[[str], Tensor]) -> None:
         """Write the made ranges into a whole tensor, in place; `read` gives an added tensor by its name."""
 
 
 class LowRank:
     """A readout's columns as products of two factors, each unit's nearest of its rank."""
 
-    def split(self, tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+    def split(self, tensor: TensorPlan, dense: Tensor) -> dict[str, Tensor]:
         """Both factors of a readout, by name; the units' ranks lie one after the other."""
         pairs = []
         for start, stop, rank in tensor.factored:
@@ -38,7 +38,7 @@ class LowRank:
         name_in, name_out = factor_names(tensor.name)
         return {name_in: torch.cat([one for one, _ in pairs]), name_out: torch.cat([one for _, one in pairs], dim=1)}
 
-    def join(self, tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+    def join(self, tensor: TensorPlan, whole: Tensor, read: Callable[[str], Tensor]) -> None:
         """Put the products of the factors into the columns of their units."""
         name_in, name_out = factor_names(tensor.name)
         factor_in = read(name_in)
@@ -54,7 +54,7 @@ class LowRank:
 MAKERS: dict[str, Maker] = {LOW_RANK: LowRank()}
 
 
-def check_makers(tensors: Iterable[GappedTensor]) -> None:
+def check_makers(tensors: Iterable[TensorPlan]) -> None:
     """Refuse tensors with made ranges that nothing here makes.
 
     Raises:
@@ -66,17 +66,17 @@ def check_makers(tensors: Iterable[GappedTensor]) -> None:
                 raise CheckpointError(f"{tensor.name} is made by {one.maker!r}, for which this headshare has no maker.")
 
 
-def _makers_of(tensor: GappedTensor) -> list[Maker]:
+def _makers_of(tensor: TensorPlan) -> list[Maker]:
     """The makers of this tensor's ranges, each once."""
     return [MAKERS[name] for name in dict.fromkeys(one.maker for one in tensor.made)]
 
 
-def split(tensor: GappedTensor, dense: Tensor) -> dict[str, Tensor]:
+def split(tensor: TensorPlan, dense: Tensor) -> dict[str, Tensor]:
     """The added tensors that come nearest to a dense tensor's made ranges, by name."""
     return {name: one for maker in _makers_of(tensor) for name, one in maker.split(tensor, dense).items()}
 
 
-def join(tensor: GappedTensor, whole: Tensor, read: Callable[[str], Tensor]) -> None:
+def join(tensor: TensorPlan, whole: Tensor, read: Callable[[str], Tensor]) -> None:
     """Write a tensor's made ranges into it, in place."""
     for maker in _makers_of(tensor):
         maker.join(tensor, whole, read)

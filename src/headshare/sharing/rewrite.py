@@ -19,7 +19,7 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.folder import MANIFEST, check_output
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied
 from headshare.sharing.fits import open_shared
 from headshare.sharing.share import as_stored
@@ -84,7 +84,7 @@ def write_trained(
 
 
 @dataclass(frozen=True)
-class Grouped:
+class PackedMatrix:
     """A matrix of four-bit numbers, packed, and a scale for each group of a row's inputs."""
 
     packed: Int[Tensor, "rows words"]
@@ -93,7 +93,7 @@ class Grouped:
 
 def write_packed(
     source: Checkpoint,
-    matrices: Mapping[str, Grouped],
+    matrices: Mapping[str, PackedMatrix],
     packing: Packing,
     out: Path,
     *,
@@ -107,7 +107,7 @@ def write_packed(
         CheckpointError: if a scale is not finite, or the source cannot be read.
         OutputError: if it cannot be written.
     """
-    tensors: Mapping[str, GappedTensor] = {}
+    tensors: Mapping[str, TensorPlan] = {}
     if source.sharing is None:
         kind = text_config(source.config).get("model_type")
         entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name)

@@ -23,7 +23,7 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import Assembly, copied, kept_only, output_dtype
 from headshare.sharing.expanded import LazyTensors
 from headshare.sharing.fits import SharedFiles, fit_plan
@@ -140,7 +140,7 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 
 
 def as_stored(
-    whole: Mapping[str, Tensor], assemblies: Iterable[Assembly], tensors: Mapping[str, GappedTensor]
+    whole: Mapping[str, Tensor], assemblies: Iterable[Assembly], tensors: Mapping[str, TensorPlan]
 ) -> LazyTensors:
     """Whole tensors as a shared checkpoint stores them: what the plan keeps of each, in the output's type.
 

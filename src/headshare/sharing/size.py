@@ -10,8 +10,8 @@ from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor, added_tensors, gapped_biases, gapped_tensors
-from headshare.plan.units import Kind
+from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, tensor_plans
+from headshare.plan.units import Sublayer
 
 LITTLE = 0.02
 SMALL_PARTS = 0.15
@@ -70,7 +70,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     code = dtype_code(dtype)
     parameters = parameter_infos(checkpoint)
     dense = sum(stored_bytes(info, code) for info in parameters.values())
-    tensors = gapped_tensors(plan) | gapped_biases(plan)
+    tensors = tensor_plans(plan) | bias_plans(plan)
     present = {name: tensor for name, tensor in tensors.items() if name in checkpoint.tensors}
     saved = sum(absent_numbers(tensor) * item_size(checkpoint.tensors[name], code) for name, tensor in present.items())
     places = {part: (layout, place) for layout in plan.layouts for part, place in layout.parts.items()}
@@ -88,12 +88,12 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         saved_bytes=saved,
         saved_fraction=saved / dense,
         parts_fraction=at_stake / dense,
-        removed_units=plan.removed(Kind.ATTENTION),
-        removed_neurons=plan.removed(Kind.FFN),
+        removed_units=plan.removed(Sublayer.ATTENTION),
+        removed_neurons=plan.removed(Sublayer.FFN),
     )
 
 
-def absent_numbers(tensor: GappedTensor) -> int:
+def absent_numbers(tensor: TensorPlan) -> int:
     """How many numbers of a tensor a plan leaves out."""
     return prod(tensor.shape) - prod(tensor.stored_shape)
 

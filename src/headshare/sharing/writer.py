@@ -16,7 +16,7 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError
 from headshare.files.folder import MANIFEST, check_output, copy_file, file_digest, flush_file, whole_folder, write_json
 from headshare.plan.plan import FORMAT
-from headshare.plan.tensors import NOTHING, GappedTensor
+from headshare.plan.tensors import NOTHING, TensorPlan
 from headshare.progress import track
 from headshare.sharing.assembly import Assembly, copied, kept_only, stream
 from headshare.sharing.fits import open_shared
@@ -195,7 +195,7 @@ def _holds(written: Checkpoint, name: str, pieces: Iterable[Tensor]) -> bool:
     return offset == info.nbytes
 
 
-def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: GappedTensor | None) -> bool:
+def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorPlan | None) -> bool:
     """Whether a stored tensor holds just what the dense one holds outside its gaps, bit for bit, after conversion."""
     info, dtype = dense.tensors[name], shared.tensors[name].dtype
     meant = copied(info, dtype) if tensor is None else kept_only(info, tensor, dtype)

@@ -14,8 +14,8 @@ from headshare.errors import StorageError
 from headshare.plan.low_rank import LOW_RANK
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Section
-from headshare.plan.tensors import GappedTensor, gapped_tensors
-from headshare.storage.low_rank import FactoredProjection
+from headshare.plan.tensors import TensorPlan, tensor_plans
+from headshare.storage.low_rank import LowRankProjection
 from headshare.storage.projection import SharedProjection, dense_module
 
 
@@ -23,7 +23,7 @@ from headshare.storage.projection import SharedProjection, dense_module
 class Build(Protocol):
     """A function that makes the new module from the stock one."""
 
-    def __call__(self, stock: nn.Module, tensor: GappedTensor | None, section: Section) -> nn.Module:
+    def __call__(self, stock: nn.Module, tensor: TensorPlan | None, section: Section) -> nn.Module:
         """The module that stands in for `stock`, on the same device (meta). `tensor` is what the plan makes of the
         tensor that names the module, in the coordinates of a model from which removed units are gone."""
 
@@ -36,9 +36,9 @@ class Replaceable(Protocol):
         """This empty stock module, filled with weights that compute the same."""
 
 
-def _low_rank(stock: nn.Module, tensor: GappedTensor | None, section: Section) -> nn.Module:
+def _low_rank(stock: nn.Module, tensor: TensorPlan | None, section: Section) -> nn.Module:
     assert tensor is not None, section
-    return FactoredProjection(stock, tensor)
+    return LowRankProjection(stock, tensor)
 
 
 # by the kind that a section's changes name
@@ -57,7 +57,7 @@ def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> Non
         StorageError: if nothing here builds such a module, or a module holds several tensors.
         PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
     """
-    tensors = gapped_tensors(plan)
+    tensors = tensor_plans(plan)
     paths = modules.paths()
     for section in plan.sections:
         for change in section.modules():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from headshare.architecture.modules import ModuleMap, replace_module
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
 from headshare.errors import PlanError
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.owner import OWN, Slot, Spans, borrowed
 
 
@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
         PlanError: if the groups do not fill its inputs.
     """
 
-    def __init__(self, dense: nn.Linear, packing: Packing, tensor: GappedTensor | None) -> None:
+    def __init__(self, dense: nn.Linear, packing: Packing, tensor: TensorPlan | None) -> None:
         super().__init__()
         if dense.in_features % packing.group:
             raise PlanError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
             )
 
     def link(
-        self, tensor: GappedTensor, tensors: Mapping[str, GappedTensor], modules: Mapping[str, "PackedLinear"]
+        self, tensor: TensorPlan, tensors: Mapping[str, TensorPlan], modules: Mapping[str, "PackedLinear"]
     ) -> None:
         """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
         if not tensor.gaps:
@@ -100,7 +100,7 @@ class PackedLinear(nn.Module):
         )
 
 
-def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
     """Replace every linear module that is not ignored. `modules` are those of the tensors that a plan touches.
 
     Raises:

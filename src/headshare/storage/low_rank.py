@@ -11,19 +11,19 @@ from torch.nn.functional import linear
 
 from headshare.errors import PlanError
 from headshare.plan.spans import Span, Spans, joined
-from headshare.plan.tensors import GappedTensor, total_rank
+from headshare.plan.tensors import TensorPlan, total_rank
 from headshare.sharing.factors import join_columns
 from headshare.storage.projection import SharedProjection
 
 
-class FactoredProjection(SharedProjection):
+class LowRankProjection(SharedProjection):
     """A projection whose `weight` holds the columns that are no product; for the others there are two factors.
 
     Unit by unit, the columns are `factor_out @ factor_in`. Trains like any module. The result equals the dense module's
     with the products written in, to a rounding.
     """
 
-    def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
+    def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
         super().__init__(dense, tensor)
         if tensor.axis != (0 if self.in_out else 1):
             raise PlanError(f"the plan stores rows of {tensor.name} as products; only a readout's columns can be.")

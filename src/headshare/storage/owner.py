@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from headshare.architecture.modules import ModuleMap
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.projection import SharedProjection
 
 FEW_TOKENS = 3
@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 def borrowed(
-    tensor: GappedTensor, tensors: Mapping[str, GappedTensor]
+    tensor: TensorPlan, tensors: Mapping[str, TensorPlan]
 ) -> tuple[list[str], dict[int, Spans], tuple[Slot, ...]]:
     """What a whole weight is put together from: its donors, the stored spans that each of them lends and (OWN) that it
     has itself, and the order in which they stand."""
@@ -53,7 +53,7 @@ class OwnerProjection(SharedProjection):
     The result equals the dense module's with the borrowed rows written in, bit for bit.
     """
 
-    def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
+    def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
         super().__init__(dense, tensor)
         self._shape = tensor.shape
         self._donors: tuple[OwnerProjection, ...] = ()
@@ -61,7 +61,7 @@ class OwnerProjection(SharedProjection):
         self._own: Spans = ()
         self._slots: tuple[Slot, ...] = ()
 
-    def link(self, tensor: GappedTensor, tensors: Mapping[str, GappedTensor], modules: Mapping[str, nn.Module]) -> None:
+    def link(self, tensor: TensorPlan, tensors: Mapping[str, TensorPlan], modules: Mapping[str, nn.Module]) -> None:
         """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
         if not tensor.gaps:
             return
@@ -167,7 +167,7 @@ class OwnerStorage:
         """Owners hold everything, everywhere."""
         return
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace first, link afterwards: a donor must be in place before its recipients name it.
 
         Raises:

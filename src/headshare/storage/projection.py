@@ -10,7 +10,7 @@ from torch.nn import functional
 from headshare.architecture.families import Linear
 from headshare.architecture.modules import linear_of
 from headshare.errors import PlanError
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 
 
 class SharedProjection(nn.Module):
@@ -20,7 +20,7 @@ class SharedProjection(nn.Module):
     of scaled ties. Abstract: a storage says in `forward` and `whole_weight` where the borrowed rows come from.
     """
 
-    def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
+    def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
         super().__init__()
         linear = _linear_with(dense, tensor)
         self.in_out = linear.in_out
@@ -90,7 +90,7 @@ def stored_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
     return {_parameter(module, "weight").dtype for module in modules}
 
 
-def _linear_with(dense: nn.Module, tensor: GappedTensor) -> Linear:
+def _linear_with(dense: nn.Module, tensor: TensorPlan) -> Linear:
     """The way in which the stock module that holds this tensor multiplies.
 
     Raises:

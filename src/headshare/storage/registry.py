@@ -14,7 +14,7 @@ from torch import nn
 
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.owner import OwnerStorage
 from headshare.storage.pooled.alias import AliasStorage
 from headshare.storage.pooled.indirect import IndirectStorage
@@ -46,14 +46,14 @@ class Storage(Protocol):
     def __init__(self, devices: Mapping[str, str]) -> None: ...
 
     @classmethod
-    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+    def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
         """The reason why it cannot hold these tensors here, or not well; None if there is none.
 
         `auto` asks for it. `devices` are kinds: cpu, cuda, disk. Who names a storage gets it all the same, unless
         `install` refuses.
         """
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace the modules that hold these tensors.
 
         Raises:
@@ -79,7 +79,7 @@ def check_storage(name: str) -> None:
         raise StorageError(f"there is no storage '{name}'. There are: {AUTO}, {', '.join(STORAGES)}.")
 
 
-def choose_storage(name: str, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str:
+def choose_storage(name: str, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str:
     """The storage to use; `auto` decides from the types of numbers and of devices (cpu, cuda, disk), and logs why.
 
     Raises:

@@ -2,17 +2,17 @@
 
 from headshare.training.result import Closed, Trained
 from headshare.training.run import train
-from headshare.training.settings import Learning, Loss, Method, Sharing, Text, TrainSettings
+from headshare.training.settings import Learning, Loss, Sharing, TrainingMethod, TrainingText, TrainSettings
 from headshare.training.trainer import SharingTrainer
 
 __all__ = [
     "Closed",
     "Learning",
     "Loss",
-    "Method",
+    "TrainingMethod",
     "Sharing",
     "SharingTrainer",
-    "Text",
+    "TrainingText",
     "TrainSettings",
     "Trained",
     "train",

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser, TrainingArguments
 
 from headshare.errors import TrainingError
-from headshare.training.settings import RECIPE, Method, TrainSettings
+from headshare.training.settings import RECIPE, TrainingMethod, TrainSettings
 
 EVALUATIONS = 10
 EVAL_BATCH = 8
@@ -79,7 +79,7 @@ def given_of(settings: TrainSettings) -> dict[str, Any]:
 
 def metric_of(settings: TrainSettings) -> str:
     """What the best step is best in: the loss as sharing would give it, where that is another."""
-    return "eval_shared_loss" if settings.method is Method.POSTSHARE else "eval_loss"
+    return "eval_shared_loss" if settings.method is TrainingMethod.POSTSHARE else "eval_loss"
 
 
 def _even(windows: int, processes: int, most: int) -> int:

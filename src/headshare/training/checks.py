@@ -14,7 +14,7 @@ from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.sharing.fits import fit_plan, open_shared
-from headshare.training.settings import Method, Sharing, TrainSettings
+from headshare.training.settings import Sharing, TrainingMethod, TrainSettings
 from headshare.training.trainer import SharingTrainer
 
 
@@ -28,7 +28,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         raise TrainingError(
             f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
         )
-    if settings.method is Method.RECOVER:
+    if settings.method is TrainingMethod.RECOVER:
         if source.plan is None:
             raise TrainingError(
                 f"{source.name} is not shared, so there is nothing to recover. Share it first, or use --method both."
@@ -40,7 +40,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
     source.require_dense("train it")
     chosen = settings.sharing
-    if settings.method is Method.DENSE:
+    if settings.method is TrainingMethod.DENSE:
         if chosen != Sharing():
             raise TrainingError("a dense model is trained as it is, and no plan is chosen. Leave sharing out.")
         return SharePlan()
@@ -50,7 +50,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         scores = score_units(source, chosen.match, chosen.parts)
         plan = make_plan(scores, chosen.ratio, parts=chosen.parts, mode=chosen.mode)
     fit_plan(plan, source)
-    if settings.method is Method.POSTSHARE:
+    if settings.method is TrainingMethod.POSTSHARE:
         if not plan.only_ties or settings.learning.lora:
             what = (
                 "the plan removes, scales or factors units"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headshare.plan.units import Tie
-from headshare.training.settings import Method, TrainSettings
+from headshare.training.settings import TrainingMethod, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Trained:
     and with it. `best_step` is 0 where no step was better than none. `curve` has all that was logged.
     """
 
-    method: Method
+    method: TrainingMethod
     steps: int
     best_step: int
     seconds: float

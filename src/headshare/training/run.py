@@ -41,7 +41,7 @@ from headshare.training.checks import check_engine, enough_room, explained_set_u
 from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
-from headshare.training.settings import Method, TrainSettings
+from headshare.training.settings import TrainingMethod, TrainSettings
 from headshare.training.state import RECORD, checkpoints, trainer_run, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
@@ -79,7 +79,7 @@ def train(
     check_vacant(target, overwrite=overwrite)
     with open_checkpoint(model, revision=revision) as source:
         check_output(target, source.path, overwrite=overwrite)
-        run = _Run.checked(source, target, settings)
+        run = _TrainingRun.checked(source, target, settings)
         processes = PartialState()  # the Trainer's arguments have said which there are
         first = processes.is_main_process
         with trainer_run(run.work, run.identity(), restart=restart) if first else nullcontext() as resumable:
@@ -96,7 +96,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrainingRun:
     """A run that may begin: what is trained, by which plan, on what, and where its state lies."""
 
     source: Checkpoint
@@ -110,7 +110,7 @@ class _Run:
     hub: Hub | None
 
     @classmethod
-    def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_Run":
+    def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_TrainingRun":
         """Check all that can be wrong before anything is loaded."""
         hub = Hub.of(given_of(settings), target)
         plan = plan_to_train(source, settings)
@@ -141,7 +141,7 @@ class _Run:
     @property
     def pulls(self) -> bool:
         """Whether the dense model is trained, its pairs pulled together."""
-        return self.settings.method is Method.POSTSHARE
+        return self.settings.method is TrainingMethod.POSTSHARE
 
     # ---- training
 
@@ -207,7 +207,7 @@ class _Run:
 
     def _model(self) -> Any:
         options = {"dtype": getattr(torch, self.settings.dtype)}
-        if self.settings.method is Method.BOTH:
+        if self.settings.method is TrainingMethod.BOTH:
             folder = self.work / "shared"
             if PartialState().is_main_process and not folder.is_dir():
                 share(self.source, self.plan).save(folder)
@@ -265,7 +265,7 @@ class _Run:
         dtype = max(numbers, key=numbers.__getitem__)
         notes = {RECORD: found.to_dict()}
         with open_checkpoint(self.work / "trained") as saved:
-            shared_first = self.settings.method is Method.BOTH
+            shared_first = self.settings.method is TrainingMethod.BOTH
             before = open_checkpoint(self.work / "shared") if shared_first else self.source
             trained = _named_as(before, saved) if found.best_step else before
             if self.pulls:

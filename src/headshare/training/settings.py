@@ -23,7 +23,7 @@ RECIPE: Mapping[str, Any] = {
 """What the Trainer's own arguments are unless they are given: the paper's, but for the batch, which is one device's."""
 
 
-class Method(StrEnum):
+class TrainingMethod(StrEnum):
     """postshare: pull the pairs of a dense model together, then share it. recover: train a model that is shared. both:
     share first, then train, in one run. dense: train a dense model as it is, which is what the others are held against,
     and what can be shared afterwards."""
@@ -48,7 +48,7 @@ class Sharing(_Settings):
     mode: str = "star"
 
 
-class Text(_Settings):
+class TrainingText(_Settings):
     """What is trained on: files or data sets, packed to windows of `context` tokens; and what is held out of it.
 
     `held_out` windows are taken from the end (of a stream, from the beginning), unless `held_out_data` names another
@@ -101,8 +101,8 @@ class Tasks(_Settings):
 class TrainSettings(_Settings):
     """One training run, but for the model and the place to write to."""
 
-    method: Method
-    text: Text
+    method: TrainingMethod
+    text: TrainingText
     sharing: Sharing = Sharing()
     loss: Loss = Loss()
     learning: Learning = Learning()

@@ -15,7 +15,7 @@ from headshare.errors import CalibrationError, EvaluationError, TrainingError
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.text.documents import DATA_SET, data_set_rows, documents_of, json_rows
 from headshare.text.windows import check_vocabulary, check_window, ids_of, longest_window, opening_token
-from headshare.training.settings import Text
+from headshare.training.settings import TrainingText
 
 PIECE = 2**20  # characters that are tokenized together
 NO_TEXTS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".xz", ".zst", ".zip")
@@ -60,7 +60,7 @@ def _example(window: Window) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Streamed, Packed]:
+def training_windows(checkpoint: Checkpoint, text: TrainingText) -> tuple[Packed | Streamed, Packed]:
     """Windows to train on, and windows held out.
 
     Raises:
@@ -88,7 +88,7 @@ def training_windows(checkpoint: Checkpoint, text: Text) -> tuple[Packed | Strea
     return kept, Packed(found)
 
 
-def _held_out(windows: int, text: Text) -> int:
+def _held_out(windows: int, text: TrainingText) -> int:
     """How many of these windows are held out: as many as asked, and an eighth at most."""
     if windows < 2:
         raise TrainingError(
@@ -111,7 +111,7 @@ def _first(
     return torch.stack(found)
 
 
-def _reader(checkpoint: Checkpoint, text: Text, source: str) -> Callable[[], Iterator[Window]]:
+def _reader(checkpoint: Checkpoint, text: TrainingText, source: str) -> Callable[[], Iterator[Window]]:
     """What reads the windows of a source, from its beginning each time."""
     tokenizer = load_tokenizer(checkpoint)
     first = opening_token(tokenizer, None)

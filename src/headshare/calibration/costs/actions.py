@@ -16,15 +16,15 @@ from headshare.calibration.costs.sections import (
     removal_sections,
     tie_sections,
 )
-from headshare.calibration.costs.sublayer import Half, UnitSizes
+from headshare.calibration.costs.sublayer import SublayerData, UnitSizes
 from headshare.errors import PlanError
-from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Kind, Part
+from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Part, Sublayer
 
 # The word for a choice among several actions, which is no action's name.
 AUTO = "auto"
-_SHARED: Mapping[Kind | None, tuple[Part, ...]] = {
-    Kind.ATTENTION: ATTENTION_PARTS,
-    Kind.FFN: tuple(part for part in FFN_PARTS if part is not Part.DOWN),
+_SHARED: Mapping[Sublayer | None, tuple[Part, ...]] = {
+    Sublayer.ATTENTION: ATTENTION_PARTS,
+    Sublayer.FFN: tuple(part for part in FFN_PARTS if part is not Part.DOWN),
     None: (),
 }
 
@@ -60,7 +60,7 @@ class GivenUp(NamedTuple):
     rank: int = 0
 
 
-Costs = Callable[[Half], Iterable[GivenUp]]
+Costs = Callable[[SublayerData], Iterable[GivenUp]]
 
 
 @dataclass(frozen=True, order=True)
@@ -79,7 +79,7 @@ class Action:
     """
 
     name: str
-    sublayer: Kind | None
+    sublayer: Sublayer | None
     shares: tuple[Part, ...]
     output: Output
     order: Order = Order.OWN
@@ -98,7 +98,7 @@ class Action:
             raise PlanError(f"{self} must share parts or remove the unit, or bring costs of its own.")
         if not self.shares and tie_sections in self.sections:
             raise PlanError(f"{self} shares nothing, so it must bring sections of a plan that are no ties.")
-        if self.sublayer is not Kind.ATTENTION and (self.order is Order.REMOVAL or self.output is Output.LOW_RANK):
+        if self.sublayer is not Sublayer.ATTENTION and (self.order is Order.REMOVAL or self.output is Output.LOW_RANK):
             raise PlanError(f"{self} must be for attention, as only its units follow removals or become products.")
 
     def __str__(self) -> str:
@@ -151,15 +151,15 @@ def registered(actions: Iterable[Action]) -> tuple[Action, ...]:
     return tuple(action for action in ACTIONS.values() if action in wanted)
 
 
-QK = register_action(Action("qk", Kind.ATTENTION, (Part.Q, Part.K), Output.OWN))
-QKV = register_action(Action("qkv", Kind.ATTENTION, (Part.Q, Part.K, Part.V), Output.OWN))
+QK = register_action(Action("qk", Sublayer.ATTENTION, (Part.Q, Part.K), Output.OWN))
+QKV = register_action(Action("qkv", Sublayer.ATTENTION, (Part.Q, Part.K, Part.V), Output.OWN))
 QKVO = register_action(
-    Action("qkvo", Kind.ATTENTION, (Part.Q, Part.K, Part.V, Part.O), Output.SCALED, Order.REMOVAL, lasting=1.0)
+    Action("qkvo", Sublayer.ATTENTION, (Part.Q, Part.K, Part.V, Part.O), Output.SCALED, Order.REMOVAL, lasting=1.0)
 )
 FACTORED = register_action(
     Action(
         "factored",
-        Kind.ATTENTION,
+        Sublayer.ATTENTION,
         (Part.Q, Part.K, Part.V),
         Output.LOW_RANK,
         Order.REMOVAL,
@@ -167,7 +167,7 @@ FACTORED = register_action(
         sections=(tie_sections, low_rank_sections),
     )
 )
-GATEUP = register_action(Action("gateup", Kind.FFN, (Part.GATE, Part.UP), Output.OWN))
+GATEUP = register_action(Action("gateup", Sublayer.FFN, (Part.GATE, Part.UP), Output.OWN))
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
 
 # The actions that `auto` chooses among; removals are priced along with these.

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAda
 from headshare.calibration.costs.actions import ACTIONS, Action, Output
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind
+from headshare.plan.units import HeadUnit, Sublayer
 
 
 def _named(name: object) -> Action:
@@ -24,7 +24,7 @@ Named = Annotated[Action, PlainValidator(_named), PlainSerializer(str, return_ty
 
 
 @dataclass(frozen=True)
-class Step:
+class CurveStep:
     """One unit given up, or several neurons, with what that adds to the layer's error and what it saves.
 
     `groups` are the units. `price` is with the steps before it taken, and with the best donor; it can be below zero,
@@ -59,7 +59,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Path:
+class CostCurve:
     """The order in which one half of one layer gives units up. Neurons are removed, or groups of them tied, not both.
 
     Raises:
@@ -68,9 +68,9 @@ class Path:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Kind
+    kind: Sublayer
     layer: int
-    steps: tuple[Step, ...]
+    steps: tuple[CurveStep, ...]
 
     def __post_init__(self) -> None:
         where = f"the {self.kind} path of layer {self.layer}"
@@ -81,7 +81,7 @@ class Path:
             raise PlanError(f"there is no layer {self.layer}.")
         if any(action.sublayer not in (None, self.kind) for action in self.actions):
             raise PlanError(f"{where} has an action that is for the other half of the layer.")
-        if self.kind is Kind.FFN and len({action.removes for action in self.actions}) > 1:
+        if self.kind is Sublayer.FFN and len({action.removes for action in self.actions}) > 1:
             raise PlanError(f"{where} both removes neurons and ties groups of them.")
         if any(not 0 <= donor.layer < self.layer for step in self.steps for donor, _ in step.donors):
             raise PlanError(f"{where} has a donor that is in no earlier layer.")
@@ -94,11 +94,11 @@ class Path:
     @property
     def is_of_neurons(self) -> bool:
         """Whether this path's units are single neurons."""
-        return self.kind is Kind.FFN and any(action.removes for action in self.actions)
+        return self.kind is Sublayer.FFN and any(action.removes for action in self.actions)
 
 
 @dataclass(frozen=True)
-class Prices:
+class CostCurves:
     """All paths of a model, the layouts that their units are of, and the layout of single neurons, which are removed.
     Of several paths of the same half of a layer, a plan follows one. `in_nats` says that prices are what predictions
     lose, nats a token, instead of squared errors relative to the hidden state.
@@ -109,22 +109,22 @@ class Prices:
     """
 
     model_type: str
-    layouts: Mapping[Kind, Layout]
-    paths: tuple[Path, ...]
+    layouts: Mapping[Sublayer, Layout]
+    paths: tuple[CostCurve, ...]
     neurons: Layout | None = None
     in_nats: bool = False
 
     def __post_init__(self) -> None:
-        if len({path.is_of_neurons for path in self.paths if path.kind is Kind.FFN and path.steps}) > 1:
+        if len({path.is_of_neurons for path in self.paths if path.kind is Sublayer.FFN and path.steps}) > 1:
             raise PlanError("some layers remove neurons and others tie groups of them; a model does one or the other.")
         for path in self.paths:
             self._check(path)
 
-    def only(self, actions: Collection[Action]) -> "Prices":
+    def only(self, actions: Collection[Action]) -> "CostCurves":
         """The same without paths that have other actions."""
         return replace(self, paths=tuple(path for path in self.paths if path.actions <= set(actions)))
 
-    def layout_of(self, path: Path) -> Layout:
+    def layout_of(self, path: CostCurve) -> Layout:
         """The layout that this path's units are of.
 
         Raises:
@@ -135,7 +135,7 @@ class Prices:
             raise PlanError(f"the {path.kind} path of layer {path.layer} is of units that have no layout.")
         return layout
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: CostCurve) -> None:
         layout = self.layout_of(path)
         groups = [group for step in path.steps for group in step.groups]
         groups += [donor.group for step in path.steps for donor, _ in step.donors]
@@ -148,15 +148,15 @@ class Prices:
             raise PlanError(f"the {path.kind} path of layer {path.layer} removes all its units; keep one.")
 
 
-_PATHS: TypeAdapter[list[Path]] = TypeAdapter(list[Path])
+_PATHS: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])
 
 
-def paths_to_json(paths: Sequence[Path]) -> str:
-    """One layer's paths as JSON, exact to the last bit; the inverse of `paths_from_json`."""
+def curves_to_json(paths: Sequence[CostCurve]) -> str:
+    """One layer's paths as JSON, exact to the last bit; the inverse of `curves_from_json`."""
     return _PATHS.dump_json(list(paths), by_alias=True).decode()
 
 
-def paths_from_json(text: str | bytes) -> list[Path]:
+def curves_from_json(text: str | bytes) -> list[CostCurve]:
     """Read and check paths that were written earlier.
 
     Raises:

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headshare.calibration.costs.actions import Action, Output
-from headshare.calibration.costs.curves import Path, Step
+from headshare.calibration.costs.curves import CostCurve, CurveStep
 from headshare.calibration.costs.donors import Candidate, Donors, find_donors
 from headshare.calibration.costs.least_squares import Columns, Fit, Inputs, Lost, Remainder
-from headshare.calibration.costs.sublayer import Half
+from headshare.calibration.costs.sublayer import SublayerData
 from headshare.plan.units import HeadUnit
 
 CHUNKS = 64
@@ -21,7 +21,7 @@ RANKS = (1, 2, 4, 8)
 MOST_NEURONS = 0.75
 
 
-def unit_path(half: Half, actions: Sequence[Action], *, donors: int) -> Path:
+def unit_path(half: SublayerData, actions: Sequence[Action], *, donors: int) -> CostCurve:
     """The order in which units are given up, by any of these actions. With a tie among them layer 0 gives nothing up:
     its units are the donors that are always left. Removal leaves one unit at least.
 
@@ -31,11 +31,13 @@ def unit_path(half: Half, actions: Sequence[Action], *, donors: int) -> Path:
     """
     number = half.dense.number
     if number == 0 and any(action.shares for action in actions):
-        return Path(half.layout.kind, number, ())
-    return Path(half.layout.kind, number, tuple(_Descent(half, actions, donors).steps()))
+        return CostCurve(half.layout.kind, number, ())
+    return CostCurve(half.layout.kind, number, tuple(_Descent(half, actions, donors).steps()))
 
 
-def paths_beside(half: Half, removal: Path, actions: Sequence[Action], *, donors: int) -> Iterator[Path]:
+def paths_beside(
+    half: SublayerData, removal: CostCurve, actions: Sequence[Action], *, donors: int
+) -> Iterator[CostCurve]:
     """The units that a path removes, in its order, each tied to a donor instead by one of these actions: a path for
     each action, and of products one for each of `RANKS` that saves bytes. So the effect of a tie can be told from that
     of giving the unit up."""
@@ -46,14 +48,14 @@ def paths_beside(half: Half, removal: Path, actions: Sequence[Action], *, donors
         for rank in ranks:
             if action.saved_bytes(half.sizes, rank) > 0:
                 steps = tuple(first.of_rank(rank).follow(order, action))
-                yield Path(half.layout.kind, half.dense.number, steps)
+                yield CostCurve(half.layout.kind, half.dense.number, steps)
 
 
-def own_path(half: Half, action: Action) -> Path:
+def own_path(half: SublayerData, action: Action) -> CostCurve:
     """The path that an action with costs of its own makes of this half."""
     assert action.costs is not None
-    steps = tuple(Step(action, *given) for given in action.costs(half))
-    return Path(half.layout.kind, half.dense.number, steps)
+    steps = tuple(CurveStep(action, *given) for given in action.costs(half))
+    return CostCurve(half.layout.kind, half.dense.number, steps)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _Offer:
 class _HeldOut:
     """A half's held-out tokens, as they are after each step: fits on the others are judged by these."""
 
-    def __init__(self, half: Half) -> None:
+    def __init__(self, half: SublayerData) -> None:
         self.inputs = half.inputs[half.fitted :].double()
         self.scaled = half.inputs[half.fitted :, :0].double()
         self.target = self.inputs @ half.weight.double().T
@@ -100,7 +102,7 @@ class _HeldOut:
 class _Descent:
     """One half on its way down: what is left of it, and what it has given up."""
 
-    def __init__(self, half: Half, actions: Sequence[Action], donors: int) -> None:
+    def __init__(self, half: SublayerData, actions: Sequence[Action], donors: int) -> None:
         self.half = half
         fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.left = Remainder.of(fit)
@@ -127,12 +129,12 @@ class _Descent:
         other.lost = {}
         return other
 
-    def follow(self, order: Sequence[int], action: Action) -> Iterator[Step]:
+    def follow(self, order: Sequence[int], action: Action) -> Iterator[CurveStep]:
         """Tie these units by this action, one after the other."""
         for group in order:
             yield self.take(group, action, self.offer(group, action))
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[CurveStep]:
         """All steps, the cheapest for its bytes first."""
         # At first each unit is priced by each action, while nothing is given up.
         units = range(len(self.whole))
@@ -158,7 +160,7 @@ class _Descent:
         optimism = 2 * added / self.half.fitted * (self.left.error + offer.price)
         return (offer.price + optimism) / action.saved_bytes(self.half.sizes, offer.rank)
 
-    def take(self, group: int, action: Action, offer: _Offer) -> Step:
+    def take(self, group: int, action: Action, offer: _Offer) -> CurveStep:
         """Give the unit up."""
         # The fit goes on without the unit, and with what comes in its place.
         columns = self.half.columns[group]
@@ -174,7 +176,7 @@ class _Descent:
         fitted = 1 - self.held.share
         donors = tuple((unit, price / fitted) for unit, price in offer.donors)
         saved = action.saved_bytes(self.half.sizes, offer.rank)
-        return Step(action, (group,), self.missed - before, saved, donors, offer.rank)
+        return CurveStep(action, (group,), self.missed - before, saved, donors, offer.rank)
 
     def after(self, offer: _Offer, columns: Columns) -> Remainder:
         """The readout that is left once this is taken."""
@@ -242,7 +244,7 @@ class _Descent:
             yield unit, max(removal * lasting, least)
 
 
-def neuron_path(half: Half, removal: Action) -> Path:
+def neuron_path(half: SublayerData, removal: Action) -> CostCurve:
     """The order in which single neurons, the half's units, are removed, 1/64 of them in a step, up to three quarters.
 
     Each step takes the neurons whose own removal costs least as things stand, and is priced as one.
@@ -261,9 +263,9 @@ def neuron_path(half: Half, removal: Action) -> Path:
         fit = fit.without(gone)
         changed = fit.weight - half.weight.double()
         error = float(((changed @ gram) * changed).sum()) if len(held) else fit.error
-        steps.append(Step(removal, tuple(gone.tolist()), error - before, saved))
+        steps.append(CurveStep(removal, tuple(gone.tolist()), error - before, saved))
         before = error
-    return Path(half.layout.kind, half.dense.number, tuple(steps))
+    return CostCurve(half.layout.kind, half.dense.number, tuple(steps))
 
 
 def _cheapest(fit: Fit, count: int) -> Int[Tensor, " count"]:

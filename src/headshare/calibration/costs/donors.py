@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headshare.calibration.costs.actions import Action, Output
 from headshare.calibration.costs.least_squares import Beside, Fit, Inputs, Lost, Readout
-from headshare.calibration.costs.sublayer import Half
+from headshare.calibration.costs.sublayer import SublayerData
 from headshare.plan.units import HeadUnit
 
 
@@ -47,7 +47,7 @@ def _rank(candidate: Candidate) -> float:
     return -candidate.gain
 
 
-def find_donors(half: Half, fit: Fit, actions: Sequence[Action], few: int) -> list[dict[Action, Donors]]:
+def find_donors(half: SublayerData, fit: Fit, actions: Sequence[Action], few: int) -> list[dict[Action, Donors]]:
     """The donors of each group by each of these actions, all of which share parts.
 
     Where a recipient keeps a part that makes features, such as its own v, donors are ranked by what they would do with
@@ -65,7 +65,7 @@ def find_donors(half: Half, fit: Fit, actions: Sequence[Action], few: int) -> li
 class _Search:
     """The donors found so far for the units of one half of a layer."""
 
-    def __init__(self, half: Half, lost: Lost, fit: Fit, actions: Sequence[Action], few: int) -> None:
+    def __init__(self, half: SublayerData, lost: Lost, fit: Fit, actions: Sequence[Action], few: int) -> None:
         self.half = half
         self.lost = lost
         self.fit = fit

@@ -1,4 +1,4 @@
-"""Prices of all that each layer could give up, on calibration text: which unit, by which action, with which donor.
+"""CostCurves of all that each layer could give up, on calibration text: which unit, by which action, with which donor.
 
 One layer is looked at at a time, in the dense model's stream. Its *path* is the order in which it would give units up,
 each step priced with the earlier ones taken. Prices are squared errors of the output of W_o or W_down relative to the
@@ -13,14 +13,14 @@ from itertools import islice
 
 from headshare.architecture.removable import removal_refusal
 from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
-from headshare.calibration.costs.curves import Path, Prices
+from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.descent import neuron_path, own_path, paths_beside, unit_path
-from headshare.calibration.costs.sublayer import DenseLayer, Half, Weighted
+from headshare.calibration.costs.sublayer import DenseLayer, SublayerData, Weighted
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import OptionError, PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import Kind
+from headshare.plan.units import Sublayer
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -40,8 +40,8 @@ def price_units(
     ffn_groups: int = 1,
     protect: Sequence[int] = (),
     device: str = "cpu",
-    done: MutableMapping[int, list[Path]] | None = None,
-) -> Prices:
+    done: MutableMapping[int, list[CostCurve]] | None = None,
+) -> CostCurves:
     """The paths of all layers, by whichever of these actions this model can have.
 
     `tokens` are as many of the calibration's tokens, in whole windows drawn by its seed, as are looked at, of which the
@@ -72,7 +72,7 @@ def price_units(
     found = {} if done is None else done
     # Prices check their paths: those of another model are refused before any work is done.
     wanted.prices(dense, found, protect)
-    pending = set(range(wanted.layouts[Kind.ATTENTION].layers)) - set(protect) - set(found)
+    pending = set(range(wanted.layouts[Sublayer.ATTENTION].layers)) - set(protect) - set(found)
     if pending:
         # The walk goes through every layer up to the last that is pending, as each gives the next its stream.
         fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
@@ -98,27 +98,27 @@ def fitted_windows(calibration: Calibration, tokens: int, held_out: float) -> in
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _SupportedActions:
     """The actions that each half of this model's layers can have, and the layouts of its units and single neurons."""
 
-    actions: Mapping[Kind, tuple[Action, ...]]
-    layouts: Mapping[Kind, Layout]
+    actions: Mapping[Sublayer, tuple[Action, ...]]
+    layouts: Mapping[Sublayer, Layout]
     neurons: Layout | None
 
-    def prices(self, dense: Checkpoint, found: Mapping[int, Sequence[Path]], protect: Sequence[int]) -> Prices:
+    def prices(self, dense: Checkpoint, found: Mapping[int, Sequence[CostCurve]], protect: Sequence[int]) -> CostCurves:
         """The paths of all layers that are not protected."""
         paths = tuple(path for number in sorted(set(found) - set(protect)) for path in found[number])
-        return Prices(str(dense.config.get("model_type", "unknown")), self.layouts, paths, self.neurons)
+        return CostCurves(str(dense.config.get("model_type", "unknown")), self.layouts, paths, self.neurons)
 
-    def units(self, kind: Kind) -> Layout:
+    def units(self, kind: Sublayer) -> Layout:
         """The units that this half's actions are for: neurons are removed one by one, and tied in groups."""
-        if kind is Kind.FFN and any(action.removes for action in self.actions[kind]):
+        if kind is Sublayer.FFN and any(action.removes for action in self.actions[kind]):
             assert self.neurons is not None
             return self.neurons
         return self.layouts[kind]
 
 
-def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _Wanted:
+def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _SupportedActions:
     """The part of these actions that the model can have.
 
     Raises:
@@ -129,18 +129,18 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _W
     # Families differ in the halves that can go without units.
     removing = [kind for kind, some in asked.items() if any(action.removes for action in some)]
     refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in removing}
-    if Kind.ATTENTION in refusals and layouts[Kind.ATTENTION].groups == 1:
-        refusals[Kind.ATTENTION] = "its layers have one attention unit each"
+    if Sublayer.ATTENTION in refusals and layouts[Sublayer.ATTENTION].groups == 1:
+        refusals[Sublayer.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
     allowed = {kind: _allowed(kind, some, kind in removable) for kind, some in asked.items()}
     if not any(allowed.values()):
         words = ", ".join(map(str, actions)) or "none"
         reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
         raise PlanError(f"this model can have none of the forms asked for: {words}.{reasons}")
-    return _Wanted({kind: some for kind, some in allowed.items() if some}, layouts, neurons)
+    return _SupportedActions({kind: some for kind, some in allowed.items() if some}, layouts, neurons)
 
 
-def _asked(kind: Kind, actions: Sequence[Action]) -> tuple[Action, ...]:
+def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
     """The actions for this half of the layers, with removal where another follows its order."""
     mine = [action for action in actions if action.sublayer in (None, kind)]
     if any(action.order is Order.REMOVAL for action in mine):
@@ -148,25 +148,25 @@ def _asked(kind: Kind, actions: Sequence[Action]) -> tuple[Action, ...]:
     return registered(mine)
 
 
-def _allowed(kind: Kind, asked: Sequence[Action], removable: bool) -> tuple[Action, ...]:
+def _allowed(kind: Sublayer, asked: Sequence[Action], removable: bool) -> tuple[Action, ...]:
     """The actions that are left where units can be removed or not; of neurons, removal alone if it can be had."""
     removals = tuple(action for action in asked if action.removes)
     if not removable:
         return tuple(action for action in asked if action not in removals)
-    return removals if kind is Kind.FFN else tuple(asked)
+    return removals if kind is Sublayer.FFN else tuple(asked)
 
 
-def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Kind, Layout], Layout | None]:
+def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Sublayer, Layout], Layout | None]:
     """The units of both halves, and single neurons; nothing of the feed-forward where that is a mixture of experts."""
-    layouts = {Kind.ATTENTION: dense.layouts.attention}
+    layouts = {Sublayer.ATTENTION: dense.layouts.attention}
     if dense.layouts.ffn is not None:
-        layouts[Kind.FFN] = dense.layouts.ffn_in(ffn_groups)
+        layouts[Sublayer.FFN] = dense.layouts.ffn_in(ffn_groups)
     return layouts, dense.layouts.neurons
 
 
 def _walk(
-    layers: Layers, dense: Checkpoint, calibration: Calibration, tokens: int, kinds: Sequence[Kind]
-) -> Iterator[tuple[DenseLayer, Mapping[Kind, Weighted]]]:
+    layers: Layers, dense: Checkpoint, calibration: Calibration, tokens: int, kinds: Sequence[Sublayer]
+) -> Iterator[tuple[DenseLayer, Mapping[Sublayer, Weighted]]]:
     """Each layer of the dense model with the stream that enters it, and what enters its readouts."""
     stream = layers.start(calibration.tokens[: looked_at(calibration, tokens)])
     for number in range(layers.count):
@@ -175,16 +175,18 @@ def _walk(
         yield layer, seen
 
 
-def _paths(layer: DenseLayer, seen: Mapping[Kind, Weighted], wanted: _Wanted, donors: int, fitted: int) -> list[Path]:
+def _paths(
+    layer: DenseLayer, seen: Mapping[Sublayer, Weighted], wanted: _SupportedActions, donors: int, fitted: int
+) -> list[CostCurve]:
     """The paths of both halves of the layer."""
-    paths: list[Path] = []
+    paths: list[CostCurve] = []
     for kind, actions in wanted.actions.items():
-        half = Half(layer, wanted.units(kind), seen[kind], fitted)
+        half = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
         paths += _half_paths(half, actions, donors)
     return [path for path in paths if path.steps]
 
 
-def _half_paths(half: Half, actions: Sequence[Action], donors: int) -> Iterator[Path]:
+def _half_paths(half: SublayerData, actions: Sequence[Action], donors: int) -> Iterator[CostCurve]:
     """The paths of one half: of ties; of removals; of actions in the order of removal; and of those with own costs."""
     described = [action for action in actions if action.costs is None]
     beside = tuple(action for action in described if action.order is Order.REMOVAL and REMOVE in actions)
@@ -195,7 +197,7 @@ def _half_paths(half: Half, actions: Sequence[Action], donors: int) -> Iterator[
         yield unit_path(half, together, donors=donors)
     # Products are not fitted again with scales, and removal is what all others are compared with: a path for each.
     for action in alone:
-        if action.removes and half.layout.kind is Kind.FFN:
+        if action.removes and half.layout.kind is Sublayer.FFN:
             yield neuron_path(half, action)
         elif action not in together:
             path = unit_path(half, (action,), donors=donors)

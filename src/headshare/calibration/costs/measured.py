@@ -1,4 +1,4 @@
-"""Prices of what layers could give up by what that does to the model's predictions, measured on held-out text.
+"""CostCurves of what layers could give up by what that does to the model's predictions, measured on held-out text.
 
 The same squared error costs predictions four times as much in one layer as in another (docs/experiments.md). So each
 path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
@@ -15,7 +15,7 @@ import torch
 
 from headshare.architecture.families import WITH_IMAGES
 from headshare.calibration.costs.actions import REMOVE, Order
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
 from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise.layers import Layers
@@ -35,15 +35,15 @@ EVERY = 4
 def probe_prices(
     dense: Checkpoint,
     calibration: Calibration,
-    prices: Prices,
+    prices: CostCurves,
     *,
     tokens: int = PRICED_TOKENS,
     held_out: float = HELD_OUT,
     probed: int = PROBED_TOKENS,
     ffn: bool = True,
     device: str = "cpu",
-    done: MutableMapping[int, list[Path]] | None = None,
-) -> Prices:
+    done: MutableMapping[int, list[CostCurve]] | None = None,
+) -> CostCurves:
     """The same paths with prices in nats a token.
 
     Measured are the first 1, 2, 4, 8, ... steps of each path, and all of them; steps in between share what is measured
@@ -103,7 +103,7 @@ class _Walk:
         self,
         dense: Checkpoint,
         calibration: Calibration,
-        prices: Prices,
+        prices: CostCurves,
         fitted: int,
         probed: int,
         ffn: bool,
@@ -123,7 +123,7 @@ class _Walk:
         # The dense model's own last hidden states, which all predictions are compared with.
         self.last = self._through(range(self.layers.count), [self.measured.clone()])[0][:, ::EVERY]
 
-    def measure(self, found: MutableMapping[int, list[Path]]) -> Iterator[int]:
+    def measure(self, found: MutableMapping[int, list[CostCurve]]) -> Iterator[int]:
         """Price the paths of each layer that is not among those found, and put them there."""
         for layer in range(self.layers.count):
             paths = [path for path in self.prices.paths if path.layer == layer]
@@ -135,7 +135,7 @@ class _Walk:
                 self.layers.run_over(dense, layer, stream)
             yield layer
 
-    def _priced(self, layer: int, paths: Sequence[Path]) -> list[Path]:
+    def _priced(self, layer: int, paths: Sequence[CostCurve]) -> list[CostCurve]:
         """The paths of this layer with measured prices."""
         # Ties in the order of removal are priced beside the removal; all other paths are measured at their marks.
         leaders = {path: leader for path in paths if (leader := leader_of(path, paths))}
@@ -150,13 +150,13 @@ class _Walk:
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
         # Steps between two marks share what was measured; then those that follow a removal take its new prices.
-        measured: dict[Path, dict[int, float]] = {}
+        measured: dict[CostCurve, dict[int, float]] = {}
         for (path, steps), loss in zip(marks, lost, strict=True):
             measured.setdefault(path, {})[steps] = loss
         after = {path: repriced(path, losses) for path, losses in measured.items()}
         return [beside(path, leaders[path], after[leaders[path]]) if path in leaders else after[path] for path in paths]
 
-    def _refitter(self, path: Path, steps: int) -> Refitter:
+    def _refitter(self, path: CostCurve, steps: int) -> Refitter:
         plan = plan_for_steps(self.prices, path, steps)
         return Refitter(self.dense, plan, self.fit, ffn=self.ffn, device=self.device, layers=self.layers)
 
@@ -194,7 +194,7 @@ def marked(steps: int) -> list[int]:
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
-def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
+def leader_of(path: CostCurve, paths: Sequence[CostCurve]) -> CostCurve | None:
     """The one of these paths that removes the units that this one ties, in the same order, by an action that follows
     removals."""
     if len(path.actions) != 1 or any(action.order is not Order.REMOVAL for action in path.actions):
@@ -204,7 +204,7 @@ def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
     return next((one for one in removals if [step.groups for step in one.steps[: len(order)]] == order), None)
 
 
-def beside(path: Path, before: Path, after: Path) -> Path:
+def beside(path: CostCurve, before: CostCurve, after: CostCurve) -> CostCurve:
     """A path of ties, priced beside the removal of the same units, which had these prices before and has those after:
     the part of the removal's error that ties make up for is the part of its price, as far as that is `lasting`."""
     (action,) = path.actions
@@ -218,9 +218,9 @@ def beside(path: Path, before: Path, after: Path) -> Path:
     return repriced(path, measured)
 
 
-def repriced(path: Path, measured: dict[int, float]) -> Path:
+def repriced(path: CostCurve, measured: dict[int, float]) -> CostCurve:
     """The path with steps that add up to what was measured after some of them, the last included."""
-    steps: list[Step] = []
+    steps: list[CurveStep] = []
     before = 0.0
     for end, lost in sorted(measured.items()):
         steps += _sharing(path.steps[len(steps) : end], lost - before)
@@ -228,7 +228,7 @@ def repriced(path: Path, measured: dict[int, float]) -> Path:
     return replace(path, steps=tuple(steps))
 
 
-def _sharing(steps: Sequence[Step], cost: float) -> Iterator[Step]:
+def _sharing(steps: Sequence[CurveStep], cost: float) -> Iterator[CurveStep]:
     """The steps between two measurements, with their shares of what they cost together: in proportion to their prices,
     or to what they save where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
     # A price below zero is no proportion of what was measured; bytes always are.

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, MutableMapping
 
-from headshare.calibration.costs.curves import Path as PricedPath
-from headshare.calibration.costs.curves import paths_from_json, paths_to_json
+from headshare.calibration.costs.curves import CostCurve as PricedPath
+from headshare.calibration.costs.curves import curves_from_json, curves_to_json
 from headshare.errors import PlanError
 from headshare.files.state_files import Workspace
 
 
-class SavedPaths(MutableMapping[int, list[PricedPath]]):
+class SavedCurves(MutableMapping[int, list[PricedPath]]):
     """The paths of the layers priced so far, a file each."""
 
     def __init__(self, work: Workspace, key: str) -> None:
@@ -23,12 +23,12 @@ class SavedPaths(MutableMapping[int, list[PricedPath]]):
         if saved is None:
             raise KeyError(layer)
         try:
-            return paths_from_json(saved)
+            return curves_from_json(saved)
         except PlanError as error:
             raise self._work.damaged(self._file(layer), str(error)) from None
 
     def __setitem__(self, layer: int, given: list[PricedPath]) -> None:
-        self._work.write(self._file(layer), paths_to_json(given).encode())
+        self._work.write(self._file(layer), curves_to_json(given).encode())
 
     def __delitem__(self, layer: int) -> None:
         self._work.delete(self._file(layer))

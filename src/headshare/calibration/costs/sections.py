@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from headshare.plan.layout import Layout
-from headshare.plan.low_rank import Factored
+from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice, Section
 from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def low_rank_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Sectio
         ordered: dict[int, list[HeadUnit]] = {}
         for unit in sorted(ranks):
             ordered.setdefault(unit.layer, []).append(unit)
-        yield Factored(
+        yield LowRankUnits(
             layout=layout.only((Part.O,)),
             units={layer: [unit.group for unit in units] for layer, units in ordered.items()},
             ranks={layer: tuple(ranks[unit] for unit in units) for layer, units in ordered.items()},
@@ -74,7 +74,7 @@ def low_rank_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Sectio
 
 def _by_grid(taken: Sequence[Taken]) -> Iterator[tuple[Layout, list[Taken]]]:
     """The steps of each half of the layers together; all of one half are of the same grid."""
-    for kind in Kind:
+    for kind in Sublayer:
         mine = [step for step in taken if step.layout.kind is kind]
         if mine:
             yield mine[0].layout, mine

@@ -19,9 +19,9 @@ from headshare.calibration.layerwise.observed import Seen, Stream
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.layout import Layout
 from headshare.plan.tensors import bias_name
-from headshare.plan.units import Kind, Part
+from headshare.plan.units import Part, Sublayer
 
-READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
+READOUT = {Sublayer.ATTENTION: Part.O, Sublayer.FFN: Part.DOWN}
 ALIKE = 1e-4
 
 Hidden = Float[Tensor, "batch window hidden"]
@@ -56,10 +56,10 @@ class DenseLayer:
         """Windows of the stream that are run at once."""
         return (self.stream[at] for at in self.layers.batches(range(len(self.stream)), self.stream.shape[1]))
 
-    def look(self, kinds: Sequence[Kind]) -> tuple[dict[Kind, Weighted], Stream]:
+    def look(self, kinds: Sequence[Sublayer]) -> tuple[dict[Sublayer, Weighted], Stream]:
         """The inputs of these halves' readouts, and the stream that leaves the layer."""
-        watched = [READOUT[kind] for kind in kinds] + [Part.UP] * (Kind.FFN in kinds)
-        found: dict[Kind, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
+        watched = [READOUT[kind] for kind in kinds] + [Part.UP] * (Sublayer.FFN in kinds)
+        found: dict[Sublayer, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
         leaving = []
         for entering in self.batches():
             left, seen = self.layers.run(self.module, self.number, entering, tuple(map(self.layers.path, watched)))
@@ -69,9 +69,9 @@ class DenseLayer:
                 batches.append((inputs, self._hidden(kind, entering, left, seen)))
         return {kind: Weighted.of(batches) for kind, batches in found.items()}, torch.cat(leaving)
 
-    def _hidden(self, kind: Kind, entering: Hidden, left: Hidden, seen: Seen) -> Hidden:
+    def _hidden(self, kind: Sublayer, entering: Hidden, left: Hidden, seen: Seen) -> Hidden:
         """The hidden state with this half's output added: before the norm, in layers whose halves end in one."""
-        if kind is Kind.ATTENTION:
+        if kind is Sublayer.ATTENTION:
             return entering.to(self.layers.device) + seen.outputs[self.layers.path(Part.O)]
         if self.layers.post_norm:
             return seen.inputs[self.layers.path(Part.UP)] + seen.outputs[self.layers.path(Part.DOWN)]
@@ -106,7 +106,7 @@ class UnitSizes:
         return cls(parts, biases, readout.rows * number, (readout.rows + outputs) * number)
 
 
-class Half:
+class SublayerData:
     """One half of a layer, its units those of the layout: its readout's inputs, and what donors would put there.
 
     `columns` are the readout's inputs that belong to each group, `parts` those that make them. Fits look at the first

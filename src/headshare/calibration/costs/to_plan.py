@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 from headshare.calibration.costs.actions import Action, Output
-from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.sections import Taken
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice, Section
-from headshare.plan.units import HeadUnit, Kind
+from headshare.plan.units import HeadUnit, Sublayer
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Budgeted:
 
     def _removals(self) -> str:
         layers = {one.layout.kind: len(one.removed) for one in self.plan.removals if one.removed}
-        words = {Kind.ATTENTION: "attention units", Kind.FFN: "neurons"}
+        words = {Sublayer.ATTENTION: "attention units", Sublayer.FFN: "neurons"}
         found = [f"{words[kind]} in {count} layer{'s'[: count != 1]}" for kind, count in layers.items()]
         return f"; removal costs less than sharing for {' and for '.join(found)}" if found else ""
 
 
-def plan_for_steps(prices: Prices, path: Path, steps: int) -> SharePlan:
+def plan_for_steps(prices: CostCurves, path: CostCurve, steps: int) -> SharePlan:
     """The plan that takes these first steps of one path, and nothing else."""
     return budgeted(prices, [(path, steps)], None).plan
 
 
-End = tuple[Path, int]
+End = tuple[CostCurve, int]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Given:
     dearer: float = 0.0
 
 
-def budgeted(prices: Prices, ends: Iterable[End], choice: Choice | None) -> Budgeted:
+def budgeted(prices: CostCurves, ends: Iterable[End], choice: Choice | None) -> Budgeted:
     """The plan that takes every cost path up to its end, with what it saves and what it is predicted to cost."""
     steps = [(path, step) for path, end in ends for step in path.steps[:end]]
     given = _given(prices, steps)
@@ -73,11 +73,13 @@ def _sections(given: Sequence[_Given], choice: Choice) -> Iterator[Section]:
         yield from builder([one.taken for one in given if builder in one.action.sections], choice)
 
 
-def _given(prices: Prices, steps: Sequence[tuple[Path, Step]]) -> list[_Given]:
+def _given(prices: CostCurves, steps: Sequence[tuple[CostCurve, CurveStep]]) -> list[_Given]:
     """Every step with the best of its donors that is still there."""
     # All actions of one half share a part with each other, so a unit that gives anything up lends nothing; and a
     # readout with low-rank units lends no columns.
-    gone = {kind: {unit for path, step in steps if path.kind is kind for unit in _units(path, step)} for kind in Kind}
+    gone = {
+        kind: {unit for path, step in steps if path.kind is kind for unit in _units(path, step)} for kind in Sublayer
+    }
     mixed = {path.layer for path, step in steps if step.action.output is Output.LOW_RANK}
     given = []
     for path, step in steps:
@@ -94,12 +96,12 @@ def _given(prices: Prices, steps: Sequence[tuple[Path, Step]]) -> list[_Given]:
     return given
 
 
-def _units(path: Path, step: Step) -> tuple[HeadUnit, ...]:
+def _units(path: CostCurve, step: CurveStep) -> tuple[HeadUnit, ...]:
     return tuple(HeadUnit(path.layer, group) for group in step.groups)
 
 
 def _donor(
-    step: Step, recipient: HeadUnit, gone: Collection[HeadUnit], never: Collection[int], layout: Layout
+    step: CurveStep, recipient: HeadUnit, gone: Collection[HeadUnit], never: Collection[int], layout: Layout
 ) -> tuple[HeadUnit, float]:
     """The first of a step's donors that gives nothing up and is in none of the layers that `never` lend; or else the
     first such unit of the model, as if it cost as much as the last donor.

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headshare.calibration.refit.regression import Lent, Narrow
-from headshare.plan.low_rank import Product
+from headshare.calibration.refit.regression import BorrowedColumns, LowRankColumns
+from headshare.plan.low_rank import LowRankRange
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
 
@@ -31,7 +31,7 @@ class PlannedColumns:
     device: torch.device
 
     @property
-    def _tensors(self) -> Mapping[str, GappedTensor]:
+    def _tensors(self) -> Mapping[str, TensorPlan]:
         return self.weights.files.tensors
 
     def changed(self, layer: int) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class PlannedColumns:
         spans = [*tensor.kept(), (tensor.size, count)]
         return torch.cat([self._range(start, stop) for start, stop in spans])
 
-    def lent(self, name: str, refitted: Mapping[str, Tensor]) -> tuple[Lent, ...]:
+    def lent(self, name: str, refitted: Mapping[str, Tensor]) -> tuple[BorrowedColumns, ...]:
         """Columns that are not fitted: donors', as the `refitted` tensors have them if they are there already, and made
         ones."""
         if name not in self._tensors:
@@ -85,17 +85,17 @@ class PlannedColumns:
             if scaled and scale is not None:
                 own = scale[used : used + len(inputs)].to(columns)
                 used += len(inputs)
-            lent.append(Lent(inputs, columns, scaled, own))
+            lent.append(BorrowedColumns(inputs, columns, scaled, own))
         # columns that another kind of section makes stay as they are
-        for one in (one for one in tensor.made if not isinstance(one, Product)):
+        for one in (one for one in tensor.made if not isinstance(one, LowRankRange)):
             columns = self._projection(name, refitted)[:, one.start : one.stop]
-            lent.append(Lent(self._range(one.start, one.stop), columns, False, None))
+            lent.append(BorrowedColumns(self._range(one.start, one.stop), columns, False, None))
         return tuple(lent)
 
-    def narrow(self, name: str) -> tuple[Narrow, ...]:
+    def narrow(self, name: str) -> tuple[LowRankColumns, ...]:
         """Columns that are stored as products of small rank, a unit's at a time."""
         factored = self._tensors[name].factored if name in self._tensors else ()
-        return tuple(Narrow(self._range(start, stop), rank) for start, stop, rank in factored)
+        return tuple(LowRankColumns(self._range(start, stop), rank) for start, stop, rank in factored)
 
     def foreign(self, layer: int, part: Part, inputs: int) -> Int[Tensor, " foreign"]:
         """Inputs, of so many, that another layer's v (or up) makes.

@@ -11,10 +11,10 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.normal_equations import NormalEquations, token_weights
-from headshare.calibration.refit.reconstruction import Wanted, reconstruct
-from headshare.calibration.refit.regression import Fitted, Narrow, assembled, fit_readout
+from headshare.calibration.refit.reconstruction import LayerTarget, reconstruct
+from headshare.calibration.refit.regression import Fitted, LowRankColumns, assembled, fit_readout
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
-from headshare.calibration.refit.result import Refit, Step
+from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.plan.low_rank import factor_names
 from headshare.plan.tensors import bias_name
 from headshare.plan.ties import scale_name
@@ -163,7 +163,7 @@ class LayerFit:
         self.result.steps.append(_step(name, found, sum(one.left_out for one in sums)))
 
     def _kept_factors(
-        self, name: str, found: Fitted, narrow: tuple[Narrow, ...]
+        self, name: str, found: Fitted, narrow: tuple[LowRankColumns, ...]
     ) -> list[Float[Tensor, "outputs inputs"]]:
         """Add the factors of a readout's factored units to the result, and return their products as they are stored."""
         dtype = self.columns.dtype(name)
@@ -206,7 +206,7 @@ class LayerFit:
             self.shared_layers,
             layer,
             module,
-            Wanted(streams.shared, streams.dense, self.fitted),
+            LayerTarget(streams.shared, streams.dense, self.fitted),
             weights,
             self.columns.owned,
             steps=self.gradient_steps,
@@ -221,7 +221,7 @@ class LayerFit:
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
         best = f"best after {found.step}" if found.step else "none was better"
         note = f"{self.gradient_steps} gradient steps, {best}"
-        self.result.steps.append(Step(base, None, found.error_before, found.error_after, note))
+        self.result.steps.append(RefitStep(base, None, found.error_before, found.error_after, note))
 
     def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a built layer's parts, by name."""
@@ -233,9 +233,9 @@ class LayerFit:
         return matrices
 
 
-def _step(name: str, found: Fitted, left_out: int) -> Step:
+def _step(name: str, found: Fitted, left_out: int) -> RefitStep:
     notes = [found.why_kept] if found.why_kept else []
     if left_out:
         notes.append(f"{left_out} tokens whose numbers are not finite were left out")
     ridge = None if found.why_kept else found.ridge
-    return Step(name, ridge, found.error_before, found.error_after, "; ".join(notes))
+    return RefitStep(name, ridge, found.error_before, found.error_after, "; ".join(notes))

@@ -34,7 +34,7 @@ class Reconstructed:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LayerTarget:
     """The hidden states that enter a layer in the shared model and those that leave it in the dense one, the first
     `fitted` windows to fit to and the rest held out."""
 
@@ -51,7 +51,7 @@ def reconstruct(
     layers: Layers,
     layer: int,
     module: nn.Module,
-    wanted: Wanted,
+    wanted: LayerTarget,
     weights: Mapping[str, nn.Parameter],
     own: Callable[[str, Tensor], Tensor],
     *,
@@ -111,7 +111,7 @@ def _descend(
         weight.grad = gradient * masks[name]
 
 
-def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: Wanted) -> float:
+def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: LayerTarget) -> float:
     errors = [
         _error(layers.run(module, layer, wanted.entering[at])[0], wanted.leaving[at].to(layers.device)).flatten()
         for at in wanted.held_out(layers)

@@ -18,7 +18,7 @@ from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.layer_fit import LayerFit, Streams
 from headshare.calibration.refit.reconstruction import RATE
-from headshare.calibration.refit.result import Refit, Step
+from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, CheckpointError, PlanError
 from headshare.plan.plan import SharePlan
@@ -130,7 +130,7 @@ class Refitter:
         return {"dense": streams.dense.clone(), "shared": streams.shared.clone()}
 
     def resume(
-        self, layer: int, streams: Mapping[str, Tensor], tensors: MutableMapping[str, Tensor], steps: list[Step]
+        self, layer: int, streams: Mapping[str, Tensor], tensors: MutableMapping[str, Tensor], steps: list[RefitStep]
     ) -> None:
         """Go on at this layer, which another refitter of the same arguments would have done next, with its `state` and
         what its result held; what follows is the same bit for bit. `tensors` is taken over, and added to.

@@ -21,7 +21,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
-class Lent:
+class BorrowedColumns:
     """Inputs whose columns come from a donor's readout: scaled, one number a channel to be fitted, or as they are.
 
     `scale` is the one that they have, and are pulled to. Without, the tie is fresh: it has one, which nobody has
@@ -35,7 +35,7 @@ class Lent:
 
 
 @dataclass(frozen=True)
-class Narrow:
+class LowRankColumns:
     """Inputs of one unit whose columns are stored as a product of this rank."""
 
     columns: Int[Tensor, " factored"]
@@ -63,8 +63,8 @@ def fit_readout(
     held: NormalEquations,
     start: Float[Tensor, "outputs inputs"],
     free: Int[Tensor, " free"],
-    lent: tuple[Lent, ...] = (),
-    narrow: tuple[Narrow, ...] = (),
+    lent: tuple[BorrowedColumns, ...] = (),
+    narrow: tuple[LowRankColumns, ...] = (),
     *,
     prior: Float[Tensor, "outputs inputs"] | None = None,
     largest: float = float("inf"),
@@ -111,7 +111,7 @@ def fit_readout(
 def assembled(
     weight: Float[Tensor, "outputs inputs"],
     free: Int[Tensor, " free"],
-    lent: tuple[Lent, ...],
+    lent: tuple[BorrowedColumns, ...],
     scales: Float[Tensor, " scaled"],
 ) -> Float[Tensor, "outputs inputs"]:
     """A whole readout: its own free columns, its donors' lent ones, scaled ones times their scales (in the order of
@@ -133,8 +133,8 @@ def _best_ridge(solver: "_Solver", held: NormalEquations) -> tuple[float, float]
     return min(errors, default=(float("inf"), float("inf")))
 
 
-def _merged(lent: tuple[Lent, ...]) -> tuple[Lent, ...]:
-    """Lent inputs in at most one entry of each sort, in order."""
+def _merged(lent: tuple[BorrowedColumns, ...]) -> tuple[BorrowedColumns, ...]:
+    """BorrowedColumns inputs in at most one entry of each sort, in order."""
     merged = []
     for scaled in (True, False):
         some = [one for one in lent if one.scaled == scaled]
@@ -144,11 +144,11 @@ def _merged(lent: tuple[Lent, ...]) -> tuple[Lent, ...]:
             order = columns.argsort()
             given = [one.scale for one in some if one.scale is not None]
             scale = torch.cat(given)[order] if len(given) == len(some) else None
-            merged.append(Lent(columns[order], donor[:, order], scaled, scale))
+            merged.append(BorrowedColumns(columns[order], donor[:, order], scaled, scale))
     return tuple(merged)
 
 
-def _scales_of(lent: tuple[Lent, ...], like: Tensor) -> Float[Tensor, " scaled"]:
+def _scales_of(lent: tuple[BorrowedColumns, ...], like: Tensor) -> Float[Tensor, " scaled"]:
     """The scales that merged lent inputs have to begin with."""
     scaled = next((one for one in lent if one.scaled), None)
     if scaled is None:
@@ -168,8 +168,8 @@ class _Solver:
         equations: NormalEquations,
         prior: Tensor,
         free: Tensor,
-        lent: tuple[Lent, ...],
-        narrow: tuple[Narrow, ...],
+        lent: tuple[BorrowedColumns, ...],
+        narrow: tuple[LowRankColumns, ...],
         largest: float,
     ) -> None:
         self.equations = equations

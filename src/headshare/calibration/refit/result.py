@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class RefitStep:
     """A step of a refit: one readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as
     parts of the target's own size.
 
@@ -29,7 +29,7 @@ class Refit:
     about. What is not listed stays as it was."""
 
     tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[RefitStep] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The record of its steps, without any tensor."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 
 from headshare.calibration.refit.refitter import Refitter
-from headshare.calibration.refit.result import Step
+from headshare.calibration.refit.result import RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.state_files import Workspace, check_readable, joint_digest
 from headshare.progress import track
@@ -59,7 +59,7 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     check_readable(tensors)
     try:
         layer = int(done["layer"])
-        steps = [Step(**step) for step in done["steps"]]
+        steps = [RefitStep(**step) for step in done["steps"]]
     except (KeyError, TypeError, ValueError) as error:
         raise workspace.damaged(name, f"it does not say how far it came ({error})") from None
     streams = workspace.read_tensors(_streams_after(key, layer))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headshare.errors import EvaluationError, OutputError
-from headshare.evaluation.results import Measured
+from headshare.evaluation.results import TaskResult
 from headshare.experiments.case import METHODS, ROUNDED
 from headshare.experiments.cells import DENSE, Compared
 from headshare.files.atomic import explain, write_whole
@@ -132,7 +132,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
     return True
 
 
-def _beside(axes: Any, dense: Measured | None) -> None:
+def _beside(axes: Any, dense: TaskResult | None) -> None:
     """What others are seen beside: the dense model, and guessing."""
     if dense is None or (value := _shown(dense)) is None:
         return
@@ -144,7 +144,7 @@ def _beside(axes: Any, dense: Measured | None) -> None:
         axes.axhline(100 * max(dense.guessed), color="black", linewidth=0.8, linestyle=":")
 
 
-def _shown(row: Measured) -> float | None:
+def _shown(row: TaskResult) -> float | None:
     """Its metric: accuracies in percent."""
     name, metric = row.main
     return None if metric.value is None else metric.value * (100 if name == "acc" else 1)

@@ -11,12 +11,12 @@ from headshare.evaluation.results import table_of
 from headshare.experiments.about import About
 from headshare.experiments.cells import Compared
 from headshare.experiments.report.claims import ACCURACY, Checked, checked
-from headshare.experiments.report.sources import Evaluated, Measured, Published
+from headshare.experiments.report.sources import Comparison, Evaluated, Published
 from headshare.experiments.report.tables import in_words
 
 
 def report(
-    measured: Sequence[Measured],
+    measured: Sequence[Comparison],
     tables: Sequence[Published] = (),
     figures: Sequence[Sequence[tuple[str, str]]] = (),
     evaluated: Sequence[Evaluated] = (),
@@ -25,7 +25,7 @@ def report(
     `evaluated`, what `headshare eval` measured, come last."""
     lines = ["# Results", "", *_summary(measured)]
     for one, shown in zip_longest(measured, figures, fillvalue=()):
-        assert isinstance(one, Measured)
+        assert isinstance(one, Comparison)
         heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
         lines += ["", f"## {heading}", "", _about(one.about), "", in_words(one.cells)]
         lines += [*_beside(one, tables), *_claims(checked(one.cells))]
@@ -59,7 +59,7 @@ JUDGED = (
 )
 
 
-def _summary(measured: Sequence[Measured]) -> list[str]:
+def _summary(measured: Sequence[Comparison]) -> list[str]:
     """How often each claim holds, model by model, and by what rule. Comparisons of the same cells count once."""
     counted: dict[str, dict[str, Counter[str]]] = {}
     for model, cells in _pooled(measured):
@@ -81,7 +81,7 @@ def _summary(measured: Sequence[Measured]) -> list[str]:
     return [*lines, "", *(f"* {rule}" for rule in JUDGED)]
 
 
-def _pooled(measured: Sequence[Measured]) -> list[tuple[str, list[Compared]]]:
+def _pooled(measured: Sequence[Comparison]) -> list[tuple[str, list[Compared]]]:
     """Models, and the cells of all their comparisons: those on other texts, or where one method gave other numbers,
     apart."""
     pools: list[tuple[str, dict[tuple[str, float], Compared]]] = []
@@ -109,7 +109,7 @@ def _claims(claims: Sequence[Checked]) -> list[str]:
     return lines + [f"| {one.claim} | {one.where} | {one.says.value} | {one.evidence} |" for one in claims]
 
 
-def _beside(one: Measured, tables: Sequence[Published]) -> list[str]:
+def _beside(one: Comparison, tables: Sequence[Published]) -> list[str]:
     """Our accuracies beside the paper's, in percent, where it has this model."""
     lines: list[str] = []
     for found in (found for found in tables if found.model.casefold() == one.about.model.casefold()):

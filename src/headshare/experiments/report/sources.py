@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from headshare.errors import EvaluationError
 from headshare.evaluation.results import RESULTS, current, read_results
-from headshare.evaluation.results import Measured as Row
+from headshare.evaluation.results import TaskResult as Row
 from headshare.experiments.about import ABOUT, About
 from headshare.experiments.cells import CELLS, Compared, read_cells
 from headshare.experiments.report.claims import checked
@@ -56,14 +56,14 @@ _PUBLISHED: TypeAdapter[list[Published]] = TypeAdapter(Annotated[list[Published]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Comparison:
     """What one folder holds."""
 
     about: About
     cells: list[Compared]
 
     @classmethod
-    def load(cls, folder: Path) -> "Measured":
+    def load(cls, folder: Path) -> "Comparison":
         """The cells of the last comparison in a folder.
 
         Raises:
@@ -102,7 +102,7 @@ class Evaluated:
     title: str
     rows: list[Row]
 
-    def tells_more_than(self, measured: Measured | None) -> bool:
+    def tells_more_than(self, measured: Comparison | None) -> bool:
         """Whether there is more than what a comparison in the same folder measured of its dense model."""
         known = {row.task for cell in measured.cells for row in cell.results} if measured else set()
         return any(measured is None or row.model != measured.about.model or row.task not in known for row in self.rows)

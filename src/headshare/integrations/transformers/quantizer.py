@@ -23,7 +23,7 @@ from headshare.checkpoint.int4 import check_types, packed_tensors
 from headshare.errors import StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
-from headshare.plan.tensors import gapped_tensors, reduced_tensors
+from headshare.plan.tensors import reduced_tensors, tensor_plans
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
@@ -52,7 +52,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         entry = self.quantization_config.sharing
         plan, packing = entry.plan, entry.packing
         if packing is not None:
-            tensors = gapped_tensors(plan)
+            tensors = tensor_plans(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
             for file in checkpoint_files or ():
                 check_types((info.name, info.dtype) for info in read_header(Path(file)))

@@ -19,16 +19,16 @@ from headshare.architecture.removable import check_removals, counts_of
 from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.spans import length
-from headshare.plan.tensors import GappedTensor, bias_name, gapped_biases, gapped_tensors
-from headshare.plan.units import Kind, Part
+from headshare.plan.tensors import TensorPlan, bias_name, bias_plans, tensor_plans
+from headshare.plan.units import Part, Sublayer
 
 
 @dataclass(frozen=True)
 class Shrunk:
     """What a plan removes from one module: some of its weight, and of its bias where it has one."""
 
-    weight: GappedTensor
-    bias: GappedTensor | None
+    weight: TensorPlan
+    bias: TensorPlan | None
 
 
 class FewerHeads:
@@ -46,10 +46,10 @@ class FewerHeads:
 
 def shrunk_of(plan: SharePlan) -> dict[str, Shrunk]:
     """What the plan removes from the module of each of these tensors."""
-    biases = gapped_biases(plan)
+    biases = bias_plans(plan)
     return {
         name: Shrunk(tensor, biases.get(bias_name(name)))
-        for name, tensor in gapped_tensors(plan).items()
+        for name, tensor in tensor_plans(plan).items()
         if tensor.removed
     }
 
@@ -78,7 +78,7 @@ def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any,
     """Every attention module that loses units, what it counts them by, and how many it keeps, of how many."""
     found = []
     for removal in plan.removals:
-        if removal.layout.kind is Kind.ATTENTION:
+        if removal.layout.kind is Sublayer.ATTENTION:
             counts = counts_of(str(model.config.model_type))
             assert counts is not None  # else the removal was refused
             groups = removal.layout.groups
@@ -136,7 +136,7 @@ def _whole(small: Any, like: Any, shrunk: Shrunk) -> nn.Module:
     return like  # type: ignore[no-any-return]
 
 
-def _with_zeros(small: Tensor, tensor: GappedTensor) -> Tensor:
+def _with_zeros(small: Tensor, tensor: TensorPlan) -> Tensor:
     whole = small.new_zeros(tensor.shape)
     for start, stop in tensor.present():
         whole.narrow(tensor.axis, start, stop - start).copy_(

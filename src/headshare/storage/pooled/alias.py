@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.pooled.arena import OTHERWISE, PAGE, Arena, Piece, mapped, mappings_left, supported
-from headshare.storage.pooled.bank import Bank, Held
+from headshare.storage.pooled.bank import BlockPool, PooledTensor
 from headshare.storage.pooled.frozen import install_frozen
 from headshare.storage.pooled.shelves import placed_on, turned
-from headshare.storage.pooled.slots import Rack, racks_of
+from headshare.storage.pooled.slots import BlockLayout, racks_of
 from headshare.storage.pooled.sources import MappedFiles
 
 SPARE_MAPPINGS = 0.5
@@ -36,10 +36,10 @@ class Backing(NamedTuple):
     stored: Tensor
 
 
-class AliasBank(Bank):
+class AliasBank(BlockPool):
     """Stored rows in files and arenas (one for each type of number); sealed, wholes are laid over them."""
 
-    def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorPlan]) -> None:
         super().__init__(tensors)
         self._racks = racks_of(tensors)
         self._rack_of = {name: rack for rack in self._racks for name in rack.placed}
@@ -58,7 +58,7 @@ class AliasBank(Bank):
         self._backing[name] = self._in_file(name, stored) or self._in_arena(name, stored)
         return turned(self.tensors[name], self._backing[name].stored)
 
-    def seal(self) -> dict[str, Held]:
+    def seal(self) -> dict[str, PooledTensor]:
         """Make all of it read-only, and lay every whole weight over the slots of its rows.
 
         Raises:
@@ -94,11 +94,11 @@ class AliasBank(Bank):
             rows.copy_(stored)
         return Backing(arena.descriptor, offset, stride, rows)
 
-    def _hold(self, name: str) -> Held:
+    def _hold(self, name: str) -> PooledTensor:
         rack, own = self._rack_of[name], self._backing[name]
         placed, slot = rack.placed[name], rack.height * own.stride
         if not placed.borrows:
-            return Held(turned(self.tensors[name], own.stored), turned(self.tensors[name], own.stored))
+            return PooledTensor(turned(self.tensors[name], own.stored), turned(self.tensors[name], own.stored))
         pieces = []
         for position, source, start, count in placed.runs:
             donor = self._backing.get(source)
@@ -109,14 +109,14 @@ class AliasBank(Bank):
                 )
             pieces.append(Piece(position * slot, donor.descriptor, donor.offset + start * slot, count * slot))
         whole = _rows(mapped(pieces, placed.size * slot), own.stored.dtype, rack.width, own.stride)
-        return Held(turned(self.tensors[name], own.stored), turned(self.tensors[name], whole))
+        return PooledTensor(turned(self.tensors[name], own.stored), turned(self.tensors[name], whole))
 
     def _arena(self, dtype: torch.dtype) -> Arena:
         if dtype not in self._arenas:
             self._arenas[dtype] = Arena(arena_bytes(self._racks, dtype))
         return self._arenas[dtype]
 
-    def _offset(self, wanted: Rack, dtype: torch.dtype) -> int:
+    def _offset(self, wanted: BlockLayout, dtype: torch.dtype) -> int:
         return arena_bytes(self._racks[: self._racks.index(wanted)], dtype)
 
 
@@ -125,23 +125,23 @@ def _rows(region: Tensor, dtype: torch.dtype, width: int, stride: int) -> Tensor
     return region.view(dtype).view(-1, stride // dtype.itemsize)[:, :width]
 
 
-def stride_of(rack: Rack, dtype: torch.dtype) -> int:
+def stride_of(rack: BlockLayout, dtype: torch.dtype) -> int:
     """Bytes from one row to the next: as few as make a slot a multiple of the page size."""
     step = PAGE // gcd(PAGE, rack.height)
     return -(-rack.width * dtype.itemsize // step) * step
 
 
-def arena_bytes(racks: list[Rack], dtype: torch.dtype) -> int:
+def arena_bytes(racks: list[BlockLayout], dtype: torch.dtype) -> int:
     """What these racks take in memory, padding included."""
     return sum(rack.slots * rack.height * stride_of(rack, dtype) for rack in racks)
 
 
-def mappings_needed(racks: list[Rack]) -> int:
+def mappings_needed(racks: list[BlockLayout]) -> int:
     """How many mappings all stored rows and whole weights take, at most."""
     return sum(3 + len(placed.runs) * placed.borrows for rack in racks for placed in rack.placed.values())
 
 
-def _impossible(racks: list[Rack]) -> str | None:
+def _impossible(racks: list[BlockLayout]) -> str | None:
     """The reason why these racks cannot be held by aliases, or None."""
     if not supported():
         return "this system cannot map one piece of memory at several addresses"
@@ -151,7 +151,7 @@ def _impossible(racks: list[Rack]) -> str | None:
     return None
 
 
-def _wasteful(racks: list[Rack], tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype]) -> str | None:
+def _wasteful(racks: list[BlockLayout], tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype]) -> str | None:
     """The reason why aliases would save nothing, or None."""
     for dtype in dtypes:
         held = arena_bytes(racks, dtype)
@@ -171,7 +171,7 @@ class AliasStorage:
     brings_memory: ClassVar[bool] = False
 
     @classmethod
-    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+    def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
         """Aliases are for a CPU whose system has mappings enough, and for rows that need little padding."""
         if devices != {"cpu"}:
             return placed_on(devices)
@@ -181,7 +181,7 @@ class AliasStorage:
     def __init__(self, devices: Mapping[str, str]) -> None:
         self.devices = devices
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace the modules; their weights go to one bank as they load. Padding, however much, is allowed.
 
         Raises:

@@ -15,45 +15,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.product import Slots
+from headshare.plan.tensors import TensorPlan
+from headshare.storage.pooled.product import BlockTable
 
 LOGGER = logging.getLogger("headshare")
 
 
-class Held(NamedTuple):
+class PooledTensor(NamedTuple):
     """A tensor in a bank: its stored rows in the stock module's orientation, and what the product reads.
 
     That is the whole weight, in the same orientation, or the slots of its rows.
     """
 
     stored: Tensor
-    whole: Tensor | Slots
+    whole: Tensor | BlockTable
 
 
-class Bank(ABC):
+class BlockPool(ABC):
     """The one copy of every unit that some projections read. Filled tensor by tensor, then sealed."""
 
-    def __init__(self, tensors: Mapping[str, GappedTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorPlan]) -> None:
         self.tensors = tensors
         self._will_not_train_was_said = False
-        self._held: dict[str, Held] = {}
-        self._converted: weakref.WeakValueDictionary[torch.dtype, Bank] = weakref.WeakValueDictionary()
+        self._held: dict[str, PooledTensor] = {}
+        self._converted: weakref.WeakValueDictionary[torch.dtype, BlockPool] = weakref.WeakValueDictionary()
 
     @abstractmethod
     def put(self, name: str, stored: Tensor) -> Tensor:
         """Take a tensor's stored rows in. Returns the view of them that its module shows."""
 
     @abstractmethod
-    def seal(self) -> dict[str, Held]:
+    def seal(self) -> dict[str, PooledTensor]:
         """Make what is in it read-only, and say where everything is."""
 
     @classmethod
-    def on(cls, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> "Bank":  # noqa: ARG003
+    def on(cls, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> "BlockPool":  # noqa: ARG003
         """An empty bank for tensors that are on these devices; a bank that knows but one place needs no more."""
         return cls(tensors)
 
-    def held(self, name: str) -> Held:
+    def held(self, name: str) -> PooledTensor:
         """Where a tensor is, in a bank that is filled; the first to ask seals it."""
         if not self._held:
             self._held = self.seal()
@@ -65,7 +65,7 @@ class Bank(ABC):
             self._will_not_train_was_said = True
             LOGGER.warning("the shared weights of this model are read-only and will not train. %s", HOW_TO_TRAIN)
 
-    def converted(self, dtype: torch.dtype) -> "Bank":
+    def converted(self, dtype: torch.dtype) -> "BlockPool":
         """The same weights in another type of number: one bank, however many modules ask for it."""
         found = self._converted.get(dtype)
         if found is None:
@@ -82,7 +82,7 @@ class Bank(ABC):
         return _unpickled, (type(self), self.tensors, {n: r for n, r in stored.items() if n not in empty}, empty)
 
 
-def _reduced_for_a_process(bank: Bank) -> tuple[Any, ...]:
+def _reduced_for_a_process(bank: BlockPool) -> tuple[Any, ...]:
     """The same for another process, as bytes: tensors would be handed over by descriptors that must be kept alive."""
     _, (kind, tensors, stored, empty) = bank.__reduce__()
     sent = {
@@ -92,11 +92,11 @@ def _reduced_for_a_process(bank: Bank) -> tuple[Any, ...]:
 
 
 def _received(
-    kind: type[Bank],
-    tensors: Mapping[str, GappedTensor],
+    kind: type[BlockPool],
+    tensors: Mapping[str, TensorPlan],
     sent: Mapping[str, tuple[np.ndarray, torch.dtype, torch.device]],
     empty: Mapping[str, torch.dtype],
-) -> Bank:
+) -> BlockPool:
     stored = {
         name: torch.from_numpy(raw).view(dtype).view(tensors[name].stored_shape).to(device)
         for name, (raw, dtype, device) in sent.items()
@@ -104,7 +104,7 @@ def _received(
     return _unpickled(kind, tensors, stored, empty)
 
 
-def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mapping[str, Tensor]) -> Bank:
+def rebuilt(kind: type[BlockPool], tensors: Mapping[str, TensorPlan], stored: Mapping[str, Tensor]) -> BlockPool:
     """A bank of these stored rows, on the devices that they are on."""
     bank = kind.on(tensors, {name: rows.device for name, rows in stored.items()})
     for name, rows in stored.items():
@@ -113,11 +113,11 @@ def rebuilt(kind: type[Bank], tensors: Mapping[str, GappedTensor], stored: Mappi
 
 
 def _unpickled(
-    kind: type[Bank],
-    tensors: Mapping[str, GappedTensor],
+    kind: type[BlockPool],
+    tensors: Mapping[str, TensorPlan],
     stored: Mapping[str, Tensor],
     empty: Mapping[str, torch.dtype],
-) -> Bank:
+) -> BlockPool:
     device = next((rows.device for rows in stored.values()), torch.device("cpu"))
     none = {n: torch.empty(tensors[n].stored_shape, dtype=dtype, device=device) for n, dtype in empty.items()}
     return rebuilt(kind, tensors, {**stored, **none})

@@ -42,7 +42,7 @@ class Driver(Protocol):
     def allow(self, address: int, nbytes: int) -> None:
         """Let the device read and write there."""
 
-    def tensor(self, span: "Span") -> Tensor:
+    def tensor(self, span: "AddressSpan") -> Tensor:
         """Bytes at these addresses. The tensor keeps the span alive."""
 
     def finish(self) -> None:
@@ -58,7 +58,7 @@ class Block:
         weakref.finalize(self, driver.release, self.handle).atexit = False
 
 
-class Span:
+class AddressSpan:
     """A range of addresses laid over blocks; given back when the last tensor on it is gone.
 
     Raises:
@@ -150,7 +150,7 @@ class CudaDriver:
         access = access_of(self._cuda, self.device.index)
         self._done(self._cuda.cuMemSetAccess(self._cuda.CUdeviceptr(address), nbytes, [access], 1))
 
-    def tensor(self, span: Span) -> Tensor:
+    def tensor(self, span: AddressSpan) -> Tensor:
         """Bytes at these addresses."""
         return torch.as_tensor(span, device=self.device)
 

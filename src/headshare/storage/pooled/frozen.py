@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
-from headshare.storage.pooled.bank import HOW_TO_TRAIN, Bank
-from headshare.storage.pooled.product import Slots
+from headshare.storage.pooled.bank import HOW_TO_TRAIN, BlockPool
+from headshare.storage.pooled.product import BlockTable
 from headshare.storage.pooled.readonly import ReadOnlyParameter, read_only
 from headshare.storage.projection import SharedProjection
 
@@ -25,10 +25,10 @@ class FrozenProjection(SharedProjection):
     Abstract: a storage says in `forward` how it multiplies with what the bank holds.
     """
 
-    _whole: Tensor | Slots
+    _whole: Tensor | BlockTable
     _shown: ReadOnlyParameter
 
-    def __init__(self, dense: nn.Module, name: str, bank: Bank) -> None:
+    def __init__(self, dense: nn.Module, name: str, bank: BlockPool) -> None:
         super().__init__(dense, bank.tensors[name])
         self.name = name
         self.bank = bank
@@ -166,7 +166,7 @@ def _converts_to(fn: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
 
 
 def install_frozen(
-    model: nn.Module, bank: Bank, modules: ModuleMap, kind: type[FrozenProjection] = MappedProjection
+    model: nn.Module, bank: BlockPool, modules: ModuleMap, kind: type[FrozenProjection] = MappedProjection
 ) -> None:
     """Replace every module that holds one of the bank's tensors.
 
@@ -185,8 +185,8 @@ def read_banks(model: nn.Module) -> bool:
     return bool(frozen)
 
 
-def _keep_still(whole: Tensor | Slots) -> None:
+def _keep_still(whole: Tensor | BlockTable) -> None:
     """Tell torch.compile that these tensors stay where they are: graphs then read them there, not a copy."""
-    for tensor in whole if isinstance(whole, Slots) else (whole,):
+    for tensor in whole if isinstance(whole, BlockTable) else (whole,):
         if tensor.is_cuda:
             torch._dynamo.mark_static_address(tensor)

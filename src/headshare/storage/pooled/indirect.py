@@ -14,21 +14,21 @@ from torch.utils.dlpack import from_dlpack
 
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
-from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.bank import Bank, Held
+from headshare.plan.tensors import TensorPlan
+from headshare.storage.pooled.bank import BlockPool, PooledTensor
 from headshare.storage.pooled.frozen import FrozenProjection, install_frozen
-from headshare.storage.pooled.product import KERNEL_DTYPES, Slots, kernels, kernels_installed, slot_linear
-from headshare.storage.pooled.shelves import Shelf, in_slots, placed_on, shelves_of, torch_devices, turned
+from headshare.storage.pooled.product import KERNEL_DTYPES, BlockTable, kernels, kernels_installed, slot_linear
+from headshare.storage.pooled.shelves import DeviceBlocks, in_slots, placed_on, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of
 
 LOGGER = logging.getLogger("headshare")
 ROWS_OF_TILE = 16
 
 
-class IndirectBank(Bank):
+class IndirectBank(BlockPool):
     """The slots of every device. A tensor's own are one run there; those it borrows from another device are copies."""
 
-    def __init__(self, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> None:
         super().__init__(tensors)
         self._shelves = [shelf for rack in racks_of(tensors) for shelf in shelves_of(rack, devices)]
         self._home = {name: n for n, shelf in enumerate(self._shelves) for name in shelf.names}
@@ -36,7 +36,7 @@ class IndirectBank(Bank):
         self._arrived: set[str] = set()
 
     @classmethod
-    def on(cls, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> "IndirectBank":
+    def on(cls, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> "IndirectBank":
         """An empty bank for tensors that are on these devices."""
         return cls(tensors, devices)
 
@@ -59,7 +59,7 @@ class IndirectBank(Bank):
         self._arrived.add(name)
         return self._shown(name)
 
-    def seal(self) -> dict[str, Held]:
+    def seal(self) -> dict[str, PooledTensor]:
         """Make the table of every whole weight.
 
         Raises:
@@ -68,9 +68,9 @@ class IndirectBank(Bank):
         missing = sorted(set(self.tensors) - self._arrived)
         if missing:
             raise StorageError(f"{missing[0]} did not load, and its rows may be used by others. Check the files.")
-        return {name: Held(self._shown(name), self._slots(name)) for name in self.tensors}
+        return {name: PooledTensor(self._shown(name), self._slots(name)) for name in self.tensors}
 
-    def _room(self, n: int, shelf: Shelf, dtype: torch.dtype, name: str) -> Tensor:
+    def _room(self, n: int, shelf: DeviceBlocks, dtype: torch.dtype, name: str) -> Tensor:
         if n not in self._memory:
             size = (len(shelf.positions), shelf.rack.height, shelf.rack.width)
             self._memory[n] = torch.empty(size, dtype=dtype, device=shelf.device)
@@ -89,15 +89,15 @@ class IndirectBank(Bank):
         rows = from_dlpack(memory[first : first + placed.count].flatten(0, 1))
         return turned(self.tensors[name], rows)
 
-    def _slots(self, name: str) -> Slots:
+    def _slots(self, name: str) -> BlockTable:
         shelf, memory = self._shelves[self._home[name]], self._memory[self._home[name]]
-        return Slots(memory, torch.tensor(shelf.table(name), dtype=torch.int32, device=memory.device))
+        return BlockTable(memory, torch.tensor(shelf.table(name), dtype=torch.int32, device=memory.device))
 
 
 class IndirectProjection(FrozenProjection):
     """A projection whose product finds its rows in the bank."""
 
-    _whole: Slots
+    _whole: BlockTable
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of x."""
@@ -127,7 +127,7 @@ class IndirectStorage:
     brings_memory: ClassVar[bool] = False
 
     @classmethod
-    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+    def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
         """Kernels are for CUDA devices, and for the types and the blocks of rows that they can take."""
         if devices != {"cuda"}:
             return placed_on(devices)
@@ -147,7 +147,7 @@ class IndirectStorage:
     def __init__(self, devices: Mapping[str, str]) -> None:
         self.devices = devices
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace the modules; their weights go to one bank as they load.
 
         Raises:

@@ -26,7 +26,7 @@ UNMEASURED_MOST = 1024
 INSTALL = 'pip install "headshare[kernels]"'
 
 
-class Slots(NamedTuple):
+class BlockTable(NamedTuple):
     """A whole weight by reference: a bank, and the slots of it that hold the weight's rows, in order."""
 
     bank: Float[Tensor, "slots height width"]
@@ -38,7 +38,7 @@ class Slots(NamedTuple):
 
 
 def slot_linear(
-    x: Float[Tensor, "... inputs"], slots: Slots, bias: Float[Tensor, " outputs"] | None, *, across: bool
+    x: Float[Tensor, "... inputs"], slots: BlockTable, bias: Float[Tensor, " outputs"] | None, *, across: bool
 ) -> Float[Tensor, "... outputs"]:
     """x W^T + bias, where W is the weight of these slots; with `across`, x W + bias. The bank gets no gradient.
 
@@ -83,7 +83,7 @@ def _product(x: Tensor, bank: Tensor, table: Tensor, bias: Tensor | None, across
 
 
 def _gathered(x: Tensor, bank: Tensor, table: Tensor, bias: Tensor | None, across: bool) -> Tensor:
-    rows = Slots(bank, table).gather()
+    rows = BlockTable(bank, table).gather()
     return functional.linear(x, rows.T if across else rows, bias)
 
 

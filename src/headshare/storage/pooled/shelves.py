@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from headshare.errors import StorageError
-from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.slots import Rack
+from headshare.plan.tensors import TensorPlan
+from headshare.storage.pooled.slots import BlockLayout
 
 
 @dataclass(frozen=True)
-class Shelf:
+class DeviceBlocks:
     """One rack on one device. `positions` gives each of the rack's slots that stands here its place, from 0 on.
 
     They stand in the rack's order, so that the slots of a tensor that is here are one run.
     """
 
-    rack: Rack
+    rack: BlockLayout
     device: torch.device
     names: frozenset[str]
     positions: Mapping[int, int]
@@ -37,7 +37,7 @@ class Shelf:
         return own, [self.positions[placed.first + n] for n in own]
 
 
-def shelves_of(rack: Rack, devices: Mapping[str, torch.device]) -> list[Shelf]:
+def shelves_of(rack: BlockLayout, devices: Mapping[str, torch.device]) -> list[DeviceBlocks]:
     """The shelves of a rack, one for each device that has some of its tensors."""
     by_device: dict[torch.device, list[str]] = {}
     for name in rack.placed:
@@ -45,21 +45,21 @@ def shelves_of(rack: Rack, devices: Mapping[str, torch.device]) -> list[Shelf]:
     return [_shelf(rack, device, names) for device, names in by_device.items()]
 
 
-def _shelf(rack: Rack, device: torch.device, names: list[str]) -> Shelf:
+def _shelf(rack: BlockLayout, device: torch.device, names: list[str]) -> DeviceBlocks:
     placed = [rack.placed[name] for name in names]
     own = {slot for one in placed for slot in range(one.first, one.first + one.count)}
     used = {slot for name in names for slot in rack.table(name)}
     positions = {slot: position for position, slot in enumerate(sorted(own | used))}
-    return Shelf(rack, device, frozenset(names), positions)
+    return DeviceBlocks(rack, device, frozenset(names), positions)
 
 
-def in_slots(tensor: GappedTensor, rack: Rack, stored: Tensor) -> Tensor:
+def in_slots(tensor: TensorPlan, rack: BlockLayout, stored: Tensor) -> Tensor:
     """Stored rows, in the stock module's orientation, as slots; a view. Shape: count x height x width."""
     rows = stored.T if tensor.axis == 1 else stored
     return rows.view(rows.shape[0] // rack.height, rack.height, rack.width)
 
 
-def turned(tensor: GappedTensor, rows: Tensor) -> Tensor:
+def turned(tensor: TensorPlan, rows: Tensor) -> Tensor:
     """Rows in the stock module's orientation; the inverse of what `in_slots` does to it."""
     return rows.T if tensor.axis == 1 else rows
 

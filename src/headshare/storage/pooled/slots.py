@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
-from headshare.plan.tensors import GappedTensor
+from headshare.plan.tensors import TensorPlan
 
 
-class SlotRun(NamedTuple):
+class BlockRun(NamedTuple):
     """`slots` slots of a whole weight from `position` on: those of `source` from its own `start` on."""
 
     position: int
@@ -22,18 +22,18 @@ class SlotRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placed:
+class TensorBlocks:
     """One tensor in a bank: its own slots are [first, first + count); its whole weight is these runs, in order."""
 
     name: str
     first: int
     count: int
-    runs: tuple[SlotRun, ...]
+    runs: tuple[BlockRun, ...]
 
     @property
     def borrows(self) -> bool:
         """Whether its whole weight is anything but its own slots in order."""
-        return self.runs != (SlotRun(0, self.name, 0, self.count),)
+        return self.runs != (BlockRun(0, self.name, 0, self.count),)
 
     @property
     def size(self) -> int:
@@ -42,13 +42,13 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Rack:
+class BlockLayout:
     """All tensors of one width: `slots` slots of `height` rows of `width` numbers."""
 
     width: int
     height: int
     slots: int
-    placed: Mapping[str, Placed]
+    placed: Mapping[str, TensorBlocks]
 
     def table(self, name: str) -> list[int]:
         """The slots of a tensor's whole weight, in order."""
@@ -56,15 +56,15 @@ class Rack:
         return [slot for first, count in runs for slot in range(first, first + count)]
 
 
-def racks_of(tensors: Mapping[str, GappedTensor]) -> list[Rack]:
+def racks_of(tensors: Mapping[str, TensorPlan]) -> list[BlockLayout]:
     """One rack for each width. Slots are as high as all boundaries allow: their greatest common divisor."""
-    by_width: dict[int, list[GappedTensor]] = {}
+    by_width: dict[int, list[TensorPlan]] = {}
     for tensor in tensors.values():
         by_width.setdefault(tensor.shape[1 - tensor.axis], []).append(tensor)
     return [_rack(width, by_width[width], tensors) for width in sorted(by_width)]
 
 
-def _rack(width: int, chosen: list[GappedTensor], tensors: Mapping[str, GappedTensor]) -> Rack:
+def _rack(width: int, chosen: list[TensorPlan], tensors: Mapping[str, TensorPlan]) -> BlockLayout:
     wholes = {
         tensor.name: [
             (source, tensors[source].stored_index(start), stop - start) for source, start, stop in tensor.whole()
@@ -76,14 +76,14 @@ def _rack(width: int, chosen: list[GappedTensor], tensors: Mapping[str, GappedTe
     placed, first = {}, 0
     for tensor in chosen:
         count = tensor.stored_shape[tensor.axis] // height
-        placed[tensor.name] = Placed(tensor.name, first, count, _runs(wholes[tensor.name], height))
+        placed[tensor.name] = TensorBlocks(tensor.name, first, count, _runs(wholes[tensor.name], height))
         first += count
-    return Rack(width, height, first, placed)
+    return BlockLayout(width, height, first, placed)
 
 
-def _runs(whole: list[tuple[str, int, int]], height: int) -> tuple[SlotRun, ...]:
+def _runs(whole: list[tuple[str, int, int]], height: int) -> tuple[BlockRun, ...]:
     runs, position = [], 0
     for source, start, length in whole:
-        runs.append(SlotRun(position, source, start // height, length // height))
+        runs.append(BlockRun(position, source, start // height, length // height))
         position += length // height
     return tuple(runs)

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
-from headshare.plan.tensors import GappedTensor
-from headshare.storage.pooled.bank import Bank, Held
-from headshare.storage.pooled.cuda_driver import OTHERWISE, Block, Driver, Span, cuda_driver, driver_installed
+from headshare.plan.tensors import TensorPlan
+from headshare.storage.pooled.bank import BlockPool, PooledTensor
+from headshare.storage.pooled.cuda_driver import OTHERWISE, AddressSpan, Block, Driver, cuda_driver, driver_installed
 from headshare.storage.pooled.frozen import install_frozen
-from headshare.storage.pooled.shelves import Shelf, in_slots, placed_on, shelves_of, torch_devices, turned
+from headshare.storage.pooled.shelves import DeviceBlocks, in_slots, placed_on, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of
 
 
-class VmmBank(Bank):
+class VmmBank(BlockPool):
     """Blocks on every device, one for each slot. Once sealed, whole weights are laid over them."""
 
     def __init__(
         self,
-        tensors: Mapping[str, GappedTensor],
+        tensors: Mapping[str, TensorPlan],
         devices: Mapping[str, torch.device],
         drivers: Callable[[torch.device], Driver],
     ) -> None:
@@ -38,7 +38,7 @@ class VmmBank(Bank):
         self._own: dict[str, Tensor] = {}
 
     @classmethod
-    def on(cls, tensors: Mapping[str, GappedTensor], devices: Mapping[str, torch.device]) -> "VmmBank":
+    def on(cls, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> "VmmBank":
         """An empty bank for tensors that are on these devices."""
         return cls(tensors, devices, cuda_driver)
 
@@ -58,7 +58,7 @@ class VmmBank(Bank):
                 self._filled(n, shelf, name, positions, slots[own])
         return turned(self.tensors[name], self._own[name])
 
-    def seal(self) -> dict[str, Held]:
+    def seal(self) -> dict[str, PooledTensor]:
         """Lay every whole weight over its blocks. From then on the mappings alone keep the memory.
 
         Raises:
@@ -70,7 +70,7 @@ class VmmBank(Bank):
         self._blocks.clear()
         return held
 
-    def _filled(self, n: int, shelf: Shelf, name: str, positions: list[int], slots: Tensor) -> Tensor:
+    def _filled(self, n: int, shelf: DeviceBlocks, name: str, positions: list[int], slots: Tensor) -> Tensor:
         """New blocks for these positions, holding these slots. Shape: as the slots."""
         driver = self._drivers(shelf.device)
         if not positions:
@@ -82,12 +82,12 @@ class VmmBank(Bank):
                 f"{shelf.rack.height} rows of {shelf.rack.width} {slots.dtype} numbers, {nbytes:,} bytes. {OTHERWISE}"
             )
         blocks = [Block(driver, nbytes) for _ in positions]
-        memory = driver.tensor(Span(driver, blocks)).view(slots.dtype).view(slots.shape)
+        memory = driver.tensor(AddressSpan(driver, blocks)).view(slots.dtype).view(slots.shape)
         memory.copy_(slots)
         self._blocks.update({(n, position): block for position, block in zip(positions, blocks, strict=True)})
         return memory
 
-    def _hold(self, name: str) -> Held:
+    def _hold(self, name: str) -> PooledTensor:
         n = self._home[name]
         shelf, own = self._shelves[n], self._own.get(name)
         blocks = [self._blocks.get((n, position)) for position in shelf.table(name)]
@@ -95,14 +95,14 @@ class VmmBank(Bank):
             raise StorageError(f"{name}, or a tensor whose rows it uses, did not load. Check the checkpoint's files.")
         stored = turned(self.tensors[name], own)
         if not shelf.rack.placed[name].borrows:
-            return Held(stored, stored)
+            return PooledTensor(stored, stored)
         slot = shelf.rack.height * shelf.rack.width * own.dtype.itemsize
         known = [block for block in blocks if block is not None]
         if any(block.nbytes != slot for block in known):
             raise StorageError(f"{name} is {own.dtype} and uses rows of another type. Load the model with dtype=.")
         driver = self._drivers(shelf.device)
-        whole = driver.tensor(Span(driver, known)).view(own.dtype).view(-1, shelf.rack.width)
-        return Held(stored, turned(self.tensors[name], whole))
+        whole = driver.tensor(AddressSpan(driver, known)).view(own.dtype).view(-1, shelf.rack.width)
+        return PooledTensor(stored, turned(self.tensors[name], whole))
 
 
 class VmmStorage:
@@ -117,7 +117,7 @@ class VmmStorage:
     @classmethod
     def refusal(
         cls,
-        tensors: Mapping[str, GappedTensor],  # noqa: ARG003 - whether granules fit them, only their device can say
+        tensors: Mapping[str, TensorPlan],  # noqa: ARG003 - whether granules fit them, only their device can say
         dtypes: Set[torch.dtype],  # noqa: ARG003
         devices: Set[str],
     ) -> str | None:
@@ -130,7 +130,7 @@ class VmmStorage:
         self.devices = devices
         self.drivers = drivers
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace the modules; their weights go to one bank as they load.
 
         Raises:
