@@ -4,7 +4,7 @@
     python -m studies.quality MODEL --text TEST --calibration VALIDATION --ratios "" --saves 0.02,0.05,0.1 --out DIR
 
 At each ratio all rows save what sharing q, k and v of int(ratio x units) units saves, or a little more (the table says
-how much). CostCurves are nats a token. The divergence is that of the predictions on the test text from the dense model's,
+how much). Prices are nats a token. The divergence is that of the predictions on the test text from the dense model's,
 KL(dense | model), nats a token. Every setting is chosen on the calibration text; the test text is only measured on.
 `--text self` has the model write one, with the next seed; `--text articles` takes every sixth article out of the
 calibration text (of WikiText, where titles stand between equals signs), to choose methods by. `--out` keeps each row

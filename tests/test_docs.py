@@ -83,7 +83,7 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_the_architectures_tree_lists_every_package() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    tree = text[text.index("## Packages") : text.index("## What each layer may know")]
+    tree = text[text.index("## Packages") : text.index("## Contracts")]
     packages = {path.parent.name for path in (ROOT / "src" / "headshare").glob("*/**/__init__.py")}
     assert set(re.findall(r"── (\w+)/", tree)) == packages
 
@@ -124,17 +124,17 @@ def test_the_public_names_are_these() -> None:
         ("errors", None),
         (
             "plan",
-            "Choice Factored HeadUnit Kind Layout Part Parts Place Removal Section Selection SharePlan Tie "
+            "Choice HeadUnit Layout LowRankUnits Part Parts Place Removal Section Selection SharePlan Sublayer Tie "
             "section_kind",
         ),
         (
             "evaluation",
-            "Measured Metric Parallel Runner Settings Text Writing continuations measure read_results samples_of "
+            "EvalText Metric Parallel Runner Settings TaskResult Writing continuations measure read_results samples_of "
             "table_of",
         ),
         (
             "training",
-            "Closed Learning Loss Method Sharing SharingTrainer Text TrainSettings Trained train",
+            "Closed Learning Loss Sharing SharingTrainer TrainSettings Trained TrainingMethod TrainingText train",
         ),
         ("experiments", "Compared Grid METHODS Recipe compare"),
     ],

@@ -157,8 +157,12 @@ def scaled_case(seed: int, scale: Tensor | None = None) -> tuple[Tokens, Tokens,
     fit, held = pair(seed)
     donor = fit.truth[:, 8:] * torch.tensor([0.5, -2.0, 1.0, 4.0]) + 0.2 * torch.randn(OUTPUTS, 4, dtype=torch.float64)
     pieces = [
-        BorrowedColumns(torch.arange(8 + first, 10 + first), donor[:, first : first + 2], True, None if scale is None else
-             scale[first : first + 2])
+        BorrowedColumns(
+            torch.arange(8 + first, 10 + first),
+            donor[:, first : first + 2],
+            True,
+            None if scale is None else scale[first : first + 2],
+        )
         for first in (2, 0)
     ]  # fmt: skip
     return fit, held, donor, tuple(pieces)

@@ -7,12 +7,12 @@ from headshare.evaluation.results import Metric, TaskResult, read_results, table
 from headshare.evaluation.translation import Parallel
 
 __all__ = [
-    "TaskResult",
+    "EvalText",
     "Metric",
     "Parallel",
     "Runner",
     "Settings",
-    "EvalText",
+    "TaskResult",
     "Writing",
     "continuations",
     "measure",

@@ -71,7 +71,7 @@ class Common:
         return taylor(self.dense, some, device=self.device)
 
     def units(self, *actions: Action) -> CostCurves:
-        """CostCurves of attention's units by these actions, in nats: measured once, and of removals too where ties follow
+        """Cost curves of attention units by these actions, in nats: measured once, with removals where ties follow
         those."""
         return self._prices(actions, Sublayer.ATTENTION)
 

@@ -10,10 +10,9 @@ from headshare.plan.units import HeadUnit, Part, Parts, Sublayer, Tie
 
 __all__ = [
     "Choice",
-    "LowRankUnits",
     "HeadUnit",
-    "Sublayer",
     "Layout",
+    "LowRankUnits",
     "Part",
     "Parts",
     "Place",
@@ -21,6 +20,7 @@ __all__ = [
     "Section",
     "Selection",
     "SharePlan",
+    "Sublayer",
     "Tie",
     "section_kind",
 ]

@@ -1,4 +1,4 @@
-"""CostCurves of what layers could give up by what that does to the model's predictions, measured on held-out text.
+"""Prices of what layers could give up by what that does to the model's predictions, measured on held-out text.
 
 The same squared error costs predictions four times as much in one layer as in another (docs/experiments.md). So each
 path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
