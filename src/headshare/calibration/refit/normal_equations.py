@@ -43,7 +43,7 @@ class NormalEquations:
 
         Tokens are multiplied as they are given, in chunks: float32 ones in full float32, whatever precision the process
         allows its products, and in float64 where that overflows. Sums over chunks are float64. What rounding in a
-        chunk does to a fit is far below what the least ridge does (tests/test_readouts.py measures it).
+        chunk does to a fit is far below what the least ridge does (tests/calibration/test_regression.py measures it).
         """
         flat = inputs.reshape(-1, self.inputs), targets.reshape(-1, self.outputs), weights.reshape(-1, 1)
         finite = _finite_rows(*flat)
