@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from headshare.architecture.modules import ModuleMap
 from headshare.architecture.recognition import attention_layout
 from headshare.errors import StorageError
 from headshare.plan.plan import SharePlan
@@ -182,8 +183,7 @@ def built(
         model = LlamaForCausalLM(config).to(DTYPE)
     tensors = gapped_tensors(plan)
     if storage != "dense":
-        modules = {name: name.removesuffix(".weight") for name in tensors}
-        STORAGES[storage](dict.fromkeys(tensors, device)).install(model, tensors, modules)
+        STORAGES[storage](dict.fromkeys(tensors, device)).install(model, tensors, ModuleMap.of(model, tensors))
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(weights(name, parameter), requires_grad=False))

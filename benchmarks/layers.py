@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from headshare.architecture.modules import ModuleMap
 from headshare.plan.section import Gap
 from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.frozen import read_banks
@@ -75,7 +76,7 @@ def build(layers: int, hidden: int, head: int, dtype: torch.dtype) -> dict[str, 
     models = {}
     for way in ("alias", "owner"):
         models[way] = Layers(layers, hidden, dtype)
-        STORAGES[way](dict.fromkeys(tensors, "cpu")).install(models[way], tensors, modules)
+        STORAGES[way](dict.fromkeys(tensors, "cpu")).install(models[way], tensors, ModuleMap.of(models[way], tensors))
         for name, rows in stored.items():
             models[way].get_submodule(modules[name]).weight = nn.Parameter(rows, requires_grad=False)
         read_banks(models[way])

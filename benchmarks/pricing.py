@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import headshare as hs
-from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.actions import AUTO_ACTIONS
 from headshare.calibration.costs.curves import Path as PricedPath
 from headshare.calibration.costs.local import price_units
 from headshare.text.tokens import Calibration
@@ -74,7 +74,7 @@ def main() -> None:
     tokens = torch.randint(0, 1024, (args.tokens // args.window, args.window))
     with tempfile.TemporaryDirectory() as folder:
         dense, clock = make(Path(folder), shape, args.priced), Clock()
-        price_units(dense, Calibration(tokens, False, "random", 0), [Form.QKVO, Form.FACTORED],
+        price_units(dense, Calibration(tokens, False, "random", 0), AUTO_ACTIONS,
                     tokens=args.tokens, done=clock)  # fmt: skip
     seconds = np.array(list(clock.seconds()))[1:]  # layer 0 ties nothing
     each, fixed = np.polyfit(np.arange(1, args.priced), seconds, 1)

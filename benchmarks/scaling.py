@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import headshare as hs
+from headshare.matching.scores import Scores
 from machine import machine
 from make_checkpoint import config_of, tensors_of
 
@@ -37,7 +38,7 @@ def make(folder: Path, shape: dict[str, int]) -> Path:
     return folder
 
 
-def share_seconds(folder: Path, out: Path, scores: hs.Scores) -> float:
+def share_seconds(folder: Path, out: Path, scores: Scores) -> float:
     """Plan, write, flush and check."""
     begun = time.perf_counter()
     with hs.open_checkpoint(folder) as dense:

@@ -31,7 +31,7 @@ from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.precision import short_products
 from headshare.progress import shown, track
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 
 MIXES = (0.25, 0.5, 0.75)
 RANK = 4
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     dense = hs.open_checkpoint(args.model)
-    calibration = calibration_from(args.calibration, dense, tokens=args.tokens, window=args.window, seed=args.seed)
+    calibration = Calibration.load(args.calibration, dense, tokens=args.tokens, window=args.window, seed=args.seed)
     calibration = calibration.mixed()
     layout, layers = dense.layouts.attention, Layers(dense)
     weights, found = Weights(dense, layout), dict[str, list[tuple[float, float]]]()

@@ -29,7 +29,7 @@ from headshare.experiments.controls import recipients_of
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.units import Kind, Part
 from headshare.progress import shown, track
-from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows
 from studies.products import parsed
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parsed(parser)
     checkpoint = hs.open_checkpoint(args.model)
-    calibration = calibration_from(
+    calibration = Calibration.load(
         args.calibration, checkpoint, tokens=args.tokens, window=args.window, seed=args.seed
     ).mixed()
     fitted, held = calibration.split(2 / 7)

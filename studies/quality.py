@@ -30,15 +30,20 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.curves import Form, Prices, paths_from_json, paths_to_json
-from headshare.calibration.costs.curves import Path as PricedPath
+from headshare.calibration.costs.actions import AUTO_ACTIONS, FACTORED, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
+from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.refit.refitter import refit
+from headshare.calibration.refit.refitter import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import fingerprint
+from headshare.errors import CalibrationError, PlanError
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
+from headshare.files.resume import ResumableRun
+from headshare.files.state_files import Workspace, joint_digest
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import units_at
@@ -46,7 +51,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
-from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, read_text, windows_of
 from studies.products import parsed
 
@@ -55,7 +60,6 @@ CHEAPEST = "whatever costs least"
 PAPER, RANDOM = "sharing q,k,v, the paper's pairs", "sharing q,k,v, random donors"
 CONTROLS = (CONTROL, PAPER, RANDOM, "removal of neurons")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-TIES = (Form.QKVO, Form.FACTORED)  # removals are priced along with these
 SCALED = 0.999  # what scales leave of the bytes that deletion saves, and a little less
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
 
@@ -82,19 +86,6 @@ class Row:
         return self.budget, self.method
 
 
-class Saved(dict[int, list[PricedPath]]):
-    """The paths of each layer that is priced, kept in a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        kept = json.loads(file.read_text()) if file.is_file() else {}
-        super().__init__({int(layer): paths_from_json(json.dumps(paths)) for layer, paths in kept.items()})
-
-    def __setitem__(self, layer: int, paths: list[PricedPath]) -> None:
-        super().__setitem__(layer, paths)
-        self.file.write_text(json.dumps({key: json.loads(paths_to_json(value)) for key, value in self.items()}))
-
-
 @dataclass(frozen=True)
 class Cell:
     """What is to be measured: a method at a budget, and how its plan is made."""
@@ -105,7 +96,7 @@ class Cell:
 
 
 class Bench:
-    """A model, what it is calibrated and measured on, and its prices, each set of forms worked out once."""
+    """A model, what it is calibrated and measured on, and its prices, each set of actions worked out once."""
 
     def __init__(
         self,
@@ -113,6 +104,7 @@ class Bench:
         calibration: Calibration,
         windows: Windows,
         kept: Path,
+        work: Workspace,
         *,
         ffn: bool,
         steps: int,
@@ -121,29 +113,29 @@ class Bench:
     ) -> None:
         self.dense, self.calibration, self.windows, self.device = dense, calibration, windows, device
         self.ffn, self.steps = ffn, steps
-        self.kept, self.probe = kept, probe
+        self.kept, self.work, self.probe = kept, work, probe
         stock = load_model(dense)
         self.predictions = Predictions(stock, windows)
         self.dense_perplexity = perplexity(stock, windows).perplexity
         self.layout = dense.layouts.attention
-        self._prices: dict[tuple[tuple[Form, ...], Kind], Prices] = {}
+        self._prices: dict[tuple[tuple[Action, ...], Kind], Prices] = {}
 
-    def prices(self, forms: tuple[Form, ...], kind: Kind = Kind.ATTENTION) -> Prices:
-        """The prices of these forms, in nats, of one half of each layer; of removals too where ties follow those."""
-        if (forms, kind) not in self._prices:
-            words = "-".join(forms)
-            rough = Saved(self.kept / f"priced-{words}.json")
-            found = price_units(self.dense, self.calibration, forms, device=self.device, done=rough)
+    def prices(self, actions: tuple[Action, ...], kind: Kind = Kind.ATTENTION) -> Prices:
+        """The prices of these actions, in nats, of one half of each layer; of removals too where ties follow those."""
+        if (actions, kind) not in self._prices:
+            words = "-".join(map(str, actions))
+            rough = SavedPaths(self.work, joint_digest("priced", words))
+            found = price_units(self.dense, self.calibration, actions, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
-                fine = Saved(self.kept / f"probed-{words}-{kind}.json")
+                fine = SavedPaths(self.work, joint_digest("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
-            self._prices[forms, kind] = found
-        return self._prices[forms, kind]
+            self._prices[actions, kind] = found
+        return self._prices[actions, kind]
 
     def both(self) -> Prices:
         """The prices of ties and removals of units, and of removals of neurons."""
-        units, neurons = self.prices(TIES), self.prices((Form.REMOVE,), Kind.FFN)
+        units, neurons = self.prices(AUTO_ACTIONS), self.prices((REMOVE,), Kind.FFN)
         return replace(units, paths=units.paths + neurons.paths)
 
     def measure(self, cell: Cell) -> Row:
@@ -179,7 +171,9 @@ class Bench:
             if found["plan"] == digest:
                 return load_file(file), float(found["seconds"])
         begun = time.perf_counter()
-        tensors = refit(self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device).tensors
+        tensors = refit_readouts(
+            self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device
+        ).tensors
         seconds = round(time.perf_counter() - begun, 1)
         named = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, file, {"plan": digest, "seconds": str(seconds)})
@@ -197,21 +191,21 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     def paper() -> SharePlan:
         return hs.make_plan(hs.score_units(bench.dense, "qk", "qkv"), ratio)
 
-    def saving(*forms: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(bench.prices(TIES).only(forms), least))
+    def saving(*actions: Action) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(bench.prices(AUTO_ACTIONS).only(actions), least))
 
     def scaled() -> tuple[SharePlan, float]:
-        prices = bench.prices(TIES)
-        deleted = plan_for_bytes(prices.only((Form.REMOVE,)), least)
-        ties = [path for path in prices.paths if path.forms == {Form.REMOVE if path.layer == 0 else Form.QKVO}]
+        prices = bench.prices(AUTO_ACTIONS)
+        deleted = plan_for_bytes(prices.only((REMOVE,)), least)
+        ties = [path for path in prices.paths if path.actions == {REMOVE if path.layer == 0 else QKVO}]
         return priced(plan_for_bytes(replace(prices, paths=tuple(ties)), int(SCALED * deleted.saved_bytes)))
 
-    yield Cell(budget, CONTROL, lambda: saving(Form.REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(Form.FACTORED))
-    yield Cell(budget, "sharing or deletion", lambda: saving(*TIES, Form.REMOVE))
+    yield Cell(budget, CONTROL, lambda: saving(REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving(FACTORED))
+    yield Cell(budget, "sharing or deletion", lambda: saving(*AUTO_ACTIONS, REMOVE))
     yield Cell(budget, CHEAPEST, lambda: priced(plan_for_bytes(bench.both(), least)))
     yield Cell(budget, "sharing q,k,v,o with scales", scaled)
-    yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((Form.QKV,)), units)))
+    yield Cell(budget, "sharing q,k,v, by output", lambda: priced(plan_for_units(bench.prices((QKV,)), units)))
     yield Cell(budget, PAPER, lambda: (paper(), None))
     yield Cell(budget, RANDOM, lambda: (with_random_donors(paper(), seed), None))
 
@@ -220,14 +214,14 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     """A share of the whole model: units only, neurons only, sharing only, and whatever costs least."""
     wanted = int(share * estimate_plan(bench.dense, SharePlan()).dense_bytes)
 
-    def saving(prices: Prices, *forms: Form) -> tuple[SharePlan, float]:
-        return priced(plan_for_bytes(prices.only(forms), wanted))
+    def saving(prices: Prices, *actions: Action) -> tuple[SharePlan, float]:
+        return priced(plan_for_bytes(prices.only(actions), wanted))
 
     budget = f"{share:.0%}"
-    yield Cell(budget, CONTROL, lambda: saving(bench.prices(TIES), Form.REMOVE))
-    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((Form.REMOVE,), Kind.FFN), Form.REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(TIES), Form.FACTORED))
-    yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *TIES, Form.REMOVE))
+    yield Cell(budget, CONTROL, lambda: saving(bench.prices(AUTO_ACTIONS), REMOVE))
+    yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((REMOVE,), Kind.FFN), REMOVE))
+    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(AUTO_ACTIONS), FACTORED))
+    yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *AUTO_ACTIONS, REMOVE))
 
 
 def priced(found: Budgeted) -> tuple[SharePlan, float]:
@@ -301,7 +295,7 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def test_windows(dense: Checkpoint, args: argparse.Namespace) -> Windows:
     """What is measured on."""
     if args.text == "self":
-        text = calibration_from("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
+        text = Calibration.load("self", dense, tokens=args.tokens, window=args.window, seed=args.seed + 1)
         return Windows(text.tokens, text.bos)
     text = read_text(args.text)
     if Path(args.text).suffix == ".jsonl":
@@ -354,17 +348,20 @@ def main() -> None:
     if args.text == "articles":
         args.text, args.calibration = split_articles(Path(args.calibration), args.out)
     windows = test_windows(dense, args)
-    calibration = calibration_from(
+    calibration = Calibration.load(
         args.calibration, dense, tokens=args.calibration_tokens, window=args.window, seed=args.seed
     )
     kept = args.out / (f"rows-{args.reconstruct}-steps.jsonl" if args.reconstruct else "rows.jsonl")
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    with shown():
+    identity = {"model": fingerprint(dense), "text": f"{calibration.digest} {calibration.seed}"}
+    prices = ResumableRun(args.kept / "prices", identity, refused=CalibrationError, kept=True)
+    with shown(), prices as run:
         bench = Bench(
             dense,
             calibration,
             windows,
             args.kept,
+            run.workspace,
             ffn=not args.attention_only,
             steps=args.reconstruct,
             probe=args.probe,
@@ -378,7 +375,7 @@ def main() -> None:
                 continue
             try:
                 rows.append(bench.measure(cell))
-            except hs.PlanError as error:
+            except PlanError as error:
                 sys.stderr.write(f"{cell.budget}, {cell.method}: {error}\n")
                 continue
             with kept.open("a") as file:

@@ -9,12 +9,14 @@ Measured on another text, in pairs with the refit alone: loss and KL(dense | mod
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import headshare as hs
 from benchmarks.machine import machine
+from headshare.calibration.refit.layer_fit import LayerFit
 from headshare.calibration.refit.refitter import Refitter
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
@@ -22,7 +24,7 @@ from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part
 from headshare.progress import shown, track
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows
 from studies.products import parsed
 from studies.quality import put
@@ -60,7 +62,7 @@ def main() -> None:
     dense, plan = hs.open_checkpoint(args.model), SharePlan.load(args.plan)
 
     def calibration(source: str, tokens: int, seed: int):  # type: ignore[no-untyped-def]
-        return calibration_from(source, dense, tokens=tokens, window=args.window, seed=seed)
+        return Calibration.load(source, dense, tokens=tokens, window=args.window, seed=seed)
 
     fitted, held = (
         calibration(args.calibration, args.calibration_tokens, args.seed),

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,18 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.choose import prices_on
-from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.actions import AUTO_ACTIONS, REMOVE, Action
 from headshare.checkpoint.fingerprint import fingerprint
+from headshare.errors import CalibrationError
 from headshare.evaluation.perplexity import perplexity
-from headshare.files.resume import Workspace
+from headshare.files.resume import ResumableRun
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.progress import shown
 from headshare.sharing.size import estimate_plan
-from headshare.text.tokens import Calibration, calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, opening_token
 from headshare.training import TrainSettings, train
 from headshare.training.settings import Text
@@ -73,7 +73,7 @@ class Bench:
         """A file that the model wrote: a window's text is a document."""
         args, path = self.args, self.out / f"{name}.jsonl"
         if not path.is_file():
-            found = calibration_from(
+            found = Calibration.load(
                 "self", self.dense, tokens=windows * args.window, window=args.window, seed=args.seed + seed
             )
             texts = load_tokenizer(self.dense).batch_decode(found.tokens, skip_special_tokens=True)
@@ -94,7 +94,7 @@ class Bench:
         """What is refitted on."""
         if self._calibration is None:
             tokens = self.args.calibration_tokens
-            self._calibration = calibration_from(
+            self._calibration = Calibration.load(
                 self.args.calibration, self.dense, tokens=tokens, window=self.args.window, seed=self.args.seed
             )
         return self._calibration
@@ -105,21 +105,22 @@ class Bench:
         """The pairs that PostShare pulls together: by the weights, as in the paper."""
         return hs.make_plan(hs.score_units(self.dense), ratio)
 
-    def by_output(self, ratio: float, *forms: Form) -> SharePlan:
-        """Units in these forms that are worth as many bytes, where they cost predictions least."""
+    def by_output(self, ratio: float, *actions: Action) -> SharePlan:
+        """Units by these actions that are worth as many bytes, where they cost predictions least."""
         text = self.calibration
         what = {"model": fingerprint(self.dense), "text": f"{text.digest} {text.seed}"}
-        with closing(Workspace(self.out / "prices", what)) as kept:
-            prices = prices_on(self.dense, text, (Form.QKVO, Form.FACTORED), kinds=(Kind.ATTENTION,), workspace=kept)
+        with ResumableRun(self.out / "prices", what, refused=CalibrationError, kept=True) as run:
+            work = run.workspace
+            prices = prices_on(self.dense, text, AUTO_ACTIONS, kinds=(Kind.ATTENTION,), workspace=work)
         least = estimate(self.dense, ratio, parts="qkv").saved_bytes
-        return plan_for_bytes(prices.only(forms), least).plan
+        return plan_for_bytes(prices.only(actions), least).plan
 
     def shared(self, name: str, plan: SharePlan, *, refit: bool, model: Path | None = None) -> Path:
         """A folder with this plan, refitted or not; of a model that was trained before, if one is named."""
         folder = self.out / f"{name}{'-refit' if refit else ''}"
         if not folder.is_dir():
             found = hs.share(self.dense if model is None else hs.open_checkpoint(model), plan)
-            (hs.refit_on(found, self.calibration) if refit else found).save(folder)
+            (hs.refit(found, self.calibration) if refit else found).save(folder)
         return folder
 
     def settings(self, method: str, ratio: float, steps: int, **loss: Any) -> TrainSettings:
@@ -173,18 +174,18 @@ class Bench:
             "refit + recover + distillation",
             lambda: self.trained("distilled", ratio, direct(refit=True), "recover", teacher=dense),
         )
-        yield from self.by_output_methods(ratio, "output", "sharing by output", Form.QKVO, Form.FACTORED, Form.REMOVE)
-        yield from self.by_output_methods(ratio, "deletion", "deletion", Form.REMOVE)
+        yield from self.by_output_methods(ratio, "output", "sharing by output", *AUTO_ACTIONS, REMOVE)
+        yield from self.by_output_methods(ratio, "deletion", "deletion", REMOVE)
 
     def by_output_methods(
-        self, ratio: float, row: str, label: str, *forms: Form
+        self, ratio: float, row: str, label: str, *actions: Action
     ) -> Iterator[tuple[str, Callable[[], Path]]]:
-        """Units in these forms, chosen by what the dense model's predictions lose: before training, after it, and when
-        half of the steps are done, with the model of that moment as the teacher of the other half."""
+        """Units by these actions, chosen by what the dense model's predictions lose: before training, after it, and
+        when half of the steps are done, with the model of that moment as the teacher of the other half."""
         half = self.args.steps // 2
 
         def chosen(when: str = "", model: Path | None = None) -> Path:
-            return self.shared(f"{row}{when}-{ratio:g}", self.by_output(ratio, *forms), refit=True, model=model)
+            return self.shared(f"{row}{when}-{ratio:g}", self.by_output(ratio, *actions), refit=True, model=model)
 
         def half_way() -> Path:
             teacher = self.trained("dense-half", 0.0, self.dense.path, "dense", steps=half)

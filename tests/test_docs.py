@@ -1,5 +1,6 @@
 """What the README says, runs; and the public names are the ones that are meant."""
 
+import importlib
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import headshare as hs
 from headshare.cli.app import main
+from headshare.integrations.transformers.config import HeadshareConfig
 from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
@@ -79,17 +81,20 @@ def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytes
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
 
 
-def test_the_readmes_tree_lists_every_module() -> None:
-    tree = README[README.index("## Files") : README.index("## Cite")]
+def test_the_architectures_tree_lists_every_package() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    tree = text[text.index("## Packages") : text.index("## What each layer may know")]
+    packages = {path.parent.name for path in (ROOT / "src" / "headshare").glob("*/**/__init__.py")}
+    assert set(re.findall(r"── (\w+)/", tree)) == packages
+
+
+def test_a_folder_holds_at_most_fourteen_modules_and_a_file_at_most_320_lines() -> None:
     source = ROOT / "src" / "headshare"
-    paths = [
-        path
-        for folder in ("", "storage", "integrations", "training", "evaluating", "comparing")
-        for path in (source / folder).glob("*.py")
-    ]
-    modules = {path.name for path in paths if not path.name.startswith("__")}
-    assert {name for name in modules if name not in tree} == set()
-    assert {name for name in re.findall(r"(\w+\.py)", tree) if name != "smollm2.py"} == modules
+    folders = [source, *(path.parent for path in source.rglob("*/__init__.py"))]
+    crowded = {str(folder): len(many) for folder in folders if len(many := list(folder.glob("*.py"))) > 14}
+    lengths = {str(path): len(path.read_text().splitlines()) for path in source.rglob("*.py")}
+    assert crowded == {}
+    assert {path: lines for path, lines in lengths.items() if lines > 320} == {}
 
 
 def test_the_readmes_families_are_the_tables() -> None:
@@ -97,7 +102,7 @@ def test_the_readmes_families_are_the_tables() -> None:
 
     listed = README[README.index("Families:") :]
     named = {"llama": "Llama", "phi3": "Phi-3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "opt": "OPT", "bert": "BERT"}
-    named |= {"baichuan": "Baichuan 2", "falcon": "Falcon", "mpnet": "MPNet"}
+    named |= {"baichuan": "Baichuan 2", "falcon": "Falcon", "mpnet": "MPNet", "olmo2": "OLMo 2", "roberta": "RoBERTa"}
     assert {family.name for family in FAMILIES} == set(named)
     assert all(name in listed for name in named.values())
 
@@ -105,17 +110,46 @@ def test_the_readmes_families_are_the_tables() -> None:
 def test_the_public_names_are_these() -> None:
     assert hs.__all__ == sorted(hs.__all__)
     assert set(hs.__all__) == {
-        *("ArchitectureError", "CheckpointError", "EvaluationError", "HeadshareError", "OutputError", "PlanError"),
-        *("Budget", "Calibration", "CalibrationError", "budget_of", "calibration_from", "plan_on", "refit_on"),
-        *("Checkpoint", "Estimate", "HeadUnit", "HeadshareConfig", "Part", "Parts", "Scores", "SharePlan"),
-        *("SharedCheckpoint", "StorageError", "Tie", "estimate", "estimate_plan", "expand", "load"),
-        *("make_plan", "match_function"),
-        *("open_checkpoint", "score_units", "share"),
+        *("open_checkpoint", "Checkpoint", "load"),
+        *("score_units", "make_plan", "match_function", "SharePlan"),
+        *("Calibration", "Budget", "plan_by_output"),
+        *("share", "refit", "expand", "verify", "estimate"),
+        "HeadshareError",
     }
+
+
+@pytest.mark.parametrize(
+    ("package", "names"),
+    [
+        ("errors", None),
+        (
+            "plan",
+            "Choice Factored HeadUnit Kind Layout Part Parts Place Removal Section Selection SharePlan Tie "
+            "section_kind",
+        ),
+        (
+            "evaluation",
+            "Measured Metric Parallel Runner Settings Text Writing continuations measure read_results samples_of "
+            "table_of",
+        ),
+        (
+            "training",
+            "Closed Learning Loss Method Sharing SharingTrainer Text TrainSettings Trained train",
+        ),
+        ("experiments", "Compared Grid METHODS Recipe compare"),
+    ],
+)
+def test_the_names_of_public_packages_are_these(package: str, names: str | None) -> None:
+    module = importlib.import_module(f"headshare.{package}")
+    if names is None:  # every error, drawn in the tree of the docstring
+        errors = {name for name, value in vars(module).items() if isinstance(value, type)}
+        assert all(name in module.__doc__ for name in errors)
+    else:
+        assert set(module.__all__) == set(names.split())
 
 
 def test_importing_headshare_changes_nothing_but_what_registration_promises() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["headshare"] is hs.HeadshareConfig
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["headshare"] is HeadshareConfig
     assert AUTO_QUANTIZER_MAPPING["headshare"].__module__ == "headshare.integrations.transformers.quantizer"

@@ -19,6 +19,7 @@ import headshare as hs
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CheckpointError, PlanError
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
@@ -277,7 +278,7 @@ def test_factors_that_were_fitted_are_written_as_they_are(tmp_path: Path) -> Non
         {**fitted, base + "factor_out": torch.randn(5, 32)},
         {**fitted, base + "factor_out": torch.full((32, 5), torch.nan)},
     ):
-        with pytest.raises(hs.CheckpointError, match="factor"):
+        with pytest.raises(CheckpointError, match="factor"):
             hs.share(dense, plan).with_refit(record, wrong).save(tmp_path / "wrong")
         assert not (tmp_path / "wrong").exists()
 
@@ -288,7 +289,7 @@ def test_a_dense_readout_with_nan_is_not_factored(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = torch.nan
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
     dense = hs.open_checkpoint(folder)
-    with pytest.raises(hs.CheckpointError, match="NaN"):
+    with pytest.raises(CheckpointError, match="NaN"):
         hs.share(dense, some_factored(dense, {0: {0: 2}})).save(tmp_path / "shared")
 
 
@@ -382,7 +383,7 @@ def test_a_factored_module_equals_a_float64_loop(kind: str, units: dict[int, int
 
 def module_of(dense: torch.nn.Module, axis: int, units: dict[int, int]) -> FactoredProjection:
     spans = tuple(Product(group * 5, group * 5 + 5, rank) for group, rank in units.items())
-    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, factored=spans)
+    tensor = GappedTensor("o.weight", (12, 20) if axis else (20, 12), axis, made=spans)
     module = FactoredProjection(dense, tensor)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -541,9 +542,9 @@ def test_factors_must_be_what_the_plan_says(change: str, tmp_path: Path) -> None
     out = hs.share(dense, some_factored(dense, {2: {0: 3}})).save(tmp_path / "shared")
     damaged(out, change)
     shared = hs.open_checkpoint(out)
-    with pytest.raises(hs.CheckpointError, match=r"o_proj"):
+    with pytest.raises(CheckpointError, match=r"o_proj"):
         open_shared(shared)
-    with pytest.raises(hs.CheckpointError):
+    with pytest.raises(CheckpointError):
         hs.expand(shared, tmp_path / "expanded")
     assert not verify(shared).ok
     if change not in ("other type", "integers"):
@@ -563,20 +564,20 @@ def test_transformers_does_not_load_factored_units_that_are_not_the_models(chang
         "tensor": {"tensor": "model.layers.{layer}.input_layernorm.weight"},
     }[change]
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(hs.PlanError):
+    with pytest.raises(PlanError):
         tf.AutoModelForCausalLM.from_pretrained(out)
-    with pytest.raises(hs.CheckpointError):
+    with pytest.raises(CheckpointError):
         hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
 
 
 def test_a_plan_for_another_model_is_not_shared(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
     other = hs.open_checkpoint(tiny.make("gpt2", tmp_path / "other"))
-    with pytest.raises(hs.PlanError, match="another model"):
+    with pytest.raises(PlanError, match="another model"):
         hs.share(dense, some_factored(other))
     tensors = load_file(dense.path / MODEL)
     tensors[STRAY + "factor_in"] = torch.zeros(1)
     save_file(tensors, dense.path / MODEL, metadata={"format": "pt"})
     again = hs.open_checkpoint(dense.path)
-    with pytest.raises(hs.PlanError, match="factor_in, which is a tensor of"):
+    with pytest.raises(PlanError, match="factor_in, which is a tensor of"):
         hs.share(again, some_factored(again, {2: {0: 3}}))

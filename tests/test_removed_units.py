@@ -18,6 +18,7 @@ import headshare as hs
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.cli.app import app
+from headshare.errors import CheckpointError, PlanError
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
@@ -51,6 +52,7 @@ MORE: dict[str, tuple[type, Any, str | None]] = {
     ),
     "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**tiny.GROUPED), "ffn"),
     "xlm-roberta": (tf.XLMRobertaForMaskedLM, tf.XLMRobertaConfig(**tiny.COMMON), "ffn"),
+    "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**tiny.COMMON), "ffn"),
 }
 ALL = {**tiny.FAMILIES, **MORE}
 REFUSED = {"llama-mqa": "keep one", "falcon-mqa": "keep one", "falcon-mha": "with alibi", "mpnet": "'mpnet' models"}
@@ -151,7 +153,7 @@ def test_attention_that_was_not_shown_to_work_with_fewer_heads_keeps_them(name: 
     else:
         tiny.make(name, tmp_path / "dense")
     dense = hs.open_checkpoint(tmp_path / "dense")
-    with pytest.raises(hs.PlanError, match=REFUSED.get(name, f"'{name}' models")):
+    with pytest.raises(PlanError, match=REFUSED.get(name, f"'{name}' models")):
         hs.share(dense, some_removed(dense, Kind.ATTENTION))
 
 
@@ -162,7 +164,7 @@ def test_experts_and_unlisted_feed_forwards_keep_their_neurons(tmp_path: Path) -
         hs.share(experts, some_removed(llama, Kind.FFN))
     tf.StableLmForCausalLM(tf.StableLmConfig(**tiny.COMMON)).save_pretrained(tmp_path / "unlisted")
     unlisted = hs.open_checkpoint(tmp_path / "unlisted")
-    with pytest.raises(hs.PlanError, match="'stablelm'"):
+    with pytest.raises(PlanError, match="'stablelm'"):
         hs.share(unlisted, some_removed(unlisted, Kind.FFN))
 
 
@@ -389,12 +391,12 @@ def test_verify_finds_a_model_that_computes_something_else(tmp_path: Path, monke
 def test_an_estimate_says_what_is_removed(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-biased", tmp_path / "dense"))
     plan = mixed(dense)
-    found = hs.estimate_plan(dense, plan)
+    found = hs.estimate(dense, plan)
     assert (found.removed_units, found.removed_neurons) == (3, 13)
     assert "3 attention units and 13 neurons removed" in found.in_words()
     out = hs.share(dense, plan).save(tmp_path / "shared")
     assert found.shared_bytes == sum(t.nbytes for t in load_file(out / MODEL).values())
-    half = hs.estimate_plan(dense, plan, dtype="float16")
+    half = hs.estimate(dense, plan, dtype="float16")
     assert half.shared_bytes * 2 == found.shared_bytes
 
 
@@ -463,9 +465,9 @@ def test_transformers_does_not_load_removals_that_are_not_the_models(change: str
         for place in layout["parts"].values():
             place |= {"rows": place["rows"] // 2, "step": place["step"] // 2}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(hs.PlanError):
+    with pytest.raises(PlanError):
         tf.AutoModelForCausalLM.from_pretrained(out)
-    with pytest.raises(hs.PlanError if change == "families" else hs.CheckpointError):
+    with pytest.raises(PlanError if change == "families" else CheckpointError):
         hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
 
 

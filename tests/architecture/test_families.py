@@ -8,8 +8,10 @@ import transformers
 from safetensors.torch import load_file
 
 import headshare as hs
+from headshare.errors import ArchitectureError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
+from headshare.plan.units import Part
 from support import tiny
 
 CASES = [
@@ -88,7 +90,7 @@ def test_units_of_fused_weights_are_the_heads_that_the_model_splits(tmp_path: Pa
     model = transformers.GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation="eager")
     projection = model.gpt_neox.layers[1].attention.query_key_value
     for part in ("q", "k"):
-        start, stop = layout.parts[hs.Part(part)].span(2)
+        start, stop = layout.parts[Part(part)].span(2)
         with torch.no_grad():
             projection.weight[start:stop] = 0
             projection.bias[start:stop] = 0
@@ -100,7 +102,7 @@ def test_units_of_fused_weights_are_the_heads_that_the_model_splits(tmp_path: Pa
 
 def test_experts_are_left_alone_and_said_so(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("mixtral", tmp_path / "dense"))
-    with pytest.raises(hs.ArchitectureError, match="Experts are left alone"):
+    with pytest.raises(ArchitectureError, match="Experts are left alone"):
         hs.score_units(dense, parts="ffn")
 
 
@@ -115,7 +117,7 @@ def test_an_unlisted_model_with_separate_projections_is_recognised(tmp_path: Pat
 def test_an_unlisted_model_with_fused_projections_is_refused_by_name(tmp_path: Path) -> None:
     config = transformers.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=3, n_head=4)
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(hs.ArchitectureError, match=r"'bloom'.*query_key_value.*fused.*families\.py"):
+    with pytest.raises(ArchitectureError, match=r"'bloom'.*query_key_value.*fused.*families\.py"):
         hs.score_units(hs.open_checkpoint(tmp_path / "dense"))
 
 
@@ -125,14 +127,14 @@ def test_a_model_with_cross_attention_is_refused(tmp_path: Path) -> None:
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
     )  # fmt: skip
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(hs.ArchitectureError, match="cross-attention"):
+    with pytest.raises(ArchitectureError, match="cross-attention"):
         hs.score_units(hs.open_checkpoint(tmp_path / "dense"))
 
 
 def test_a_config_that_contradicts_the_shapes_is_refused(llama: Path) -> None:
     text = (llama / "config.json").read_text()
     (llama / "config.json").write_text(text.replace('"num_key_value_heads": 2', '"num_key_value_heads": 4'))
-    with pytest.raises(hs.ArchitectureError, match=r"k_proj.*headshare does not know"):
+    with pytest.raises(ArchitectureError, match=r"k_proj.*headshare does not know"):
         hs.score_units(hs.open_checkpoint(llama))
 
 

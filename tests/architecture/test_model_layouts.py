@@ -13,6 +13,7 @@ from headshare.architecture.config import text_config
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.architecture.recognition import attention_layout, ffn_layout
 from headshare.checkpoint.layouts import layouts_of
+from headshare.errors import ArchitectureError, PlanError
 from headshare.evaluation.verify import verify
 from headshare.plan.units import Kind, Part, Parts
 from support import tiny
@@ -33,7 +34,7 @@ def test_each_family_has_the_layouts_that_its_names_and_shapes_say(name: str, tm
         assert found.ffn is found.neurons is None
         assert found.all == (attention,)
         for refused in (found.ffn_in, lambda groups: found.units(Kind.FFN, groups)):
-            with pytest.raises(hs.ArchitectureError, match="Experts are left alone"):
+            with pytest.raises(ArchitectureError, match="Experts are left alone"):
                 refused(1)
         return
     whole, halves = ffn_layout(config, dense.shapes), ffn_layout(config, dense.shapes, 2)
@@ -45,7 +46,7 @@ def test_each_family_has_the_layouts_that_its_names_and_shapes_say(name: str, tm
     assert neurons is not None
     assert neurons.groups == whole.parts[Part.DOWN].rows == 2 * halves.parts[Part.DOWN].rows
     assert {place.rows for place in neurons.parts.values()} == {1}
-    with pytest.raises(hs.PlanError, match=f"{neurons.groups} neurons do not divide into 7 equal groups"):
+    with pytest.raises(PlanError, match=f"{neurons.groups} neurons do not divide into 7 equal groups"):
         found.ffn_in(7)
 
 
@@ -63,9 +64,9 @@ def test_a_feed_forward_is_found_beside_an_attention_that_is_not_known(llama: Pa
     dense = hs.open_checkpoint(llama)
     found = ModelLayouts({**text_config(dense.config), "num_attention_heads": None}, dense.shapes)
     assert found.ffn == dense.layouts.ffn is not None
-    with pytest.raises(hs.ArchitectureError, match="does not say how many attention heads"):
+    with pytest.raises(ArchitectureError, match="does not say how many attention heads"):
         _ = found.attention
-    with pytest.raises(hs.ArchitectureError, match="does not say how many attention heads"):
+    with pytest.raises(ArchitectureError, match="does not say how many attention heads"):
         _ = found.all
 
 

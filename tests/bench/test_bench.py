@@ -9,7 +9,7 @@ import headshare as hs
 from headshare.bench.bench import Loaded, Ratio, Subject, bench, dense_and_shared, load_once, measure_loading
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
 from headshare.bench.tables import bench_table
-from headshare.errors import OptionError
+from headshare.errors import EvaluationError, OptionError, PlanError
 from support import tiny
 
 
@@ -118,9 +118,9 @@ def test_what_is_missing_is_made_and_removed(llama: Path, shared: Path) -> None:
 
 
 def test_more_tokens_than_the_model_reads_are_refused(llama: Path) -> None:
-    with pytest.raises(hs.EvaluationError, match="at most 64 tokens"):
+    with pytest.raises(EvaluationError, match="at most 64 tokens"):
         bench([Subject("dense", llama)], tokens=[65], repeats=1, loads=1)
-    with pytest.raises(hs.EvaluationError, match="at least 1"):
+    with pytest.raises(EvaluationError, match="at least 1"):
         bench([Subject("dense", llama)], tokens=[4], repeats=0, loads=1)
 
 
@@ -128,7 +128,7 @@ def test_a_dense_model_that_does_not_belong_is_refused(llama: Path, shared: Path
     other = hs.open_checkpoint(tiny.make_llama(tmp_path / "other", hidden_size=64))
     refused = [
         (llama, llama, OptionError, "leave --against out"),
-        (shared, other.path, hs.PlanError, "for another model"),
+        (shared, other.path, PlanError, "for another model"),
     ]
     for model, against, error, words in refused:
         with (

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from headshare.calibration import allocate as budget
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.to_plan import Budgeted, plan_for_steps
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from headshare.text.tokens import Calibration
 from support import tiny
 
 LAYERS, GROUPS, NEURONS = 4, 3, 12
-TIES = (Form.QK, Form.QKV, Form.QKVO)
+TIES = (QK, QKV, QKVO)
 FEW = settings(max_examples=40, deadline=None)
 
 
@@ -46,7 +47,7 @@ def layout_of(kind: Kind, groups: int, rows: int) -> Layout:
 
 LAYOUTS = {Kind.ATTENTION: layout_of(Kind.ATTENTION, GROUPS, 4), Kind.FFN: layout_of(Kind.FFN, GROUPS, 4)}
 SINGLE = layout_of(Kind.FFN, NEURONS, 1)
-SIZES = {Form.QK: 64, Form.QKV: 96, Form.QKVO: 124, Form.FACTORED: 116, Form.GATEUP: 64, Form.REMOVE: 128}
+SIZES = {QK: 64, QKV: 96, QKVO: 124, FACTORED: 116, GATEUP: 64, REMOVE: 128}
 
 
 # ---- made-up prices
@@ -63,18 +64,18 @@ def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Kind, int, St
     of_neurons = neurons and draw(st.booleans())
     paths: list[tuple[Kind, int, Steps]] = []
     for layer in range(LAYERS):
-        whole = draw(st.sampled_from((Form.QKVO, Form.FACTORED)))
-        forms = (Form.QK, Form.QKV, whole, Form.REMOVE) if layer else (Form.REMOVE,)
+        whole = draw(st.sampled_from((QKVO, FACTORED)))
+        forms = (QK, QKV, whole, REMOVE) if layer else (REMOVE,)
         paths += [(Kind.ATTENTION, layer, steps) for steps in draw(alternatives(layer, forms))]
         if of_neurons:
             paths += [(Kind.FFN, layer, draw(chunks())) for _ in range(draw(st.integers(1, 2)))]
         elif layer:
-            paths.append((Kind.FFN, layer, draw(units(layer, (Form.GATEUP,)))))
+            paths.append((Kind.FFN, layer, draw(units(layer, (GATEUP,)))))
     return paths
 
 
 @st.composite
-def alternatives(draw: st.DrawFn, layer: int, forms: Sequence[Form]) -> list[Steps]:
+def alternatives(draw: st.DrawFn, layer: int, forms: Sequence[Action]) -> list[Steps]:
     """Paths of one half, each form in one of them: so a plan tells which was followed."""
     order = draw(st.permutations(forms))
     cuts = draw(st.sets(st.sampled_from(range(1, len(order))))) if len(order) > 1 else set()
@@ -86,14 +87,14 @@ SHARE = st.floats(0, 1)
 
 
 @st.composite
-def units(draw: st.DrawFn, layer: int, forms: Sequence[Form]) -> Steps:
+def units(draw: st.DrawFn, layer: int, forms: Sequence[Action]) -> Steps:
     steps: Steps = []
     for group in draw(st.permutations(range(GROUPS)))[: draw(st.integers(0, GROUPS))]:
         form = draw(st.sampled_from(forms))
-        if form is Form.REMOVE and [one[0] for one in steps].count(form) == GROUPS - 1:
+        if form is REMOVE and [one[0] for one in steps].count(form) == GROUPS - 1:
             break
-        donors = () if form is Form.REMOVE else draw(donors_of(layer))
-        rank = draw(st.integers(1, 3)) if form is Form.FACTORED else 0
+        donors = () if form is REMOVE else draw(donors_of(layer))
+        rank = draw(st.integers(1, 3)) if form is FACTORED else 0
         price = donors[0][1] if donors else draw(PRICE)
         steps.append((form, (group,), price, SIZES[form] - 5 * rank, donors, rank))
     return steps
@@ -111,7 +112,7 @@ def donors_of(draw: st.DrawFn, layer: int) -> tuple[tuple[HeadUnit, float], ...]
 def chunks(draw: st.DrawFn) -> Steps:
     order = draw(st.permutations(range(NEURONS)))
     ends = range(0, draw(st.integers(0, 9)), 3)
-    return [(Form.REMOVE, tuple(order[at : at + 3]), draw(PRICE), 72) for at in ends]
+    return [(REMOVE, tuple(order[at : at + 3]), draw(PRICE), 72) for at in ends]
 
 
 def made(paths: list[tuple[Kind, int, Steps]], *, most: int | None = None) -> Prices:
@@ -211,8 +212,8 @@ def test_a_mix_costs_no_more_than_each_form_of_each_half_alone(drawn: Any, share
     wanted = int(share * most_bytes(prices))
     found = plan_for_bytes(prices, wanted)
     assert found.saved_bytes == saved_by(taken_by(prices, found)) >= wanted
-    for kind, forms in {(path.kind, path.forms) for path in prices.paths}:
-        same = tuple(path for path in prices.paths if path.kind is kind and path.forms == forms)
+    for kind, forms in {(path.kind, path.actions) for path in prices.paths}:
+        same = tuple(path for path in prices.paths if path.kind is kind and path.actions == forms)
         alone = replace(prices, paths=same)
         if most_bytes(alone) >= wanted:
             assert found.price <= plan_for_bytes(alone, wanted).price
@@ -337,7 +338,7 @@ def test_paths_that_others_beat_at_every_step_change_nothing(drawn: Any, dearer:
         assert plan_for_units(both, units).price == pytest.approx(plan_for_units(prices, units).price)
 
 
-def raised(form: Form, groups: tuple[int, ...], price: float, *rest: Any, by: float) -> tuple[Any, ...]:
+def raised(form: Action, groups: tuple[int, ...], price: float, *rest: Any, by: float) -> tuple[Any, ...]:
     return form, groups, price + by, *rest
 
 
@@ -371,7 +372,7 @@ def test_the_plan_of_no_steps_is_a_plan_of_nothing() -> None:
 
 
 def gone(group: int, price: float, saved: int) -> Step:
-    return Step(Form.REMOVE, (group,), price, saved)
+    return Step(REMOVE, (group,), price, saved)
 
 
 def taken_by(prices: Prices, found: Budgeted) -> list[Step]:
@@ -391,11 +392,11 @@ def followed(prices: Prices, plan: SharePlan) -> dict[Half, Beginning]:
     return found
 
 
-Deed = tuple[int, Form, int]  # a unit of a half, what is done to it, and its rank
+Deed = tuple[int, Action, int]  # a unit of a half, what is done to it, and its rank
 
 
 def deeds_of(step: Step) -> list[Deed]:
-    return [(group, step.form, step.rank) for group in step.groups]
+    return [(group, step.action, step.rank) for group in step.groups]
 
 
 def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
@@ -409,11 +410,11 @@ def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
     found: dict[Half, set[Deed]] = {}
     for (kind, unit), parts in shared.items():
         rank = ranks.pop(unit, 0) if kind is Kind.ATTENTION else 0
-        (form,) = [form for form in Form if set(form.parts) == parts and (form is Form.FACTORED) == (rank > 0)]
+        (form,) = [form for form in SIZES if set(form.shares) == parts and (form is FACTORED) == (rank > 0)]
         found.setdefault((kind, unit.layer), set()).add((unit.group, form, rank))
     for kind in Kind:
         for layer, group in removed(plan, kind):
-            found.setdefault((kind, layer), set()).add((group, Form.REMOVE, 0))
+            found.setdefault((kind, layer), set()).add((group, REMOVE, 0))
     assert not ranks
     return found
 
@@ -451,7 +452,7 @@ def test_donors_keep_what_they_lend_and_are_the_best_that_do(drawn: Any, share: 
     for (kind, recipient), (donor, *more) in donors.items():
         assert not more
         listed = steps[kind, *recipient].donors
-        never = factored if steps[kind, *recipient].form is Form.QKVO else set()
+        never = factored if steps[kind, *recipient].action is QKVO else set()
         kept = [price for unit, price in listed if (kind, unit) not in given and unit.layer not in never]
         mine = next((price for unit, price in listed if unit == donor), listed[-1][1])
         assert mine == min(kept, default=listed[-1][1])
@@ -477,17 +478,17 @@ def test_parts_and_scales_are_those_of_each_units_form(drawn: Any, share: float)
     prices = made(drawn)
     found = plan_for_bytes(prices, round(share * most_bytes(prices)))
     forms = {
-        (kind, HeadUnit(layer, step.groups[0])): step.form
+        (kind, HeadUnit(layer, step.groups[0])): step.action
         for (kind, layer), steps in followed(prices, found.plan).items()
         for step in steps
-        if step.form is not Form.REMOVE
+        if step.action is not REMOVE
     }
     shared: dict[tuple[Kind, HeadUnit], set[Part]] = {}
     for one in found.plan.selections:
         assert one.scale == (Part.O in one.parts)
         for tie in one.ties:
             shared.setdefault((one.layout.kind, tie.recipient), set()).update(one.parts)
-    assert shared == {unit: set(form.parts) for unit, form in forms.items()}
+    assert shared == {unit: set(form.shares) for unit, form in forms.items()}
 
 
 @given(drawn=priced(), share=SHARE)
@@ -514,7 +515,7 @@ def test_factored_units_have_the_ranks_of_their_steps_and_share_q_k_and_v(drawn:
 
 def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
-    steps = tuple(Step(Form.FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
+    steps = tuple(Step(FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
     paths = tuple(Path(Kind.ATTENTION, layer, steps) for layer in (3, 1))
     chosen = Choice(match="output", mode="mine", ratio=0.5)
     plan = plan_for_units(Prices("llama", LAYOUTS, paths), 4, choice=chosen).plan
@@ -527,7 +528,7 @@ def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None
 
 
 def test_a_rank_that_columns_cannot_have_is_refused() -> None:
-    step = Step(Form.FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
+    step = Step(FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
     with pytest.raises(PlanError, match=r"rank 4.*from 1 to 3"):
         plan_for_units(Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, (step,)),)), 1)
 
@@ -535,11 +536,11 @@ def test_a_rank_that_columns_cannot_have_is_refused() -> None:
 def test_a_tie_without_any_donor_left_is_refused() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
     emptied = Path(Kind.ATTENTION, 0, (gone(0, 0.1, 9), gone(1, 0.1, 9)))
-    tied = Path(Kind.ATTENTION, 1, (Step(Form.QKV, (0,), 0.1, 9, donors),))
+    tied = Path(Kind.ATTENTION, 1, (Step(QKV, (0,), 0.1, 9, donors),))
     found = plan_for_units(Prices("llama", LAYOUTS, (emptied, tied)), 3)
     assert found.plan.selections[0].ties[0].donor == HeadUnit(0, 2)
     one = {Kind.ATTENTION: layout_of(Kind.ATTENTION, 1, 4)}
-    from_tied = Path(Kind.ATTENTION, 2, (Step(Form.QKV, (0,), 0.1, 9, ((HeadUnit(1, 0), 0.1),)),))
+    from_tied = Path(Kind.ATTENTION, 2, (Step(QKV, (0,), 0.1, 9, ((HeadUnit(1, 0), 0.1),)),))
     assert plan_for_units(Prices("llama", one, (tied, from_tied)), 2).plan.selections[0].ties[1].donor == (0, 0)
 
 
@@ -567,7 +568,7 @@ def test_more_bytes_than_were_priced_are_refused(asked: int) -> None:
 
 
 def test_the_plan_says_how_it_was_chosen() -> None:
-    steps = (gone(0, 1.0, 9), Step(Form.QKV, (1,), 1.0, 9, ((HeadUnit(0, 0), 1.0),)))
+    steps = (gone(0, 1.0, 9), Step(QKV, (1,), 1.0, 9, ((HeadUnit(0, 0), 1.0),)))
     prices = Prices("llama", LAYOUTS, (Path(Kind.ATTENTION, 1, steps),))
     chosen = Choice(match="output", mode="mine", ratio=0.5)
     plan = plan_for_units(prices, 2, choice=chosen).plan
@@ -582,13 +583,13 @@ def test_the_plan_says_how_it_was_chosen() -> None:
 def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path: Folder) -> None:
     checkpoint = open_checkpoint(tiny.make(name, tmp_path / name))
     text = Calibration(tiny.tokens(16, 2), False, "a text", 0)
-    for forms in ([*TIES, Form.REMOVE], [Form.FACTORED, Form.GATEUP]):
+    for forms in ([*TIES, REMOVE], [FACTORED, GATEUP]):
         prices = price_units(checkpoint, text, forms, ffn_groups=2, donors=1, protect=[1, 3])
         prices = prices.only(forms)
         for share in (0.3, 0.7, 1.0):
             found = plan_for_bytes(prices, round(share * most_bytes(prices)))
             assert found.saved_bytes == saved_in(found.plan, checkpoint)
-        assert bool(found.plan.factored) == (Form.FACTORED in forms)
+        assert bool(found.plan.factored) == (FACTORED in forms)
         assert found.saved_bytes == most_bytes(prices)
         for path in prices.paths:
             for steps in {1, len(path.steps)}:

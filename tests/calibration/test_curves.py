@@ -7,18 +7,19 @@ import pytest
 
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout, ffn_layout
-from headshare.calibration.costs.curves import Form, Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.calibration.costs.actions import FACTORED, GATEUP, QKV, REMOVE
+from headshare.calibration.costs.curves import Path, Prices, Step, paths_from_json, paths_to_json
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Kind
 from support.priced import opened
 
-TIE = Step(Form.QKV, (1,), 0.1, 100, ((HeadUnit(0, 1), 0.1), (HeadUnit(0, 0), 1 / 3)))
-GONE = Step(Form.REMOVE, (0,), -1e-300, 100)
+TIE = Step(QKV, (1,), 0.1, 100, ((HeadUnit(0, 1), 0.1), (HeadUnit(0, 0), 1 / 3)))
+GONE = Step(REMOVE, (0,), -1e-300, 100)
 
 
 def test_paths_come_back_from_json_to_the_last_bit() -> None:
-    factored = replace(TIE, form=Form.FACTORED, groups=(2,), rank=8)
+    factored = replace(TIE, action=FACTORED, groups=(2,), rank=8)
     paths = [Path(Kind.ATTENTION, 1, (TIE, GONE, factored)), Path(Kind.FFN, 1, (replace(GONE, groups=(4, 7)),))]
     assert paths_from_json(paths_to_json(paths)) == paths
     assert paths_from_json(paths_to_json([])) == []
@@ -67,7 +68,7 @@ def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -
     def make(*paths: Path, neurons: Layout | None = neurons) -> Prices:
         return Prices("llama", layouts, paths, neurons)
 
-    tied = Path(Kind.FFN, 1, (Step(Form.GATEUP, (1,), 0.1, 9, donors),))
+    tied = Path(Kind.FFN, 1, (Step(GATEUP, (1,), 0.1, 9, donors),))
     removed = Path(Kind.FFN, 2, (replace(GONE, groups=(40,)),))
     assert make(tied).layout_of(tied) == groups
     assert make(removed).layout_of(removed) == neurons

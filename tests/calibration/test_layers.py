@@ -14,6 +14,7 @@ from headshare.architecture.recognition import ffn_layout
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
+from headshare.errors import ArchitectureError, CheckpointError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
@@ -148,7 +149,7 @@ def test_a_model_that_lacks_what_its_head_needs_is_refused(lacking: str, tmp_pat
     tensors = load_file(folder / "model.safetensors")
     del tensors[lacking]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hs.CheckpointError, match=rf"lacks weights.*{lacking}"):
+    with pytest.raises(CheckpointError, match=rf"lacks weights.*{lacking}"):
         Layers(hs.open_checkpoint(folder), head=True).logits(torch.randn(2, 5, 32))
 
 
@@ -261,7 +262,7 @@ def test_replaced_tensors_stand_in_and_are_not_written_to(name: str, tmp_path: P
     built.get_submodule(path).weight.zero_()
     assert torch.equal(given[layers.tensor(Part.O, 1)], before)
     assert layers.build(1).get_submodule(path).weight.any()
-    with pytest.raises(hs.CheckpointError, match=r"o_proj.weight has shape \(2, 2\)"):
+    with pytest.raises(CheckpointError, match=r"o_proj.weight has shape \(2, 2\)"):
         layers.build(1, {layers.tensor(Part.O, 1): torch.zeros(2, 2)})
 
 
@@ -274,12 +275,12 @@ def test_parts_have_paths_and_tensors(tmp_path: Path) -> None:
     )
     assert layers.tensor(Part.DOWN, 3) == "transformer.h.3.mlp.c_proj.weight"
     assert layers.in_out
-    with pytest.raises(hs.ArchitectureError, match="no part gate"):
+    with pytest.raises(ArchitectureError, match="no part gate"):
         layers.path(Part.GATE)
     experts = Layers(hs.open_checkpoint(tiny.make("mixtral", tmp_path / "experts")))
     assert experts.ffn is None
     assert not experts.in_out
-    with pytest.raises(hs.ArchitectureError, match="no part down"):
+    with pytest.raises(ArchitectureError, match="no part down"):
         experts.tensor(Part.DOWN, 0)
 
 
@@ -293,12 +294,12 @@ def test_a_model_that_lacks_what_its_layers_need_is_refused(tmp_path: Path) -> N
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.embed_tokens.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hs.CheckpointError, match=r"lacks weights.*embed_tokens"):
+    with pytest.raises(CheckpointError, match=r"lacks weights.*embed_tokens"):
         Layers(hs.open_checkpoint(folder)).start(tiny.tokens())
 
 
 def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(hs.CheckpointError, match="code of its own"):
+    with pytest.raises(CheckpointError, match="code of its own"):
         Layers(hs.open_checkpoint(tiny.make_baichuan(tmp_path / "dense")))
 
 
@@ -306,7 +307,7 @@ def test_a_module_that_is_never_reached_is_named(llama: Path) -> None:
     layers = Layers(hs.open_checkpoint(llama))
     built = layers.build(0)
     built.aside = nn.Identity()
-    with pytest.raises(hs.ArchitectureError, match="never calls its aside"):
+    with pytest.raises(ArchitectureError, match="never calls its aside"):
         layers.run_to(built, 0, layers.start(tiny.tokens()), "aside")
     assert not built.aside._forward_pre_hooks
 

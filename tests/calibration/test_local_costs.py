@@ -13,19 +13,33 @@ import torch
 import headshare as hs
 from headshare.calibration.costs import descent as layerprices
 from headshare.calibration.costs import local as pricing
-from headshare.calibration.costs.curves import Form, Path, Prices, Step, paths_from_json, paths_to_json
+from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Path, Prices, Step, paths_from_json, paths_to_json
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, OptionError, PlanError
-from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Kind, Part
 from headshare.text.tokens import Calibration
 from support import tiny
-from support.priced import KEPT, OWN, TIES, Reference, calibration, fitted, forms_of, opened, path_of, paths_of, pull_of
+from support.priced import (
+    CLOSE,
+    KEPT,
+    OWN,
+    TIES,
+    Reference,
+    calibration,
+    check_path,
+    fitted,
+    forms_of,
+    isolated,
+    opened,
+    path_of,
+    paths_of,
+    pull_of,
+)
 
 LAST = 3
-CLOSE = 2e-3  # of what was removed: the walk is float32, and so is the stock model
 
 
 def unmixed(tokens: torch.Tensor) -> Calibration:
@@ -37,21 +51,13 @@ def unmixed(tokens: torch.Tensor) -> Calibration:
 # ---- prices of models
 
 
-def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8, held_out: float = 0.0) -> None:
-    reference = Reference(checkpoint, layout, path.layer, calibration(windows))
-    errors = reference.errors(path.steps, held_out)
-    scale = max(errors)
-    found = torch.tensor([step.price for step in path.steps]).cumsum(0).tolist()
-    assert found == pytest.approx(errors, abs=CLOSE * scale)
-
-
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.QK, Form.QKV, Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [QK, QKV, REMOVE])
     ties, *removals = paths_of(prices, Kind.ATTENTION, LAST)
-    assert forms_of(ties) <= {Form.QK, Form.QKV}
-    assert [forms_of(path) for path in removals] == ([] if name in KEPT else [{Form.REMOVE}])
+    assert forms_of(ties) <= {QK, QKV}
+    assert [forms_of(path) for path in removals] == ([] if name in KEPT else [{REMOVE}])
     for path in (ties, *removals):
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], path)
 
@@ -59,13 +65,13 @@ def test_attention_prices_add_up_to_the_error_of_a_stock_model_with_those_rows(n
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biased", "gpt2", "mpnet"])
 def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_together(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
+    prices = fitted(checkpoint, calibration(4), [QKVO, QKV], protect=[1])
     paths = paths_of(prices, Kind.ATTENTION, 2)
     if name in KEPT:
         (mixed,) = paths
-        assert {Form.QKVO} <= forms_of(mixed) <= set(TIES)
+        assert {QKVO} <= forms_of(mixed) <= set(TIES)
     else:
-        assert [forms_of(path) for path in paths] == [{Form.QKV}, {Form.REMOVE}, {Form.QKVO}]
+        assert [forms_of(path) for path in paths] == [{QKV}, {REMOVE}, {QKVO}]
     for path in paths:
         shorter = replace(path, steps=path.steps[:2])  # the reference's one system of equations grows fast
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4)
@@ -74,16 +80,16 @@ def test_prices_of_scaled_ties_add_up_with_columns_and_scales_solved_for_togethe
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biased", "phi3", "gpt2", "falcon-gqa", "gemma2", "opt"])
 def test_prices_of_tied_neuron_groups_add_up_to_the_error_of_a_stock_model(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
+    prices = fitted(checkpoint, calibration(), [GATEUP], ffn_groups=4)
     path = path_of(prices, Kind.FFN, LAST)
-    assert [step.form for step in path.steps] == [Form.GATEUP] * 4
+    assert [step.action for step in path.steps] == [GATEUP] * 4
     check_path(checkpoint, prices.layouts[Kind.FFN], path)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "falcon-gqa", "bert", "mpnet"])
 def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [REMOVE])
     path = path_of(prices, Kind.FFN, 0)
     assert prices.neurons is not None
     assert path.is_of_neurons
@@ -93,7 +99,7 @@ def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str
 
 def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.REMOVE])
+    prices = fitted(checkpoint, calibration(), [REMOVE])
     assert prices.neurons is not None
     reference, gone = Reference(checkpoint, prices.neurons, 2), []
     for step in path_of(prices, Kind.FFN, 2).steps[:3]:
@@ -105,8 +111,8 @@ def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -
 
 def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    both = price_units(checkpoint, calibration(), [Form.QK, Form.GATEUP], ffn_groups=2)
-    alone = [price_units(checkpoint, calibration(), [form], ffn_groups=2) for form in (Form.QK, Form.GATEUP)]
+    both = price_units(checkpoint, calibration(), [QK, GATEUP], ffn_groups=2)
+    alone = [price_units(checkpoint, calibration(), [form], ffn_groups=2) for form in (QK, GATEUP)]
     assert set(both.paths) == {path for prices in alone for path in prices.paths}
 
 
@@ -114,31 +120,26 @@ def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path:
 def test_every_donor_is_priced_in_the_recipients_own_place(name: str, tmp_path: Folder) -> None:
     """Biases, alibi and relative positions belong to the place, so a donor does something else in each."""
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.QKV])
+    prices = fitted(checkpoint, calibration(), [QKV])
     layout, (first, *_) = prices.layouts[Kind.ATTENTION], path_of(prices, Kind.ATTENTION, 2).steps
     reference = Reference(checkpoint, layout, 2)
     assert len(first.donors) == 2 * layout.groups
     assert [price for _, price in first.donors] == sorted(price for _, price in first.donors)
     scale = first.donors[-1][1]
     for donor, price in first.donors:
-        assert price == pytest.approx(isolated(reference, first.groups[0], donor, Form.QKV), abs=CLOSE * scale)
+        assert price == pytest.approx(isolated(reference, first.groups[0], donor, QKV), abs=CLOSE * scale)
 
 
 def test_donors_of_q_and_k_are_priced_with_the_recipients_own_v(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.QK], donors=3)
+    prices = fitted(checkpoint, calibration(), [QK], donors=3)
     first = path_of(prices, Kind.ATTENTION, LAST).steps[0]
     reference = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST)
     for donor, price in first.donors[:3]:
-        assert price == pytest.approx(isolated(reference, first.groups[0], donor, Form.QK), rel=5e-3)
+        assert price == pytest.approx(isolated(reference, first.groups[0], donor, QK), rel=5e-3)
     assert len(first.donors) == LAST * 4
     assert len({donor for donor, _ in first.donors}) == LAST * 4
     assert first.donors[3][1] >= first.donors[2][1]
-
-
-def isolated(reference: Reference, group: int, donor: HeadUnit, form: Form) -> float:
-    (error,) = reference.errors([Step(form, (group,), 0.0, 1, ((donor, 0.0),))])
-    return error
 
 
 # ---- prices on held-out tokens
@@ -146,17 +147,17 @@ def isolated(reference: Reference, group: int, donor: HeadUnit, form: Form) -> f
 
 @pytest.mark.parametrize(
     ("name", "forms", "share"),
-    [("llama-biased", OWN, 0.25), ("llama-mha", (Form.QK, Form.QKV), 0.25), ("phi3", (Form.FACTORED,), 0.5),
-     ("bert", (Form.FACTORED,), 0.25), ("gpt2", (Form.FACTORED, Form.REMOVE), 0.25),
-     ("falcon-gqa", (Form.REMOVE,), 0.5)],
+    [("llama-biased", OWN, 0.25), ("llama-mha", (QK, QKV), 0.25), ("phi3", (FACTORED,), 0.5),
+     ("bert", (FACTORED,), 0.25), ("gpt2", (FACTORED, REMOVE), 0.25),
+     ("falcon-gqa", (REMOVE,), 0.5)],
 )  # fmt: skip
 def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
-    name: str, forms: Sequence[Form], share: float, tmp_path: Folder
+    name: str, forms: Sequence[Action], share: float, tmp_path: Folder
 ) -> None:
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), forms, held_out=share)
     paths = paths_of(prices, Kind.ATTENTION, LAST)
-    assert {Form.FACTORED, Form.REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
+    assert {FACTORED, REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
     for path in paths:
         assert path.steps
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, held_out=share)
@@ -165,7 +166,7 @@ def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
 @pytest.mark.parametrize(("windows", "share"), [(2, 0.25), (5, 0.25), (6, 0.25), (7, 0.5)])
 def test_tokens_are_held_out_by_whole_windows(windows: int, share: float, tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    prices = price_units(checkpoint, calibration(windows), [Form.QKV, Form.REMOVE], held_out=share)
+    prices = price_units(checkpoint, calibration(windows), [QKV, REMOVE], held_out=share)
     for path in paths_of(prices, Kind.ATTENTION, LAST):
         check_path(checkpoint, prices.layouts[Kind.ATTENTION], path, windows, share)
     (path,) = paths_of(prices, Kind.FFN, 1)
@@ -189,9 +190,9 @@ def test_at_least_one_window_is_fitted_to_and_of_two_or_more_one_held_out_but_ot
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2"])
 def test_scaled_ties_are_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    prices = price_units(checkpoint, calibration(4), [Form.QKVO, Form.QKV], protect=[1])
+    prices = price_units(checkpoint, calibration(4), [QKVO, QKV], protect=[1])
     path = paths_of(prices, Kind.ATTENTION, 2)[-1]
-    assert forms_of(path) == {Form.QKVO}
+    assert forms_of(path) == {QKVO}
     shorter = replace(path, steps=path.steps[:2])
     check_path(checkpoint, prices.layouts[Kind.ATTENTION], shorter, windows=4, held_out=0.25)
 
@@ -199,9 +200,9 @@ def test_scaled_ties_are_priced_on_held_out_tokens_too(name: str, tmp_path: Fold
 @pytest.mark.parametrize("name", ["llama-gqa", "mpnet"])
 def test_the_feed_forward_is_priced_on_held_out_tokens_too(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    tied = price_units(checkpoint, calibration(), [Form.GATEUP], ffn_groups=4)
+    tied = price_units(checkpoint, calibration(), [GATEUP], ffn_groups=4)
     check_path(checkpoint, tied.layouts[Kind.FFN], path_of(tied, Kind.FFN, 2), held_out=0.25)
-    removed = price_units(checkpoint, calibration(), [Form.REMOVE])
+    removed = price_units(checkpoint, calibration(), [REMOVE])
     assert removed.neurons is not None
     path = path_of(removed, Kind.FFN, 1)
     check_path(checkpoint, removed.neurons, replace(path, steps=path.steps[:12]), held_out=0.25)
@@ -215,9 +216,9 @@ def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
     """Later products go with those that are there; donors' prices are those of the first unit given up alone."""
     monkeypatch.setattr(layerprices, "RANKS", ranks)
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.FACTORED])
+    prices = fitted(checkpoint, calibration(), [FACTORED])
     layout = prices.layouts[Kind.ATTENTION]
-    paths = [path for path in paths_of(prices, Kind.ATTENTION, LAST) if forms_of(path) == {Form.FACTORED}]
+    paths = [path for path in paths_of(prices, Kind.ATTENTION, LAST) if forms_of(path) == {FACTORED}]
     assert {step.rank for path in paths for step in path.steps} <= set(ranks)
     for path in paths:
         check_path(checkpoint, layout, path)
@@ -238,16 +239,16 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
 ) -> None:
     """And are priced with removals beside them, whether those were asked for or not."""
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [Form.FACTORED, Form.QKVO])
+    prices = fitted(checkpoint, calibration(), [FACTORED, QKVO])
     channels = Reference(checkpoint, prices.layouts[Kind.ATTENTION], LAST).readout.rows
     (start,) = paths_of(prices, Kind.ATTENTION, 0)
-    assert forms_of(start) == {Form.REMOVE}
+    assert forms_of(start) == {REMOVE}
     for layer in range(1, LAST + 1):
         removal, *ties = paths_of(prices, Kind.ATTENTION, layer)
-        assert forms_of(removal) == {Form.REMOVE}
+        assert forms_of(removal) == {REMOVE}
         assert [(forms_of(path), {step.rank for step in path.steps}) for path in ties] == [
-            ({Form.QKVO}, {0}),
-            *(({Form.FACTORED}, {rank}) for rank in layerprices.RANKS if rank < channels),
+            ({QKVO}, {0}),
+            *(({FACTORED}, {rank}) for rank in layerprices.RANKS if rank < channels),
         ]
         order = [step.groups for step in removal.steps]
         saved = [removal.steps[0].saved_bytes]
@@ -255,7 +256,7 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
         error = sum(step.price for step in removal.steps)
         for path in ties:
             assert [step.groups for step in path.steps] == order
-            assert path.forms == {Form.QKVO} or path.steps[0].saved_bytes < saved[-1]
+            assert path.actions == {QKVO} or path.steps[0].saved_bytes < saved[-1]
             assert sum(step.price for step in path.steps) <= error * (1 + 1e-6)
             saved.append(path.steps[0].saved_bytes)
 
@@ -263,14 +264,14 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
 def test_products_that_save_nothing_are_not_offered(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     bytes_of_rank = 4 * sum(rows_and_columns(checkpoint))
-    monkeypatch.setattr(layerprices, "saved_bytes", lambda *what: 3 * bytes_of_rank)
-    paths = paths_of(fitted(checkpoint, calibration(), [Form.FACTORED]), Kind.ATTENTION, LAST)
+    monkeypatch.setattr(Action, "saved_bytes", lambda self, sizes, rank=0: (3 - rank) * bytes_of_rank)
+    paths = paths_of(fitted(checkpoint, calibration(), [FACTORED]), Kind.ATTENTION, LAST)
     assert [{step.rank for step in path.steps} for path in paths] == [{0}, {1}, {2}]
 
 
 def rows_and_columns(checkpoint: Checkpoint) -> tuple[int, int]:
     """Of the columns that one unit has of W_o."""
-    place = price_units(checkpoint, calibration(2), [Form.QK]).layouts[Kind.ATTENTION].parts[Part.O]
+    place = price_units(checkpoint, calibration(2), [QK]).layouts[Kind.ATTENTION].parts[Part.O]
     return place.rows, place.numel // place.rows
 
 
@@ -278,8 +279,8 @@ def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> N
     """Donors are compared on the tokens that are fitted, and their prices are as if all were such."""
     checkpoint = opened("llama-gqa", tmp_path)
     doubled = unmixed(torch.cat([calibration(4).mixed().tokens] * 2))
-    half = path_of(price_units(checkpoint, doubled, [Form.QKV], held_out=0.5), Kind.ATTENTION, 2).steps
-    whole = path_of(fitted(checkpoint, calibration(4), [Form.QKV]), Kind.ATTENTION, 2).steps
+    half = path_of(price_units(checkpoint, doubled, [QKV], held_out=0.5), Kind.ATTENTION, 2).steps
+    whole = path_of(fitted(checkpoint, calibration(4), [QKV]), Kind.ATTENTION, 2).steps
     for one, other in zip(half, whole, strict=True):
         assert [donor for donor, _ in one.donors] == [donor for donor, _ in other.donors]
         expected = [price for _, price in other.donors]
@@ -289,55 +290,55 @@ def test_donors_prices_are_of_as_many_tokens_as_the_steps(tmp_path: Folder) -> N
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_share_of_tokens_that_leaves_none_to_fit_is_refused(share: float, tmp_path: Folder) -> None:
     with pytest.raises(OptionError, match="share held out"):
-        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], held_out=share)
+        price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], held_out=share)
 
 
 # ---- forms, layers and what is asked for
 
 
-def kinds_and_forms(prices: Prices) -> set[tuple[Kind, Form]]:
-    return {(path.kind, step.form) for path in prices.paths for step in path.steps}
+def kinds_and_forms(prices: Prices) -> set[tuple[Kind, Action]]:
+    return {(path.kind, step.action) for path in prices.paths for step in path.steps}
 
 
 def test_neurons_are_removed_where_groups_of_them_could_also_be_tied(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    both = kinds_and_forms(price_units(checkpoint, calibration(), [Form.GATEUP, Form.REMOVE], ffn_groups=2))
-    assert both == {(Kind.FFN, Form.REMOVE), (Kind.ATTENTION, Form.REMOVE)}
+    both = kinds_and_forms(price_units(checkpoint, calibration(), [GATEUP, REMOVE], ffn_groups=2))
+    assert both == {(Kind.FFN, REMOVE), (Kind.ATTENTION, REMOVE)}
 
 
 def test_layer_0_ties_nothing_and_keeps_a_unit_that_ties_may_need(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    tied = price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE])
+    tied = price_units(checkpoint, calibration(), [QKV, REMOVE])
     path = path_of(tied, Kind.ATTENTION, 0)
-    assert forms_of(path) == {Form.REMOVE}
+    assert forms_of(path) == {REMOVE}
     assert len(path.steps) == tied.layouts[Kind.ATTENTION].groups - 1
     assert (Kind.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
-    for forms in ([Form.QKV], [Form.GATEUP]):
+    for forms in ([QKV], [GATEUP]):
         assert {path.layer for path in price_units(checkpoint, calibration(), forms).paths} == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mpnet", {(Kind.FFN, Form.REMOVE)}),
-        ("falcon-mha", {(Kind.FFN, Form.REMOVE)}),
-        ("falcon-mqa", {(Kind.FFN, Form.REMOVE)}),
-        ("mixtral", {(Kind.ATTENTION, Form.REMOVE)}),
+        ("mpnet", {(Kind.FFN, REMOVE)}),
+        ("falcon-mha", {(Kind.FFN, REMOVE)}),
+        ("falcon-mqa", {(Kind.FFN, REMOVE)}),
+        ("mixtral", {(Kind.ATTENTION, REMOVE)}),
     ],
 )
 def test_forms_that_a_family_cannot_have_are_left_out(
-    name: str, expected: set[tuple[Kind, Form]], tmp_path: Folder
+    name: str, expected: set[tuple[Kind, Action]], tmp_path: Folder
 ) -> None:
     checkpoint = opened(name, tmp_path)
-    assert kinds_and_forms(price_units(checkpoint, calibration(), [Form.REMOVE])) == expected
+    assert kinds_and_forms(price_units(checkpoint, calibration(), [REMOVE])) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "forms", "words"),
-    [("mixtral", [Form.GATEUP], "gateup"), ("llama-gqa", [], "none"), ("qwen3-moe", [], "none")],
+    [("mixtral", [GATEUP], "gateup"), ("llama-gqa", [], "none"), ("qwen3-moe", [], "none")],
 )
 def test_a_model_that_can_have_none_of_the_forms_is_refused(
-    name: str, forms: list[Form], words: str, tmp_path: Folder
+    name: str, forms: list[Action], words: str, tmp_path: Folder
 ) -> None:
     checkpoint = opened(name, tmp_path)
     with pytest.raises(PlanError, match=f"none of the forms asked for: {words}"):
@@ -349,22 +350,22 @@ def test_a_refusal_says_why_units_cannot_be_removed(tmp_path: Folder, monkeypatc
     one = type(config)(**{**tiny.MOE, "num_key_value_heads": 1})
     monkeypatch.setitem(tiny.FAMILIES, "mixtral", (model, one, ffn))
     with pytest.raises(PlanError, match="one attention unit each"):
-        price_units(opened("mixtral", tmp_path), calibration(), [Form.REMOVE])
+        price_units(opened("mixtral", tmp_path), calibration(), [REMOVE])
 
 
 def test_a_shared_checkpoint_is_not_priced(tmp_path: Folder) -> None:
     hs.share(opened("llama-gqa", tmp_path), hs.SharePlan()).save(tmp_path / "shared")
     with pytest.raises(CheckpointError, match="already shared"):
-        price_units(open_checkpoint(tmp_path / "shared"), calibration(), [Form.QKV])
+        price_units(open_checkpoint(tmp_path / "shared"), calibration(), [QKV])
 
 
 def test_at_least_one_donor_is_priced(tmp_path: Folder) -> None:
     with pytest.raises(OptionError, match="at least 1"):
-        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], donors=0)
+        price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], donors=0)
 
 
 def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:
-    prices = price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], protect=[1, 2])
+    prices = price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], protect=[1, 2])
     (path,) = prices.paths
     assert path.layer == LAST
     assert {donor.layer for step in path.steps for donor, _ in step.donors} == {0, 1, 2}
@@ -372,8 +373,8 @@ def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:
 
 def test_only_as_many_tokens_are_looked_at_as_are_asked_for(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
-    some = price_units(checkpoint, calibration(8), [Form.QKV], tokens=4 * 16 + 15)
-    assert some == price_units(checkpoint, unmixed(calibration(8).mixed().tokens[:4]), [Form.QKV])
+    some = price_units(checkpoint, calibration(8), [QKV], tokens=4 * 16 + 15)
+    assert some == price_units(checkpoint, unmixed(calibration(8).mixed().tokens[:4]), [QKV])
 
 
 # ---- resuming
@@ -383,24 +384,24 @@ def test_layers_that_are_done_are_walked_through_and_give_the_same_prices(
     tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, done = opened("llama-gqa", tmp_path), {}
-    whole = price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE], done=done)
+    whole = price_units(checkpoint, calibration(), [QKV, REMOVE], done=done)
     assert sorted(done) == [0, 1, 2, 3]
     kept = {layer: paths_from_json(paths_to_json(paths)) for layer, paths in done.items() if layer != 2}
     priced, real = [], pricing.unit_path
     monkeypatch.setattr(pricing, "unit_path", lambda *args, **kw: priced.append(args) or real(*args, **kw))
-    assert price_units(checkpoint, calibration(), [Form.QKV, Form.REMOVE], done=kept) == whole
-    assert [(half.dense.number, forms) for half, forms in priced] == [(2, (Form.QKV,)), (2, (Form.REMOVE,))]
+    assert price_units(checkpoint, calibration(), [QKV, REMOVE], done=kept) == whole
+    assert [(half.dense.number, forms) for half, forms in priced] == [(2, (QKV,)), (2, (REMOVE,))]
     assert kept == done
 
 
 def test_nothing_is_walked_where_all_is_done(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, done = opened("llama-gqa", tmp_path), {}
-    whole = price_units(checkpoint, calibration(), [Form.QKV], done=done)
+    whole = price_units(checkpoint, calibration(), [QKV], done=done)
     monkeypatch.setattr(pricing, "Layers", lambda *_, **__: pytest.fail("walked"))
-    assert price_units(checkpoint, calibration(), [Form.QKV], done=done) == whole
+    assert price_units(checkpoint, calibration(), [QKV], done=done) == whole
 
 
 def test_what_was_done_for_another_model_is_refused(tmp_path: Folder) -> None:
-    path = Path(Kind.ATTENTION, 1, (Step(Form.QKV, (7,), 0.1, 100, ((HeadUnit(0, 1), 0.1),)),))
+    path = Path(Kind.ATTENTION, 1, (Step(QKV, (7,), 0.1, 100, ((HeadUnit(0, 1), 0.1),)),))
     with pytest.raises(PlanError, match="not of this model"):
-        price_units(opened("llama-gqa", tmp_path), calibration(), [Form.QKV], done={1: [path]})
+        price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], done={1: [path]})

@@ -19,7 +19,8 @@ from torch.nn import functional
 import headshare as hs
 from headshare.architecture.modules import module_path
 from headshare.calibration.costs import measured as probing
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices, repriced
 from headshare.calibration.costs.to_plan import plan_for_steps
@@ -39,7 +40,7 @@ SEEN = {"tokens": 10 * WINDOW, "held_out": 0.25}  # of ten windows, eight are fi
 FITTED = 8
 PROBED = 3 * WINDOW
 EVERY = 4
-FORMS = (Form.QKV, Form.REMOVE)
+FORMS = (QKV, REMOVE)
 TIGHT = {"rel": 1e-3, "abs": 2e-7}
 ENCODERS = ("bert", "roberta", "mpnet", "electra")
 EXTRAS = ("tie_scale", "factor_in", "factor_out")
@@ -173,7 +174,7 @@ def test_paths_of_the_same_half_are_each_measured(
     """Ties and removals are of the same units; each is what it is without the other."""
     dense, prices = llama_prices
     both = [path for path in prices.paths if (path.kind, path.layer) == (Kind.ATTENTION, 1)]
-    assert [{step.form for step in path.steps} for path in both] == [{Form.QKV}, {Form.REMOVE}]
+    assert [{step.action for step in path.steps} for path in both] == [{QKV}, {REMOVE}]
     for path in both:
         (alone,) = probe(dense, replace(prices, paths=(path,))).paths
         assert_adds_up([alone], [truth[prices.paths.index(path)]], TIGHT)
@@ -251,11 +252,11 @@ def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
 
 @pytest.mark.parametrize(
     ("name", "forms"),
-    [("gpt2", (Form.QK, Form.REMOVE)), ("gemma2", (Form.QKV, Form.GATEUP)), ("mixtral", (Form.QKV,)),
-     ("gpt_neox", (Form.QK,)), ("opt-post-norm", (Form.REMOVE,)), ("llama-mqa", (Form.QKVO, Form.FACTORED))],
+    [("gpt2", (QK, REMOVE)), ("gemma2", (QKV, GATEUP)), ("mixtral", (QKV,)),
+     ("gpt_neox", (QK,)), ("opt-post-norm", (REMOVE,)), ("llama-mqa", (QKVO, FACTORED))],
 )  # fmt: skip
 def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
-    name: str, forms: tuple[Form, ...], tmp_path: Folder, full: None, monkeypatch: pytest.MonkeyPatch
+    name: str, forms: tuple[Action, ...], tmp_path: Folder, full: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stored the other way round, behind norms and soft caps, with experts, renamed, with norms after the sum."""
     monkeypatch.setattr(tiny, "FAMILIES", ALL)
@@ -271,10 +272,10 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
 ) -> None:
     """They are not measured themselves, and do not change what is."""
     dense = llama_in(tmp_path)
-    prices = price_units(dense, text(), (Form.QKVO, Form.FACTORED), **SEEN)
-    removals = [path for path in prices.paths if path.steps[0].form is Form.REMOVE]
+    prices = price_units(dense, text(), (QKVO, FACTORED), **SEEN)
+    removals = [path for path in prices.paths if path.steps[0].action is REMOVE]
     found = probe(dense, prices)
-    assert [path for path in found.paths if path.steps[0].form is Form.REMOVE] == list(
+    assert [path for path in found.paths if path.steps[0].action is REMOVE] == list(
         probe(dense, replace(prices, paths=tuple(removals))).paths
     )
     leaders = {
@@ -289,7 +290,7 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
                 sum(step.price for step in one.steps[:steps]) for one in (path, before, after, led)
             )
             if removed > 0:
-                part = 1.0 if path.forms == {Form.QKVO} else 0.4
+                part = 1.0 if path.actions == {QKVO} else 0.4
                 assert lost == pytest.approx(measured * (1 - part * (1 - own / removed)), rel=1e-9)
             seen += path is not before
     assert seen > 10
@@ -297,30 +298,28 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
 
 @pytest.mark.parametrize(
     ("forms", "groups", "answer"),
-    [((Form.FACTORED,) * 2, (0, 1), True), ((Form.QKVO,) * 2, (0, 1), True),
-     ((Form.QKVO, Form.FACTORED), (0, 1), False), ((Form.FACTORED,), (0,), True), ((Form.FACTORED,) * 2, (1, 0), False),
-     ((Form.FACTORED,) * 3, (0, 1, 2), False), ((Form.QKV,) * 2, (0, 1), False), ((Form.REMOVE,) * 2, (0, 1), False)],
+    [((FACTORED,) * 2, (0, 1), True), ((QKVO,) * 2, (0, 1), True),
+     ((QKVO, FACTORED), (0, 1), False), ((FACTORED,), (0,), True), ((FACTORED,) * 2, (1, 0), False),
+     ((FACTORED,) * 3, (0, 1, 2), False), ((QKV,) * 2, (0, 1), False), ((REMOVE,) * 2, (0, 1), False)],
 )  # fmt: skip
 def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
-    forms: tuple[Form, ...], groups: tuple[int, ...], answer: bool
+    forms: tuple[Action, ...], groups: tuple[int, ...], answer: bool
 ) -> None:
-    def path(kind: Kind, forms: tuple[Form, ...], groups: tuple[int, ...]) -> Path:
-        ties = [((HeadUnit(0, 0), 0.1),) if form is not Form.REMOVE else () for form in forms]
+    def path(kind: Kind, forms: tuple[Action, ...], groups: tuple[int, ...]) -> Path:
+        ties = [((HeadUnit(0, 0), 0.1),) if form is not REMOVE else () for form in forms]
         each = zip(forms, groups, ties, strict=True)
-        return Path(
-            kind, 1, tuple(Step(form, (unit,), 0.1, 9, tie, int(form is Form.FACTORED)) for form, unit, tie in each)
-        )
+        return Path(kind, 1, tuple(Step(form, (unit,), 0.1, 9, tie, int(form is FACTORED)) for form, unit, tie in each))
 
-    own, removal = path(Kind.ATTENTION, forms, groups), path(Kind.ATTENTION, (Form.REMOVE,) * 2, (0, 1))
-    neurons = path(Kind.FFN, (Form.REMOVE,) * 2, (0, 1))
+    own, removal = path(Kind.ATTENTION, forms, groups), path(Kind.ATTENTION, (REMOVE,) * 2, (0, 1))
+    neurons = path(Kind.FFN, (REMOVE,) * 2, (0, 1))
     assert leader_of(own, [neurons, own, removal]) == (removal if answer else None)
     assert leader_of(own, [neurons, own]) is None
 
 
 def test_a_path_whose_leader_had_no_error_costs_what_that_costs() -> None:
-    before = Path(Kind.ATTENTION, 1, (Step(Form.REMOVE, (0,), 0.0, 9), Step(Form.REMOVE, (1,), 0.0, 9)))
+    before = Path(Kind.ATTENTION, 1, (Step(REMOVE, (0,), 0.0, 9), Step(REMOVE, (1,), 0.0, 9)))
     after = repriced(before, {1: 0.1, 2: 0.3})
-    own = Path(Kind.ATTENTION, 1, (Step(Form.FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
+    own = Path(Kind.ATTENTION, 1, (Step(FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
     assert sums(beside(own, before, after), [1]) == pytest.approx({1: 0.1})
 
 
@@ -441,7 +440,7 @@ def test_an_encoder_is_not_measured(name: str, tmp_path: Folder, monkeypatch: py
     monkeypatch.setattr(tiny, "FAMILIES", ALL)
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / name))
     assert not predicts(dense)
-    prices = price_units(dense, text(3), (Form.QK,), tokens=2 * WINDOW)
+    prices = price_units(dense, text(3), (QK,), tokens=2 * WINDOW)
     with pytest.raises(ArchitectureError, match="predict"):
         probe(dense, prices)
 
@@ -472,7 +471,7 @@ def steps_of(draw: st.DrawFn) -> Steps:
         price = draw(prices)
         distances = sorted([0.0, *draw(st.lists(st.floats(0, 10), max_size=3))]) if ties else []
         donors = tuple((HeadUnit(at % 3, at), price + distance) for at, distance in enumerate(distances))
-        steps.append((Form.QKV if ties else Form.REMOVE, (group,), price, draw(st.integers(1, 10**6)), donors))
+        steps.append((QKV if ties else REMOVE, (group,), price, draw(st.integers(1, 10**6)), donors))
     return steps
 
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 import headshare as hs
 import headshare.calibration.run
-from headshare.calibration.budget import budget_of
+from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import measure
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.evaluation.verify import verify
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from support import tiny
 from support.calibrated import BY_OUTPUT, PLAN, TEXT, entry_of
 from support.command_line import Run
@@ -41,8 +41,8 @@ def loud(things: Path) -> Path:
 def planned(*, probe: bool) -> Budgeted:
     """What PLAN asks for, without the command."""
     with hs.open_checkpoint("model") as dense:
-        text = calibration_from("text", dense, tokens=256, window=16)
-        return plan_on(dense, text, budget_of(dense, save="3%", allow=["remove"]), probe=probe)
+        text = Calibration.load("text", dense, tokens=256, window=16)
+        return plan_on(dense, text, Budget.parse(dense, save="3%", allow=["remove"]), probe=probe)
 
 
 def test_a_plan_of_a_model_has_its_price_beside_what_its_refit_measures(loud: Path, run: Run) -> None:
@@ -53,7 +53,7 @@ def test_a_plan_of_a_model_has_its_price_beside_what_its_refit_measures(loud: Pa
     assert data["saved_bytes"] >= int(0.03 * sum(one.nbytes for one in load_file(loud / "model" / WEIGHTS).values()))
     assert run("share", "model", "out", "--plan", "plan.json", "--refit", *TEXT).status == 0
     with hs.open_checkpoint("model") as dense:
-        held = calibration_from("text", dense, tokens=256, window=16).split()[1].tokens
+        held = Calibration.load("text", dense, tokens=256, window=16).split()[1].tokens
     assert data["measured"]["dense"] == pytest.approx(by_hand(loud / "model", held), rel=1e-5)
     assert data["measured"]["shared"] == pytest.approx(by_hand(loud / "out", held), rel=1e-5)
     assert data["measured"]["shared"] != data["measured"]["dense"]
@@ -97,7 +97,7 @@ def test_a_plan_that_is_not_measured_is_the_same_plan(things: Path, run: Run) ->
 def test_share_measures_what_it_wrote_if_asked(things: Path, run: Run) -> None:
     data = run(*BY_OUTPUT, "--measure", "--json").data
     with hs.open_checkpoint("model") as dense:
-        held = calibration_from("text", dense, tokens=256, window=16).split()[1]
+        held = Calibration.load("text", dense, tokens=256, window=16).split()[1]
     assert data["measured"] == measure(hs.open_checkpoint("model"), things / "out", held).to_dict()
     assert data["measured"]["shared"] == pytest.approx(by_hand(things / "out", held.tokens), rel=1e-5)
     assert data["refitted_tensors"] == len(RefitRecord.from_dict(entry_of(things / "out")["refit"]).tensors) > 0
@@ -130,5 +130,5 @@ def test_an_encoder_is_planned_by_relative_errors_as_it_predicts_no_next_token(
 def test_a_budget_is_met(save: str, allow: list[str], source: Path) -> None:
     with hs.open_checkpoint(source / "model") as dense:
         whole = sum(tensor.nbytes for tensor in load_file(source / "model" / WEIGHTS).values())
-        budget = budget_of(dense, save=save, allow=allow)
+        budget = Budget.parse(dense, save=save, allow=allow)
     assert budget.saved_bytes == (5000 if save == "5000" else int(whole * 0.03))

@@ -16,7 +16,7 @@ from headshare.calibration.refit import reconstruction
 from headshare.calibration.refit import refitter as refitting
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.reconstruction import Wanted, reconstruct
-from headshare.calibration.refit.refitter import Refitter, refit
+from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.result import Refit, Step
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
@@ -56,7 +56,7 @@ def test_steps_bring_the_last_hidden_states_nearer_and_leave_alone_what_is_share
     dense, tokens = dense_of(name, tmp_path), calibration(windows=256)
     plan = plan_of(dense, kind)
     wanted = last_states(stock(dense), tokens.tokens)
-    before, found = refit(dense, plan, tokens), refit(dense, plan, tokens, steps=STEPS)
+    before, found = refit_readouts(dense, plan, tokens), refit_readouts(dense, plan, tokens, steps=STEPS)
     missed_before = missed(last_states(stock(dense, plan, before), tokens.tokens), wanted)
     missed_after = missed(last_states(stock(dense, plan, found), tokens.tokens), wanted)
     assert missed_after < missed_before
@@ -74,9 +74,9 @@ def test_of_a_mixture_of_experts_attention_takes_steps_and_experts_none(
     monkeypatch.setattr(reconstruction, "_held_out", lambda *_: 1 / next(errors))
     dense, tokens = dense_of("mixtral", tmp_path), calibration(windows=64)
     plan = plan_of(dense, "qkv")
-    found = refit(dense, plan, tokens, steps=STEPS)
+    found = refit_readouts(dense, plan, tokens, steps=STEPS)
     assert all(".self_attn." in name for name in found.tensors)
-    check_untouched(dense, plan, refit(dense, plan, tokens), found)
+    check_untouched(dense, plan, refit_readouts(dense, plan, tokens), found)
 
 
 def check_untouched(dense: hs.Checkpoint, plan: SharePlan, before: Refit, found: Refit) -> None:
@@ -157,7 +157,7 @@ def test_one_step_is_adams_on_the_relative_error_of_what_leaves_the_layer(tmp_pa
 
 def test_without_the_feed_forward_only_attention_takes_steps(tmp_path: Path) -> None:
     dense = dense_of("llama-gqa", tmp_path)
-    found = refit(dense, plan_of(dense, "qkv"), calibration(windows=256), ffn=False, steps=STEPS)
+    found = refit_readouts(dense, plan_of(dense, "qkv"), calibration(windows=256), ffn=False, steps=STEPS)
     assert any("gradient steps, best" in step.note for step in found.steps)
     assert all(".self_attn." in name for name in found.tensors)
 
@@ -194,8 +194,8 @@ def test_the_best_step_is_kept_and_none_where_none_is_better(tmp_path: Path, mon
     dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=256)
     plan = plan_of(dense, "qkv")
     monkeypatch.setattr(refitting, "RATE", 100.0)
-    found = refit(dense, plan, tokens, steps=4)
-    assert found.tensors.keys() == refit(dense, plan, tokens).tensors.keys()  # readouts, and no more
+    found = refit_readouts(dense, plan, tokens, steps=4)
+    assert found.tensors.keys() == refit_readouts(dense, plan, tokens).tensors.keys()  # readouts, and no more
     notes = [step.note for step in found.steps if "gradient" in step.note]
     assert notes == ["4 gradient steps, none was better"] * len(notes) != []
 
@@ -226,7 +226,7 @@ def test_tokens_that_are_not_finite_count_for_nothing(tmp_path: Path) -> None:
 def test_fewer_than_no_steps_are_refused(tmp_path: Path) -> None:
     dense = dense_of("llama-gqa", tmp_path)
     with pytest.raises(CalibrationError, match=r"in -1 steps. Ask for 0 or more"):
-        refit(dense, plan_of(dense, "qkv"), calibration(), steps=-1)
+        refit_readouts(dense, plan_of(dense, "qkv"), calibration(), steps=-1)
 
 
 def test_a_refit_for_a_price_takes_no_steps(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from headshare.architecture.recognition import attention_layout
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit.normal_equations import token_weights
-from headshare.calibration.refit.refitter import Refitter, refit
+from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.residuals import residual_of, watched
 from headshare.calibration.refit.result import Refit, Step
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CalibrationError, CheckpointError, PlanError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.low_rank import Factored
@@ -76,7 +77,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 def test_a_refit_brings_the_last_hidden_states_nearer(name: str, kind: str, families: Any) -> None:
     (dense, model, wanted), tokens = families(name), calibration()
     plan = plan_of(dense, kind)
-    found = refit(dense, plan, tokens)
+    found = refit_readouts(dense, plan, tokens)
     shared = copy.deepcopy(model)
     overwrite_recipients(shared, plan)
     before = missed(last_states(shared, tokens.tokens), wanted)
@@ -114,7 +115,7 @@ def test_only_readouts_from_the_first_tie_on_are_fitted(ffn: bool, tmp_path: Pat
     layout = attention_layout(dense.config, dense.shapes).only((Part.Q, Part.K, Part.V))
     tie = Tie(HeadUnit(2, 1), HeadUnit(0, 0))
     plan = SharePlan(model_type="llama", selections=(Selection(layout=layout, ties=(tie,)),))
-    found = refit(dense, plan, calibration(), ffn=ffn)
+    found = refit_readouts(dense, plan, calibration(), ffn=ffn)
     readouts = ["self_attn.o_proj", *(["mlp.down_proj"] if ffn else [])]
     assert [step.tensor for step in found.steps] == [
         f"model.layers.{layer}.{path}.weight" for layer in (2, 3) for path in readouts
@@ -292,16 +293,16 @@ def test_a_refit_can_be_walked_on_after_a_pause(tmp_path: Path) -> None:
             break
     assert paused.next == 2
     assert list(paused.advance()) == [2, 3]
-    assert same(paused.result, refit(dense, plan, tokens))
+    assert same(paused.result, refit_readouts(dense, plan, tokens))
 
 
 def test_streams_of_other_tokens_are_refused(tmp_path: Path) -> None:
     dense = dense_of("llama-gqa", tmp_path)
     refitter = Refitter(dense, plan_of(dense, "qkv"), calibration())
     state = Refitter(dense, plan_of(dense, "qkv"), calibration(windows=9)).state()
-    with pytest.raises(hs.CheckpointError, match="no stream 'dense'"):
+    with pytest.raises(CheckpointError, match="no stream 'dense'"):
         refitter.resume(1, state, {}, [])
-    with pytest.raises(hs.CheckpointError, match="no stream 'shared'"):
+    with pytest.raises(CheckpointError, match="no stream 'shared'"):
         refitter.resume(1, {"dense": refitter.state()["dense"]}, {}, [])
 
 
@@ -362,7 +363,7 @@ def test_factored_units_are_refitted_and_loaded_as_a_stock_model_with_whole_read
 ) -> None:
     dense, tokens = dense_of(name, tmp_path), calibration()
     plan = factoring(dense, tied=tied)
-    found = refit(dense, plan, tokens)
+    found = refit_readouts(dense, plan, tokens)
     for readout, products in columns_of(plan, found).items():
         whole = found.tensors[readout] if plan.factored[0].place.axis else found.tensors[readout].T
         for span, product in products:
@@ -438,7 +439,7 @@ def test_a_freshly_shared_checkpoint_is_refitted_as_the_plan_is(name: str, kind:
     shared = hs.open_checkpoint(hs.share(dense, plan).save(tmp_path / "shared"))
     found = Refitter(dense, plan, tokens, shared=shared)
     assert list(found.advance()) == [0, 1, 2, 3]
-    by_plan = refit(dense, plan, tokens)
+    by_plan = refit_readouts(dense, plan, tokens)
     assert [(step.tensor, step.ridge) for step in found.result.steps] == [
         (step.tensor, step.ridge) for step in by_plan.steps
     ]
@@ -493,14 +494,14 @@ def rewrite(folder: Path, plan: SharePlan, found: Refit) -> None:
 def test_a_shared_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     dense = dense_of("llama-gqa", tmp_path)
     shared = hs.open_checkpoint(hs.share(dense, plan_of(dense, "qk")).save(tmp_path / "shared"))
-    with pytest.raises(hs.PlanError, match="not shared by this plan"):
+    with pytest.raises(PlanError, match="not shared by this plan"):
         Refitter(dense, plan_of(dense, "qkv"), calibration(), shared=shared)
-    with pytest.raises(hs.CheckpointError, match="already shared"):
+    with pytest.raises(CheckpointError, match="already shared"):
         Refitter(shared, plan_of(dense, "qk"), calibration())
-    with pytest.raises(hs.PlanError, match="for another model"):
-        refit(hs.open_checkpoint(tiny.make("gpt2", tmp_path / "gpt2")), plan_of(dense, "qk"), calibration())
-    with pytest.raises(hs.CalibrationError, match="gave 1 window"):
-        refit(dense, plan_of(dense, "qk"), calibration(windows=1))
+    with pytest.raises(PlanError, match="for another model"):
+        refit_readouts(hs.open_checkpoint(tiny.make("gpt2", tmp_path / "gpt2")), plan_of(dense, "qk"), calibration())
+    with pytest.raises(CalibrationError, match="gave 1 window"):
+        refit_readouts(dense, plan_of(dense, "qk"), calibration(windows=1))
 
 
 # ---- numbers that are hard
@@ -517,7 +518,7 @@ def test_results_do_not_depend_on_how_many_tokens_are_run_at_once(
     plan = plan_of(dense, kind)
     for tokens in (12 * WINDOW, 4096):
         monkeypatch.setattr(streams, "BATCH_TOKENS", tokens)
-        found.append(refit(dense, plan, calibration()))
+        found.append(refit_readouts(dense, plan, calibration()))
     first, second = found
     assert [(step.tensor, step.ridge) for step in first.steps] == [(step.tensor, step.ridge) for step in second.steps]
     assert first.tensors.keys() == second.tensors.keys()
@@ -532,7 +533,7 @@ def test_any_number_of_windows_is_fitted(
     """Batches of fitted and of held-out windows have sizes that batches of all windows have not."""
     monkeypatch.setattr(streams, "BATCH_TOKENS", 160)
     dense = dense_of("gpt2", tmp_path)
-    found = refit(dense, plan_of(dense, "qkvo"), calibration(windows, window))
+    found = refit_readouts(dense, plan_of(dense, "qkvo"), calibration(windows, window))
     assert found.steps
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
 
@@ -557,7 +558,7 @@ def test_a_token_with_enormous_activations_does_not_rule_the_fit(tmp_path: Path)
     wanted = last_states(stock(dense), plain)
     errors = {}
     for name, ids in (("with", tokens.tokens), ("without", plain)):
-        found = refit(dense, plan, Calibration(ids, False, name, 0))
+        found = refit_readouts(dense, plan, Calibration(ids, False, name, 0))
         errors[name] = missed(last_states(stock(dense, plan, found), plain), wanted)
     before = missed(last_states(stock(dense, plan), plain), wanted)
     assert errors["with"] < 0.5 * before
@@ -578,7 +579,7 @@ def test_tokens_whose_activations_are_not_finite_are_left_out_and_said_so(
     tokens.tokens[tokens.tokens == 7] = 8
     tokens.tokens[4, WINDOW // 2] = 7
     plan = plan_of(hs.open_checkpoint(tiny.make(name, tmp_path / "sound")), "scaled qkvo")
-    found = refit(dense, plan, tokens)
+    found = refit_readouts(dense, plan, tokens)
     assert found.tensors
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
     assert all(step.error_after == step.error_after for step in found.steps)
@@ -591,7 +592,7 @@ def test_a_model_that_is_not_finite_anywhere_keeps_its_readouts(tmp_path: Path) 
     dense = dense_of("llama-gqa", tmp_path)
     plan = plan_of(dense, "qkv")
     dense = changed(dense, input_layernorm__weight=(slice(None), lambda row: row * float("nan")))
-    found = refit(dense, plan, calibration())
+    found = refit_readouts(dense, plan, calibration())
     assert not found.tensors
     assert all("cannot be solved" in step.note and "left out" in step.note for step in found.steps)
     json.dumps(found.to_dict(), allow_nan=False)
@@ -604,7 +605,7 @@ def test_weights_that_are_all_zero_are_no_obstacle(ending: str, kind: str, tmp_p
     plan = plan_of(dense, kind)
     biases = ending.replace("weight", "bias")
     zeros = {name: (slice(None), torch.zeros_like) for name in (ending, biases)}
-    found = refit(changed(dense, **zeros), plan, calibration())
+    found = refit_readouts(changed(dense, **zeros), plan, calibration())
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -612,7 +613,7 @@ def test_weights_that_are_all_zero_are_no_obstacle(ending: str, kind: str, tmp_p
 def test_fewer_tokens_than_inputs_are_fitted(tmp_path: Path) -> None:
     dense, tokens = dense_of("llama-biased", tmp_path), calibration(windows=2, window=6)
     plan = plan_of(dense, "qkv")
-    found = refit(dense, plan, tokens)
+    found = refit_readouts(dense, plan, tokens)
     wanted = last_states(stock(dense), tokens.tokens)
     after = missed(last_states(stock(dense, plan, found), tokens.tokens), wanted)
     assert after < missed(last_states(stock(dense, plan), tokens.tokens), wanted)

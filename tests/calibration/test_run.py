@@ -21,7 +21,7 @@ import headshare.sharing.writer
 from headshare.calibration.run import Setting, calibrated_run
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import CalibrationError, PlanError
-from headshare.files.resume import workspace_of
+from headshare.files.resume import run_folder
 from support import tiny
 from support.calibrated import BY_OUTPUT, PLAN, REFIT, copy_of
 from support.command_line import Run, assert_one_error_line
@@ -166,7 +166,7 @@ def test_a_share_killed_when_its_output_was_there_leaves_no_state_to_the_next(
     run: Run,
 ) -> None:
     for after in (False, True):
-        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.files.resume.Workspace, "_empty"), 1, after=after)
+        assert killed([*BY_OUTPUT, "--overwrite"], (headshare.files.resume, "_empty"), 1, after=after)
         assert contents(things / "out") == uninterrupted["out"]
         assert_one_error_line(found := run(*BY_OUTPUT))
         assert "exists" in found.err
@@ -179,7 +179,7 @@ REFIT_PLACES = {
     "in a later layer": (STATE, 9, False),
     "before the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, False),
     "after the folders are exchanged": ((headshare.files.folder, "_exchange"), 0, True),
-    "before the state is removed": ((headshare.files.resume.Workspace, "_empty"), 1, False),
+    "before the state is removed": ((headshare.files.resume, "_empty"), 1, False),
 }
 
 
@@ -222,7 +222,7 @@ def test_a_killed_plan_goes_on_to_the_same_bytes(
 def stopped(things: Path) -> Path:
     """A share that was killed while it refitted. Its state."""
     assert killed(BY_OUTPUT, STATE, 1, on="_proj", after=True)
-    return workspace_of(things / "out")
+    return run_folder(things / "out", "calibrating")
 
 
 CHANGED = {

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 from headshare.checkpoint.header import DTYPES, MAX_HEADER_BYTES, read_header
+from headshare.errors import CheckpointError
 from headshare.plan.describe import describe
 from support import tiny
 
@@ -69,7 +70,7 @@ def cheaply(*, allocated: int = 8 * 2**20) -> Iterator[None]:
 
 def refused(path: str | Path, match: str | None = None, **options: Any) -> str:
     """The one line that opening this ends in, as a CheckpointError."""
-    with cheaply(), pytest.raises(hs.CheckpointError, match=match) as found:
+    with cheaply(), pytest.raises(CheckpointError, match=match) as found:
         hs.open_checkpoint(path, **options)
     text = str(found.value)
     assert "\n" not in text or "Type-check error" in text  # which only jaxtyping, switched on for tests, says
@@ -322,7 +323,7 @@ def test_a_quantisation_entry_of_any_shape_can_be_opened_and_is_not_shared(entry
     checkpoint = hs.open_checkpoint(llama)
     assert checkpoint.plan is None
     if entry:
-        with pytest.raises(hs.CheckpointError, match="quantised"):
+        with pytest.raises(CheckpointError, match="quantised"):
             hs.score_units(checkpoint)
 
 
@@ -361,14 +362,14 @@ def test_a_name_longer_than_any_file_system_allows_is_refused() -> None:
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_not_a_crash(llama: Path) -> None:
     with hs.open_checkpoint(llama) as checkpoint:
         (llama / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:2000])
-        with pytest.raises(hs.CheckpointError, match=r"ends inside .*it became shorter while it was read"):
+        with pytest.raises(CheckpointError, match=r"ends inside .*it became shorter while it was read"):
             hs.score_units(checkpoint)
 
 
 def test_a_file_that_vanishes_after_it_was_opened_is_an_error_and_not_a_crash(llama: Path) -> None:
     with hs.open_checkpoint(llama) as checkpoint:
         (llama / "model.safetensors").unlink()
-        with pytest.raises(hs.CheckpointError, match=r"model\.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             hs.score_units(checkpoint)
 
 
@@ -389,7 +390,7 @@ def opens_here(path: Path) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     """What headshare finds in a file, or None if it refuses it with a CheckpointError."""
     try:
         return {info.name: (info.dtype, info.shape) for info in read_header(path)}
-    except hs.CheckpointError:
+    except CheckpointError:
         return None
 
 
@@ -578,7 +579,7 @@ def test_a_shared_hub_model_is_inspected_from_its_headers(hub: Hub, tmp_path: Pa
 
 def test_a_model_of_which_only_headers_were_fetched_says_so_when_it_is_read(hub: Hub) -> None:
     checkpoint = hs.open_checkpoint("someone/tiny", weights=False)
-    with pytest.raises(hs.CheckpointError, match="only the headers of someone/tiny were fetched"):
+    with pytest.raises(CheckpointError, match="only the headers of someone/tiny were fetched"):
         checkpoint.read("lm_head.weight")
 
 
@@ -586,7 +587,7 @@ def test_a_hostile_plan_on_the_hub_is_refused_from_its_headers(hub: Hub) -> None
     config = json.loads((hub.folder / "config.json").read_text())
     entry = {"quant_method": "headshare", "format": 1, "plan": {"format": 1, "selections": [{"ties": [[0, 0, 0, 0]]}]}}
     (hub.folder / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
-    with pytest.raises(hs.CheckpointError):
+    with pytest.raises(CheckpointError):
         hs.open_checkpoint("someone/tiny", weights=False)
 
 
@@ -629,5 +630,5 @@ def test_a_type_on_the_hub_that_headshare_does_not_know_is_refused(hub: Hub, mon
     tensors = served.files_metadata["model.safetensors"].tensors
     tensors["lm_head.weight"] = HubTensorInfo("F4", tensors["lm_head.weight"].shape, (0, 1616))
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: served)
-    with pytest.raises(hs.CheckpointError, match="F4"):
+    with pytest.raises(CheckpointError, match="F4"):
         hs.estimate(hs.open_checkpoint("someone/tiny", weights=False))

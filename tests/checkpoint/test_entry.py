@@ -14,6 +14,7 @@ import headshare as hs
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.int4 import Packing
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CheckpointError, StorageError
 from headshare.integrations.transformers.config import HeadshareConfig
 from headshare.plan.plan import FORMAT, SharePlan
 
@@ -94,7 +95,7 @@ def test_what_is_not_ours_is_no_entry(entry: object, llama: Path) -> None:
     found = hs.open_checkpoint(llama)
     assert found.sharing is None
     assert found.plan is None
-    with pytest.raises(hs.CheckpointError, match="is a dense checkpoint: nothing in it is tied"):
+    with pytest.raises(CheckpointError, match="is a dense checkpoint: nothing in it is tied"):
         found.require_sharing()
 
 
@@ -132,17 +133,17 @@ DAMAGED: dict[str, tuple[Callable[[Entry], object], str]] = {
 def test_a_damaged_entry_is_one_error_wherever_it_is_read(name: str, entry: Entry, llama: Path) -> None:
     damage, words = DAMAGED[name]
     damage(entry)
-    with pytest.raises(hs.CheckpointError, match=words) as found:
+    with pytest.raises(CheckpointError, match=words) as found:
         SharingEntry.from_config(entry)
     assert len(str(found.value)) < 1000
     assert str(found.value).isprintable()
-    with pytest.raises(hs.CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words):
         HeadshareConfig(**entry)
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "quantization_config": entry}))
-    with pytest.raises(hs.CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words):
         hs.open_checkpoint(llama)
-    with pytest.raises(hs.CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words):
         transformers.AutoModelForCausalLM.from_pretrained(llama)
 
 
@@ -168,7 +169,7 @@ def test_an_entry_is_read_from_a_dictionary_without_a_folder(entry: Entry) -> No
 
 def test_matrices_of_four_bits_are_for_one_storage(entry: Entry) -> None:
     assert [HeadshareConfig(**entry, storage=name).storage for name in ("auto", "owner")] == ["auto", "owner"]
-    with pytest.raises(hs.StorageError, match="held by their owners; storage alias is for others"):
+    with pytest.raises(StorageError, match="held by their owners; storage alias is for others"):
         HeadshareConfig(**entry, storage="alias")
     del entry["quantization_config"]
     assert HeadshareConfig(**entry, storage="alias").storage == "alias"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import headshare as hs
+from headshare.matching.scores import Scores
 from support.command_line import Run
 from support.folders import WEIGHTS
 
@@ -35,7 +36,7 @@ def test_score_then_plan_then_share_is_share(
     assert stepped["plan_digest"] == planned["plan_digest"] == at_once["plan_digest"]
     assert hs.SharePlan.load(tmp_path / "p.json").digest == planned["plan_digest"]
     assert planned["ties"] == at_once["recipients"] > 0
-    assert hs.Scores.load(tmp_path / "s.safetensors").digest == scored["digest"]
+    assert Scores.load(tmp_path / "s.safetensors").digest == scored["digest"]
     assert (tmp_path / "stepped" / WEIGHTS).read_bytes() == (tmp_path / "at-once" / WEIGHTS).read_bytes()
     configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("stepped", "at-once")]
     assert configs[0] == configs[1]

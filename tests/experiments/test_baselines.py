@@ -13,7 +13,7 @@ from torch_pruning.pruner.importance import GroupTaylorImportance
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes
-from headshare.errors import CheckpointError
+from headshare.errors import CheckpointError, PlanError
 from headshare.experiments.baselines import (
     magnitudes,
     overwrite_with_mean,
@@ -119,7 +119,7 @@ def test_the_least_important_go_first_and_every_layer_keeps_one(dense: hs.Checkp
         found = {(layer, group) for layer in removal.removed for group in removal.indices(layer)}
         assert found == wanted
         assert estimate_plan(dense, plan).saved_bytes == count * one
-    with pytest.raises(hs.PlanError):
+    with pytest.raises(PlanError):
         plan_for_bytes(prices, 5 * one)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import headshare as hs
-from headshare.errors import EvaluationError, OptionError, TrainingError
+from headshare.errors import CalibrationError, EvaluationError, OptionError, TrainingError
 from headshare.evaluation import Parallel, Settings, Text, measure
 from headshare.evaluation.harness import named
 from headshare.evaluation.perplexity import evaluate
@@ -27,11 +27,11 @@ from headshare.experiments.case import REFIT, TRAINED, Case, Common
 from headshare.experiments.cells import GivenUp, kept_cells
 from headshare.experiments.methods import DELETING, SHARING, TYING
 from headshare.experiments.report.tables import as_csv, table, verdict
-from headshare.files.resume import Workspace
+from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.estimate import estimate
 from headshare.plan.units import HeadUnit
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.training import Sharing, TrainSettings, train
 from support import tiny
 from support.nearest import stand_in
@@ -51,7 +51,7 @@ def compared(place: Path) -> dict[str, Compared]:
 
 def run(place: Path, out: Path, *methods: str, ratios: tuple[float, ...] = (0.25,), **more: Any) -> list[Compared]:
     dense = hs.open_checkpoint(place / "model")
-    text = calibration_from(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
+    text = Calibration.load(str(place / "calibration"), dense, tokens=1024, window=32, seed=0)
     grid = Grid(methods, ratios, text=Text(place / "test", 32))
     return compare(dense, grid, out, **{"calibration": text, **more})
 
@@ -315,7 +315,7 @@ def test_a_page_of_the_users_is_not_written_over(place: Path, tmp_path: Path) ->
 def test_the_same_units_are_deleted_best_matched_first(place: Path, tmp_path: Path) -> None:
     """A unit that is deleted saves more than one that is tied, so fewer are: those that DirectShare would tie first."""
     dense = hs.open_checkpoint(place / "model")
-    case = Case(Common(dense, None, Workspace(tmp_path / "work", {})), 0.5, 0)
+    case = Case(Common(dense, None, Workspace(tmp_path / "work", CalibrationError)), 0.5, 0)
     plan = METHODS["deletion-same"].make(case)
     assert isinstance(plan, hs.SharePlan)
     gone = {HeadUnit(layer, group) for layer in range(4) for group in plan.removals[0].indices(layer)}

@@ -23,73 +23,14 @@ import torch
 import headshare as hs
 import headshare.sharing.writer
 from headshare.cli.app import main
+from headshare.errors import OutputError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import WEIGHTS, contents, left_behind, nothing_changes
-from support.processes import in_child
+from support.processes import at_every_step, in_child, killed_before_step
 from support.shares import a_plan, share
 
 # ---- killed at any moment
-
-CHANGES = [
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.chmod",
-    "shutil.copyfile",
-    "shutil.rmtree",
-    "fcntl.flock",
-    "ctypes.dlsym",
-    "tempfile.mkdtemp",
-]
-
-
-def changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether an audit event announces that a file or folder is about to change (or folders to be exchanged)."""
-    opened_to_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    return bool(opened_to_write) or event in CHANGES
-
-
-def at_every_step(act: Callable[[int], None]) -> None:
-    """Call `act` before every change that this process makes to a file from now on, with how many there were.
-
-    For a child only: an audit hook cannot be taken back.
-    """
-    count = itertools.count()
-
-    def step() -> None:
-        act(next(count))
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if changes_files(event, arguments):
-            step()
-
-    flush, pieces = os.fsync, headshare.sharing.writer.stream
-
-    def fsync(descriptor: int) -> None:
-        step()
-        flush(descriptor)
-
-    def stream(*arguments: Any) -> Iterator[torch.Tensor]:
-        for piece in pieces(*arguments):
-            step()  # in the middle of a weight file
-            yield piece
-
-    os.fsync, headshare.sharing.writer.stream = fsync, stream  # type: ignore[assignment]
-    sys.addaudithook(hook)
-
-
-def killed_before_step(number: int, work: Callable[[], object]) -> bool:
-    """Run this in a child that kills itself with SIGKILL at that step; False if it ended before it came so far."""
-
-    def child() -> None:
-        at_every_step(lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == number else None)
-        work()
-
-    status = in_child(child)
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 class Case(NamedTuple):
@@ -242,7 +183,7 @@ def test_a_stopped_run_keeps_what_another_run_may_not_remove(llama: Path, tmp_pa
 
             at_every_step(stop)
             share(llama, folder / "out", 0.25)
-        except hs.OutputError:
+        except OutputError:
             os._exit(1)
         finally:
             os._exit(0)
@@ -272,7 +213,7 @@ def test_what_appears_at_the_output_while_we_write_is_not_deleted(
         return pieces(*arguments)
 
     monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
-    with pytest.raises(hs.OutputError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         share(llama, out)
     assert (out / "notes.txt").read_text() == "precious"
     assert left_behind(tmp_path) == []
@@ -377,7 +318,7 @@ def test_a_disk_that_is_too_full_is_found_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     monkeypatch.setattr(tempfile, "mkdtemp", None)
-    with nothing_changes(tmp_path), pytest.raises(hs.OutputError, match=r"has 1,000 bytes free; the output needs \d"):
+    with nothing_changes(tmp_path), pytest.raises(OutputError, match=r"has 1,000 bytes free; the output needs \d"):
         case.write(tmp_path / "out", False)
 
 
@@ -400,7 +341,7 @@ def test_whichever_flush_fails_it_is_one_clear_error_and_nothing_half_is_left(
         monkeypatch.setattr(os, "fsync", fail)
         try:
             hs.share(hs.open_checkpoint(llama), plan).save(out)
-        except hs.OutputError as error:
+        except OutputError as error:
             assert str(out) in str(error)
             assert not out.exists() or contents(out) == whole
             assert left_behind(tmp_path) == []
@@ -418,7 +359,7 @@ def test_a_folder_that_may_not_be_written_in_is_one_clear_error(
         raise problem
 
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with nothing_changes(tmp_path), pytest.raises(hs.OutputError, match=problem.strerror):
+    with nothing_changes(tmp_path), pytest.raises(OutputError, match=problem.strerror):
         case.write(tmp_path / "out", False)
 
 
@@ -428,7 +369,7 @@ def test_a_long_name_is_written_or_refused_with_one_clear_error(length: int, lla
     out = tmp_path / ("x" * length)
     try:
         share(llama, out)
-    except hs.OutputError:
+    except OutputError:
         assert length > 200
     else:
         assert hs.open_checkpoint(out).plan is not None
@@ -519,7 +460,7 @@ def test_an_output_in_a_wrong_place_is_refused_and_nothing_is_touched(
         shutil.rmtree(source)
         (places / "shared").rename(source)
     monkeypatch.chdir(places)
-    with nothing_changes(places), pytest.raises(hs.OutputError, match=place.reason) as found:
+    with nothing_changes(places), pytest.raises(OutputError, match=place.reason) as found:
         if verb == "expand":
             hs.expand(hs.open_checkpoint(source), place.out, overwrite=place.overwrite)
         else:

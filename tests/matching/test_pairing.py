@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import headshare as hs
-from headshare.errors import OptionError
+from headshare.errors import OptionError, PlanError
 from headshare.matching.pairing import MODES, best_pairs, published_count
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout, Place
-from headshare.plan.units import Kind
+from headshare.plan.units import Kind, Part, Parts
 
 Pairs = dict[int, int]  # recipient: donor, as unit numbers
 PAPER = os.environ.get("HEADSHARE_PAPER_DATA")
@@ -26,7 +26,7 @@ quick = settings(max_examples=150, deadline=None)
 
 
 def grid(layers: int, groups: int, parts: str = "qkvo", kind: Kind = Kind.ATTENTION) -> Layout:
-    chosen = hs.Parts.parse(parts)
+    chosen = Parts.parse(parts)
     places = {
         part: Place(tensor=f"{{layer}}.{part}", axis=0, shape=(groups, 1), start=0, step=1, rows=1)
         for part in (*chosen.attention, *chosen.ffn)
@@ -229,14 +229,14 @@ def test_the_greatest_ratio_is_met_and_any_greater_one_is_refused_with_it(
     units = layers * groups
     layout = grid(layers, groups)
     assert hs.matching.pairing.checked_recipients(layout, most / units + 1e-9, protected) == most
-    with pytest.raises(hs.PlanError, match=rf"cannot be met.*\({most} units\)"):
+    with pytest.raises(PlanError, match=rf"cannot be met.*\({most} units\)"):
         hs.matching.pairing.checked_recipients(layout, (most + 1) / units + 1e-9, protected)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_the_greatest_ratio_that_an_error_names_gives_the_units_that_it_names(layers: int, groups: int) -> None:
     layout = grid(layers, groups)
-    with pytest.raises(hs.PlanError) as caught:
+    with pytest.raises(PlanError) as caught:
         hs.matching.pairing.checked_recipients(layout, 1.0)
     found = re.search(r"from 0 to ([\d.]+) \((\d+) units\)", str(caught.value))
     assert found is not None
@@ -247,7 +247,7 @@ def test_the_greatest_ratio_that_an_error_names_gives_the_units_that_it_names(la
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), float("inf"), 1.0, 0.76, 1e300])
 def test_a_ratio_that_cannot_be_met_is_refused_with_the_greatest_that_can(mode: str, ratio: float) -> None:
     scores = table(np.zeros((100, 100)), layers=4, groups=25)
-    with pytest.raises(hs.PlanError, match=r"the ratio is from 0 to 0\.7500 \(75 units\)"):
+    with pytest.raises(PlanError, match=r"the ratio is from 0 to 0\.7500 \(75 units\)"):
         chosen(scores, ratio, mode)
 
 
@@ -256,12 +256,12 @@ def test_the_greatest_ratio_empties_all_layers_but_the_first_and_the_protected(m
     scores = table(np.random.default_rng(1).normal(size=(20, 20)), layers=5, groups=4)
     assert set(chosen(scores, 0.8, mode)) == set(range(4, 20))
     assert set(chosen(scores, 0.6, mode, protect=[2])) == {*range(4, 8), *range(12, 20)}
-    with pytest.raises(hs.PlanError, match=r"0\.6000 \(12 units\)"):
+    with pytest.raises(PlanError, match=r"0\.6000 \(12 units\)"):
         chosen(scores, 0.8, mode, protect=[2])
 
 
 def test_protecting_a_layer_that_is_not_there_is_refused() -> None:
-    with pytest.raises(hs.PlanError, match="layer 9"):
+    with pytest.raises(PlanError, match="layer 9"):
         chosen(table(np.zeros((6, 6)), layers=3, groups=2), 0.3, "star", protect=[9])
 
 
@@ -269,7 +269,7 @@ def test_an_unknown_mode_and_parts_without_scores_are_refused() -> None:
     scores = table(np.zeros((6, 6)), layers=3, groups=2)
     with pytest.raises(OptionError, match=r"no mode 'stars'\. There are: star, root, published"):
         hs.make_plan(scores, mode="stars")
-    with pytest.raises(hs.PlanError, match=r"no ffn units.*gate\+up\+down"):
+    with pytest.raises(PlanError, match=r"no ffn units.*gate\+up\+down"):
         hs.make_plan(scores, parts="qkv+ffn")
     with pytest.raises(OptionError, match="'qx' does not name parts"):
         hs.make_plan(scores, parts="qx")
@@ -278,7 +278,7 @@ def test_an_unknown_mode_and_parts_without_scores_are_refused() -> None:
 @pytest.mark.parametrize(("model_type", "match"), [("m" * 201, "qk"), ("llama", "q" * 201)])
 def test_scores_whose_names_are_too_long_for_a_plan_are_refused(model_type: str, match: str) -> None:
     (one,) = table(np.zeros((6, 6)), layers=3, groups=2).tables
-    with pytest.raises(hs.PlanError):
+    with pytest.raises(PlanError):
         hs.make_plan(Scores(model_type, (ScoreTable(one.layout, match, one.parts, one.scores),)), 0.3)
 
 
@@ -289,7 +289,7 @@ def test_attention_and_feed_forward_have_a_ratio_each() -> None:
     assert (len(heads.ties), len(neurons.ties)) == (6, 2)
     assert (heads.chosen.ratio, neurons.chosen.ratio) == (0.5, 0.25)
     assert heads.chosen.scores_digest == neurons.chosen.scores_digest == scores.digest
-    assert heads.parts == (hs.Part.Q, hs.Part.K, hs.Part.V)
+    assert heads.parts == (Part.Q, Part.K, Part.V)
 
 
 def test_the_same_scores_give_the_same_plan_and_other_scores_another_digest() -> None:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import TensorInfo
-from headshare.errors import OptionError
+from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.matching import functions as matching
 from headshare.matching import products as products_module
 from headshare.matching import similarity
 from headshare.matching.functions import Products
 from headshare.matching.pairing import best_pairs
+from headshare.matching.scores import Scores
+from headshare.plan.units import Part
 from support import tiny
 
 Weights = dict[str, torch.Tensor]
@@ -121,7 +123,7 @@ def test_separate_matches_each_of_q_k_and_v_by_itself(name: str, tmp_path: Path)
     folder = tiny.make(name, tmp_path / "dense")
     weights = load_file(folder / "model.safetensors")
     tables = hs.score_units(hs.open_checkpoint(folder), "separate").tables
-    assert [table.parts for table in tables] == [(hs.Part.Q,), (hs.Part.K,), (hs.Part.V,)]
+    assert [table.parts for table in tables] == [(Part.Q,), (Part.K,), (Part.V,)]
     for part, table in zip("qkv", tables, strict=True):
         assert_equal_to_the_loop(table, units_of(name, part, weights))
 
@@ -301,7 +303,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_unit(
         rows_of(name, "k", 2, weights)[3][4, 5] = bad
 
     rewritten(folder, spoil)
-    with pytest.raises(hs.CheckpointError, match=rf"{tensor} .*NaN or infinite.*layer 2, group 3"):
+    with pytest.raises(CheckpointError, match=rf"{tensor} .*NaN or infinite.*layer 2, group 3"):
         table_of(folder)
 
 
@@ -320,7 +322,7 @@ def test_units_of_huge_or_tiny_finite_weights_are_scored_like_any_or_refused(
     units = units_of("llama-mha", "qk", rewritten(folder, stretch))
     try:
         table = table_of(folder)
-    except hs.CheckpointError:
+    except CheckpointError:
         return
     assert_equal_to_the_loop(table, units, within=1e-6)
 
@@ -383,7 +385,7 @@ def test_feed_forward_scores_equal_a_loop_over_layers_or_neuron_groups(name: str
 
     table = table_of(folder, "ffn", parts="ffn", ffn_groups=groups)
     assert_equal_to_the_loop(table, [unit(layer) for layer in range(LAYERS)])
-    assert hs.Part.DOWN in table.parts
+    assert Part.DOWN in table.parts
 
 
 @pytest.fixture
@@ -397,10 +399,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_match_function_of_ones_own_scores_recipient_rows_and_donor_columns(tmp_path: Path, registry: None) -> None:
-    @hs.match_function("closest_v", hs.Part.V, hs.Part.O)
+    @hs.match_function("closest_v", Part.V, Part.O)
     def closest_v(products: Products) -> torch.Tensor:
         """Less the squared distance, relative to the recipient's norm: not symmetric."""
-        total = products[hs.Part.V] + products[hs.Part.O]
+        total = products[Part.V] + products[Part.O]
         norms = total.diagonal()
         return -(norms[:, None] - 2 * total + norms[None, :]) / norms[:, None]
 
@@ -425,7 +427,7 @@ def test_an_unknown_match_function_and_one_for_the_other_half_of_the_layer_are_r
 def test_saved_scores_are_read_back_as_they_were(match: str, parts: str, llama: Path, tmp_path: Path) -> None:
     scores = hs.score_units(hs.open_checkpoint(llama), match, parts, ffn_groups=3)
     scores.save(tmp_path / "scores.safetensors")
-    again = hs.Scores.load(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")
     assert again.digest == scores.digest
     assert again.model_type == scores.model_type == "llama"
     for ours, theirs in zip(again.tables, scores.tables, strict=True):
@@ -483,16 +485,16 @@ def test_a_damaged_scores_file_is_refused(
     text = header if isinstance(header, str) else json.dumps(header)
     path = tmp_path / "bad.safetensors"
     save_file(matrices, path, metadata=None if header is None else {"headshare": text})
-    with pytest.raises(hs.PlanError, match=r"bad\.safetensors is not a scores file"):
-        hs.Scores.load(path)
+    with pytest.raises(PlanError, match=r"bad\.safetensors is not a scores file"):
+        Scores.load(path)
 
 
 def test_a_file_of_another_kind_or_none_is_refused_as_scores(tmp_path: Path) -> None:
-    with pytest.raises(hs.PlanError, match=r"no scores file at .*headshare score MODEL"):
-        hs.Scores.load(tmp_path / "absent.safetensors")
+    with pytest.raises(PlanError, match=r"no scores file at .*headshare score MODEL"):
+        Scores.load(tmp_path / "absent.safetensors")
     (tmp_path / "text").write_text("these are not scores")
-    with pytest.raises(hs.PlanError, match="not a scores file"):
-        hs.Scores.load(tmp_path / "text")
+    with pytest.raises(PlanError, match="not a scores file"):
+        Scores.load(tmp_path / "text")
 
 
 def test_a_truncated_scores_file_is_refused_wherever_it_ends(llama: Path, tmp_path: Path) -> None:
@@ -503,12 +505,12 @@ def test_a_truncated_scores_file_is_refused_wherever_it_ends(llama: Path, tmp_pa
     @given(st.integers(0, len(whole) - 1))
     def check(length: int) -> None:
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(hs.PlanError, match="not a scores file"):
-            hs.Scores.load(tmp_path / "cut")
+        with pytest.raises(PlanError, match="not a scores file"):
+            Scores.load(tmp_path / "cut")
 
     check()
 
 
 def test_a_name_too_long_for_a_plan_is_refused_when_it_is_registered(registry: None) -> None:
     with pytest.raises(OptionError, match="at most 200"):
-        hs.match_function("q" * 201, hs.Part.Q)
+        hs.match_function("q" * 201, Part.Q)

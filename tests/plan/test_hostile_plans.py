@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 import headshare as hs
+from headshare.errors import CheckpointError, PlanError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import MANIFEST
@@ -124,12 +125,12 @@ def test_a_hostile_plan_cannot_be_read_from_a_file_or_a_checkpoint(
 ) -> None:
     data = spoilt(a_plan(llama))
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    with pytest.raises(hs.PlanError) as found:
+    with pytest.raises(PlanError) as found:
         hs.SharePlan.load(tmp_path / "plan.json")
     assert len(str(found.value)) < 1000
     assert "\n" not in str(found.value)
     put_plan(llama, data)
-    with pytest.raises(hs.CheckpointError):
+    with pytest.raises(CheckpointError):
         hs.open_checkpoint(llama)
 
 
@@ -144,21 +145,21 @@ def put_plan(folder: Path, plan: Any) -> None:
 def test_transformers_does_not_load_a_checkpoint_with_a_hostile_plan(name: str, llama: Path, tmp_path: Path) -> None:
     shared = share(llama, tmp_path / "shared")
     put_plan(shared, INVALID[name](a_plan(llama)))
-    with pytest.raises(hs.CheckpointError):
+    with pytest.raises(CheckpointError):
         transformers.AutoModelForCausalLM.from_pretrained(shared)
 
 
 def test_a_plan_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "plan.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(hs.PlanError, match="1000000000 bytes"):
+    with pytest.raises(PlanError, match="1000000000 bytes"):
         hs.SharePlan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[" * 100_000, b"{", b"9" * 10_000], ids=len)
 def test_a_plan_that_is_no_json_is_refused(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(text)
-    with pytest.raises(hs.PlanError, match="the plan"):
+    with pytest.raises(PlanError, match="the plan"):
         hs.SharePlan.load(tmp_path / "plan.json")
 
 
@@ -189,13 +190,13 @@ def test_another_models_plan_is_neither_applied_nor_loaded(
     shared = share(llama, tmp_path / "shared")
     put_plan(shared, data)
     (shared / MANIFEST).unlink()
-    with pytest.raises((hs.PlanError, RuntimeError, ValueError)):  # transformers names mismatched shapes by itself
+    with pytest.raises((PlanError, RuntimeError, ValueError)):  # transformers names mismatched shapes by itself
         transformers.AutoModelForCausalLM.from_pretrained(shared)
     assert not verify(hs.open_checkpoint(shared)).ok
-    with pytest.raises(hs.CheckpointError, match="does not hold what its plan says"):
+    with pytest.raises(CheckpointError, match="does not hold what its plan says"):
         hs.expand(hs.open_checkpoint(shared), tmp_path / "expanded")
     if data != edited(a_plan(llama), k_axis=1):  # a plan may take columns where ours take rows; its tensors fit
-        with pytest.raises(hs.PlanError, match="the plan is for another model"):
+        with pytest.raises(PlanError, match="the plan is for another model"):
             hs.share(hs.open_checkpoint(llama), plan)
 
 

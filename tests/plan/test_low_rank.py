@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import headshare as hs
+from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.low_rank import Factored
 from headshare.plan.plan import SharePlan
@@ -126,7 +126,7 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("plan", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_factored_units_cannot_be_read_from_a_file_or_a_checkpoint(plan: Any) -> None:
-    with pytest.raises(hs.PlanError) as found:
+    with pytest.raises(PlanError) as found:
         SharePlan.from_json(json.dumps(plan))
     assert len(str(found.value)) < 1000
     assert "\n" not in str(found.value)
@@ -147,9 +147,9 @@ def test_what_hostile_plans_are_made_of_is_good() -> None:
 
 
 def test_a_tie_of_o_beside_factored_units_is_refused_by_name() -> None:
-    with pytest.raises(hs.PlanError, match=r"layer 2, group 3 takes .* h\.2\.o\.weight.*Tie q, k and v alone"):
+    with pytest.raises(PlanError, match=r"layer 2, group 3 takes .* h\.2\.o\.weight.*Tie q, k and v alone"):
         SharePlan.from_dict(with_ties({"o": place_of("o", 1)}, [2, 3, 1, 0]))
-    with pytest.raises(hs.PlanError, match="layer 2, group 1 is both factored and removed"):
+    with pytest.raises(PlanError, match="layer 2, group 1 is both factored and removed"):
         SharePlan.from_dict(with_removed({"2": "1"}))
 
 
@@ -202,5 +202,5 @@ def test_a_matrix_of_a_rank_is_split_and_joined_again(outputs: int, channels: in
 
 def test_only_attention_is_factored() -> None:
     place = Place.model_validate(place_of("down", 1))
-    with pytest.raises(hs.PlanError, match="only part o of attention units"):
+    with pytest.raises(PlanError, match="only part o of attention units"):
         Factored(layout=Layout(kind=Kind.FFN, layers=3, groups=4, parts={Part.DOWN: place}), units={}, ranks={})

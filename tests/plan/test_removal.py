@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import headshare as hs
+from headshare.errors import PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Gap
@@ -164,14 +164,14 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("plan", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_removal_cannot_be_read_from_a_file_or_a_checkpoint(plan: Any, tmp_path: Path) -> None:
-    with pytest.raises(hs.PlanError) as found:
+    with pytest.raises(PlanError) as found:
         SharePlan.from_json(json.dumps(plan))
     assert len(str(found.value)) < 1000
     assert "\n" not in str(found.value)
 
 
 def test_a_removal_names_the_unit_that_is_tied_too() -> None:
-    with pytest.raises(hs.PlanError, match="layer 0, group 1, but layer 0, group 1 is removed"):
+    with pytest.raises(PlanError, match="layer 0, group 1, but layer 0, group 1 is removed"):
         SharePlan.from_dict(with_ties(small(), [1, 0, 0, 1]))
     plan = SharePlan.from_dict(with_ties(small(), [1, 0, 0, 0], [2, 3, 0, 3]))
     assert plan.ties == 2
@@ -183,7 +183,7 @@ def test_attention_units_beyond_reason_are_refused_before_they_are_counted() -> 
     for place in layout["parts"].values():
         place["shape"] = [100_000 * place["rows"] if axis == place["axis"] else 8 for axis in (0, 1)]
     plan["removals"][0]["layout"] = layout
-    with pytest.raises(hs.PlanError, match="10000000 attention units"):
+    with pytest.raises(PlanError, match="10000000 attention units"):
         SharePlan.from_dict(plan)
 
 
@@ -200,7 +200,7 @@ def test_indices_are_read_as_they_were_written(drawn: tuple[int, set[int]]) -> N
     assert read_indices(text, below) == spans
     assert [index for start, stop in spans for index in range(start, stop)] == sorted(indices)
     assert all(before.stop < after.start for before, after in pairwise(spans))
-    with pytest.raises(hs.PlanError):
+    with pytest.raises(PlanError):
         read_indices(text, max(indices))
 
 
@@ -208,7 +208,7 @@ def test_indices_are_read_as_they_were_written(drawn: tuple[int, set[int]]) -> N
 def test_any_text_is_refused_or_names_indices_in_range(below: int, text: str) -> None:
     try:
         spans = read_indices(text, below)
-    except hs.PlanError:
+    except PlanError:
         return
     flat = [index for start, stop in spans for index in range(start, stop)]
     assert flat and flat == sorted(set(flat)) and flat[0] >= 0 and flat[-1] < below

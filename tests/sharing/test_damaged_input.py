@@ -12,6 +12,7 @@ import torch
 
 import headshare as hs
 import headshare.sharing.writer
+from headshare.errors import CheckpointError
 from support.folders import WEIGHTS, nothing_changes
 from support.shares import a_plan, share, spoil
 
@@ -26,7 +27,7 @@ def test_a_file_cut_off_while_it_is_shared_is_an_error_and_leaves_nothing(
         return pieces(*arguments)
 
     monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
-    with pytest.raises(hs.CheckpointError, match="became shorter while it was read"):
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
         hs.share(hs.open_checkpoint(llama), plan).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
@@ -40,7 +41,7 @@ def test_an_input_that_cannot_be_read_is_blamed_on_the_input(
 
     plan = a_plan(llama)
     monkeypatch.setattr(os, "preadv", fail)
-    with nothing_changes(tmp_path), pytest.raises(hs.CheckpointError, match=r"model\.safetensors"):
+    with nothing_changes(tmp_path), pytest.raises(CheckpointError, match=r"model\.safetensors"):
         hs.share(hs.open_checkpoint(llama), plan).save(tmp_path / "out")
 
 
@@ -55,7 +56,7 @@ def test_weights_that_are_not_finite_are_named_and_not_shared(
     if not exact:
         monkeypatch.setattr("headshare.matching.products.EXACT_PRODUCTS", 0)
     spoil(llama, Q2, value)
-    with pytest.raises(hs.CheckpointError, match=rf"{Q2} .*NaN or infinite .*layer 2, group 0"):
+    with pytest.raises(CheckpointError, match=rf"{Q2} .*NaN or infinite .*layer 2, group 0"):
         share(llama, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -66,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_shared_even_where_they_are_not_matc
 ) -> None:
     # The match function qk reads neither v nor o.
     spoil(llama, name, float("nan"))
-    with pytest.raises(hs.CheckpointError, match="NaN"):
+    with pytest.raises(CheckpointError, match="NaN"):
         hs.share(hs.open_checkpoint(llama), a_plan(llama, parts="qkvo")).save(tmp_path / "out")
 
 
@@ -77,9 +78,9 @@ def test_a_shared_checkpoint_is_not_shared_again(llama: Path, tmp_path: Path) ->
         lambda: hs.estimate(hs.open_checkpoint(shared)),
         lambda: hs.share(hs.open_checkpoint(shared), a_plan(llama)),
     ):
-        with pytest.raises(hs.CheckpointError, match=r"is already shared.*headshare expand"):
+        with pytest.raises(CheckpointError, match=r"is already shared.*headshare expand"):
             refused()
-    with pytest.raises(hs.CheckpointError, match="is not a shared checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a shared checkpoint"):
         hs.expand(hs.open_checkpoint(llama), tmp_path / "expanded")
 
 
@@ -93,5 +94,5 @@ def test_a_quantised_checkpoint_is_not_shared(method: str, llama: Path) -> None:
         lambda: hs.estimate(hs.open_checkpoint(llama)),
         lambda: hs.share(hs.open_checkpoint(llama), plan),
     ):
-        with pytest.raises(hs.CheckpointError, match=rf"quantised \({method}\)"):
+        with pytest.raises(CheckpointError, match=rf"quantised \({method}\)"):
             refused()

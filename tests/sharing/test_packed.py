@@ -1,5 +1,5 @@
-"""Matrices of four bits: packed as compressed-tensors packs them, shared rows stored once, loaded through the nested
-entry; what they compute is what their numbers say, and stock transformers computes the same of them once expanded."""
+"""Matrices of four bits: shared rows stored once, loaded through the nested entry; what they compute is what
+their numbers say, and stock transformers computes the same of them once expanded."""
 
 import copy
 import json

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
-from headshare.errors import OptionError
+from headshare.errors import ArchitectureError, CheckpointError, OptionError, PlanError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from support import tiny
 
@@ -103,7 +103,7 @@ def test_the_estimate_is_exact_for_every_match_function_and_mode_that_saves_n(
     plan = hs.make_plan(hs.score_units(dense, match), 0.7, mode=mode)
     out = hs.share(dense, plan).save(tmp_path / "shared")
     found = hs.estimate(dense, 0.7, match=match)
-    assert found.shared_bytes == hs.estimate_plan(dense, plan).shared_bytes == written(out)
+    assert found.shared_bytes == hs.estimate(dense, plan).shared_bytes == written(out)
     assert found.units == (24 if match == "separate" else 8)
 
 
@@ -152,7 +152,7 @@ def test_a_scale_costs_one_number_for_each_shared_channel(tmp_path: Path) -> Non
     data = plain.model_dump(mode="json")
     data["selections"][0]["scale"] = True
     scaled = hs.share(dense, hs.SharePlan.from_dict(data))
-    assert scaled.estimate.shared_bytes == hs.estimate_plan(dense, plain).shared_bytes + 8 * 8 * 4
+    assert scaled.estimate.shared_bytes == hs.estimate(dense, plain).shared_bytes + 8 * 8 * 4
     assert scaled.estimate.shared_bytes == written(scaled.save(tmp_path / "shared"))
 
 
@@ -163,7 +163,7 @@ def test_layers_stored_in_different_types_are_counted_as_written_or_refused(llam
         if "layers.3." in name:
             weights[name] = weights[name].bfloat16()
     save_file(weights, llama / MODEL, metadata={"format": "pt"})
-    with pytest.raises(hs.CheckpointError, match="stored as BF16, F32"):
+    with pytest.raises(CheckpointError, match="stored as BF16, F32"):
         hs.score_units(hs.open_checkpoint(llama))
     try:
         shared = hs.share(hs.open_checkpoint(llama), plan)
@@ -208,7 +208,7 @@ def test_matching_q_k_and_v_separately_puts_the_same_bytes_at_stake() -> None:
 def test_an_estimate_needs_no_file() -> None:
     dense = llama_like(*LLAMA_2_7B)
     assert hs.estimate(dense, 0.1).recipients == 102
-    with pytest.raises(hs.CheckpointError, match="only the headers"):
+    with pytest.raises(CheckpointError, match="only the headers"):
         _ = dense.path
 
 
@@ -341,16 +341,16 @@ def test_a_small_ratio_is_not_blamed_on_the_parts() -> None:
 
 def test_an_estimate_refuses_what_share_would_refuse(llama: Path, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(llama)
-    with pytest.raises(hs.PlanError, match=r"cannot be met.*0\.7500 \(6 units\)"):
+    with pytest.raises(PlanError, match=r"cannot be met.*0\.7500 \(6 units\)"):
         hs.estimate(dense, 0.9)
     with pytest.raises(OptionError, match="'xyz' does not name parts"):
         hs.estimate(dense, 0.3, parts="xyz")
-    with pytest.raises(hs.PlanError, match="48 neurons do not divide into 5 equal groups"):
+    with pytest.raises(PlanError, match="48 neurons do not divide into 5 equal groups"):
         hs.estimate(dense, 0.3, parts="ffn", ffn_groups=5)
     out = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.3)).save(tmp_path / "shared")
-    with pytest.raises(hs.CheckpointError, match="already shared"):
+    with pytest.raises(CheckpointError, match="already shared"):
         hs.estimate(hs.open_checkpoint(out), 0.3)
-    with pytest.raises(hs.ArchitectureError, match="Experts are left alone"):
+    with pytest.raises(ArchitectureError, match="Experts are left alone"):
         hs.estimate(hs.open_checkpoint(tiny.make("mixtral", tmp_path / "mixtral")), 0.3, parts="ffn")
 
 
@@ -359,8 +359,8 @@ def test_an_estimate_refuses_what_share_would_refuse(llama: Path, tmp_path: Path
     [
         pytest.param("llama-gqa", "cosine", "qkv", OptionError, id="no such match function"),
         pytest.param("llama-gqa", "ffn", "qkv", OptionError, id="a match function for feed-forwards"),
-        pytest.param("llama-gqa", "separate", "qkvo", hs.PlanError, id="no ties for o"),
-        pytest.param("gpt2", "qk", "gate", hs.PlanError, id="no such part"),
+        pytest.param("llama-gqa", "separate", "qkvo", PlanError, id="no ties for o"),
+        pytest.param("gpt2", "qk", "gate", PlanError, id="no such part"),
     ],
 )
 def test_an_estimate_refuses_a_request_that_cannot_be_planned(

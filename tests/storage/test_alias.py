@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import headshare as hs
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.tensors import gapped_tensors
 from headshare.storage.pooled.alias import AliasBank
@@ -57,7 +58,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
     }  # fmt: skip
     case = make_case(folder, tiny.make_llama(folder / "dense", **config), "qkvo+ffn", 0.5, ffn_groups=8)
     case.load("owner").save_pretrained(folder / "resaved")
-    estimate = hs.estimate_plan(hs.open_checkpoint(case.dense), case.plan)
+    estimate = hs.estimate(hs.open_checkpoint(case.dense), case.plan)
     yield Large(case, folder / "resaved", estimate.dense_bytes - estimate.shared_bytes)
     shutil.rmtree(folder)
 
@@ -185,7 +186,7 @@ def test_a_refused_load_closes_its_files(paged: Case) -> None:
         bank = AliasBank(tensors)
         for name in tensors:
             bank.put(name, stored[name] if name != Q else stored[name].half())
-        with pytest.raises(hs.StorageError):
+        with pytest.raises(StorageError):
             bank.held(Q)
         del bank
         gc.collect()
@@ -301,13 +302,13 @@ def donor_and_recipient(case: Case) -> tuple[str, str]:
 
 def test_a_donor_that_did_not_load_is_an_error_that_names_both(paged: Case) -> None:
     donor, recipient = donor_and_recipient(paged)
-    with pytest.raises(hs.StorageError, match=rf"uses rows of {re.escape(donor)}, which did not load.*owner"):
+    with pytest.raises(StorageError, match=rf"uses rows of {re.escape(donor)}, which did not load.*owner"):
         banked(paged, lambda name, t: None if name == donor else t).held(recipient)
 
 
 def test_a_donor_of_another_type_is_an_error_that_names_both(paged: Case) -> None:
     donor, recipient = donor_and_recipient(paged)
-    with pytest.raises(hs.StorageError, match=rf"float32.*{re.escape(donor)}, which is torch.float16.*owner"):
+    with pytest.raises(StorageError, match=rf"float32.*{re.escape(donor)}, which is torch.float16.*owner"):
         banked(paged, lambda name, t: t.half() if name == donor else t).held(recipient)
 
 
@@ -334,7 +335,7 @@ def test_numbers_are_those_that_were_loaded_whatever_stands_at_the_files_name_si
 
 
 def test_weights_on_another_device_are_refused(paged: Case) -> None:
-    with pytest.raises(hs.StorageError, match="meta"):
+    with pytest.raises(StorageError, match="meta"):
         banked(paged, lambda _, t: t.to("meta"))
 
 

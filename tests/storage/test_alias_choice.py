@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import headshare as hs
 import headshare.storage.pooled.alias as alias_module
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.tensors import gapped_tensors
 from headshare.storage.pooled.alias import AliasBank
@@ -64,7 +65,7 @@ def test_too_few_mappings_left_means_owner_or_an_error(
     model = paged.load("auto")
     assert kinds_of(model) == {"owner"}
     assert re.search(r"storage owner: .*mappings.*10", log.text)
-    with pytest.raises(hs.StorageError, match=r"mappings.*max_map_count.*owner"):
+    with pytest.raises(StorageError, match=r"mappings.*max_map_count.*owner"):
         paged.load("alias")
 
 
@@ -91,7 +92,7 @@ def test_a_system_without_aliases_means_owner_or_an_error(
     model = paged.load("auto")
     assert kinds_of(model) == {"owner"}
     assert "cannot map" in log.text
-    with pytest.raises(hs.StorageError, match="owner"):
+    with pytest.raises(StorageError, match="owner"):
         paged.load("alias")
 
 
@@ -102,12 +103,12 @@ def test_memory_that_the_system_refuses_is_an_error_that_names_owner(
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with pytest.raises(hs.StorageError, match=r"Cannot allocate memory.*owner"):
+    with pytest.raises(StorageError, match=r"Cannot allocate memory.*owner"):
         AliasBank(gapped_tensors(paged.plan)).put(Q, torch.zeros(256, 64))
 
 
 def test_a_storage_that_does_not_exist_is_refused_by_name(paged: Case) -> None:
-    with pytest.raises(hs.PlanError, match=r"'fast'.*alias.*owner"):
+    with pytest.raises(StorageError, match=r"'fast'.*alias.*owner"):
         paged.load("fast")
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, nn
 
-import headshare as hs
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.storage.projection import shared_projections
 from support.aliases import Case, assert_equal_to_rounding, logits
@@ -47,7 +47,7 @@ def test_every_way_to_convert_shares_anew(paged: Case, convert: Callable[[nn.Mod
     model, stock = convert(paged.load()), convert(paged.stock())
     assert_rows_are_the_donors_own(model, paged.plan)
     assert_equal_to_rounding(logits(model), logits(stock))
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         model.model.layers[0].self_attn.q_proj.weight.zero_()
 
 
@@ -80,14 +80,14 @@ def test_what_converts_nothing_keeps_the_sharing(paged: Case, keep: Callable[[nn
 def test_another_device_is_refused_and_the_model_goes_on_working(paged: Case, of: str) -> None:
     model = paged.load()
     expected = logits(model)
-    with pytest.raises(hs.StorageError, match=r"meta.*owner"):
+    with pytest.raises(StorageError, match=r"meta.*owner"):
         nn.Module.to(model.get_submodule(of), "meta")
     assert torch.equal(logits(model), expected)
 
 
 def test_moving_a_whole_model_is_refused_in_words(paged: Case) -> None:
     # The modules before the first shared one are moved by then: the message says to load the model again.
-    with pytest.raises(hs.StorageError, match=r"meta.*Load the model for that device"):
+    with pytest.raises(StorageError, match=r"meta.*Load the model for that device"):
         nn.Module.to(paged.load(), "meta")
 
 
@@ -98,13 +98,13 @@ def test_functions_that_would_change_shared_weights_are_refused(paged: Case, cha
     model = paged.load()
     projection = model.model.layers[0].self_attn.q_proj
     before = projection.bias.clone()
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         projection._apply(change)
     assert torch.equal(projection.bias, before), "half of it was changed before it was refused"
 
 
 def test_a_model_function_that_would_change_weights_is_refused(paged: Case) -> None:
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         paged.load()._apply(lambda tensor: tensor * 2)
 
 
@@ -163,7 +163,7 @@ def test_biases_of_a_copy_are_its_own_and_its_shared_weights_still_refuse(paged:
                 parameter.add_(1)
     assert torch.equal(logits(model), expected)
     assert not torch.equal(logits(twin), expected)
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         twin.model.layers[0].self_attn.q_proj.weight.zero_()
 
 

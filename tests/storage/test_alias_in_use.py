@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-import headshare as hs
+from headshare.errors import StorageError
 from headshare.storage.projection import shared_projections
 from support import tiny
 from support.aliases import Case, logits
@@ -50,7 +50,7 @@ def test_a_model_that_stands_where_another_stood_warns_too(paged: Case, caplog: 
 def test_the_trainer_refuses(paged: Case, tmp_path: Path) -> None:
     settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
     row = {"input_ids": tiny.tokens()[0], "labels": tiny.tokens()[0]}
-    with pytest.raises(hs.StorageError, match=r'storage="owner"'):
+    with pytest.raises(StorageError, match=r'storage="owner"'):
         Trainer(model=paged.load(), args=settings, train_dataset=[row] * 8).train()
 
 

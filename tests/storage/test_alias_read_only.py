@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import headshare as hs
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from support.aliases import Case, Q, logits
 from support.processes import run
@@ -33,7 +33,7 @@ WRITES = {
             try:
                 getattr(operator, name)(w, 2)
                 raise SystemExit(f"{name} went through")
-            except hs.StorageError:
+            except hs.errors.StorageError:
                 pass
         w.copy_(w)""",
     "zero_": "w.zero_()",
@@ -236,14 +236,14 @@ def test_arrays_of_it_are_read_only(attempts: dict[str, str], attempt: str) -> N
 
 def test_a_refusal_says_what_to_do(paged: Case) -> None:
     weight = paged.load().model.layers[0].self_attn.q_proj.weight
-    with pytest.raises(hs.StorageError, match=r'read-only.*zero_.*storage="owner".*clone\(\)'):
+    with pytest.raises(StorageError, match=r'read-only.*zero_.*storage="owner".*clone\(\)'):
         weight.zero_()
 
 
 def test_loading_other_weights_into_the_model_is_refused(paged: Case) -> None:
     model = paged.load()
     expected = logits(model)
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         model.load_state_dict(model.state_dict())
     assert torch.equal(logits(model), expected)
 
@@ -256,7 +256,7 @@ def test_a_reparametrised_weight_is_refused_or_used(paged: Case) -> None:
             return torch.zeros_like(weight)
 
     projection = paged.load().model.layers[0].self_attn.q_proj
-    with pytest.raises(hs.StorageError):
+    with pytest.raises(StorageError):
         nn.utils.parametrize.register_parametrization(projection, "weight", Nothing())
 
 
@@ -267,7 +267,7 @@ def test_a_functional_call_with_other_weights_is_refused_or_uses_them(paged: Cas
     try:
         with torch.no_grad():
             found = torch.func.functional_call(projection, given, x)
-    except hs.StorageError:
+    except StorageError:
         return
     assert torch.equal(found, projection.bias.detach().expand(2, -1)), "the weights that were given were ignored"
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import headshare as hs
 from headshare.cli.app import main
 from headshare.cli.inspect import describe_split
-from headshare.errors import OptionError
+from headshare.errors import OptionError, StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.integrations.transformers.quantizer import device_of
 from headshare.plan.placement import held_again, split_evenly
@@ -212,7 +212,7 @@ assert torch.equal(*gradients)
 
 def test_an_input_of_another_type_is_refused() -> None:
     slots = slots_of(16, 48, 3, torch.float32)
-    with pytest.raises(hs.StorageError, match=r"weights are torch.float32 and its input is torch.float16"):
+    with pytest.raises(StorageError, match=r"weights are torch.float32 and its input is torch.float16"):
         slot_linear(torch.randn(4, 48, device=DEVICE).half(), slots, None, across=False)
 
 
@@ -343,11 +343,11 @@ def test_autocast_multiplies_in_the_banks_type(shared: Path) -> None:
 def test_another_device_is_refused_and_writes_and_training_too(shared: Path) -> None:
     model = load(shared)
     weight = model.model.layers[0].self_attn.q_proj.weight
-    with pytest.raises(hs.StorageError, match=r"held on cpu and cannot be moved to meta"):
+    with pytest.raises(StorageError, match=r"held on cpu and cannot be moved to meta"):
         model.to("meta")
-    with pytest.raises(hs.StorageError, match="read-only"):
+    with pytest.raises(StorageError, match="read-only"):
         weight.add_(1)
-    with pytest.raises(hs.StorageError, match='storage="owner"'):
+    with pytest.raises(StorageError, match='storage="owner"'):
         _ = model.hf_quantizer.is_trainable
 
 
@@ -378,7 +378,7 @@ def test_a_weight_that_never_came_is_named(shared: Path) -> None:
     first, *others = tensors
     for name in others:
         bank.put(name, torch.zeros(tensors[name].stored_shape))
-    with pytest.raises(hs.StorageError, match=f"{first} did not load"):
+    with pytest.raises(StorageError, match=f"{first} did not load"):
         bank.held(others[0])
 
 
@@ -389,7 +389,7 @@ def test_two_types_of_number_in_one_bank_are_refused(shared: Path) -> None:
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, second = list(tensors)[:2]
     bank.put(first, torch.zeros(tensors[first].stored_shape))
-    with pytest.raises(hs.StorageError, match=r"float16 and other shared weights are torch.float32"):
+    with pytest.raises(StorageError, match=r"float16 and other shared weights are torch.float32"):
         bank.put(second, torch.zeros(tensors[second].stored_shape).half())
 
 
@@ -544,7 +544,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
 
 def test_weights_on_disk_are_refused_before_anything_is_loaded(shared: Path, tmp_path: Path) -> None:
     places = {"model.layers.3": "disk", "": "cpu"}
-    with pytest.raises(hs.StorageError, match=r"are placed on cpu and disk.*storage=\"owner\""):
+    with pytest.raises(StorageError, match=r"are placed on cpu and disk.*storage=\"owner\""):
         load(shared, device_map=places, offload_folder=tmp_path / "offload")
 
 
@@ -565,7 +565,7 @@ model = load_model(headshare.open_checkpoint({str(shared)!r}), storage="indirect
 model(torch.arange(5, 15)[None])
 try:
     kernels()
-except headshare.StorageError as error:
+except headshare.errors.StorageError as error:
     print(error)
 """
     assert 'pip install "headshare[kernels]"' in run_python(code)

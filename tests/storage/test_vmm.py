@@ -9,12 +9,14 @@ import gc
 import os
 import pickle
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 import headshare as hs
+from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.placement import split_evenly
 from headshare.plan.tensors import gapped_tensors
@@ -51,7 +53,7 @@ class FakeDriver:
     def _called(self, name: str) -> None:
         self.calls[name] += 1
         if self.fail == (name, self.calls[name]):
-            raise hs.StorageError(f"{name} was refused")
+            raise StorageError(f"{name} was refused")
 
     def create(self, nbytes: int) -> int:
         self._called("create")
@@ -114,7 +116,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """The driver of all devices."""
     fake = FakeDriver()
     assert isinstance(fake, Driver)
-    monkeypatch.setitem(STORAGES, "vmm", lambda devices: VmmStorage(devices, lambda _: fake))
+
+    class Faked(VmmStorage):
+        def __init__(self, devices: Mapping[str, str]) -> None:
+            super().__init__(devices, lambda _: fake)
+
+    monkeypatch.setitem(STORAGES, "vmm", Faked)
     monkeypatch.setattr(vmm, "cuda_driver", lambda _: fake)
     return fake
 
@@ -195,7 +202,7 @@ def test_a_refusal_half_way_gives_everything_back(shared: Path, driver: FakeDriv
         gc.collect()
         driver.calls.clear()
     driver.fail = (method, call)
-    with pytest.raises(hs.StorageError, match=f"{method} was refused"):
+    with pytest.raises(StorageError, match=f"{method} was refused"):
         load(shared)
     assert driver.calls[method] == call
     assert driver.left() == (0, 0, 0)
@@ -206,7 +213,7 @@ def test_blocks_that_are_no_multiple_of_a_granule_are_refused_with_what_to_do(sh
         r"maps memory in granules of 4,096 bytes, and the blocks of model\.layers\.\d\.self_attn\.\w_proj\.weight "
         r'are 16 rows of 64 torch\.bfloat16 numbers, 2,048 bytes\. Load the model with storage="indirect"\.'
     )
-    with pytest.raises(hs.StorageError, match=message):
+    with pytest.raises(StorageError, match=message):
         load(shared, dtype=torch.bfloat16)
     assert driver.left() == (0, 0, 0)
 
@@ -225,9 +232,9 @@ def test_a_pickle_and_a_conversion_map_blocks_of_their_own(shared: Path, driver:
 
 def test_writes_moves_and_training_are_refused(shared: Path, driver: FakeDriver) -> None:
     model = load(shared)
-    with pytest.raises(hs.StorageError, match="read-only"):
+    with pytest.raises(StorageError, match="read-only"):
         model.model.layers[0].self_attn.q_proj.weight.zero_()
-    with pytest.raises(hs.StorageError, match="cannot be moved to meta"):
+    with pytest.raises(StorageError, match="cannot be moved to meta"):
         model.to("meta")
 
 
@@ -282,7 +289,7 @@ def test_a_tensor_that_never_came_is_named(shared: Path, driver: FakeDriver) -> 
     first, *others = tensors
     for name in others:
         bank.put(name, torch.zeros(tensors[name].stored_shape))
-    with pytest.raises(hs.StorageError, match=f"{first}, or a tensor whose rows it uses, did not load"):
+    with pytest.raises(StorageError, match=f"{first}, or a tensor whose rows it uses, did not load"):
         bank.held(others[0])
 
 
@@ -294,13 +301,13 @@ def test_tied_tensors_of_two_types_of_number_are_refused(shared: Path, driver: F
     recipient = next(tensor.name for tensor in tensors.values() if tensor.gaps)
     for name, tensor in tensors.items():
         bank.put(name, torch.zeros(tensor.stored_shape, dtype=torch.float64 if name == recipient else torch.float32))
-    with pytest.raises(hs.StorageError, match="rows of another type"):
+    with pytest.raises(StorageError, match="rows of another type"):
         bank.held(recipient)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_is_refused_in_one_line(shared: Path) -> None:
-    with pytest.raises(hs.StorageError, match=r"needs (a CUDA device|cuda-bindings)"):
+    with pytest.raises(StorageError, match=r"needs (a CUDA device|cuda-bindings)"):
         load(shared)
 
 
@@ -361,5 +368,5 @@ def test_on_a_gpu_a_graph_replays_on_mapped_weights(large: Path) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_a_block_below_the_granularity_is_refused(shared: Path) -> None:
     pytest.importorskip("cuda.bindings.driver")
-    with pytest.raises(hs.StorageError, match="granules of 2,097,152 bytes"):
+    with pytest.raises(StorageError, match="granules of 2,097,152 bytes"):
         load(shared, device_map="cuda")

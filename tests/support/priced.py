@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path as Folder
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.calibration.costs.actions import FACTORED, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.local import price_units
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -18,8 +20,8 @@ from headshare.text.tokens import Calibration
 from support import tiny
 from support.least_squares import Direct, solved
 
-TIES = (Form.QK, Form.QKV, Form.QKVO)
-OWN = (Form.QK, Form.QKV, Form.FACTORED, Form.REMOVE)  # those that one readout may have together
+TIES = (QK, QKV, QKVO)
+OWN = (QK, QKV, FACTORED, REMOVE)  # those that one readout may have together
 READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
 
 
@@ -82,10 +84,10 @@ class Reference:
             handle.remove()
         return seen
 
-    def features(self, group: int, donor: HeadUnit, form: Form) -> Tensor:
+    def features(self, group: int, donor: HeadUnit, form: Action) -> Tensor:
         """The group's own inputs of the readout, once its rows are the donor's."""
         state = self.model.state_dict()
-        for part in form.parts:
+        for part in form.shares:
             if part is not Part.O and part in self.layout.parts:
                 place = self.layout.parts[part]
                 (first, last), (start, stop) = place.span(group), place.span(donor.group)
@@ -121,8 +123,8 @@ class Reference:
     def give_up(self, direct: "Direct", step: Step) -> None:
         """Take the step, with its first donor."""
         columns = self.columns(*step.groups)
-        features = [self.features(step.groups[0], step.donors[0][0], step.form)] if step.donors else []
-        donor = [self.donor_columns(step.donors[0][0])] if step.form is Form.QKVO else []
+        features = [self.features(step.groups[0], step.donors[0][0], step.action)] if step.donors else []
+        donor = [self.donor_columns(step.donors[0][0])] if Part.O in step.action.shares else []
         if step.rank:
             direct.factor(columns, *features, step.rank)
         else:
@@ -133,7 +135,7 @@ def flat(value: Tensor) -> Tensor:
     return value.detach().double().flatten(0, -2).clone()
 
 
-def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Form], **options: Any) -> Prices:
+def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Action], **options: Any) -> Prices:
     """Prices on the tokens that are fitted to, which are all there are."""
     return price_units(checkpoint, text, forms, held_out=0.0, **options)
 
@@ -147,14 +149,30 @@ def path_of(prices: Prices, kind: Kind, layer: int) -> Path:
     return path
 
 
-def forms_of(path: Path) -> set[Form]:
-    return {step.form for step in path.steps}
+def forms_of(path: Path) -> set[Action]:
+    return {step.action for step in path.steps}
 
 
 KEPT = ("mpnet", "falcon-mha", "falcon-mqa", "llama-mqa")  # families whose attention units cannot be removed
 
 
 def pull_of(direct: "Direct", reference: Reference, step: Step) -> float:
-    features = reference.features(step.groups[0], step.donors[0][0], step.form)
+    features = reference.features(step.groups[0], step.donors[0][0], step.action)
     product = solved(features, reference.inputs @ reference.weight.T - direct.target)
     return direct.ridge_of(features) * float(product.square().sum())
+
+
+CLOSE = 2e-3  # of what was removed: the walk is float32, and so is the stock model
+
+
+def check_path(checkpoint: Checkpoint, layout: Layout, path: Path, windows: int = 8, held_out: float = 0.0) -> None:
+    reference = Reference(checkpoint, layout, path.layer, calibration(windows))
+    errors = reference.errors(path.steps, held_out)
+    scale = max(errors)
+    found = torch.tensor([step.price for step in path.steps]).cumsum(0).tolist()
+    assert found == pytest.approx(errors, abs=CLOSE * scale)
+
+
+def isolated(reference: Reference, group: int, donor: HeadUnit, form: Action) -> float:
+    (error,) = reference.errors([Step(form, (group,), 0.0, 1, ((donor, 0.0),))])
+    return error

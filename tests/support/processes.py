@@ -1,13 +1,20 @@
 """Work in a process of its own: a fork of this one, or a script."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import headshare.sharing.writer
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -71,3 +78,64 @@ MEASURE = r"""
             model(tiny.tokens())
         return model
 """
+
+
+CHANGES = [
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "shutil.copyfile",
+    "shutil.rmtree",
+    "fcntl.flock",
+    "ctypes.dlsym",
+    "tempfile.mkdtemp",
+]
+
+
+def changes_files(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an audit event announces that a file or folder is about to change (or folders to be exchanged)."""
+    opened_to_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    return bool(opened_to_write) or event in CHANGES
+
+
+def at_every_step(act: Callable[[int], None]) -> None:
+    """Call `act` before every change that this process makes to a file from now on, with how many there were.
+
+    For a child only: an audit hook cannot be taken back.
+    """
+    count = itertools.count()
+
+    def step() -> None:
+        act(next(count))
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if changes_files(event, arguments):
+            step()
+
+    flush, pieces = os.fsync, headshare.sharing.writer.stream
+
+    def fsync(descriptor: int) -> None:
+        step()
+        flush(descriptor)
+
+    def stream(*arguments: Any) -> Iterator[torch.Tensor]:
+        for piece in pieces(*arguments):
+            step()  # in the middle of a weight file
+            yield piece
+
+    os.fsync, headshare.sharing.writer.stream = fsync, stream  # type: ignore[assignment]
+    sys.addaudithook(hook)
+
+
+def killed_before_step(number: int, work: Callable[[], object]) -> bool:
+    """Run this in a child that kills itself with SIGKILL at that step; False if it ended before it came so far."""
+
+    def child() -> None:
+        at_every_step(lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == number else None)
+        work()
+
+    status = in_child(child)
+    assert status in (0, -signal.SIGKILL)
+    return status != 0

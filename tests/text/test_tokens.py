@@ -23,10 +23,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 import headshare as hs
+from headshare.errors import CalibrationError
 from headshare.progress import shown
 from headshare.text import documents
 from headshare.text import tokens as calibration
-from headshare.text.tokens import BYTES_PER_TOKEN, calibration_from
+from headshare.text.tokens import BYTES_PER_TOKEN, Calibration
 from support import tiny
 from support.texts import WORDS, a_text, add_tokenizer
 
@@ -68,8 +69,8 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 def refusal(source: Any, checkpoint: hs.Checkpoint, **options: Any) -> str:
     """What the person at the keyboard is told, in one line."""
-    with pytest.raises(hs.CalibrationError) as caught:
-        calibration_from(source, checkpoint, **{"tokens": 64, "window": WINDOW, **options})
+    with pytest.raises(CalibrationError) as caught:
+        Calibration.load(source, checkpoint, **{"tokens": 64, "window": WINDOW, **options})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -81,7 +82,7 @@ def test_a_text_with_as_many_windows_as_asked_gives_them_all_as_they_stand(
     model: hs.Checkpoint, tmp_path: Path
 ) -> None:
     text = a_text(tmp_path / "text.txt", words=15 * 8 + 7)
-    found = calibration_from(text, model, tokens=16 * 8 + 15, window=WINDOW)
+    found = Calibration.load(text, model, tokens=16 * 8 + 15, window=WINDOW)
     assert found.tokens.tolist() == windows(numbers(text.read_text()), WINDOW, BOS)
     assert (found.tokens.dtype, found.bos, found.source, found.seed) == (torch.int64, True, str(text), 0)
 
@@ -92,7 +93,7 @@ def test_windows_are_chosen_at_random_without_replacement_and_stay_in_order(
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i // 12}" for i in range(15 * 70)))
     every = windows(numbers(text.read_text()), WINDOW, BOS)
-    found = [calibration_from(text, model, tokens=512, window=WINDOW, seed=seed).tokens.tolist() for seed in range(6)]
+    found = [Calibration.load(text, model, tokens=512, window=WINDOW, seed=seed).tokens.tolist() for seed in range(6)]
     for one in found:
         places = [every.index(row) for row in one]
         assert len(places) == 512 // WINDOW
@@ -104,10 +105,10 @@ def test_windows_are_chosen_at_random_without_replacement_and_stay_in_order(
 def test_one_seed_gives_one_digest_and_another_seed_another(model: hs.Checkpoint, tmp_path: Path) -> None:
     text = a_text(tmp_path / "text.txt", words=900)
     torch.manual_seed(1)
-    one = calibration_from(text, model, tokens=64, window=WINDOW, seed=3)
+    one = Calibration.load(text, model, tokens=64, window=WINDOW, seed=3)
     torch.manual_seed(2)
-    again = calibration_from(text, model, tokens=64, window=WINDOW, seed=3)
-    other = calibration_from(text, model, tokens=64, window=WINDOW, seed=4)
+    again = Calibration.load(text, model, tokens=64, window=WINDOW, seed=3)
+    other = Calibration.load(text, model, tokens=64, window=WINDOW, seed=4)
     assert one.digest == again.digest != other.digest
 
 
@@ -116,7 +117,7 @@ def test_windows_are_opened_where_the_model_has_an_opening_token_or_as_asked(
     bos: bool | None, model: hs.Checkpoint, tmp_path: Path
 ) -> None:
     text = a_text(tmp_path / "text.txt", words=120)
-    found = calibration_from(text, model, tokens=128, window=WINDOW, bos=bos)
+    found = Calibration.load(text, model, tokens=128, window=WINDOW, bos=bos)
     first = () if bos is False else (BOS,)
     assert found.bos is (bos is not False)
     assert found.tokens.tolist() == windows(numbers(text.read_text()), WINDOW, *first)[:8]
@@ -125,7 +126,7 @@ def test_windows_are_opened_where_the_model_has_an_opening_token_or_as_asked(
 def test_a_model_without_an_opening_token_has_windows_of_text_alone(llama: Path, tmp_path: Path) -> None:
     text = a_text(tmp_path / "text.txt", words=120)
     model = hs.open_checkpoint(add_tokenizer(llama, bos=False))
-    found = calibration_from(text, model, tokens=112, window=WINDOW)
+    found = Calibration.load(text, model, tokens=112, window=WINDOW)
     assert not found.bos
     assert found.tokens.tolist() == windows(numbers(text.read_text()), WINDOW)
     assert "no beginning-of-text token" in refusal(text, model, bos=True)
@@ -135,7 +136,7 @@ def test_a_model_without_an_opening_token_has_windows_of_text_alone(llama: Path,
 def test_an_encoder_is_calibrated_on_a_text_like_any_model(name: str, tmp_path: Path) -> None:
     text = a_text(tmp_path / "text.txt", words=120)
     model = hs.open_checkpoint(add_tokenizer(tiny.make(name, tmp_path / name)))
-    found = calibration_from(text, model, tokens=128, window=WINDOW)
+    found = Calibration.load(text, model, tokens=128, window=WINDOW)
     assert found.tokens.tolist() == windows(numbers(text.read_text()), WINDOW, BOS)
 
 
@@ -144,7 +145,7 @@ def test_fewer_windows_than_asked_are_all_used_and_the_log_says_how_many(
 ) -> None:
     text = a_text(tmp_path / "text.txt", words=15 * 3)
     with caplog.at_level(logging.WARNING, logger="headshare"):
-        found = calibration_from(text, model, tokens=10 * WINDOW, window=WINDOW)
+        found = Calibration.load(text, model, tokens=10 * WINDOW, window=WINDOW)
     assert found.tokens.shape == (3, WINDOW)
     (note,) = caplog.messages
     assert "3 windows of 16 tokens (48 tokens)" in note
@@ -170,7 +171,7 @@ def test_positions_that_an_encoder_keeps_for_padding_are_not_counted(tmp_path: P
     model = hs.open_checkpoint(add_tokenizer(tiny.make("roberta", tmp_path / "roberta")))
     text = a_text(tmp_path / "text.txt", words=120)
     assert "longer than the model's 63" in refusal(text, model, window=64)
-    assert calibration_from(text, model, tokens=63, window=63).tokens.shape == (1, 63)
+    assert Calibration.load(text, model, tokens=63, window=63).tokens.shape == (1, 63)
 
 
 def test_a_tokenizer_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_of_a_large_file_a_bounded_part_is_read_from_all_over_it(
     text, words = tmp_path / "text.txt", 200_000
     text.write_text(" ".join(WORDS[i * len(WORDS) // words] for i in range(words)))
     seen = spoken(monkeypatch)
-    found = calibration_from(text, model, tokens=1024, window=WINDOW)
+    found = Calibration.load(text, model, tokens=1024, window=WINDOW)
     assert found.tokens.shape == (64, WINDOW)
     assert sum(map(len, seen)) <= 1024 * BYTES_PER_TOKEN < text.stat().st_size / 40
     body = found.tokens[:, 1:]
@@ -249,8 +250,8 @@ def test_of_a_large_file_a_bounded_part_is_read_from_all_over_it(
     assert body.amax() > 100 - 12
     assert (body.amax(dim=1) - body.amin(dim=1)).max() <= 1  # no window reaches over a gap
     assert (body[1:, 0] >= body[:-1, 0]).all()
-    assert found.digest != calibration_from(text, model, tokens=1024, window=WINDOW, seed=1).digest
-    assert found.digest == calibration_from(text, model, tokens=1024, window=WINDOW).digest
+    assert found.digest != Calibration.load(text, model, tokens=1024, window=WINDOW, seed=1).digest
+    assert found.digest == Calibration.load(text, model, tokens=1024, window=WINDOW).digest
 
 
 @given(st.integers(0, 10**13), st.integers(1, 10**6), st.integers(1, 300), st.integers(0, 9))
@@ -267,13 +268,13 @@ def test_stretches_lie_in_the_file_apart_from_one_another(size: int, length: int
 
 def test_documents_are_joined_by_the_end_of_text_token(model: hs.Checkpoint, tmp_path: Path) -> None:
     texts = ["w10 w11 w12", "", "w20 w21", "  ", "w30 w31 w32 w33"]
-    found = calibration_from(jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), model, tokens=12, window=12)
+    found = Calibration.load(jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), model, tokens=12, window=12)
     assert found.tokens.tolist() == [[BOS, 10, 11, 12, EOS, 20, 21, EOS, 30, 31, 32, 33]]
 
 
 def test_documents_are_joined_by_a_lines_end_where_no_token_ends_a_text(llama: Path, tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "a.jsonl", [{"text": "w10 w11"}, {"text": "w20 w21"}])
-    found = calibration_from(rows, without_ends(llama), tokens=5, window=5)
+    found = Calibration.load(rows, without_ends(llama), tokens=5, window=5)
     assert found.tokens.tolist() == [[10, 11, 4, 20, 21]]
 
 
@@ -288,7 +289,7 @@ def test_documents_are_joined_by_a_lines_end_where_no_token_ends_a_text(llama: P
 def test_a_rows_text_is_under_text_or_in_its_one_string_or_where_one_says(
     row: dict[str, Any], field: str | None, model: hs.Checkpoint, tmp_path: Path
 ) -> None:
-    found = calibration_from(jsonl(tmp_path / "a.jsonl", [row]), model, tokens=16, window=16, field=field)
+    found = Calibration.load(jsonl(tmp_path / "a.jsonl", [row]), model, tokens=16, window=16, field=field)
     assert found.tokens.tolist() == [[BOS] + [9] * 15]
 
 
@@ -336,13 +337,13 @@ def test_of_a_large_file_of_rows_whole_ones_are_read_from_all_over_it(
     words = [WORDS[i * len(WORDS) // 9000] for i in range(9000)]
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"w4 {word} w100"} for word in words])
     seen = spoken(monkeypatch)
-    found = calibration_from(path, model, tokens=512, window=WINDOW)
+    found = Calibration.load(path, model, tokens=512, window=WINDOW)
     texts = {f"w4 {word} w100" for word in words}
     assert sum(map(len, seen)) <= 512 * BYTES_PER_TOKEN < path.stat().st_size / 20
     assert set(seen) <= texts
     inner = [token for token in found.tokens.flatten().tolist() if token not in (BOS, EOS, 4, 100)]
     assert (min(inner) < 16, max(inner) > 88, inner == sorted(inner)) == (True, True, True)
-    assert found.digest != calibration_from(path, model, tokens=512, window=WINDOW, seed=1).digest
+    assert found.digest != Calibration.load(path, model, tokens=512, window=WINDOW, seed=1).digest
 
 
 def test_a_stretch_that_begins_with_a_row_has_that_row(tmp_path: Path) -> None:
@@ -379,7 +380,7 @@ def test_of_long_documents_each_gives_its_share_and_no_more_is_tokenised_than_of
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"w{n} " * (300_000 // rows)} for n in range(50, 50 + rows)])
     seen = spoken(monkeypatch)
-    found = calibration_from(path, model, tokens=512, window=WINDOW, seed=seed)
+    found = Calibration.load(path, model, tokens=512, window=WINDOW, seed=seed)
     assert found.tokens.shape == (32, WINDOW)
     assert sorted(set(found.tokens.flatten().tolist())) == [BOS, *range(50, 50 + rows)]
     assert (found.tokens[1:, 1] >= found.tokens[:-1, 1]).all()
@@ -405,7 +406,7 @@ def drawn(folder: Path, starts: torch.Tensor, count: int, seed: int) -> torch.Te
 
 def test_text_of_its_own_is_drawn_from_the_models_distribution(model: hs.Checkpoint) -> None:
     before = torch.random.get_rng_state()
-    found = calibration_from("self", model, tokens=5 * WINDOW, window=WINDOW, seed=9)
+    found = Calibration.load("self", model, tokens=5 * WINDOW, window=WINDOW, seed=9)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(found.tokens, drawn(model.path, torch.full((5, 1), BOS), WINDOW - 1, 9))
     assert (found.bos, found.source) == (True, f"text written by {model.name}")
@@ -413,33 +414,33 @@ def test_text_of_its_own_is_drawn_from_the_models_distribution(model: hs.Checkpo
 
 def test_text_of_its_own_is_reproducible_and_another_seeds_is_another(model: hs.Checkpoint) -> None:
     options: dict[str, Any] = {"tokens": 20 * 8, "window": 8}
-    one, again = (calibration_from("self", model, **options) for _ in range(2))
-    assert one.digest == again.digest != calibration_from("self", model, **options, seed=1).digest
+    one, again = (Calibration.load("self", model, **options) for _ in range(2))
+    assert one.digest == again.digest != Calibration.load("self", model, **options, seed=1).digest
     assert len({tuple(row) for row in one.tokens.tolist()}) == 20
 
 
 def test_a_checkpoints_own_way_of_generating_does_not_colour_the_text(model: hs.Checkpoint) -> None:
-    plain = calibration_from("self", model, tokens=8 * WINDOW, window=WINDOW)
+    plain = Calibration.load("self", model, tokens=8 * WINDOW, window=WINDOW)
     settings = {"do_sample": True, "temperature": 0.1, "top_k": 2, "repetition_penalty": 3.0, "max_length": 5}
     ends = plain.tokens[:, 2].tolist()  # were they to end the text, every window would be short
     (model.path / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
-    assert calibration_from("self", model, tokens=8 * WINDOW, window=WINDOW).digest == plain.digest
+    assert Calibration.load("self", model, tokens=8 * WINDOW, window=WINDOW).digest == plain.digest
 
 
 def test_without_an_opening_token_a_text_begins_with_a_random_word(llama: Path) -> None:
     model = hs.open_checkpoint(add_tokenizer(llama, bos=False))
-    found = calibration_from("self", model, tokens=40 * 8, window=8)
+    found = Calibration.load("self", model, tokens=40 * 8, window=8)
     starts = found.tokens[:, :1]
     assert not found.bos
     assert starts.min() >= 4  # not a special token
     assert len(starts.unique()) > 20
     assert torch.equal(found.tokens[:16], drawn(llama, starts[:16], 7, 0))
-    assert found.digest == calibration_from("self", model, tokens=40 * 8, window=8).digest
+    assert found.digest == Calibration.load("self", model, tokens=40 * 8, window=8).digest
 
 
 def test_a_shared_model_writes_too(model: hs.Checkpoint, tmp_path: Path) -> None:
     shared = hs.share(model, hs.make_plan(hs.score_units(model), 0.5)).save(tmp_path / "shared")
-    found = calibration_from("self", hs.open_checkpoint(shared), tokens=2 * WINDOW, window=WINDOW)
+    found = Calibration.load("self", hs.open_checkpoint(shared), tokens=2 * WINDOW, window=WINDOW)
     assert found.tokens.shape == (2, WINDOW)
 
 
@@ -448,7 +449,7 @@ def test_writing_says_how_far_it_has_come(
 ) -> None:
     monkeypatch.setattr("headshare.progress.PLAIN_INTERVAL_S", 0.0)
     with shown():
-        calibration_from("self", model, tokens=40 * 4, window=4)
+        Calibration.load("self", model, tokens=40 * 4, window=4)
     assert "batches of text written by the model: 2 of 3" in capsys.readouterr().err
 
 
@@ -506,7 +507,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 def test_a_data_set_is_streamed_and_none_of_its_code_is_run(
     source: str, words: tuple[str, str | None], split: str, library: Library, model: hs.Checkpoint
 ) -> None:
-    found = calibration_from(source, model, tokens=64, window=WINDOW)
+    found = Calibration.load(source, model, tokens=64, window=WINDOW)
     assert library.asked == [(words, {"split": split, "streaming": True, "trust_remote_code": False})]
     assert library.read < 64 * BYTES_PER_TOKEN / 4  # five characters a row at least; it has 96 000 rows
     read = [token for n in range(4, 100) for token in (n, n, EOS)] * 2
@@ -550,7 +551,7 @@ def test_the_library_itself_reads_a_folder(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     jsonl(tmp_path / "set" / "train.jsonl", [{"text": "w10 w11 w12"}, {"text": "w20 w21 w22"}])
-    found = calibration_from(f"hf:{tmp_path / 'set'}", model, tokens=8, window=8)
+    found = Calibration.load(f"hf:{tmp_path / 'set'}", model, tokens=8, window=8)
     assert found.tokens.tolist() == [[BOS, 10, 11, 12, EOS, 20, 21, 22]]
     assert "test" in refusal(f"hf:{tmp_path / 'set'}::test", model)
 
@@ -596,10 +597,10 @@ def test_a_split_is_the_seeds_and_not_always_the_end() -> None:
 
 
 def test_one_window_cannot_be_split_and_a_share_is_between_0_and_1() -> None:
-    with pytest.raises(hs.CalibrationError, match=r"a text gave 1 window, which cannot be split .* at least two"):
+    with pytest.raises(CalibrationError, match=r"a text gave 1 window, which cannot be split .* at least two"):
         counted(1).split()
     for share in (0.0, 1.0, -0.5, float("nan")):
-        with pytest.raises(hs.CalibrationError, match="between 0 and 1"):
+        with pytest.raises(CalibrationError, match="between 0 and 1"):
             counted(8).split(share)
 
 

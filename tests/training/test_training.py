@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes
-from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.actions import FACTORED, QKVO, REMOVE, Action
 from headshare.calibration.costs.local import price_units
 from headshare.errors import PlanError, TrainingError
 from headshare.evaluation import Settings as Limited
 from headshare.evaluation import measure
 from headshare.integrations.transformers.loading import load_model
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.training import Method, SharingTrainer, train
 from headshare.training.arguments import trainer_arguments
 from headshare.training.windows import training_windows
@@ -160,20 +160,20 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("form", [Form.QKVO, Form.FACTORED, Form.REMOVE])
-def test_scales_factors_and_what_removals_leave_are_trained_too(form: Form, model: Folder, tmp_path: Folder) -> None:
+@pytest.mark.parametrize("form", [QKVO, FACTORED, REMOVE])
+def test_scales_factors_and_what_removals_leave_are_trained_too(form: Action, model: Folder, tmp_path: Folder) -> None:
     text = a_text(tmp_path / "text.txt", words=1200)
     dense = hs.open_checkpoint(model)
-    calibration = calibration_from(text, dense, tokens=256, window=CONTEXT)
+    calibration = Calibration.load(text, dense, tokens=256, window=CONTEXT)
     plan = plan_for_bytes(price_units(dense, calibration, [form]).only([form]), 5000).plan
-    shared = hs.refit_on(hs.share(dense, plan), calibration).save(tmp_path / "shared")
+    shared = hs.refit(hs.share(dense, plan), calibration).save(tmp_path / "shared")
     found = train(shared, tmp_path / "out", settings(text, "recover"))
     assert found.best_step > 0
     before, after = hs.open_checkpoint(shared), hs.open_checkpoint(tmp_path / "out")
     assert before.shapes == after.shapes
     assert not [name for name in before.tensors if before.read(name).equal(after.read(name))]
     assert len([name for name in before.tensors if name.endswith(("scale", "factor_in", "factor_out"))]) == {
-        Form.QKVO: 1, Form.FACTORED: 2, Form.REMOVE: 0
+        QKVO: 1, FACTORED: 2, REMOVE: 0
     }[form]  # fmt: skip
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 

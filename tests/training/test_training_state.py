@@ -3,17 +3,18 @@
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 from pathlib import Path as Folder
-from typing import Any
 
 import pytest
 
 import headshare as hs
+import headshare.files.resume
 from headshare.errors import OutputError, TrainingError
+from headshare.files.resume import HEADER, discard_committed
+from headshare.files.state_files import Workspace
 from headshare.training import SharingTrainer, TrainSettings, train
-from headshare.training.state import checkpoints, note_writing, settle, taken_up
+from headshare.training.state import checkpoints, trainer_run
 from support.texts import a_text
 from support.trainings import LONGER, PLAIN, curve_of, killed_after, settings
 
@@ -64,13 +65,13 @@ def test_checkpoints_that_are_half_written_or_after_the_last_step_are_not_gone_o
     whole, early = a_state(tmp_path, 12, 20), a_state(tmp_path, 8, 20)
     torn, last = a_state(tmp_path, 16, 20, '{"global_'), a_state(tmp_path, 20, 20)
     (tmp_path / "checkpoint-18").mkdir()
-    (tmp_path / "run.json").write_text('{"model": "this"}')
-    with taken_up(tmp_path, {"model": "this"}, restart=False):
+    Workspace(tmp_path, TrainingError).write_json(HEADER, {"identity": {"model": "this"}})
+    with trainer_run(tmp_path, {"model": "this"}, restart=False):
         assert list(checkpoints(tmp_path)) == [(12, whole), (8, early)]
         assert not torn.exists()
         assert not last.exists()
         assert not (tmp_path / "checkpoint-18").exists()
-        with pytest.raises(OutputError, match="another run is working"), taken_up(tmp_path, {}, restart=True):
+        with pytest.raises(OutputError, match="another run is working"), trainer_run(tmp_path, {}, restart=True):
             pass
 
 
@@ -79,7 +80,7 @@ def test_a_state_in_which_nothing_was_saved_does_not_stand_in_the_way(
 ) -> None:
     work = tmp_path / ".out.headshare-training"
     work.mkdir()
-    (work / "run.json").write_text('{"model": "another"}')
+    Workspace(work, TrainingError).write_json(HEADER, {"identity": {"model": "another"}})
     train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
     assert not work.exists()
 
@@ -103,14 +104,14 @@ def test_a_run_killed_once_its_output_is_whole_leaves_no_state_for_good(
     asked = settings(text, arguments={"max_steps": 2})
 
     def run_and_be_killed() -> None:
-        real = shutil.rmtree
+        real = headshare.files.resume._empty
 
-        def removed(path: Any, *args: Any, **kwargs: Any) -> None:
-            if Folder(path).name.endswith("-training"):
+        def removed(folder: Folder) -> None:
+            if (tmp_path / "out").is_dir() and folder.name.endswith("-training"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(path, *args, **kwargs)
+            real(folder)
 
-        shutil.rmtree = removed  # type: ignore[assignment]
+        headshare.files.resume._empty = removed
         train(model, tmp_path / "out", asked)
 
     child = multiprocessing.get_context("fork").Process(target=run_and_be_killed)
@@ -129,18 +130,20 @@ def test_a_run_killed_once_its_output_is_whole_leaves_no_state_for_good(
 def test_a_state_stays_where_the_output_is_not_there(tmp_path: Folder) -> None:
     """An old output was to be replaced; writing failed, and then the old one was removed to make room."""
     work, out = tmp_path / ".out.headshare-training", tmp_path / "out"
-    for folder in (work, out):
-        folder.mkdir()
-    note_writing(work, out)
-    assert not settle(out)
+    out.mkdir()
+    with pytest.raises(OutputError, match="full"), trainer_run(work, {"model": "this"}, restart=False) as run:
+        a_state(work, 1, 1)
+        run.mark_committing(out, holds="training.json")
+        raise OutputError("full")
+    assert not discard_committed(out)
     (tmp_path / "other").mkdir()  # while the old one is there: a number of a folder that is gone may come again
     out.rmdir()
-    assert not settle(out)
+    assert not discard_committed(out)
     (tmp_path / "other").rename(out)
-    assert not settle(out)
+    assert not discard_committed(out)
     assert work.is_dir()
     (out / "training.json").write_text("{}")
-    assert settle(out)
+    assert discard_committed(out)
     assert not work.exists()
 
 
@@ -215,7 +218,7 @@ def test_what_is_trained_and_not_written_yet_is_not_thrown_away_by_another_run(
 def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Folder) -> None:
     work = tmp_path / ".out.headshare-training"
     a_state(work, 1, 10)
-    (work / "run.json").write_text('{"model": "another"}')
+    Workspace(work, TrainingError).write_json(HEADER, {"identity": {"model": "another"}})
     with pytest.raises(TrainingError, match="another model"):
         train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
     train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}), restart=True)

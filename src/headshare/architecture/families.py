@@ -1,11 +1,11 @@
-"""Model families as rows of data: where a layer keeps q, k, v, o and its feed-forward, and how they are fused.
+"""Model families as rows of data: where a layer keeps q, k, v, o and its feed-forward, and all that differs beside it.
 
-To add a family, add a row here and a tiny config to tests/support/tiny.py.
+A row is everything that headshare knows of a family: no module outside this package names a model type, or a class or
+a tensor of one family. To add a family, add a row here and a tiny config to tests/support/tiny.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -57,109 +57,20 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row: module paths below one layer. `layer` is the layer's own path, after any prefix.
+class Linear:
+    """The class of linear modules that a family's layers are made of: its name, and how it multiplies.
 
-    `in_out` is true where weights are stored (input, output), as GPT-2's Conv1D does; `post_norm` where each half of
-    the layer ends in a norm of its output plus its input, as in BERT.
+    Attributes:
+        name: of the class; torch's own unless the family brings another.
+        in_out: the weight is stored (input, output), and the product is x W + b.
+        bias_after: the bias is added to the product once that is rounded, not within it.
+        sizes: attributes of the module that hold the weight's two sizes.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    layer: str
-    qkv: Separate | Stacked | Interleaved
-    o: str
-    ffn: Gated | GatedStacked | Plain
+    name: str = "Linear"
     in_out: bool = False
-    post_norm: bool = False
-
-
-_LLAMA_QKV = Separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LLAMA_FFN = Gated("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_BERT_QKV = Separate("attention.self.query", "attention.self.key", "attention.self.value")
-_BERT_FFN = Plain("intermediate.dense", "output.dense")
-_NEOX_FFN = Plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="llama",
-        model_types=(
-            *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-            *("gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo", "olmo2", "granite"),
-        ),
-        layer="layers.{layer}",
-        qkv=_LLAMA_QKV,
-        o="self_attn.o_proj",
-        ffn=_LLAMA_FFN,
-    ),
-    Family(
-        name="phi3",
-        model_types=("phi3",),
-        layer="layers.{layer}",
-        qkv=Stacked("self_attn.qkv_proj"),
-        o="self_attn.o_proj",
-        ffn=GatedStacked("mlp.gate_up_proj", "mlp.down_proj"),
-    ),
-    Family(
-        name="baichuan",
-        model_types=("baichuan",),
-        layer="layers.{layer}",
-        qkv=Stacked("self_attn.W_pack"),
-        o="self_attn.o_proj",
-        ffn=_LLAMA_FFN,
-    ),
-    Family(
-        name="gpt2",
-        model_types=("gpt2",),
-        layer="h.{layer}",
-        qkv=Stacked("attn.c_attn"),
-        o="attn.c_proj",
-        ffn=Plain("mlp.c_fc", "mlp.c_proj"),
-        in_out=True,
-    ),
-    Family(
-        name="gpt_neox",
-        model_types=("gpt_neox",),
-        layer="layers.{layer}",
-        qkv=Interleaved("attention.query_key_value"),
-        o="attention.dense",
-        ffn=_NEOX_FFN,
-    ),
-    Family(
-        name="falcon",
-        model_types=("falcon",),
-        layer="h.{layer}",
-        qkv=Interleaved("self_attention.query_key_value"),
-        o="self_attention.dense",
-        ffn=_NEOX_FFN,
-    ),
-    Family(
-        name="opt",
-        model_types=("opt",),
-        layer="layers.{layer}",
-        qkv=_LLAMA_QKV,
-        o="self_attn.out_proj",
-        ffn=Plain("fc1", "fc2"),
-    ),
-    Family(
-        name="bert",
-        model_types=("bert", "roberta", "xlm-roberta"),
-        layer="layer.{layer}",
-        qkv=_BERT_QKV,
-        o="attention.output.dense",
-        ffn=_BERT_FFN,
-        post_norm=True,
-    ),
-    Family(
-        name="mpnet",
-        model_types=("mpnet",),
-        layer="layer.{layer}",
-        qkv=Separate("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-        o="attention.attn.o",
-        ffn=_BERT_FFN,
-        post_norm=True,
-    ),
-)
+    bias_after: bool = False
+    sizes: tuple[str, str] = ("out_features", "in_features")
 
 
 @dataclass(frozen=True)
@@ -173,17 +84,191 @@ class Counts:
     unless: str | None = None
 
 
-# Model types whose attention works in layers that have fewer heads than others: tests/test_removed_units.py shows it.
-# Most reshape by the size of a head, and so count nothing.
-ATTENTION_COUNTS: Mapping[str, Counts] = {
-    **dict.fromkeys(("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), Counts()),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo", "granite", "gpt_neox"), Counts()),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), Counts()),
-    "phi3": Counts(attributes=("num_key_value_heads",), settings=("num_attention_heads",)),
-    "gpt2": Counts(attributes=("num_heads", "split_size")),
-    "falcon": Counts(attributes=("num_heads", "num_kv_heads"), unless="alibi"),
-    "opt": Counts(attributes=("num_heads",)),
-}
+@dataclass(frozen=True)
+class MultiQuery:
+    """Settings of a family that does not always count its key/value heads: with `setting`, or where that is not said,
+    there is one; without it there are as many as query heads. With `unless` they are counted as in other families.
+    """
+
+    setting: str
+    unless: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: module paths below one layer, and what else is particular to these model types.
+
+    Attributes:
+        name: of the row.
+        model_types: as `config.json` writes them.
+        layer: the layer's own path, after any prefix.
+        qkv: where queries, keys and values are computed.
+        o: the attention's output projection.
+        ffn: the feed-forward.
+        linear: the class of the linear modules.
+        post_norm: each half of a layer ends in a norm of its output plus its input, as in BERT.
+        removable: how attention counts its heads, where tests/test_removed_units.py shows that it works in layers that
+            have fewer of them than others. Most reshape by the size of a head, and so count nothing. None: not shown.
+        encoder: the model sees the whole text, unless its configuration says `is_decoder`.
+        offset_positions: positions are counted from behind the padding token's number.
+        multi_query: how key/value heads are counted, where not by their own setting alone.
+        embedding: the end of the input embedding's path.
+        tied_outputs: tensors of the output embedding, which some checkpoints hold too where it is the input's.
+        optional: modules of the bare model that checkpoints need not have.
+        buffers: ends of names of tensors that older checkpoints hold and that are no parameters.
+        masks: the same for masks of four axes, which are called as parameters of other models are.
+        old_names: ends of tensors' names as they are and as older checkpoints write them.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layer: str
+    qkv: Separate | Stacked | Interleaved
+    o: str
+    ffn: Gated | GatedStacked | Plain
+    linear: Linear = Linear()
+    post_norm: bool = False
+    removable: Counts | None = None
+    encoder: bool = False
+    offset_positions: bool = False
+    multi_query: MultiQuery | None = None
+    embedding: str = "embed_tokens"
+    tied_outputs: tuple[str, ...] = ("lm_head.weight",)
+    optional: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    old_names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def in_out(self) -> bool:
+        """Whether weights are stored (input, output)."""
+        return self.linear.in_out
+
+
+_LLAMA_FFN = Gated("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_ROTARY = "rotary_emb.inv_freq"
+_NEOX_FFN = Plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+_LLAMA = Family(
+    name="llama",
+    model_types=(
+        *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+        *("gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo", "granite"),
+    ),
+    layer="layers.{layer}",
+    qkv=Separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    o="self_attn.o_proj",
+    ffn=_LLAMA_FFN,
+    removable=Counts(),
+    tied_outputs=("lm_head.weight", "language_model.lm_head.weight"),
+    buffers=(_ROTARY,),
+)
+_BERT = Family(
+    name="bert",
+    model_types=("bert",),
+    layer="layer.{layer}",
+    qkv=Separate("attention.self.query", "attention.self.key", "attention.self.value"),
+    o="attention.output.dense",
+    ffn=Plain("intermediate.dense", "output.dense"),
+    post_norm=True,
+    removable=Counts(),
+    encoder=True,
+    embedding="word_embeddings",
+    tied_outputs=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    optional=("pooler",),
+    buffers=("position_ids",),
+    old_names=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+)
+_ROBERTA = replace(
+    _BERT,
+    name="roberta",
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    offset_positions=True,
+    tied_outputs=("lm_head.decoder.weight", "lm_head.decoder.bias"),
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _LLAMA,
+    replace(_LLAMA, name="olmo2", model_types=("olmo2",), removable=None),  # its norms of q and k are over all heads
+    Family(
+        name="phi3",
+        model_types=("phi3",),
+        layer="layers.{layer}",
+        qkv=Stacked("self_attn.qkv_proj"),
+        o="self_attn.o_proj",
+        ffn=GatedStacked("mlp.gate_up_proj", "mlp.down_proj"),
+        removable=Counts(attributes=("num_key_value_heads",), settings=("num_attention_heads",)),
+        buffers=(_ROTARY,),
+    ),
+    Family(
+        name="baichuan",
+        model_types=("baichuan",),
+        layer="layers.{layer}",
+        qkv=Stacked("self_attn.W_pack"),
+        o="self_attn.o_proj",
+        ffn=_LLAMA_FFN,
+        buffers=(_ROTARY,),
+    ),
+    Family(
+        name="gpt2",
+        model_types=("gpt2",),
+        layer="h.{layer}",
+        qkv=Stacked("attn.c_attn"),
+        o="attn.c_proj",
+        ffn=Plain("mlp.c_fc", "mlp.c_proj"),
+        linear=Linear("Conv1D", in_out=True, sizes=("nx", "nf")),
+        removable=Counts(attributes=("num_heads", "split_size")),
+        embedding="wte",
+        buffers=(".attn.masked_bias",),
+        masks=(".attn.bias",),
+    ),
+    Family(
+        name="gpt_neox",
+        model_types=("gpt_neox",),
+        layer="layers.{layer}",
+        qkv=Interleaved("attention.query_key_value"),
+        o="attention.dense",
+        ffn=_NEOX_FFN,
+        removable=Counts(),
+        embedding="embed_in",
+        tied_outputs=("embed_out.weight",),
+        buffers=(_ROTARY, "attention.masked_bias"),
+        masks=(".attention.bias",),
+        old_names=(("lm_head.weight", "embed_out.weight"),),
+    ),
+    Family(
+        name="falcon",
+        model_types=("falcon",),
+        layer="h.{layer}",
+        qkv=Interleaved("self_attention.query_key_value"),
+        o="self_attention.dense",
+        ffn=_NEOX_FFN,
+        linear=Linear("FalconLinear", bias_after=True),
+        removable=Counts(attributes=("num_heads", "num_kv_heads"), unless="alibi"),
+        multi_query=MultiQuery("multi_query", unless="new_decoder_architecture"),
+        embedding="word_embeddings",
+        buffers=(_ROTARY,),
+    ),
+    Family(
+        name="opt",
+        model_types=("opt",),
+        layer="layers.{layer}",
+        qkv=_LLAMA.qkv,
+        o="self_attn.out_proj",
+        ffn=Plain("fc1", "fc2"),
+        removable=Counts(attributes=("num_heads",)),
+    ),
+    _BERT,
+    _ROBERTA,
+    replace(
+        _ROBERTA,
+        name="mpnet",
+        model_types=("mpnet",),
+        qkv=Separate("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        o="attention.attn.o",
+        removable=None,  # its relative biases are one for each head
+    ),
+)
 
 
 def family_of(model_type: str) -> Family | None:
@@ -191,35 +276,20 @@ def family_of(model_type: str) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-@dataclass(frozen=True)
-class Heads:
-    """What a configuration says of its attention: counts, and the size of one head (None where it is silent)."""
-
-    layers: int | None
-    query_heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    hidden: int | None
+def _of_all_rows(facts: Callable[[Family], Iterable[str]]) -> tuple[str, ...]:
+    """A fact of all rows, each answer once."""
+    return tuple(dict.fromkeys(one for family in FAMILIES for one in facts(family)))
 
 
-def heads_of(config: Mapping[str, Any]) -> Heads:
-    """Read the head counts from a configuration, whatever names the family gives them."""
-    query_heads = _first(config, "num_attention_heads", "n_head", "num_heads")
-    return Heads(
-        layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
-        query_heads=query_heads,
-        kv_heads=_kv_heads(config, query_heads),
-        head_dim=_first(config, "head_dim"),
-        hidden=_first(config, "hidden_size", "n_embd", "d_model"),
-    )
+# Asked by a name alone, of models that no row lists too: what the rows say, all together.
+INPUT_EMBEDDINGS = _of_all_rows(lambda family: (f"{family.embedding}.weight",))
+TIED_OUTPUTS = _of_all_rows(lambda family: family.tied_outputs)
+OPTIONAL = _of_all_rows(lambda family: family.optional)
+BUFFERS = _of_all_rows(lambda family: family.buffers)
+MASKS = _of_all_rows(lambda family: family.masks)
+OLD_NAMES: Mapping[str, str] = {new: old for family in FAMILIES for new, old in family.old_names}
+LINEARS: Mapping[str, Linear] = {family.linear.name: family.linear for family in FAMILIES}
 
-
-def _first(config: Mapping[str, Any], *names: str) -> int | None:
-    values = (config.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _kv_heads(config: Mapping[str, Any], query_heads: int | None) -> int | None:
-    if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
-        return 1 if config.get("multi_query", True) else query_heads
-    return _first(config, "num_key_value_heads", "num_kv_heads") or query_heads
+# Of no family: transformers ends the names of classes that predict the next token so, those last that also read images.
+WITH_IMAGES = "ForConditionalGeneration"
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", WITH_IMAGES)

@@ -9,14 +9,13 @@ from headshare.architecture.families import (
     Family,
     Gated,
     GatedStacked,
-    Heads,
     Interleaved,
     Plain,
     Separate,
     Stacked,
     family_of,
-    heads_of,
 )
+from headshare.architecture.heads import Heads, heads_of
 from headshare.errors import ArchitectureError, PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.units import Kind, Part
@@ -189,11 +188,13 @@ def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Fa
     crossed = next((name for name in shapes if re.search(r"cross|encoder_attn|enc_dec", name, re.I)), None)
     if crossed is not None:
         raise ArchitectureError(f"{refusal}it has cross-attention ({crossed}).")
-    found = []
+    found: dict[object, tuple[Family, str]] = {}
     for family in FAMILIES:
         if isinstance(family.qkv, Separate):
             prefixes = _prefixes(family, layers, shapes)
-            found += [(family, prefix) for prefix in prefixes if _o_present(family, prefix, layers, shapes)]
+            for prefix in (one for one in prefixes if _o_present(family, one, layers, shapes)):
+                # rows that differ in other things than names find the same stack, which is one
+                found.setdefault((prefix, family.layer, family.qkv, family.o), (family, prefix))
     if not found:
         fused = next((name for name in shapes if re.search(r"qkv|query_key_value|W_pack|c_attn", name)), None)
         reason = (
@@ -201,10 +202,12 @@ def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Fa
             if fused
             else f"no separate q, k, v and o matrices were found under a known name in each of {layers} layers. "
         )
-        raise ArchitectureError(f"{refusal}{reason}Add a row to headshare/families.py.")
+        raise ArchitectureError(f"{refusal}{reason}Add a row to headshare/architecture/families.py.")
     if len(found) > 1:
-        raise ArchitectureError(f"{refusal}it has more than one stack of attention layers: {[p for _, p in found]}.")
-    family, prefix = found[0]
+        raise ArchitectureError(
+            f"{refusal}it has more than one stack of attention layers: {[p for _, p in found.values()]}."
+        )
+    ((family, prefix),) = found.values()
     return family, prefix, layers
 
 

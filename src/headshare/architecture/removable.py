@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from headshare.architecture.families import ATTENTION_COUNTS, family_of
+from headshare.architecture.families import Counts, family_of
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
@@ -19,12 +19,18 @@ def removal_refusal(config: Mapping[str, Any], kind: Kind) -> str | None:
     model_type = str(config.get("model_type", "unknown"))
     if kind is Kind.FFN:
         return None if family_of(model_type) else f"headshare does not know how '{model_type}' models use their neurons"
-    counts = ATTENTION_COUNTS.get(model_type)
+    counts = counts_of(model_type)
     if counts is None:
         return f"the attention of '{model_type}' models is not known to work with fewer heads in some layers"
     if counts.unless is not None and config.get(counts.unless):
         return f"with {counts.unless}, the attention of '{model_type}' models needs as many heads in every layer"
     return None
+
+
+def counts_of(model_type: str) -> Counts | None:
+    """What this model type's attention counts its heads by; None where it is not known to do with fewer."""
+    family = family_of(model_type)
+    return None if family is None else family.removable
 
 
 def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:

@@ -1,87 +1,84 @@
-"""Budgets: how many bytes or units a plan is to save, and by which actions."""
+"""Budgets: numbers of bytes or units that a plan is to save, and the actions that it may do that by."""
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, Action, Output
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError, PlanError
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
-from headshare.plan.units import Parts
+from headshare.plan.units import Kind, Parts
 from headshare.sharing.size import parameter_infos
-
-AUTO = "auto"
-REMOVE = "remove"
-_FORMS: dict[str, tuple[Form, ...]] = {
-    "qk": (Form.QK,),
-    "qkv": (Form.QKV,),
-    "qkvo": (Form.QKVO,),
-    "gateup": (Form.GATEUP,),
-    "factored": (Form.FACTORED,),
-    AUTO: (Form.QKVO, Form.FACTORED),
-}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to be given up: units in one form, or bytes in whichever of several forms cost least."""
+    """An amount to be given up: units by one action, or bytes by whichever of several actions cost least."""
 
-    forms: tuple[Form, ...]
+    actions: tuple[Action, ...]
     units: int | None = None
     saved_bytes: int | None = None
     ffn_groups: int = 1
     protect: tuple[int, ...] = ()
 
+    @classmethod
+    def parse(
+        cls,
+        dense: Checkpoint,
+        *,
+        ratio: float = 0.3,
+        save: str | None = None,
+        parts: str = AUTO,
+        allow: Collection[str] = (),
+        ffn_groups: int = 1,
+        protect: Collection[int] = (),
+    ) -> "Budget":
+        """The budget that a person asks for.
 
-def budget_of(
-    dense: Checkpoint,
-    *,
-    ratio: float = 0.3,
-    save: str | None = None,
-    parts: str = AUTO,
-    allow: Collection[str] = (),
-    ffn_groups: int = 1,
-    protect: Collection[int] = (),
-) -> Budget:
-    """Read what a person asks for. `save` is a share of the whole model's bytes, such as "10%", or a number of bytes.
+        `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
+        units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action that
+        is to `allow`) or of ranks, the budget is as many bytes as sharing q, k and v at this ratio would save.
 
-    Without it, `ratio` of the units are shared in `parts`; where there is a choice of forms (several parts, as with
-    auto, or removal allowed) or of ranks (parts factored), as many bytes as sharing q, k and v at this ratio would
-    save.
-
-    Raises:
-        OptionError: if a word is not known, or the amount to save is none.
-        PlanError: if the budget cannot be met by any plan.
-    """
-    dense.require_dense("plan for it")
-    unknown = [word for word in allow if word != REMOVE]
-    if unknown:
-        raise OptionError(f"'{unknown[0]}' is not something that can be allowed besides sharing. There is: {REMOVE}.")
-    forms = _forms_of(parts) + ((Form.REMOVE,) if allow else ())
-    words = "gateup" if forms[0] is Form.GATEUP else "qk"
-    layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
-    units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
-    saved: int | None = None
-    if save is not None:
-        saved = _bytes_of(dense, save)
-    elif len(forms) > 1 or forms[0] is Form.FACTORED:
-        saved = estimate(dense, ratio, parts="qkv").saved_bytes
-    return Budget(forms, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))))
+        Raises:
+            OptionError: if a word is not known, or the amount to save is none.
+            PlanError: if the budget cannot be met by any plan.
+        """
+        dense.require_dense("plan for it")
+        actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
+        words = "gateup" if actions[0].sublayer is Kind.FFN else "qk"
+        layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
+        units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
+        saved: int | None = None
+        if save is not None:
+            saved = _bytes_of(dense, save)
+        elif len(actions) > 1 or actions[0].output is Output.LOW_RANK:
+            saved = estimate(dense, ratio, parts="qkv").saved_bytes
+        return cls(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))))
 
 
-def _forms_of(parts: str) -> tuple[Form, ...]:
+def _actions_of(parts: str) -> list[Action]:
+    known = {name: (action,) for name, action in ACTIONS.items() if not action.removes} | {AUTO: AUTO_ACTIONS}
     words = [word.strip() for word in parts.split("+")]
-    unknown = [word for word in words if word not in _FORMS]
+    unknown = [word for word in words if word not in known]
     if unknown:
         raise OptionError(
-            f"units cannot be matched by output in parts '{unknown[0]}'. There are: {', '.join(_FORMS)}, "
+            f"units cannot be matched by output in parts '{unknown[0]}'. There are: {', '.join(known)}, "
             "or several joined by +."
         )
-    return tuple(dict.fromkeys(form for word in words for form in _FORMS[word]))
+    return [action for word in words for action in known[word]]
+
+
+def _allowed(word: str) -> Action:
+    known = {name: action for name, action in ACTIONS.items() if action.removes}
+    if word not in known:
+        raise OptionError(
+            f"'{word}' is not something that can be allowed besides sharing. There is: {', '.join(known)}."
+        )
+    return known[word]
 
 
 def _bytes_of(dense: Checkpoint, save: str) -> int:

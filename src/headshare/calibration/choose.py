@@ -2,18 +2,46 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import check_windows, predicts, probe_prices
 from headshare.calibration.costs.saved import SavedPaths
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.files.resume import Workspace, check_readable, joint_digest
+from headshare.errors import PlanError
+from headshare.files.state_files import Workspace, check_readable, joint_digest
+from headshare.plan.plan import SharePlan
 from headshare.plan.units import Kind
 from headshare.text.tokens import Calibration
+
+
+def plan_by_output(
+    dense: Checkpoint,
+    calibration: Calibration,
+    budget: Budget | None = None,
+    *,
+    probe: bool = True,
+    device: str = "cpu",
+    **wanted: Any,
+) -> SharePlan:
+    """The plan that costs the model's output least on the calibration text.
+
+    The budget is given, or made of the words that `Budget.parse` takes: `save="10%"`, `allow=["remove"]` and the like.
+
+    Raises:
+        PlanError: if the budget cannot be met, or is given twice.
+        CalibrationError: if the text is too short.
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+    """
+    if budget is not None and wanted:
+        raise PlanError(f"a budget is given, so {', '.join(wanted)} would not be used. Give one or the other.")
+    asked = Budget.parse(dense, **wanted) if budget is None else budget
+    return plan_on(dense, calibration, asked, probe=probe, device=device).plan
 
 
 def plan_on(
@@ -36,13 +64,13 @@ def plan_on(
     prices = prices_on(
         dense,
         calibration,
-        budget.forms,
+        budget.actions,
         ffn_groups=budget.ffn_groups,
         protect=budget.protect,
         probe=probe,
         device=device,
         workspace=workspace,
-    ).only(budget.forms)
+    ).only(budget.actions)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
@@ -52,7 +80,7 @@ def plan_on(
 def prices_on(
     dense: Checkpoint,
     calibration: Calibration,
-    forms: tuple[Form, ...],
+    actions: tuple[Action, ...],
     *,
     ffn_groups: int = 1,
     protect: tuple[int, ...] = (),
@@ -61,11 +89,11 @@ def prices_on(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> Prices:
-    """What these halves of all layers could give up in these forms, and what that costs: `price_units`, and with
+    """The prices of all that these halves of all layers could give up by these actions: `price_units`, and with
     `probe` `probe_prices`, where the model predicts anything.
 
     Raises:
-        PlanError: if the model can have none of the forms.
+        PlanError: if the model can have none of the actions.
         CalibrationError: if the text is too short to probe with.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
@@ -73,9 +101,9 @@ def prices_on(
     probe = probe and predicts(dense)
     if probe:
         check_windows(calibration)  # before hours of work
-    what = forms, ffn_groups, protect
+    what = tuple(map(str, actions)), ffn_groups, protect
     done = _saved_paths(workspace, *what)
-    prices = price_units(dense, calibration, forms, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
+    prices = price_units(dense, calibration, actions, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
     prices = replace(prices, paths=tuple(path for path in prices.paths if path.kind in kinds))
     if probe:
         known = _saved_paths(workspace, "probed", sorted(kinds), *what)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from headshare.architecture.modules import module_path
+from headshare.architecture.modules import ModuleMap
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
@@ -121,7 +121,7 @@ def _packing(
         sizes = ", ".join(map(str, sorted(inputs)))
         raise CheckpointError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
     model = empty_model(checkpoint)
-    rounded = {module_path(model, name) for name in names}
+    rounded = set(ModuleMap.of(model, names).paths().values())
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Packing(group=group or fitting[0], ignore=tuple(path for path in linear if path not in rounded))
 

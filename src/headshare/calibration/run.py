@@ -1,5 +1,6 @@
-"""Calibrated work from start to end: price and plan under a budget, refit, record, measure. Stopped anywhere, it goes
-on from there when it is given a workspace.
+"""Calibrated runs from a request to files: text, plan under a budget, refit, output, measurement.
+
+A run that is stopped anywhere is gone on with by the same call.
 """
 
 import re
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,19 +19,23 @@ from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import Measured, measure
 from headshare.calibration.outcome import Outcome, Planned, Wanted
 from headshare.calibration.refit.refitter import Refitter
-from headshare.calibration.refit.run import record_of, refit_on, run_refit
+from headshare.calibration.refit.run import record_of, refit, run_refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
-from headshare.files.resume import Workspace, joint_digest, settle, workspace, workspace_of
+from headshare.files.resume import ResumableRun, run_folder
+from headshare.files.state_files import joint_digest
 from headshare.plan.plan import SharePlan
 from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
-from headshare.text.tokens import TOKENS, Calibration, calibration_from
+from headshare.text.tokens import TOKENS, Calibration
 from headshare.text.windows import WINDOW, longest_window
+
+# the name, in a run's identity, of the checkpoint that the run refits and may replace
+_SHARED = "shared model"
 
 
 def device_named(name: str) -> str:
@@ -53,8 +57,8 @@ def device_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The calibration text that a person asks for, where to compute, whether a stopped run's state is to go, and
-    whether plans are priced by measured predictions."""
+    """The options of a calibrated run: the calibration text, the device, whether the state of a stopped run is thrown
+    away, and whether plans are priced by measured predictions."""
 
     source: str
     tokens: int = TOKENS
@@ -67,21 +71,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A calibrated run on its way: the tokens, the device, and the state that it leaves if it is stopped."""
+    """A calibrated run on its way: the dense model, the tokens, the device, and the state to go on from."""
 
     dense: Checkpoint
     calibration: Calibration
     device: str
-    work: Workspace
+    resumable: ResumableRun
     probe: bool
 
     def plan(self, budget: Budget) -> Budgeted:
         """`plan_on` this run's tokens."""
-        return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=self.work)
+        work = self.resumable.workspace
+        return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=work)
 
     def refit(self, shared: SharedCheckpoint, *, ffn: bool = True, steps: int = 0) -> SharedCheckpoint:
-        """`refit_on` this run's tokens."""
-        return refit_on(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=self.work)
+        """`refit` this run's tokens."""
+        work = self.resumable.workspace
+        return refit(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
 
     def measure(self, shared: Path) -> "Measured":
         """Perplexity of the dense model and of the shared one in this folder, on the windows held out of the fits."""
@@ -89,9 +95,9 @@ class Run:
 
 
 @contextmanager
-def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **what: str) -> Iterator[Run]:
-    """A run to this output. Its state goes when the block ends, and stays for the next run when the block fails; the
-    next run must have the same model, text and setting, and whatever else `what` names.
+def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[Run]:
+    """A calibrated run to this output. Its state is removed when the block ends, and stays when the block fails. The
+    next run to this output must then have the same model, text, setting and `more`, or it is refused.
 
     Raises:
         CalibrationError: if the text cannot be had or split, there is no such device, or the state is of another run.
@@ -99,30 +105,28 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **what: str) 
         OutputError: if the state cannot be kept, or another run has this output.
     """
     dense.require_dense("calibrate it")
-    device, longest = device_named(setting.device), longest_window(dense.config)
+    device = device_named(setting.device)
+    longest = longest_window(dense.config)
     if longest is not None and setting.window > longest:
         raise CalibrationError(
             f"windows of {setting.window} tokens are longer than the model's {longest}. "
             f"Use --calibration-window {longest}."
         )
-    text = calibration_from(
+    text = Calibration.load(
         setting.source, dense, tokens=setting.tokens, window=setting.window, seed=setting.seed, device=device
     )
     text.split()  # before anything is kept
-    with workspace(workspace_of(out), _what(dense, text, device, what), restart=setting.restart) as work:
-        yield Run(dense, text, device, work, setting.probe)
-
-
-def _what(dense: Checkpoint, text: Calibration, device: str, more: dict[str, str]) -> dict[str, str]:
-    """What a state belongs to. The seed is named by itself: it chooses the held-out windows too."""
-    return {
+    identity = {
         "headshare": version("headshare"),
         "model": fingerprint(dense),
         "text": text.digest,
-        "seed": str(text.seed),
+        "seed": str(text.seed),  # of the held-out windows too, which the text's digest does not tell
         "device": device,
         **more,
     }
+    folder = run_folder(out, "calibrating")
+    with ResumableRun(folder, identity, refused=CalibrationError, restart=setting.restart) as resumable:
+        yield Run(dense, text, device, resumable, setting.probe)
 
 
 def plan_calibrated(
@@ -137,14 +141,14 @@ def plan_calibrated(
     with calibrated_run(dense, out, setting) as run:
         chosen = run.plan(budget)
         found = _measured_for_a_time(run, chosen.plan) if measured else None
-        run.work.note_writing(out)
+        run.resumable.mark_committing(out)
         chosen.plan.save(out)
     return Planned(chosen, found)
 
 
 def _measured_for_a_time(run: Run, plan: SharePlan) -> Measured:
-    """What a plan's refitted model measures. The model stands among the state only so long."""
-    folder = run.work.folder / "measured"
+    """The measurement of a plan's refitted model, which is written among the state files until it is measured."""
+    folder = run.resumable.workspace.folder / "measured"
     shutil.rmtree(folder, ignore_errors=True)
     run.refit(share(run.dense, plan)).save(folder)
     try:
@@ -169,7 +173,7 @@ def share_calibrated(
         shared = share(dense, plan, dtype=wanted.dtype)
         if wanted.refit:
             shared = run.refit(shared, ffn=wanted.ffn, steps=wanted.steps)
-        run.work.note_writing(out)
+        run.resumable.mark_committing(out)
         shared.save(out, overwrite=overwrite)
     return Outcome(shared, chosen, run.measure(out) if wanted.measure else None)
 
@@ -198,20 +202,20 @@ def refit_checkpoint(
     fit_plan(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
-    finished = settle(out)
-    what = {"shared model": fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
-    with calibrated_run(dense, out, setting, **what) as run:
-        if finished and entry.refit and _is_same(finished, _what(dense, run.calibration, run.device, what)):
-            return entry.refit  # a run that was stopped had replaced the folder already
+    # the shared model is part of the identity: layers that were fitted to other weights are of no use
+    more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
+    with calibrated_run(dense, out, setting, **more) as run:
+        if entry.refit and _has_replaced(run.resumable):
+            return entry.refit  # a second refit would start from the first one's weights
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
-        run_refit(refitter, run.work, joint_digest(plan.digest, ffn, steps))
+        run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
-        run.work.note_writing(out)
+        run.resumable.mark_committing(out)
         base = entry.base_model or dense.name
         write_refitted(shared, record, refitter.result.tensors, out, base_model=base, overwrite=overwrite)
     return record
 
 
-def _is_same(finished: dict[str, Any], what: dict[str, str]) -> bool:
-    """Whether a state belonged to this, but for the shared model, which its run replaced."""
-    return all(finished.get(name) == value for name, value in what.items() if name != "shared model")
+def _has_replaced(run: ResumableRun) -> bool:
+    """Whether a run that was stopped had refitted and replaced the same folder: all but the shared model was as now."""
+    return run.committed is not None and {**run.committed, _SHARED: ""} == {**run.identity, _SHARED: ""}

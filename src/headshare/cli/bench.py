@@ -17,6 +17,7 @@ from headshare.cli.share_options import DtypeOption, ModelArgument, PartsOption
 from headshare.errors import CheckpointError
 from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.experiments.demo_table import demo_table
+from headshare.storage.registry import AUTO, STORAGES
 from headshare.text.windows import read_text
 
 DEMO_MODEL = "./demo-output/smollm2-135m"
@@ -61,8 +62,11 @@ def bench(
         typer.Option(help="The dense model of a shared one. Default: the shared one is expanded for the time."),
     ] = None,
     storage: Annotated[
-        str, typer.Option(help="How the shared model holds its weights; several, as in alias,owner.")
-    ] = "auto",
+        str,
+        typer.Option(
+            help=f"How the shared model holds its weights: {AUTO}, {', '.join(STORAGES)}; several with commas between."
+        ),
+    ] = AUTO,
     ratio: Annotated[float, typer.Option(help="For a dense MODEL: the ratio to share it at, for the time.")] = 0.3,
     parts: PartsOption = "qkv",
     tokens: Annotated[

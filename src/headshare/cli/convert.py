@@ -21,7 +21,7 @@ from headshare.cli.share_options import (
 from headshare.files.folder import check_output, check_vacant
 from headshare.sharing.expand import expand as expand_checkpoint
 from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
-from headshare.text.tokens import calibration_from
+from headshare.text.tokens import Calibration
 from headshare.text.windows import WINDOW
 
 
@@ -48,7 +48,7 @@ def quantize(
     check_vacant(out, overwrite=overwrite)
     with open_checkpoint(model, revision=revision) as source:
         check_output(out, source.path, overwrite=overwrite)
-        text = calibration_from(
+        text = Calibration.load(
             calibration,
             source,
             tokens=calibration_tokens,

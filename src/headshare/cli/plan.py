@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headshare.calibration.budget import Budget, budget_of
+from headshare.calibration.budget import Budget
 from headshare.calibration.run import Setting, plan_calibrated
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -24,7 +24,6 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
-    AllowName,
     AllowOption,
     CalibratedPartsOption,
     CalibrationOption,
@@ -47,7 +46,7 @@ from headshare.cli.share_options import (
     SaveOption,
 )
 from headshare.errors import OutputError, PlanError
-from headshare.files.resume import settle
+from headshare.files.folder import is_taken
 from headshare.matching.estimate import estimate as estimate_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.scores import Scores
@@ -64,7 +63,7 @@ def _check_budget(context: Context, budget: Budget) -> None:
     refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
     if is_given(context, "save"):
         refuse_unused(context, "--save says how much is given up", ["ratio"])
-    if not any(form.kind is Kind.FFN for form in budget.forms):
+    if not any(action.sublayer is Kind.FFN for action in budget.actions):
         refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
 
 
@@ -74,12 +73,12 @@ def budget_from(
     ratio: float,
     save: str | None,
     parts: str | None,
-    allow: AllowName | None,
+    allow: str | None,
     ffn_groups: int,
     protect: str | None,
 ) -> Budget:
     """The budget that the options of a command ask for."""
-    found = budget_of(
+    found = Budget.parse(
         dense,
         ratio=ratio,
         save=save,
@@ -194,7 +193,6 @@ def plan(
         made.save(output)
         more, words = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None), ""
     else:
-        settle(output)
         _check_file(output, overwrite, SharePlan.load, source)
         setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
         with open_checkpoint(source, revision=revision) as dense:
@@ -210,14 +208,10 @@ _OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:
     """Refuse an output file that exists, unless it may be overwritten and is of the kind that `read` reads."""
-    if not os.path.isdir(path.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
-        raise OutputError(f"there is no folder {path.absolute().parent} to write {path.name} in.")
     if source is not None and Path(os.path.realpath(source)) in Path(os.path.realpath(path)).parents:
         raise OutputError(f"the output {path} is inside the model {source}. Choose a place outside it.")
-    if not os.path.lexists(path):
+    if not is_taken(path, overwrite=overwrite):
         return
-    if not overwrite:
-        raise OutputError(f"{path} exists. Choose another name, or pass --overwrite.")
     try:
         read(path)
     except PlanError as error:

@@ -52,7 +52,6 @@ from headshare.cli.share_options import (
 )
 from headshare.errors import CalibrationError, CheckpointError, OutputError
 from headshare.files.folder import check_output, check_vacant
-from headshare.files.resume import settle
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
@@ -135,7 +134,6 @@ def share(
     )
     if by_output and match is not ShareMatchName.OUTPUT:
         refuse_unused(context, "--save and --allow choose by output", ["match"])
-    settle(out)
     check_vacant(out, overwrite=overwrite)
     with watched_peak() as peak, open_checkpoint(model, revision=revision) as dense:
         check_output(out, dense.path, overwrite=overwrite)
@@ -199,7 +197,6 @@ def refit(
     if out is None and not Path(shared).is_dir():
         raise OutputError(f"{shared} is no folder here that could be replaced. Say where to write: --out NEW")
     if out is not None:
-        settle(out)
         check_vacant(out, overwrite=overwrite)
     setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
     with (

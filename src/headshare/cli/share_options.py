@@ -37,12 +37,6 @@ class ModeName(StrEnum):
     PUBLISHED = "published"
 
 
-class AllowName(StrEnum):
-    """What a calibrated plan may do besides sharing."""
-
-    REMOVE = "remove"
-
-
 class DtypeName(StrEnum):
     """The types weights can be stored as."""
 
@@ -117,8 +111,10 @@ SaveOption = Annotated[
     typer.Option(help="Instead of --ratio: save this much of the whole model (10%, or bytes), where it costs least."),
 ]
 AllowOption = Annotated[
-    AllowName | None,
-    typer.Option(help="remove: the plan may also delete units and neurons outright, where that costs less."),
+    str | None,
+    typer.Option(
+        metavar="remove", help="remove: the plan may also delete units and neurons outright, where that costs less."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, or auto.")]
 ProbeOption = Annotated[

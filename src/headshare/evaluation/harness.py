@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import headshare.evaluation.tasks  # noqa: F401 - registers our tasks
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -200,12 +199,9 @@ class Runner:
             EvaluationError: if the harness cannot run it, or a likelihood is not finite.
         """
         import lm_eval
-        from lm_eval import evaluator
 
         settings = task.settings(self.settings)
-        # outside a repository git would complain past the harness, on standard error
-        no_commit = patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True)
-        with _explained(task.name), _hushed(), no_commit:
+        with _explained(task.name), _hushed(), _no_commit_asked():
             parts = None if task.parts is None else task.parts.items()
             given = [task.task] if parts is None else [as_task(task.task, *part) for part in parts]
             found = lm_eval.simple_evaluate(
@@ -280,4 +276,18 @@ def _hushed() -> Iterator[None]:
         logger.setLevel(before)
 
 
-# ---- ours as the harness's
+@contextmanager
+def _no_commit_asked() -> Iterator[None]:
+    """The harness asks git for a commit, which outside a repository complains past the harness, on standard error."""
+    from lm_eval import evaluator
+
+    name = "get_git_commit_hash"
+    asks = getattr(evaluator, name, None)
+    if asks is None:  # another version, which does not ask there
+        yield
+        return
+    setattr(evaluator, name, lambda: None)
+    try:
+        yield
+    finally:
+        setattr(evaluator, name, asks)

@@ -1,12 +1,10 @@
 """What was measured, as values: kept in one file, gone on with after a kill, printed as one table."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from headshare.errors import EvaluationError
 from headshare.files.atomic import write_whole
+from headshare.files.lock import locked
 
 RESULTS, WHAT = "results.json", "results of `headshare eval`"
 IRRELEVANT = ("batch_size", "device", "model", "torch", "transformers")
@@ -102,8 +101,8 @@ def key_of(*what: Any) -> str:
 
 
 class Kept(Generic[Row]):
-    """All that was measured so far, and the file that keeps it, if any, in a folder that is made: `what` says what that
-    holds. Several runs may add to one file.
+    """The rows that were measured so far, and the file that keeps them, if any, whose folder is made. `what` says in
+    errors what the file holds. Several runs may add to one file.
 
     Raises:
         EvaluationError: if the file is there and holds something else, or there can be no such folder.
@@ -123,29 +122,19 @@ class Kept(Generic[Row]):
         return next((row for row in self.rows if row.key == key), None)
 
     def add(self, row: Row) -> None:
-        """Keep it, in the file too, in the place of what has its key, beside what other runs added meanwhile."""
+        """Keep a row, in the place of one of the same key, and beside those that other runs added meanwhile."""
         if self.file is None:
             self._put(row)
             return
-        with _alone(self.file.parent):
+        with ExitStack() as lock:
+            with suppress(OSError):  # the file system has no locks
+                lock.enter_context(locked(self.file.parent))
             self.rows = self._read()
             self._put(row)
             write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
 
     def _put(self, row: Row) -> None:
         self.rows = [*(one for one in self.rows if one.key != row.key), row]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While no other run is in the same block, where the file system can say so."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

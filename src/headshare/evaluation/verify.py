@@ -29,6 +29,7 @@ from headshare.sharing.expand import expand, write_overwritten
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.size import parameter_infos
 from headshare.sharing.writer import same_numbers
+from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import longest_window
 
 PROBE_TOKENS = 48
@@ -246,7 +247,7 @@ def _probe(checkpoint: Checkpoint) -> Tensor:
 
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
-    model: Any = load_model(checkpoint, storage="owner", dtype="auto" if not dtype.is_floating_point else dtype)
+    model: Any = load_model(checkpoint, storage=TRAINABLE, dtype="auto" if not dtype.is_floating_point else dtype)
     out = model(input_ids=probe[:, : longest_window(checkpoint.config) or PROBE_TOKENS])
     value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
     return value.float()

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
-from headshare.calibration.costs.descent import saved_bytes
+from headshare.architecture.modules import linear_of
+from headshare.calibration.costs.actions import REMOVE
+from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.sublayer import UnitSizes
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
 from headshare.experiments.controls import weight_of
@@ -80,8 +81,8 @@ def removal_prices(dense: Checkpoint, importance: Importance) -> Prices:
     paths = []
     for layer in range(layout.layers):
         order = sorted(range(layout.groups), key=lambda group: _of(importance, layout, layer, group))[:-1]
-        saved = saved_bytes(dense, layout, layer, Form.REMOVE)
-        steps = tuple(Step(Form.REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
+        saved = REMOVE.saved_bytes(UnitSizes.of(dense, layout, layer))
+        steps = tuple(Step(REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
         if steps:
             paths.append(Path(Kind.ATTENTION, layer, steps))
     return Prices(str(dense.config.get("model_type", "unknown")), {Kind.ATTENTION: layout}, tuple(paths))
@@ -166,9 +167,11 @@ def round_to_integers(model: nn.Module, *, bits: int = 8, stored: torch.dtype | 
     if experts := next((name for name, one in model.named_parameters() if one.ndim > 2), None):
         raise CheckpointError(f"{experts} holds the matrices of several experts, which are not rounded yet.")
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or not any(step.isdigit() for step in name.split(".")):
+        linear = linear_of(module)
+        if linear is None or not any(step.isdigit() for step in name.split(".")):
             continue
-        weight, across = module.weight, int(isinstance(module, nn.Linear))  # a Conv1D's stands the other way round
+        weight = module.get_parameter("weight")
+        across = 0 if linear.in_out else 1
         whole = weight.float()  # the type that integers are multiplied in; a model's own would round once more
         scale = (whole.abs().amax(dim=across, keepdim=True) / most).clamp(min=torch.finfo(whole.dtype).tiny)
         weight.copy_((whole / scale).round() * scale)

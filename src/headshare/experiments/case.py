@@ -7,12 +7,13 @@ from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.choose import prices_on
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import REMOVE, Action
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.gptq import Rounded
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.experiments.baselines import Importance, magnitudes, taylor
-from headshare.files.resume import Workspace
+from headshare.files.state_files import Workspace
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import make_plan
 from headshare.matching.scores import Scores
@@ -31,7 +32,7 @@ GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
 @dataclass(frozen=True)
 class Common:
-    """What all cases look at: the dense model, the text, and what is worked out of them once, whatever the ratio.
+    """The common ground of all cases: the dense model, the text, and all that is worked out of them once.
     `work` keeps prices for later runs too. `training` says how methods train that do, but for the plan."""
 
     dense: Checkpoint
@@ -53,14 +54,14 @@ class Common:
         return self.calibration
 
     def scores(self, match: str) -> Scores:
-        """How alike units are, by this match function."""
+        """The likeness of units by this match function."""
         if match not in self._scores:
             self._scores[match] = score_units(self.dense, match, "qkv")
         return self._scores[match]
 
     @cached_property
     def magnitudes(self) -> Importance:
-        """How large each unit's weights are."""
+        """The size of each unit's weights."""
         return magnitudes(self.dense)
 
     @cached_property
@@ -69,21 +70,22 @@ class Common:
         some = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
         return taylor(self.dense, some, device=self.device)
 
-    def units(self, *forms: Form) -> Prices:
-        """What attention could give up in these forms, in nats: measured once, and of removals too where ties follow
+    def units(self, *actions: Action) -> Prices:
+        """Prices of attention's units by these actions, in nats: measured once, and of removals too where ties follow
         those."""
-        return prices_on(self.dense, self.text, forms, kinds=(Kind.ATTENTION,), device=self.device, workspace=self.work)
+        return self._prices(actions, Kind.ATTENTION)
 
     def neurons(self) -> Prices:
-        """What removing neurons costs, in nats, measured once."""
-        return prices_on(
-            self.dense, self.text, (Form.REMOVE,), kinds=(Kind.FFN,), device=self.device, workspace=self.work
-        )
+        """Prices of neurons' removal, in nats, measured once."""
+        return self._prices((REMOVE,), Kind.FFN)
+
+    def _prices(self, actions: tuple[Action, ...], kind: Kind) -> Prices:
+        return prices_on(self.dense, self.text, actions, kinds=(kind,), device=self.device, workspace=self.work)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of a method: at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
+    """A request to a method: to save at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
 
     common: Common
     ratio: float

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headshare.calibration.gptq import Rounded, round_by_gptq
-from headshare.calibration.refit.run import refit_on
+from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.opening import open_checkpoint
@@ -25,7 +25,7 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, C
 from headshare.experiments.cells import DENSE, Compared, GivenUp
 from headshare.experiments.recipe import Grid
 from headshare.files.folder import file_digest
-from headshare.files.resume import Workspace
+from headshare.files.state_files import Workspace
 from headshare.files.untrusted import MAX_TEXT
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
@@ -35,7 +35,7 @@ from headshare.sharing.size import estimate_plan, parameter_infos
 from headshare.text.tokens import Calibration
 from headshare.training import TrainSettings, train
 from headshare.training.state import RECORD as TRAINING_RECORD
-from headshare.training.state import settle
+from headshare.training.state import is_trained
 
 # hidden: a folder of the user's is not called so
 MADE, MADE_ROUNDED, WORK = ".headshare-model", ".headshare-rounded", ".headshare-prices"
@@ -91,7 +91,7 @@ class CellRunner:
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
         if REFIT in cell.method:
-            shared = refit_on(shared, case.common.text, device=self.device)
+            shared = refit(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
         found, cell = estimate_plan(self.dense, plan), _told(cell, plan)
         with open_checkpoint(folder) as written:
@@ -101,10 +101,10 @@ class CellRunner:
             return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
 
     def _trained(self, cell: Compared, settings: TrainSettings, begun: float) -> Compared:
-        """In a folder of its own, so that a training run that was stopped goes on and no other one's is in the way."""
+        """The measured cell of a training run, which has a folder of its own: a run that was stopped is gone on with,
+        and no other run's state is in the way."""
         folder = self.folder.parent / f"{self.folder.name}-{cell.key[:16]}"
-        settle(folder)
-        if not (folder / TRAINING_RECORD).is_file():
+        if not is_trained(folder):
             train(self.dense.path, folder, settings, overwrite=True, restart=self.restart)
         seconds = time.monotonic() - begun
         with open_checkpoint(folder) as written:

@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor, nn
 
-from headshare.architecture.modules import module_path
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
@@ -79,6 +79,6 @@ def recipients_of(plan: SharePlan) -> dict[Kind, list[HeadUnit]]:
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """A stock model's weight, by its tensor's name in the checkpoint."""
-    weight = model.get_submodule(module_path(model, name)).weight
+    weight = ModuleMap.of(model, [name]).module(model, name).weight
     assert isinstance(weight, Tensor)
     return weight

@@ -8,9 +8,10 @@ from typing import Any
 
 from headshare.bench.bench import Subject, measure_loading
 from headshare.calibration.allocate import plan_for_units
-from headshare.calibration.costs.curves import Form, Prices
+from headshare.calibration.costs.actions import QKV
+from headshare.calibration.costs.curves import Prices
 from headshare.calibration.costs.local import price_units
-from headshare.calibration.refit.run import refit_on
+from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, HeadshareError, OutputError
@@ -82,7 +83,7 @@ def run_demo(
     windows, calibration = _halved(windows_of(tokenizer, text, window=window), tokens, seed)
     dense_value = perplexity(model_at_rest, windows).perplexity
     del model_at_rest
-    scores, prices = score_units(dense, "qk", "qkv"), price_units(dense, calibration, [Form.QKV])
+    scores, prices = score_units(dense, "qk", "qkv"), price_units(dense, calibration, [QKV])
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -134,7 +135,7 @@ def _refitted(
 ) -> float:
     """Perplexity of this many units matched by output and refitted, written and loaded again."""
     shared = share(dense, plan_for_units(prices, units).plan)
-    with open_checkpoint(refit_on(shared, calibration).save(out, overwrite=True)) as written:
+    with open_checkpoint(refit(shared, calibration).save(out, overwrite=True)) as written:
         return perplexity(load_model(written), windows).perplexity
 
 

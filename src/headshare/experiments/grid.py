@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
-from headshare.errors import EvaluationError
+from headshare.errors import CalibrationError, EvaluationError
 from headshare.evaluation.harness import Chosen, chosen_tasks
 from headshare.evaluation.results import not_left_empty
 from headshare.evaluation.translation import Parallel
@@ -20,7 +21,7 @@ from headshare.experiments.cells import CELLS, DENSE, Compared, kept_cells
 from headshare.experiments.recipe import Grid
 from headshare.experiments.report.tables import as_csv, in_words
 from headshare.files.atomic import write_whole
-from headshare.files.resume import Workspace
+from headshare.files.resume import ResumableRun
 from headshare.progress import say, track
 from headshare.text.tokens import Calibration
 
@@ -72,16 +73,21 @@ def _cells(
     device: str,
     restart: bool,
 ) -> list[Compared]:
-    """Every cell of the grid, in its order; those that are missing are measured and kept one by one."""
+    """The cells of the grid, in its order. Those that are not kept yet are measured, and kept one by one."""
     kept = kept_cells(out)
     if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
         raise EvaluationError(
             f"{out} has a {foreign[0]} and no {CELLS}: it is not of a comparison, which would write over it. Move it, "
             "or write elsewhere."
         )
-    work = Workspace(out / WORK, _what(dense, calibration, device), restart=restart)
-    try:
+    identity = _run_identity(dense, calibration, device)
+    with ExitStack() as stack:
+        run = ResumableRun(out / WORK, identity, refused=CalibrationError, restart=restart, kept=True)
+        work = stack.enter_context(run).workspace
+        for folder in (out / MADE, out / MADE_ROUNDED):
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         bench = CellRunner(dense, grid, chosen, calibration, work, out / MADE, device, restart)
+        # methods that save the same whatever the ratio come once, the others at every ratio
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
         cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
         keys = {bench.key(name, ratio): (name, ratio) for name, ratio in cells}
@@ -93,13 +99,10 @@ def _cells(
             say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
         by_key = {row.key: row for row in kept.rows}
         return [by_key[key] for key in keys]
-    finally:
-        for folder in (out / MADE, out / MADE_ROUNDED):
-            shutil.rmtree(folder, ignore_errors=True)
-        work.close()
 
 
-def _what(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
+def _run_identity(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
+    """The identity of the prices that all cells have in common: the grid's methods and ratios may change."""
     return {
         "headshare": version("headshare"),
         "model": fingerprint(dense),

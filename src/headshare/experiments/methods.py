@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from headshare.calibration.allocate import plan_for_units
-from headshare.calibration.costs.curves import Form
+from headshare.calibration.costs.actions import AUTO_ACTIONS, QKV, REMOVE
 from headshare.calibration.gptq import Rounded, round_by_gptq
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.experiments.baselines import (
@@ -29,7 +29,6 @@ from headshare.sharing.size import estimate_plan
 from headshare.training import Method as Training
 from headshare.training import TrainSettings
 
-TIES = (Form.QKVO, Form.FACTORED)
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 TYING = ("directshare", "output", "random-donors", *(f"match-{name}" for name in MATCHES))  # rows of q, k, v alone
 SHARING = ("directshare", "output", "auto", "cheapest", *(f"match-{name}" for name in MATCHES))
@@ -47,17 +46,18 @@ def _directshare(case: Case) -> SharePlan:
 @method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)
 def _output(case: Case) -> SharePlan:
     units = units_at(case.ratio, case.dense.layouts.attention.units)
-    return plan_for_units(case.common.units(Form.QKV), units).plan
+    return plan_for_units(case.common.units(QKV), units).plan
 
 
 @method("auto", "ties with scales, with products of small rank, or removal of units, whichever costs least", reads=True)
 def _auto(case: Case) -> SharePlan:
-    return case.saving(case.common.units(*TIES))
+    return case.saving(case.common.units(*AUTO_ACTIONS))
 
 
 @method("cheapest", "the same, and removal of neurons", reads=True)
 def _cheapest(case: Case) -> SharePlan:
-    units, neurons = case.common.units(*TIES), case.common.neurons()
+    units = case.common.units(*AUTO_ACTIONS)
+    neurons = case.common.neurons()
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
     )
@@ -103,13 +103,14 @@ def _mean_unit(case: Case) -> Edit:
 
 @method("deletion", "attention units deleted, those that cost predictions least", reads=True)
 def _deletion(case: Case) -> SharePlan:
-    return case.saving(case.common.units(*TIES).only({Form.REMOVE}))
+    return case.saving(case.common.units(*AUTO_ACTIONS).only({REMOVE}))
 
 
 @method("deletion-same", "DirectShare's recipients deleted, the best matched first, as many as save the bytes")
 def _deletion_same(case: Case) -> SharePlan:
     plan = case.directshare()
-    layout, removed = case.dense.layouts.attention, dict[int, list[int]]()
+    layout = case.dense.layouts.attention
+    removed: dict[int, list[int]] = {}
     (scores,) = case.common.scores("qk").tables
     ties = [tie for selection in plan.selections for tie in selection.ties]
     ties.sort(key=lambda tie: -float(scores.scores[layout.index(tie.recipient), layout.index(tie.donor)]))
@@ -155,7 +156,8 @@ def _stored_in(dense: Checkpoint) -> torch.dtype:
 
 @method("magnitude-zeros", "the attention's smallest numbers set to zero: zeros, not smaller", refits=False)
 def _magnitude_zeros(case: Case) -> Edit:
-    layout, item = case.dense.layouts.attention, _stored_in(case.dense).itemsize
+    layout = case.dense.layouts.attention
+    item = _stored_in(case.dense).itemsize
 
     def change(model: Any) -> int:
         zero_smallest(model, layout, -(-case.saved_bytes // item))

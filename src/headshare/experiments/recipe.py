@@ -15,7 +15,7 @@ from headshare.evaluation.translation import SOURCE, Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
-from headshare.text.tokens import TOKENS, Calibration, calibration_from
+from headshare.text.tokens import TOKENS, Calibration
 from headshare.text.windows import WINDOW
 from headshare.training import TrainSettings
 
@@ -146,7 +146,7 @@ class Recipe(BaseModel):
         """
         if self.calibration is None:
             return None
-        return calibration_from(
+        return Calibration.load(
             self.calibration,
             dense,
             tokens=self.calibration_tokens,

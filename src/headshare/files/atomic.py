@@ -7,6 +7,8 @@ from pathlib import Path
 
 from headshare.errors import OutputError
 
+_PARTIAL = ".headshare-partial-"
+
 
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file: a temporary sibling, flushed to disk, then renamed over whatever is there.
@@ -17,7 +19,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=".headshare-partial-", dir=path.absolute().parent)
+        descriptor, name = tempfile.mkstemp(prefix=_PARTIAL, dir=path.absolute().parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -31,6 +33,18 @@ def write_whole(path: str | Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether `write_whole` gives its temporary files such names."""
+    return name.startswith(_PARTIAL)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files that `write_whole` left in a folder and below when it was killed. No other process may
+    be writing there."""
+    for partial in folder.rglob(f"{_PARTIAL}*"):
+        partial.unlink(missing_ok=True)
 
 
 def explain(error: OSError, path: Path) -> str:

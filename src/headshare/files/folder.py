@@ -1,7 +1,6 @@
 """Folders written whole or not at all: a locked temporary sibling, then a rename."""
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from typing import Any
 
 from headshare.errors import OutputError
 from headshare.files.atomic import explain, flush_folder, umask
+from headshare.files.lock import locked
+from headshare.files.resume import discard_committed
 
 MANIFEST = "headshare.json"
 PREFIX_BYTES = 100
@@ -36,14 +37,25 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 
 def check_vacant(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a checkpoint that may be overwritten, or has no folder to go in."""
+    if is_taken(out, overwrite=overwrite) and not _is_checkpoint(out):
+        raise OutputError(f"{out} is not a checkpoint folder, so --overwrite does not replace it.")
+
+
+def is_taken(out: Path, *, overwrite: bool) -> bool:
+    """Whether something is where an output is to go, and may be overwritten.
+
+    Raises:
+        OutputError: if something is there that may not be overwritten (what is left of the run that wrote it, and was
+            stopped when it had, is removed), or there is no folder to write in.
+    """
     if not os.path.isdir(out.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
         raise OutputError(f"there is no folder {out.absolute().parent} to write {out.name} in. Make it first.")
     if not os.path.lexists(out):
-        return
+        return False
     if not overwrite:
-        raise OutputError(f"{out} exists. Choose another name, or pass --overwrite to replace it.")
-    if not _is_checkpoint(out):
-        raise OutputError(f"{out} is not a checkpoint folder, so --overwrite does not replace it.")
+        stopped = "; it was whole when the run that wrote it was stopped" if discard_committed(out) else ""
+        raise OutputError(f"{out} exists{stopped}. Choose another name, or pass --overwrite to replace it.")
+    return True
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -66,6 +78,7 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
     check_vacant(out, overwrite=overwrite)
     parent = out.absolute().parent
     _remove_stale(parent, out.name)
+    discard_committed(out)
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
         raise OutputError(
@@ -75,9 +88,7 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
         try:
             partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-            lock = os.open(partial, os.O_RDONLY)
-            cleanup.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            cleanup.enter_context(locked(partial))
             yield partial
             partial.chmod(0o777 & ~umask())
             for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
@@ -94,17 +105,11 @@ def _partial_prefix(name: str) -> str:
 
 
 def _remove_stale(parent: Path, name: str) -> None:
-    """Remove what killed runs left: partial folders whose lock nobody holds."""
+    """Remove the partial folders that killed runs left: those whose lock nobody holds."""
     for stale in parent.iterdir():
-        if not stale.name.startswith(_partial_prefix(name)):
-            continue
-        with suppress(OSError):
-            lock = os.open(stale, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stale.name.startswith(_partial_prefix(name)):
+            with suppress(OSError), locked(stale, wait=False):
                 shutil.rmtree(stale, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:

@@ -2,46 +2,60 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from headshare.errors import OutputError
 from headshare.files.atomic import explain
 
 
-def identity_of(path: Path) -> str:
-    """Tells what is at a path from what is put there in its place."""
+def inode_of(place: Path | int) -> str:
+    """The device and the inode of a path or an open file, which differ once something else is put in its place; empty
+    where nothing is."""
     try:
-        status = path.stat()
+        status = os.stat(place)  # noqa: PTH116 - it takes descriptors too
     except OSError:
         return ""
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def locked(folder: Path) -> int:
-    """The folder, made if it is not there, opened and locked.
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[int]:
+    """The open descriptor of a folder that no other process has locked within this block.
 
     Raises:
-        OutputError: if it cannot be made, or another run has locked it.
+        BlockingIOError: if another process has locked it, and this one does not wait.
+        OSError: if it cannot be opened, or its file system has no locks.
     """
-    while True:
-        try:
-            folder.mkdir(exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OutputError(explain(error, folder)) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise OutputError(
-                f"another run is working on the same output, with its state in {folder}. Wait for it, or choose "
-                "another output."
-            ) from None
-        if identity_of(folder) == _identity_of(lock):
-            return lock
-        os.close(lock)  # its run ended and removed it meanwhile
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _identity_of(descriptor: int) -> str:
-    status = os.fstat(descriptor)
-    return f"{status.st_dev}:{status.st_ino}"
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder that this process alone works in within this block, made if it is not there.
+
+    Raises:
+        OutputError: if it cannot be made or locked, or another process works in it.
+    """
+    with ExitStack() as lock:
+        while True:
+            try:
+                folder.mkdir(exist_ok=True)
+                descriptor = lock.enter_context(locked(folder, wait=False))
+            except BlockingIOError:
+                raise OutputError(
+                    f"another run is working on the same output, with its state in {folder}. Wait for it, or choose "
+                    "another output."
+                ) from None
+            except OSError as error:
+                raise OutputError(explain(error, folder)) from None
+            if inode_of(folder) == inode_of(descriptor):
+                break
+            lock.close()  # the run that had the folder ended and removed it after it was opened here
+        yield

@@ -1,196 +1,200 @@
-"""What a long calibration has done so far, in a folder: killed at any moment, the next run goes on from there.
+"""Runs that can be stopped at any moment, even killed, and gone on with.
 
-Every file is written whole or not at all and ends with the SHA-256 of the rest; a damaged one is refused. One run at a
-time works in a folder, which it locks. A folder made for another model, text or setting is refused, not used.
+The state of a run lies in a folder of its own, beside the output, until that is in place. The folder's header says
+which run the state belongs to. Once all is done but to put the output in its place, the header also says which output
+that is: so a later run can tell a state that is still needed from one that was only left behind.
 """
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
-from headshare.errors import CalibrationError
-from headshare.files.atomic import flush_folder
-from headshare.files.lock import identity_of, locked
-from headshare.files.state_files import FolderTensors, damaged, read_state, read_tensors, write_state, write_tensors
+from headshare.errors import HeadshareError, OutputError
+from headshare.files.atomic import flush_folder, is_partial, remove_partials
+from headshare.files.lock import claimed, inode_of
+from headshare.files.state_files import Workspace
+from headshare.progress import say
 
 NAME_BYTES = 100
-_WHAT = "what.json"
-_WRITING = "writing.json"
-_PARTIAL = ".headshare-partial-*"
+HEADER = "run.json"
+# the header of a state that is being removed: its first step is to rename the header, its last to delete it
+DISCARDED = "discarded.json"
 
 
-class Workspace:
-    """A folder with the state of one calibrated run, locked until it is closed. `what` says what it belongs to; without
-    it, the state is looked at and not taken up.
+class ResumableRun:
+    """A run that goes on from where the last run of the same identity was stopped.
+
+        with ResumableRun(run_folder(out, "training"), identity, refused=TrainingError) as run:
+            ...                         # read and write state files in run.workspace
+            run.mark_committing(out)
+            save(out)
+
+    Entering locks the folder, removes the state of a run whose output is already in place (`committed` is then the
+    identity of that run), and compares identities. The state is removed when the block ends, unless it is `kept` for
+    other runs; it stays when the block fails, if there is anything to go on from: `has_work` tells that from the
+    folder, and any file beside the header is taken for work unless another `has_work` is given. `restart` throws away
+    the state that is there, whichever run it belongs to.
 
     Raises:
-        CalibrationError: if the folder is of a run that differs in any of these (it names which), or is damaged.
-        OutputError: if it cannot be made, or another run is working in it.
+        HeadshareError: of the kind `refused`, on entering, if the state belongs to another run (it names what
+            differs), is damaged, or is none.
+        OutputError: on entering, if the folder cannot be made, or another run is working in it.
     """
 
-    def __init__(self, folder: Path, what: Mapping[str, str] | None = None, *, restart: bool = False) -> None:
-        self.folder = folder
-        self._lock = locked(folder)
-        try:
-            if restart:
-                self._empty()
-            if what is not None:
-                self._begin(what)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, str],
+        *,
+        refused: type[HeadshareError],
+        restart: bool = False,
+        kept: bool = False,
+        has_work: Callable[[Path], bool] | None = None,
+    ) -> None:
+        self.workspace = Workspace(folder, refused)
+        self.identity = dict(identity)
+        self.committed: dict[str, str] | None = None
+        self._restart = restart
+        self._kept = kept
+        self._has_work = has_work or _has_files
+        self._held = ExitStack()
 
-    def _begin(self, what: Mapping[str, str]) -> None:
-        """Take up what is there; `what` is the first file of a state and the last to stay, so without it all goes."""
-        found = self.read_json(_WHAT)
-        if found is None:
-            self._empty()
-            self.write_json(_WHAT, dict(what))
-            return
-        changed = [name for name in {**found, **what} if found.get(name) != what.get(name)]
-        if changed:
-            raise CalibrationError(
-                f"{self.folder} holds the state of a run with another {', '.join(changed)}. "
-                "Run that one again to go on with it, or pass --restart to throw its state away."
+    def __enter__(self) -> "ResumableRun":
+        with ExitStack() as held:
+            held.enter_context(claimed(self.workspace.folder))
+            held.callback(self._leave)
+            self.committed = _discard_if_committed(self.workspace)
+            if self.committed is not None:
+                say("the last run was stopped when its output was whole; what was left of its state is removed")
+            self._take_up()
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held:
+            if kind is None and not self._kept:
+                _empty(self.workspace.folder)
+
+    def mark_committing(self, out: Path, *, holds: str = "") -> None:
+        """Note that all is done but to put this output in its place: something new at its path, which holds a file of
+        this name. The output must lie beside the folder of the state."""
+        place = out.absolute()
+        committing = {"output": place.name, "before": inode_of(place), "holds": holds}
+        self.workspace.write_json(HEADER, {"identity": self.identity, "committing": committing})
+
+    def _take_up(self) -> None:
+        """Begin a state, or go on with the one that is there."""
+        files = self.workspace
+        if not (files.folder / HEADER).exists() and not _is_vacant(files.folder):
+            raise files.refused(f"{files.folder} is in the way and is no state of a run. Move it, or write elsewhere.")
+        if self._restart:
+            _empty(files.folder)
+        header = files.read_json(HEADER)
+        found = {} if header is None else header["identity"]
+        differs = [key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key)]
+        if header and differs and self._has_work(files.folder):
+            raise files.refused(
+                f"{files.folder} holds the state of another run: it had another {' and another '.join(differs)}. "
+                "Go on with what it had, or throw it away with --restart."
             )
-        for partial in self.folder.rglob(_PARTIAL):
-            partial.unlink(missing_ok=True)
+        if header is None or differs:
+            _empty(files.folder)
+            files.write_json(HEADER, {"identity": self.identity})
+        remove_partials(files.folder)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
-        write_state(self.folder / name, data)
-
-    def read(self, name: str) -> bytes | None:
-        """A file's bytes; None if it is not there.
-
-        Raises:
-            CalibrationError: if they are not as they were written.
-        """
-        return read_state(self.folder / name)
-
-    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write a JSON object."""
-        self.write(name, json.dumps(data).encode())
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None if it is not there."""
-        data = self.read(name)
-        try:
-            found = None if data is None else json.loads(data)
-        except ValueError as error:
-            raise damaged(self.folder / name, str(error)) from None
-        if not isinstance(found, dict | None):
-            raise damaged(self.folder / name, "it holds no JSON object")
-        return found
-
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as one safetensors file, whole or not at all."""
-        write_tensors(self.folder / name, tensors)
-
-    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of such a file; None if it is not there."""
-        return read_tensors(self.folder / name)
-
-    def tensors(self, name: str) -> "FolderTensors":
-        """A subfolder that holds one tensor a file."""
-        return FolderTensors(self.folder / name)
-
-    def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        (self.folder / name).unlink(missing_ok=True)
-
-    def note_writing(self, out: Path) -> None:
-        """Note that all is done but to put this output in its place; `settle` then tells whether it came there."""
-        self.write_json(_WRITING, {"before": identity_of(out)})
-
-    def remove(self) -> None:
-        """Throw the state away: the run is done."""
-        self._empty()
-        with suppress(OSError):
-            self.folder.rmdir()
-
-    def _empty(self) -> None:
-        """Remove all that is in the folder, first what would make the rest look like a state."""
-        self.delete(_WHAT)
-        flush_folder(self.folder)
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Let other runs in. A state in which nothing was done yet is not kept."""
-        files = {path.name for path in self.folder.rglob("*") if path.is_file()}
-        if files == {_WHAT}:
-            self.remove()
-        os.close(self._lock)
+    def _leave(self) -> None:
+        """Keep no state in which nothing was done yet."""
+        folder = self.workspace.folder
+        if (folder / HEADER).exists() and not self._has_work(folder):
+            _empty(folder)
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
-@contextmanager
-def workspace(folder: Path, what: Mapping[str, str], *, restart: bool = False) -> Iterator[Workspace]:
-    """A workspace that is removed when the block ends, and kept for the next run when the block fails.
-
-    Raises:
-        CalibrationError, OutputError: as `Workspace` does.
-    """
-    work = Workspace(folder, what, restart=restart)
-    try:
-        yield work
-        work.remove()
-    finally:
-        work.close()
-
-
-def workspace_of(out: Path, what: str = "calibrating") -> Path:
-    """Where the state of a calibrated run to this output, or of another kind of run, is kept until it is done."""
+def run_folder(out: Path, kind: str) -> Path:
+    """The folder for the state of a run of this kind to this output: a hidden sibling of the output."""
     place = out.absolute()
     raw = os.fsencode(place.name)
     name = place.name
     if len(raw) > NAME_BYTES:  # a name can be too long with more added to it
         name = f"{os.fsdecode(raw[:NAME_BYTES])}-{hashlib.sha256(raw).hexdigest()[:16]}"
-    return place.parent / f".{name}.headshare-{what}"
+    return place.parent / f".{name}.headshare-{kind}"
 
 
-def settle(out: Path) -> dict[str, Any] | None:
-    """Throw away the state of a run that was stopped after its output was in place, and say what it belonged to; None,
-    and nothing happens, where there is no such state.
+def discard_committed(out: Path) -> bool:
+    """Remove the states of runs that were stopped after this output was in place, whatever their kind; False where
+    there are none. A state that is still needed, is damaged, or is worked with, stays."""
+    committed = False
+    for folder in _run_folders(out):
+        with suppress(OutputError, OSError), claimed(folder):
+            committed |= _discard_if_committed(Workspace(folder, OutputError)) is not None
+            if _is_vacant(folder):
+                _empty(folder)
+                folder.rmdir()
+    return committed
 
-    Raises:
-        OutputError: if another run is working in it.
-    """
-    folder = workspace_of(out)
-    if not folder.is_dir():
-        return None
+
+def _run_folders(out: Path) -> Iterator[Path]:
+    """The folders of runs of any kind to this output."""
+    prefix = run_folder(out, "")
+    with suppress(OSError):
+        for path in prefix.parent.iterdir():
+            kind = path.name.removeprefix(prefix.name)
+            if kind != path.name and kind.isalpha():
+                yield path
+
+
+def _discard_if_committed(state: Workspace) -> dict[str, str] | None:
+    """Remove a state whose output is in place, and say which run it belonged to. A damaged state is left to the run
+    that takes it up."""
     try:
-        work = Workspace(folder)
-    except CalibrationError:  # whoever takes the state up says so
+        header = state.read_json(HEADER) or state.read_json(DISCARDED)
+    except state.refused:
         return None
-    try:
-        what, writing = work.read_json(_WHAT), work.read_json(_WRITING)
-        if what is not None and (writing is None or identity_of(out) in ("", writing.get("before"))):
-            return None
-        work.remove()
-    except CalibrationError:
+    if header is None or not _is_in_place(state.folder, header):
         return None
-    finally:
-        work.close()
-    return what
+    _empty(state.folder)
+    return dict(header["identity"])
 
 
-def check_readable(saved: Mapping[Any, object]) -> None:
-    """Read all that was saved once, so that damage is found before hours of work and not after."""
-    for _ in saved.values():
-        pass
+def _is_in_place(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Whether the output that a header names came to its place."""
+    committing = header.get("committing")
+    if committing is None:
+        return False
+    out = folder.parent / committing["output"]
+    before: str = committing["before"]
+    return inode_of(out) != before and (out / committing["holds"]).exists()
 
 
-def joint_digest(*what: object) -> str:
-    """A short digest of several values together, by their representations."""
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+def _is_vacant(folder: Path) -> bool:
+    """Whether a folder is as a run that was killed while it began or removed a state leaves it."""
+    names = [path.name for path in folder.iterdir()]
+    return HEADER not in names and (DISCARDED in names or all(is_partial(name) for name in names))
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a state has any file but its header."""
+    return any(path.is_file() and path.name != HEADER for path in folder.rglob("*"))
+
+
+def _empty(folder: Path) -> None:
+    """Remove all that is in a folder. Cut short at any moment, this leaves a state or what is known for none."""
+    with suppress(FileNotFoundError):
+        (folder / HEADER).rename(folder / DISCARDED)
+    flush_folder(folder)
+    rest = [path for path in folder.iterdir() if path.name != DISCARDED]
+    for path in rest:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(path.exists() for path in rest):
+        (folder / DISCARDED).unlink(missing_ok=True)

@@ -1,69 +1,94 @@
-"""State files: bytes, JSON and tensors that end with a digest of what stands before it."""
+"""State files: bytes, JSON and tensors, each written whole or not at all, with a digest of the bytes behind them."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from headshare.errors import CalibrationError
+from headshare.errors import HeadshareError
 from headshare.files.atomic import write_whole
 
 _TENSORS = ".safetensors"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def damaged(path: Path, reason: str) -> CalibrationError:
-    """The error of a state that cannot be gone on from."""
-    return CalibrationError(
-        f"the state of the run that was stopped is damaged: {path}: {reason.splitlines()[0].rstrip('.')}. "
-        "Pass --restart to throw it away and begin anew."
-    )
+class Workspace:
+    """The state files of a run, in one folder. A damaged file is refused with an error of the kind `refused`."""
 
+    def __init__(self, folder: Path, refused: type[HeadshareError]) -> None:
+        self.folder = folder
+        self.refused = refused
 
-def write_state(path: Path, data: bytes) -> None:
-    """Write bytes whole or not at all, with their digest behind them."""
-    write_whole(path, data + hashlib.sha256(data).digest())
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        write_whole(self.folder / name, data + hashlib.sha256(data).digest())
 
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None if it is not there.
 
-def read_state(path: Path) -> bytes | None:
-    """The bytes of such a file; None if it is not there.
+        Raises:
+            HeadshareError: of the kind `refused`, if they are not as they were written.
+        """
+        path = self.folder / name
+        try:
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                data = file.read(max(path.stat().st_size - _DIGEST_BYTES, 0))
+                digest = file.read()
+        except OSError as error:
+            raise self.damaged(name, error.strerror or str(error)) from None
+        if hashlib.sha256(data).digest() != digest:
+            raise self.damaged(name, "its bytes are not those that were written")
+        return data
 
-    Raises:
-        CalibrationError: if they are not as they were written.
-    """
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            data = file.read(max(path.stat().st_size - _DIGEST_BYTES, 0))
-            digest = file.read()
-    except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from None
-    if hashlib.sha256(data).digest() != digest:
-        raise damaged(path, "its bytes are not those that were written")
-    return data
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON object."""
+        self.write(name, json.dumps(data).encode())
 
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None if it is not there."""
+        data = self.read(name)
+        try:
+            found = None if data is None else json.loads(data)
+        except ValueError as error:
+            raise self.damaged(name, str(error)) from None
+        if not isinstance(found, dict | None):
+            raise self.damaged(name, "it holds no JSON object")
+        return found
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file with its digest behind it."""
-    write_state(path, save({key: value.contiguous() for key, value in tensors.items()}))
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors as one safetensors file."""
+        self.write(name, save({key: value.contiguous() for key, value in tensors.items()}))
 
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a safetensors file; None if it is not there."""
+        data = self.read(name)
+        try:
+            return None if data is None else load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self.damaged(name, str(error)) from None
 
-def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of such a file; None if it is not there.
+    def tensors(self, name: str) -> "FolderTensors":
+        """A subfolder that holds one tensor a file."""
+        return FolderTensors(Workspace(self.folder / name, self.refused))
 
-    Raises:
-        CalibrationError: if the file is damaged.
-    """
-    data = read_state(path)
-    try:
-        return None if data is None else load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise damaged(path, str(error)) from None
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def damaged(self, name: str, reason: str) -> HeadshareError:
+        """The error of a file that no run can go on from."""
+        return self.refused(
+            f"the state of the run that was stopped is damaged: {self.folder / name}: "
+            f"{reason.splitlines()[0].rstrip('.')}. Pass --restart to throw it away and begin anew."
+        )
 
 
 class FolderTensors(MutableMapping[str, Tensor]):
@@ -72,33 +97,45 @@ class FolderTensors(MutableMapping[str, Tensor]):
     A name is quoted in its file's name, so that none reaches outside the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{quote(name, safe='')}{_TENSORS}"
+    def __init__(self, files: Workspace) -> None:
+        self._files = files
+        files.folder.mkdir(exist_ok=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        found = read_tensors(self._path(name))
+        found = self._files.read_tensors(_file_of(name))
         if found is None:
             raise KeyError(name)
         return found["tensor"]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        write_tensors(self._path(name), {"tensor": tensor})
+        self._files.write_tensors(_file_of(name), {"tensor": tensor})
 
     def __delitem__(self, name: str) -> None:
-        try:
-            self._path(name).unlink()
-        except FileNotFoundError:
-            raise KeyError(name) from None
+        if name not in self:
+            raise KeyError(name)
+        self._files.delete(_file_of(name))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._path(name).is_file()
+        return isinstance(name, str) and (self._files.folder / _file_of(name)).is_file()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(unquote(path.name.removesuffix(_TENSORS)) for path in self._folder.glob(f"*{_TENSORS}")))
+        files = self._files.folder.glob(f"*{_TENSORS}")
+        return iter(sorted(unquote(path.name.removesuffix(_TENSORS)) for path in files))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _file_of(name: str) -> str:
+    return f"{quote(name, safe='')}{_TENSORS}"
+
+
+def check_readable(saved: Mapping[Any, object]) -> None:
+    """Read all that was saved once, so that damage is found before hours of work and not after."""
+    for _ in saved.values():
+        pass
+
+
+def joint_digest(*what: object) -> str:
+    """A short digest of several values together, by their representations."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from headshare.sharing.size import Estimate, estimate_plan
 
 def estimate(
     checkpoint: Checkpoint,
-    ratio: float = 0.3,
+    wish: float | SharePlan = 0.3,
     *,
     parts: str | Parts = "qkv",
     match: str = "qk",
@@ -22,16 +22,21 @@ def estimate(
     ffn_ratio: float | None = None,
     dtype: str | None = None,
 ) -> Estimate:
-    """The bytes that `share` will leave at this ratio. Reads names and shapes only; exact for star and root plans.
+    """The bytes that `share` will leave of a checkpoint under a plan, or at a ratio of units.
+
+    Reads names and shapes only. A ratio stands for the plan that `make_plan` makes in mode star or root, by the `match`
+    function and in the `parts` that are named; a plan says all that itself.
 
     Raises:
         ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
     """
+    if isinstance(wish, SharePlan):
+        return estimate_plan(checkpoint, wish, dtype=dtype)
     checkpoint.require_dense("estimate the saving of")
     wanted = Parts.parse(parts)
     selections: list[Selection] = []
     for layout in layouts_of(checkpoint, wanted, ffn_groups):
-        share = ratio_of(layout.kind, ratio, ffn_ratio)
+        share = ratio_of(layout.kind, wish, ffn_ratio)
         function = match_for(layout, match)
         tables = tied_together(function, layout)
         asked = wanted.of(layout.kind)

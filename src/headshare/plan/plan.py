@@ -7,7 +7,7 @@ A plan read from a checkpoint or a file is untrusted and comes through the same 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,6 +113,19 @@ class SharePlan(BaseModel):
         for section, written in others:
             data.setdefault(section.key, []).append(written)
         return data
+
+    @classmethod
+    def of_sections(cls, sections: Iterable[Section], model_type: str = "unknown") -> "SharePlan":
+        """The plan that does all of this.
+
+        Raises:
+            PlanError: if two sections contradict each other.
+        """
+        own = {"selections": Selection, "removals": Removal, "factored": Factored}
+        listed = list(sections)
+        by_key = {key: tuple(one for one in listed if isinstance(one, kind)) for key, kind in own.items()}
+        others = tuple(one for one in listed if not isinstance(one, tuple(own.values())))
+        return cls.model_validate({"model_type": model_type, **by_key, "others": others})
 
     @property
     def sections(self) -> tuple[Section, ...]:

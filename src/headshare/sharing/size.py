@@ -1,11 +1,11 @@
 """Exact bytes, before any weight is read: what a plan, or a ratio, makes of a checkpoint."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 
 from headshare.architecture.config import text_config
+from headshare.architecture.families import BUFFERS, INPUT_EMBEDDINGS, MASKS, TIED_OUTPUTS
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.errors import OptionError
@@ -15,12 +15,6 @@ from headshare.plan.units import Kind
 
 LITTLE = 0.02
 SMALL_PARTS = 0.15
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|position_ids$|\.(?:masked_)?attn\.masked_bias$|attention\.masked_bias$")
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_TIED_OUTPUTS = (
-    *("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight"),
-    *("cls.predictions.decoder.weight", "lm_head.decoder.weight"),
-)
 
 
 @dataclass(frozen=True)
@@ -118,18 +112,23 @@ def dtype_code(dtype: str | None) -> str | None:
 def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     """The stored tensors that are parameters, each counted once: no rotary tables, masks or second tied embedding."""
     infos = {name: info for name, info in checkpoint.tensors.items() if not _is_buffer(info)}
-    inputs = {infos[name].shape for name in infos if name.endswith(_INPUT_EMBEDDINGS)}
-    if text_config(checkpoint.config).get("tie_word_embeddings"):
-        repeated = [name for name in _TIED_OUTPUTS if name in infos and infos[name].shape in inputs]
-        for name in repeated:
+    if not text_config(checkpoint.config).get("tie_word_embeddings"):
+        return infos
+    inputs = {info.shape for name, info in infos.items() if name.endswith(INPUT_EMBEDDINGS)}
+    outputs = [name for name in TIED_OUTPUTS if name in infos]
+    repeated = {_module(name) for name in outputs if infos[name].shape in inputs}
+    for name in outputs:
+        if _module(name) in repeated:
             infos.pop(name)
-            infos.pop(name.removesuffix("weight") + "bias" if "decoder" in name else "", None)
     return infos
 
 
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
 def _is_buffer(info: TensorInfo) -> bool:
-    mask = len(info.shape) == 4 and info.name.endswith((".attn.bias", ".attention.bias"))
-    return mask or bool(_BUFFERS.search(info.name))
+    return info.name.endswith(BUFFERS) or (len(info.shape) == 4 and info.name.endswith(MASKS))
 
 
 def stored_bytes(info: TensorInfo, dtype: str | None) -> int:

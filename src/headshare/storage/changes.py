@@ -4,11 +4,12 @@ A section names what it changes (`ModuleChange`); the functions here build the n
 tensors under their own names, has ordinary parameters, and stands beside the modules of every storage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.low_rank import LOW_RANK
 from headshare.plan.plan import SharePlan
@@ -44,19 +45,25 @@ def _low_rank(stock: nn.Module, tensor: GappedTensor | None, section: Section) -
 MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank}
 
 
-def change_modules(model: nn.Module, plan: SharePlan, path_of: Callable[[str], str]) -> None:
-    """Replace the modules that the plan's sections change. `path_of` gives the path of the module that holds a tensor.
+def changed_tensors(plan: SharePlan) -> list[str]:
+    """The tensors that name the modules which the plan's sections change."""
+    return [change.tensor for section in plan.sections for change in section.modules()]
+
+
+def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> None:
+    """Replace the modules of a stock model that the plan's sections change. `modules` has those of `changed_tensors`.
 
     Raises:
-        StorageError: if nothing here builds such a module.
+        StorageError: if nothing here builds such a module, or a module holds several tensors.
         PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
     """
     tensors = gapped_tensors(plan)
+    paths = modules.paths()
     for section in plan.sections:
         for change in section.modules():
             if change.kind not in MODULE_CHANGES:
                 raise StorageError(f"the plan holds {change.tensor} as {change.kind!r}, which this headshare cannot.")
-            path = module_to_change(path_of(change.tensor), change.above)
+            path = module_to_change(paths[change.tensor], change.above)
             whole = tensors.get(change.tensor)
             reduced = None if whole is None else whole.reduced(tensors)
             parent, _, leaf = path.rpartition(".")

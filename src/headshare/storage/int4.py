@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headshare.architecture.modules import ModuleMap, replace_module
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
 from headshare.errors import PlanError
 from headshare.plan.tensors import GappedTensor
@@ -99,27 +100,25 @@ class PackedLinear(nn.Module):
         )
 
 
-def install_packed(
-    model: nn.Module, packing: Packing, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]
-) -> None:
-    """Replace every linear module that is not ignored. `modules` maps each tensor that a plan touches to its module's
-    path.
+def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+    """Replace every linear module that is not ignored. `modules` are those of the tensors that a plan touches.
 
     Raises:
         PlanError: if one of those is not replaced.
+        StorageError: if one of those holds several tensors.
     """
-    names = {path: name for name, path in modules.items()}
+    paths = modules.paths()
+    names = {path: name for name, path in paths.items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     ignored = {one for path in packing.ignore for one in (path, path.removeprefix(prefix), prefix + path)}
     found: dict[str, PackedLinear] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path not in ignored:
             found[path] = PackedLinear(module, packing, tensors.get(names.get(path, "")))
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, found[path])
-    if left := [path for path in modules.values() if path not in found]:
+            replace_module(model, path, found[path])
+    if left := [path for path in paths.values() if path not in found]:
         raise PlanError(f"the plan shares rows of {left[0]}, which is not a linear module of four bits here.")
-    by_name = {name: found[path] for name, path in modules.items()}
+    by_name = {name: found[path] for name, path in paths.items()}
     for name, module in by_name.items():
         module.link(tensors[name], tensors, by_name)
 

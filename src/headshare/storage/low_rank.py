@@ -13,7 +13,7 @@ from headshare.errors import PlanError
 from headshare.plan.spans import Span, Spans, joined
 from headshare.plan.tensors import GappedTensor, total_rank
 from headshare.sharing.factors import join_columns
-from headshare.storage.projection import SharedProjection, Style
+from headshare.storage.projection import SharedProjection
 
 
 class FactoredProjection(SharedProjection):
@@ -25,7 +25,7 @@ class FactoredProjection(SharedProjection):
 
     def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
         super().__init__(dense, tensor)
-        if tensor.axis != (0 if self.style is Style.CONV1D else 1):
+        if tensor.axis != (0 if self.in_out else 1):
             raise PlanError(f"the plan stores rows of {tensor.name} as products; only a readout's columns can be.")
         ranks, channels = total_rank(tensor), tensor.factored[0].stop - tensor.factored[0].start
         self.factor_in = nn.Parameter(self.weight.new_empty(ranks, channels))
@@ -38,7 +38,7 @@ class FactoredProjection(SharedProjection):
     def forward(self, x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens outputs"]:
         """The projection of x: one product for the kept columns, and two narrow ones for the others."""
         flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)
-        weight = self.weight.T if self.style is Style.CONV1D else self.weight
+        weight = self.weight.T if self.in_out else self.weight
         kept = linear(_channels(flat, self._kept), weight, self.bias)
         out = torch.addmm(kept, self._through_factors(flat), self.factor_out.T)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], self.out_features)

@@ -5,15 +5,16 @@ weight for the call, FSDP gathers it, and autograd sums the gradients of all its
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from headshare.architecture.modules import ModuleMap
 from headshare.plan.tensors import GappedTensor
-from headshare.storage.projection import SharedProjection, Style
+from headshare.storage.projection import SharedProjection
 
 FEW_TOKENS = 3
 
@@ -99,7 +100,8 @@ class OwnerProjection(SharedProjection):
         and the same bit for bit; for more tokens the library may round the narrower products in another way."""
         return (
             bool(self._slots)
-            and self.style is Style.LINEAR
+            and not self.in_out
+            and not self.bias_after
             and self.axis == 0
             and x.numel() <= FEW_TOKENS * x.shape[-1]
             and not torch.is_grad_enabled()
@@ -151,13 +153,30 @@ class OwnerProjection(SharedProjection):
 class OwnerStorage:
     """Install `OwnerProjection` wherever a plan gives or takes."""
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
-        """Replace first, link afterwards: a donor must be in place before its recipients name it."""
+    name: ClassVar[str] = "owner"
+    trains: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    replicates: ClassVar[bool] = False
+    brings_memory: ClassVar[bool] = False
+
+    def __init__(self, devices: Mapping[str, str]) -> None:
+        """Tensors may be on any devices: hooks bring what is called to where it is needed."""
+
+    @classmethod
+    def refusal(cls, *_: object) -> None:
+        """Owners hold everything, everywhere."""
+        return
+
+    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+        """Replace first, link afterwards: a donor must be in place before its recipients name it.
+
+        Raises:
+            StorageError: if a module holds several tensors.
+        """
         shared: dict[str, nn.Module] = {}
         for name, tensor in tensors.items():
-            parent, _, leaf = modules[name].rpartition(".")
-            shared[name] = OwnerProjection(model.get_submodule(modules[name]), tensor)
-            setattr(model.get_submodule(parent), leaf, shared[name])
+            shared[name] = OwnerProjection(modules.module(model, name), tensor)
+            modules.replace(model, name, shared[name])
         for name, tensor in tensors.items():
             _owner(shared[name]).link(tensor, tensors, shared)
 

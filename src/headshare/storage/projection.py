@@ -1,27 +1,20 @@
 """A projection that holds its weight in another way than a stock module, and multiplies exactly as that module does."""
 
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headshare.architecture.families import Linear
+from headshare.architecture.modules import linear_of
 from headshare.errors import PlanError
 from headshare.plan.tensors import GappedTensor
 
 
-class Style(StrEnum):
-    """How a stock module multiplies."""
-
-    LINEAR = "linear"
-    CONV1D = "conv1d"
-    FALCON = "falcon"
-
-
 class SharedProjection(nn.Module):
-    """Drop-in for nn.Linear, Falcon's linear and Conv1D: the same parameter names and the same arithmetic.
+    """Drop-in for the linear modules of every family: the same parameter names and the same arithmetic.
 
     `weight` is what this module stores, `whole_weight()` the dense weight. `tie_scale` multiplies the input channels
     of scaled ties. Abstract: a storage says in `forward` and `whole_weight` where the borrowed rows come from.
@@ -29,9 +22,11 @@ class SharedProjection(nn.Module):
 
     def __init__(self, dense: nn.Module, tensor: GappedTensor) -> None:
         super().__init__()
-        self.style = style_of(dense, tensor)
+        linear = _linear_with(dense, tensor)
+        self.in_out = linear.in_out
+        self.bias_after = linear.bias_after
         self.axis = tensor.axis
-        self.out_features, self.in_features = tensor.shape if self.style is not Style.CONV1D else tensor.shape[::-1]
+        self.out_features, self.in_features = tensor.shape[::-1] if self.in_out else tensor.shape
         self.weight = nn.Parameter(_parameter(dense, "weight").new_empty(tensor.stored_shape))
         has_bias = getattr(dense, "bias", None) is not None
         self.bias = nn.Parameter(torch.empty_like(_parameter(dense, "bias"))) if has_bias else None
@@ -47,16 +42,14 @@ class SharedProjection(nn.Module):
         """What the stock module gives for x and this whole weight, with scaled ties' channels scaled first."""
         if self.tie_scale is not None:
             x = x * self.channel_scale(self.tie_scale)
-        match self.style:
-            case Style.LINEAR:
-                return functional.linear(x, weight, self.bias)
-            case Style.FALCON:
-                product = x @ weight.T
-                return product if self.bias is None else product + self.bias
-            case _:
-                assert self.bias is not None
-                flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
-                return flat.view(*x.shape[:-1], self.out_features)
+        if self.in_out:
+            assert self.bias is not None
+            flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
+            return flat.view(*x.shape[:-1], self.out_features)
+        if self.bias_after:
+            product = x @ weight.T
+            return product if self.bias is None else product + self.bias
+        return functional.linear(x, weight, self.bias)
 
     def channel_scale(self, tie_scale: Float[Tensor, " scaled"]) -> Float[Tensor, " channels"]:
         """One factor for each input channel: the tie's where it is scaled, else 1."""
@@ -80,7 +73,7 @@ def dense_module(shared: SharedProjection, like: nn.Module) -> nn.Module:
         weight = shared.whole_weight().clone(memory_format=torch.contiguous_format)
         if shared.tie_scale is not None:
             scale = shared.channel_scale(shared.tie_scale)
-            weight.mul_(scale[:, None] if shared.style is Style.CONV1D else scale)
+            weight.mul_(scale[:, None] if shared.in_out else scale)
         like.weight = nn.Parameter(weight)
         if shared.bias is not None:
             like.bias = nn.Parameter(shared.bias.clone(), requires_grad=shared.bias.requires_grad)
@@ -97,24 +90,23 @@ def stored_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
     return {_parameter(module, "weight").dtype for module in modules}
 
 
-def style_of(dense: nn.Module, tensor: GappedTensor) -> Style:
-    """How the stock module that holds this tensor multiplies.
+def _linear_with(dense: nn.Module, tensor: GappedTensor) -> Linear:
+    """The way in which the stock module that holds this tensor multiplies.
 
     Raises:
         PlanError: if its weight has another shape than the plan says, or it is of a kind that we do not know.
     """
-    name = type(dense).__name__
     weight = getattr(dense, "weight", None)
     if weight is None or tuple(weight.shape) != tensor.shape:
         found = "none" if weight is None else tuple(weight.shape)
         raise PlanError(f"the model's {tensor.name} has shape {found}; the plan says {tensor.shape}.")
-    if name == "FalconLinear":
-        return Style.FALCON
-    if name == "Conv1D":
-        return Style.CONV1D
-    if isinstance(dense, nn.Linear) and type(dense).forward is nn.Linear.forward:
-        return Style.LINEAR
-    raise PlanError(f"the model computes {tensor.name} with a {name}, which headshare does not know how to share.")
+    linear = linear_of(dense)
+    if linear is None:
+        raise PlanError(
+            f"the model computes {tensor.name} with a {type(dense).__name__}, which headshare does not know how to "
+            "share."
+        )
+    return linear
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

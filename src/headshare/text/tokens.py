@@ -55,6 +55,64 @@ class Calibration:
     source: str
     seed: int
 
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        checkpoint: Checkpoint,
+        *,
+        tokens: int = TOKENS,
+        window: int = WINDOW,
+        seed: int = 0,
+        field: str | None = None,
+        bos: bool | None = None,
+        device: str | None = None,
+    ) -> "Calibration":
+        """The calibration tokens of a source: `tokens // window` windows, or as many as it has.
+
+        Sources:
+            a text file in UTF-8;
+            a .jsonl file with a document a line, its text under `field` (default: `text`, else the only field that is
+                a string);
+            `self`: text that the model writes, sampled at temperature 1 from the beginning-of-text token, or from a
+                random token where there is none, past every end of text; `device` says where the model runs (default:
+                where it loads);
+            `hf:NAME[:CONFIG][:SPLIT]`: the first documents of a data set (default: of `train`), read through the
+                `datasets` library; no code that a data set brings along is run.
+
+        Documents are joined by the end-of-text token, or a line's end where the tokenizer has none. The windows are
+        chosen at random among all whole ones, and stay in their order; one seed gives one choice. `bos` opens each with
+        the beginning-of-text token (default: if the model has one). A source with fewer windows gives all of them, and
+        says so in the log.
+
+        Raises:
+            CalibrationError: if there is no such source, it cannot be read, it holds less than one window, or the
+                tokenizer, the model or the window do not fit.
+            CheckpointError: if the model cannot be loaded to write.
+        """
+        try:
+            check_window(window, longest_window(checkpoint.config), "--calibration-window")
+            if tokens < window:
+                raise CalibrationError(
+                    f"{tokens} tokens are less than one window of {window}; ask for at least {window}."
+                )
+            if field is not None and not _has_rows(source):
+                raise CalibrationError(
+                    f"{source} has no fields to take {field!r} from; only .jsonl and hf: sources have."
+                )
+            tokenizer = load_tokenizer(checkpoint)
+            first = opening_token(tokenizer, bos)
+            if source == SELF:
+                starts = _starts(checkpoint, tokenizer, first, tokens // window, seed)
+                found, name = _written(checkpoint, starts, window, seed, device), f"text written by {checkpoint.name}"
+            else:
+                runs = _runs(source, tokenizer, tokens // window, window, field, seed)
+                found, name = _chosen(runs, str(source), tokens // window, window, first, seed), str(source)
+            check_vocabulary(checkpoint.config, found)
+        except EvaluationError as error:  # what hinders measuring on a text hinders calibrating on it
+            raise CalibrationError(str(error)) from error
+        return cls(found, first is not None, name, seed)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the shape, of `bos` and of the tokens as 64-bit integers, lowest byte first: the same for the same
@@ -85,56 +143,6 @@ class Calibration:
         held = torch.zeros(windows, dtype=torch.bool)
         held[_choice(min(max(round(windows * held_out), 1), windows - 1), windows, self.seed)] = True
         return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
-
-
-def calibration_from(
-    source: str | Path,
-    checkpoint: Checkpoint,
-    *,
-    tokens: int = TOKENS,
-    window: int = WINDOW,
-    seed: int = 0,
-    field: str | None = None,
-    bos: bool | None = None,
-    device: str | None = None,
-) -> Calibration:
-    """`tokens // window` windows for this model, or as many as there are; the same for the same seed.
-
-    `source` is one of:
-        a text file in UTF-8;
-        a .jsonl file, a document a line, its text under `field` (default: `text`, else the one field that is a string);
-        `self`: written by the model, sampled at temperature 1 from the beginning-of-text token, or from a random token
-            where there is none, and past every end of text; `device` says where (default: where the model loads);
-        `hf:NAME[:CONFIG][:SPLIT]`: a data set's first documents, read through the `datasets` library (default: of
-            `train`). It runs no code that a data set brings along.
-
-    Documents are joined by the end-of-text token, or a line's end where the tokenizer has none. The windows are chosen
-    at random among all whole ones, and stay in their order. `bos` opens each with the beginning-of-text token; default:
-    if the model has one. A source with fewer windows gives all of them, and says so in the log.
-
-    Raises:
-        CalibrationError: if there is no such source, it cannot be read, it holds less than one window, or the
-            tokenizer, the model or the window do not fit.
-        CheckpointError: if the model cannot be loaded to write.
-    """
-    try:
-        check_window(window, longest_window(checkpoint.config), "--calibration-window")
-        if tokens < window:
-            raise CalibrationError(f"{tokens} tokens are less than one window of {window}; ask for at least {window}.")
-        if field is not None and not _has_rows(source):
-            raise CalibrationError(f"{source} has no fields to take {field!r} from; only .jsonl and hf: sources have.")
-        tokenizer = load_tokenizer(checkpoint)
-        first = opening_token(tokenizer, bos)
-        if source == SELF:
-            starts = _starts(checkpoint, tokenizer, first, tokens // window, seed)
-            found, name = _written(checkpoint, starts, window, seed, device), f"text written by {checkpoint.name}"
-        else:
-            runs = _runs(source, tokenizer, tokens // window, window, field, seed)
-            found, name = _chosen(runs, str(source), tokens // window, window, first, seed), str(source)
-        check_vocabulary(checkpoint.config, found)
-    except EvaluationError as error:  # what hinders measuring on a text hinders calibrating on it
-        raise CalibrationError(str(error)) from error
-    return Calibration(found, first is not None, name, seed)
 
 
 def _has_rows(source: str | Path) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from headshare.architecture.config import text_config
+from headshare.architecture.families import CAUSAL_CLASSES, family_of
 from headshare.errors import EvaluationError
 from headshare.integrations.transformers.loading import quiet
 
 WINDOW = 512
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "mpnet", "camembert")
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ def is_causal(model: Any) -> bool:
 
 def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a model class of this name, with this config.json, predicts the next token."""
-    named = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    named = named and not config.get("is_encoder_decoder", False)  # these predict a text from another one
-    masked = config.get("model_type") in ("bert", "roberta", "xlm-roberta") and not config.get("is_decoder", False)
-    return named and not masked
+    family = family_of(str(config.get("model_type")))
+    sees_what_follows = family is not None and family.encoder and not config.get("is_decoder", False)
+    from_another_text = config.get("is_encoder_decoder", False)
+    return name.endswith(CAUSAL_CLASSES) and not sees_what_follows and not from_another_text
 
 
 def longest_window(config: Mapping[str, Any]) -> int | None:
@@ -161,4 +161,7 @@ def longest_window(config: Mapping[str, Any]) -> int | None:
     positions = settings.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None
-    return positions - ((settings.get("pad_token_id") or 0) + 1 if settings["model_type"] in _OFFSET_POSITIONS else 0)
+    family = family_of(str(settings.get("model_type")))
+    if family is None or not family.offset_positions:
+        return positions
+    return positions - ((settings.get("pad_token_id") or 0) + 1)

@@ -3,11 +3,11 @@
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from headshare.architecture.families import Linear
+from headshare.architecture.modules import linear_of
 from headshare.errors import TrainingError
 from headshare.integrations.transformers.loading import quiet
-from headshare.storage.projection import SharedProjection
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
@@ -20,13 +20,13 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise TrainingError("LoRA needs peft, which is not installed. Run: pip install 'headshare[train]'") from None
-    names = plain_projections(model)
-    across = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
-    if not names:
+    plain = plain_projections(model)
+    if not plain:
         raise TrainingError("every projection of this model is shared; train it in full, without LoRA.")
+    in_out = any(linear.in_out for linear in plain.values())
     with quiet():  # the two libraries' warnings to each other
         adapted: nn.Module = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=across)
+            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(plain), fan_in_fan_out=in_out)
         )
     return adapted
 
@@ -36,11 +36,8 @@ def without_adapters(model: Any) -> Any:
     return model.merge_and_unload()
 
 
-def plain_projections(model: nn.Module) -> list[str]:
-    """Stock projections within layers that lend nothing and take nothing."""
-    found = []
-    for name, module in model.named_modules():
-        within = any(step.isdigit() for step in name.split("."))
-        if within and isinstance(module, nn.Linear | Conv1D) and not isinstance(module, SharedProjection):
-            found.append(name)
-    return found
+def plain_projections(model: nn.Module) -> dict[str, Linear]:
+    """Stock projections within layers that lend nothing and take nothing, by their paths."""
+    modules = ((path, linear_of(module)) for path, module in model.named_modules())
+    within = ((path, linear) for path, linear in modules if any(step.isdigit() for step in path.split(".")))
+    return {path: linear for path, linear in within if linear is not None}

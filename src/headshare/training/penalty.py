@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from headshare.architecture.modules import module_path
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import PlanError
 from headshare.plan.layout import Place
 from headshare.plan.plan import SharePlan
@@ -79,7 +79,8 @@ class TiePenalty:
         self._names: dict[str, int] = {}
         self._ends = tuple(self._found(plan))
         self._rounds = _rounds(self._ends)
-        self._modules = [model.get_submodule(module_path(model, name)) for name in self._names]
+        modules = ModuleMap.of(model, self._names)
+        self._modules = [modules.module(model, name) for name in self._names]
 
     def __call__(self) -> Float[Tensor, ""]:
         """The mean over ties of the sum over parts, in float32 or better."""

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,11 +29,11 @@ from headshare.errors import TrainingError
 from headshare.files.folder import check_output, check_vacant
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.plan import SharePlan
-from headshare.progress import say
 from headshare.sharing.rewrite import write_trained
 from headshare.sharing.share import share
 from headshare.sharing.writer import copy_other_files
-from headshare.storage.owner import OwnerProjection
+from headshare.storage.projection import shared_projections
+from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import is_causal
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
@@ -43,7 +42,7 @@ from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import Method, TrainSettings
-from headshare.training.state import RECORD, checkpoints, note_writing, settle, taken_up, work_of
+from headshare.training.state import RECORD, checkpoints, trainer_run, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
 from headshare.training.windows import Packed, Streamed, training_windows
@@ -75,25 +74,23 @@ def train(
             loss is not finite, or memory is too small.
         CheckpointError, PlanError, OutputError: as `share` does.
     """
-    begun, target = time.monotonic(), Path(out)
-    if settle(target):
-        say(f"{target} was whole when the run that wrote it was stopped; what was left of that is removed")
+    begun = time.monotonic()
+    target = Path(out)
     check_vacant(target, overwrite=overwrite)
     with open_checkpoint(model, revision=revision) as source:
         check_output(target, source.path, overwrite=overwrite)
         run = _Run.checked(source, target, settings)
         processes = PartialState()  # the Trainer's arguments have said which there are
         first = processes.is_main_process
-        with taken_up(run.work, run.identity(), restart=restart) if first else nullcontext():
+        with trainer_run(run.work, run.identity(), restart=restart) if first else nullcontext() as resumable:
             processes.wait_for_everyone()
             with enough_room():
                 found = run.trained(begun)
-            if first:
-                note_writing(run.work, target)
+            if resumable is not None:
+                resumable.mark_committing(target, holds=RECORD)
                 run.write(found, overwrite=overwrite)
-                shutil.rmtree(run.work, ignore_errors=True)
-                if run.hub:
-                    run.hub.push(target)
+        if first and run.hub:
+            run.hub.push(target)
         processes.wait_for_everyone()
     return found
 
@@ -215,15 +212,15 @@ class _Run:
             if PartialState().is_main_process and not folder.is_dir():
                 share(self.source, self.plan).save(folder)
             PartialState().wait_for_everyone()
-            model = load_model(open_checkpoint(folder), storage="owner", **options)
+            model = load_model(open_checkpoint(folder), storage=TRAINABLE, **options)
         else:
-            model = load_model(self.source, storage="owner", **options)
+            model = load_model(self.source, storage=TRAINABLE, **options)
         if not is_causal(model):
             raise TrainingError(f"{type(model).__name__} does not predict the next token, which is what is trained.")
         model.config.use_cache = False
-        if any(isinstance(one, OwnerProjection) for one in model.modules()):
-            # FSDP shards owners by themselves, before their layers: other layers call them too
-            model._no_split_modules = {*(model._no_split_modules or ()), OwnerProjection.__name__}
+        if shared := {type(module).__name__ for _, module in shared_projections(model)}:
+            # FSDP shards them by themselves, before their layers: other layers call them too
+            model._no_split_modules = {*(model._no_split_modules or ()), *shared}
         return model
 
     def _teacher(self) -> nn.Module | None:

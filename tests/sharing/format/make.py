@@ -100,7 +100,7 @@ def make_scaled(out: Path) -> None:
     (chosen,) = hs.make_plan(hs.score_units(dense, parts="qkvo"), 0.5, parts="qkvo").selections
     scaled = Selection(layout=chosen.layout, ties=chosen.ties, scale=True, chosen=chosen.chosen)
     plan = SharePlan(model_type="llama", selections=(scaled,))
-    hs.refit_on(hs.share(dense, plan), calibration()).save(out)
+    hs.refit(hs.share(dense, plan), calibration()).save(out)
 
 
 def make_factored(out: Path) -> None:
@@ -159,7 +159,7 @@ def make_everything(out: Path) -> None:
         ),
         factored=(Factored(layout=units.only((Part.O,)), units={3: [1, 2]}, ranks={3: [1, 2]}),),
     )
-    hs.refit_on(hs.share(dense, plan), calibration()).save(out)
+    hs.refit(hs.share(dense, plan), calibration()).save(out)
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {

@@ -1,67 +1,36 @@
-"""What layers could give up, in which order and at what price, as values: printed, compared, kept as JSON."""
+"""Cost curves as values, which are printed, compared and kept as JSON: units that layers could give up, in which order
+and at what price."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from typing import Annotated
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
+from headshare.calibration.costs.actions import ACTIONS, Action, Output
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.units import HeadUnit, Kind, Part
+from headshare.plan.units import HeadUnit, Kind
 
 
-class Form(StrEnum):
-    """What can be done to a unit: its parts are shared, which are its name, or `remove` deletes all of it.
-
-    Ties of `qkvo` carry one scale for each channel of o. `factored` shares q, k and v, and stores the unit's own
-    columns of o as a product of small rank.
-    """
-
-    QK = "qk"
-    QKV = "qkv"
-    QKVO = "qkvo"
-    FACTORED = "factored"
-    GATEUP = "gateup"
-    REMOVE = "remove"
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """What a recipient takes from its donor, where its layers have it: a feed-forward without gate shares up."""
-        return _PARTS[self]
-
-    @property
-    def kind(self) -> Kind | None:
-        """The half of the layer that this form is for; None for removal, which is for both."""
-        if self is Form.REMOVE:
-            return None
-        return Kind.FFN if self is Form.GATEUP else Kind.ATTENTION
-
-    @property
-    def follows_removals(self) -> bool:
-        """Whether a tied unit keeps little or nothing of its own, so that those are tied that would be removed."""
-        return self in (Form.QKVO, Form.FACTORED)
+def _named(name: object) -> Action:
+    if not isinstance(name, str) or name not in ACTIONS:
+        raise ValueError(f"there is no action {name!r:.50}; there are {', '.join(ACTIONS)}")
+    return ACTIONS[name]
 
 
-_PARTS: dict[Form, tuple[Part, ...]] = {
-    Form.QK: (Part.Q, Part.K),
-    Form.QKV: (Part.Q, Part.K, Part.V),
-    Form.QKVO: (Part.Q, Part.K, Part.V, Part.O),
-    Form.FACTORED: (Part.Q, Part.K, Part.V),
-    Form.GATEUP: (Part.GATE, Part.UP),
-    Form.REMOVE: (),
-}
+Named = Annotated[Action, PlainValidator(_named), PlainSerializer(str, return_type=str), Field(alias="form")]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit given up, or several neurons: what that adds to the layer's error and what it saves.
+    """One unit given up, or several neurons, with what that adds to the layer's error and what it saves.
 
     `groups` are the units. `price` is with the steps before it taken, and with the best donor; it can be below zero,
     where donors make up for what earlier steps lost. `donors` are those the unit could have, best first, with the
     price of each: exact for the first few, estimated and no less than theirs for the others. A removal has none.
-    `rank` is that of a factored unit's columns of o.
+    `rank` is that of the product that stands for the unit's columns of o. JSON calls the action `form`.
 
     Raises:
         PlanError: if there is no such step.
@@ -69,7 +38,7 @@ class Step:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    form: Form
+    action: Named
     groups: tuple[int, ...]
     price: float
     saved_bytes: int
@@ -77,15 +46,15 @@ class Step:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or (self.rank > 0) != (self.form is Form.FACTORED):
-            raise PlanError(f"a step has a rank if it is factored, and only then; found {self.rank} for {self.form}.")
+        if self.rank < 0 or (self.rank > 0) != (self.action.output is Output.LOW_RANK):
+            raise PlanError(f"a step has a rank if it is factored, and only then; found {self.rank} for {self.action}.")
         if not self.groups or min(self.groups) < 0 or len(set(self.groups)) < len(self.groups):
             raise PlanError(f"a step gives up one group or several different ones; found {self.groups!r:.100}.")
         if self.saved_bytes < 1 or not all(map(math.isfinite, (self.price, *(price for _, price in self.donors)))):
             raise PlanError(f"a step saves bytes at finite prices; found {self.saved_bytes} bytes at {self.price}.")
-        if self.form is Form.REMOVE and self.donors:
-            raise PlanError("a removed unit takes nothing, so it has no donors.")
-        if self.form is not Form.REMOVE and (len(self.groups) > 1 or not self.donors):
+        if self.donors and not self.action.shares:
+            raise PlanError(f"{self.action}: a unit that shares nothing takes nothing, so it has no donors.")
+        if self.action.shares and (len(self.groups) > 1 or not self.donors):
             raise PlanError(f"a tie has one recipient and at least one donor; found {len(self.groups)} recipients.")
 
 
@@ -94,7 +63,7 @@ class Path:
     """The order in which one half of one layer gives units up. Neurons are removed, or groups of them tied, not both.
 
     Raises:
-        PlanError: if a unit is given up twice, a form is for the other half, or a donor is in no earlier layer.
+        PlanError: if a unit is given up twice, an action is for the other half, or a donor is in no earlier layer.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -110,22 +79,22 @@ class Path:
             raise PlanError(f"{where} gives a unit up twice.")
         if self.layer < 0:
             raise PlanError(f"there is no layer {self.layer}.")
-        if any(step.form.kind not in (None, self.kind) for step in self.steps):
-            raise PlanError(f"{where} has a form that is for the other half of the layer.")
-        if self.kind is Kind.FFN and len(self.forms) > 1:
+        if any(action.sublayer not in (None, self.kind) for action in self.actions):
+            raise PlanError(f"{where} has an action that is for the other half of the layer.")
+        if self.kind is Kind.FFN and len({action.removes for action in self.actions}) > 1:
             raise PlanError(f"{where} both removes neurons and ties groups of them.")
         if any(not 0 <= donor.layer < self.layer for step in self.steps for donor, _ in step.donors):
             raise PlanError(f"{where} has a donor that is in no earlier layer.")
 
     @property
-    def forms(self) -> frozenset[Form]:
-        """The forms of its steps."""
-        return frozenset(step.form for step in self.steps)
+    def actions(self) -> frozenset[Action]:
+        """The actions of its steps."""
+        return frozenset(step.action for step in self.steps)
 
     @property
     def is_of_neurons(self) -> bool:
         """Whether this path's units are single neurons."""
-        return self.kind is Kind.FFN and Form.REMOVE in self.forms
+        return self.kind is Kind.FFN and any(action.removes for action in self.actions)
 
 
 @dataclass(frozen=True)
@@ -151,9 +120,9 @@ class Prices:
         for path in self.paths:
             self._check(path)
 
-    def only(self, forms: Collection[Form]) -> "Prices":
-        """The same without paths that have other forms."""
-        return replace(self, paths=tuple(path for path in self.paths if path.forms <= set(forms)))
+    def only(self, actions: Collection[Action]) -> "Prices":
+        """The same without paths that have other actions."""
+        return replace(self, paths=tuple(path for path in self.paths if path.actions <= set(actions)))
 
     def layout_of(self, path: Path) -> Layout:
         """The layout that this path's units are of.
@@ -175,7 +144,7 @@ class Prices:
                 f"the {path.kind} path of layer {path.layer} is not of this model, which has {layout.layers} layers of "
                 f"{layout.groups} groups. Price it again."
             )
-        if sum(len(step.groups) for step in path.steps if step.form is Form.REMOVE) >= layout.groups:
+        if sum(len(step.groups) for step in path.steps if step.action.removes) >= layout.groups:
             raise PlanError(f"the {path.kind} path of layer {path.layer} removes all its units; keep one.")
 
 
@@ -184,7 +153,7 @@ _PATHS: TypeAdapter[list[Path]] = TypeAdapter(list[Path])
 
 def paths_to_json(paths: Sequence[Path]) -> str:
     """One layer's paths as JSON, exact to the last bit; the inverse of `paths_from_json`."""
-    return _PATHS.dump_json(list(paths)).decode()
+    return _PATHS.dump_json(list(paths), by_alias=True).decode()
 
 
 def paths_from_json(text: str | bytes) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Which donors could stand in for each unit of a layer, best first: every unit of every earlier layer is looked at.
+"""Donors that could stand in for each unit of a layer, best first: every unit of every earlier layer is looked at.
 
 A donor's gain is how much of what removing the unit costs it makes up for, nothing else being given up. What a donor
 makes of this layer's input is computed once, and kept only while it is among the few best of some unit.
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from headshare.calibration.costs.curves import Form
-from headshare.calibration.costs.least_squares import Fit, Inputs, Lost, Readout
+from headshare.calibration.costs.actions import Action, Output
+from headshare.calibration.costs.least_squares import Beside, Fit, Inputs, Lost, Readout
 from headshare.calibration.costs.sublayer import Half
-from headshare.plan.units import HeadUnit, Part
+from headshare.plan.units import HeadUnit
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass
 class Donors:
-    """All donors that one unit could have in one form: the few best, and the others with their gains, best first."""
+    """All donors that one unit could have by one action: the few best, and the others with their gains, best first."""
 
     few: int
     best: list[Candidate] = field(default_factory=list)
@@ -47,30 +47,39 @@ def _rank(candidate: Candidate) -> float:
     return -candidate.gain
 
 
-def find_donors(half: Half, fit: Fit, forms: Sequence[Form], few: int) -> list[dict[Form, Donors]]:
-    """For each group, its donors in each of these forms of ties.
+def find_donors(half: Half, fit: Fit, actions: Sequence[Action], few: int) -> list[dict[Action, Donors]]:
+    """The donors of each group by each of these actions, all of which share parts.
 
-    Donors of q and k are ranked by what they would do with their v as well; the few best of those are then looked at
-    with the recipient's own v.
+    Where a recipient keeps a part that makes features, such as its own v, donors are ranked by what they would do with
+    their own in its place; the few best of those are then looked at with the recipient's.
     """
-    search = _Search(half, fit.lost(half.columns), fit, forms, few)
+    search = _Search(half, fit.lost(half.columns), fit, actions, few)
     for layer in range(half.dense.number):
         search.look_at(layer)
-    if Form.QK in forms:
-        search.look_again()
+    for action in actions:
+        if not set(half.parts) <= set(action.shares):
+            search.look_again(action)
     return search.found
 
 
 class _Search:
-    def __init__(self, half: Half, lost: Lost, fit: Fit, forms: Sequence[Form], few: int) -> None:
-        self.half, self.lost, self.fit, self.forms, self.few = half, lost, fit, forms, few
+    """The donors found so far for the units of one half of a layer."""
+
+    def __init__(self, half: Half, lost: Lost, fit: Fit, actions: Sequence[Action], few: int) -> None:
+        self.half = half
+        self.lost = lost
+        self.fit = fit
+        self.actions = actions
         self.groups = half.layout.groups
-        self.found = [{form: Donors(few) for form in forms} for _ in range(self.groups)]
+        self.found = [{action: Donors(few) for action in actions} for _ in range(self.groups)]
 
     def look_at(self, layer: int) -> None:
         """Offer every unit of this layer to every unit of the recipients' layer."""
-        readout = self.half.readout_of(layer) if Form.QKVO in self.forms else None
+        scaled = any(action.output is Output.SCALED for action in self.actions)
+        readout = self.half.readout_of(layer) if scaled else None
         for shift in self.half.shifts:
+            # One pass over the layer moves all donors by this many groups: each then stands in one recipient's place,
+            # or in any recipient's if places make no difference.
             features = self.half.features(layer, self.half.parts, shift)
             for slot in range(self.groups):
                 donor = HeadUnit(layer, (slot + shift) % self.groups)
@@ -80,27 +89,34 @@ class _Search:
     def _offer(
         self, donor: HeadUnit, features: Inputs, recipients: range, readout: Float[Tensor, "hidden all"] | None
     ) -> None:
-        beside, lost = self.fit.beside(features[: self.half.fitted]), self.lost.only(recipients)
+        beside = self.fit.beside(features[: self.half.fitted])
+        lost = self.lost.only(recipients)
         own = None if readout is None else readout[:, self.half.columns[donor.group]]
-        for form in self.forms:
-            scaled = own if form is Form.QKVO else None
-            gains = beside.gains_for(lost) if scaled is None else beside.scaled_gains_for(lost, scaled)
-            for group, gain in zip(recipients, gains.tolist(), strict=True):
-                self.found[group][form].offer(Candidate(donor, gain, features, scaled))
+        for action in self.actions:
+            scaled = own if action.output is Output.SCALED else None
+            gains = _gains(beside, lost, scaled).tolist()
+            for group, gain in zip(recipients, gains, strict=True):
+                self.found[group][action].offer(Candidate(donor, gain, features, scaled))
 
-    def look_again(self) -> None:
-        """Look at the best donors of q and k with the recipients' own v. Each pass over the layer serves all groups."""
-        wanted: dict[tuple[int, int], list[tuple[int, HeadUnit]]] = {}
+    def look_again(self, action: Action) -> None:
+        """Look at this action's best donors with the parts that recipients keep."""
+        # Each pass over the layer serves all groups whose donors are as many groups away.
+        wanted: dict[tuple[int, int], list[tuple[int, HeadUnit, Readout | None]]] = {}
         for group, donors in enumerate(self.found):
-            for one in donors[Form.QK].best:
+            for one in donors[action].best:
                 key = one.unit.layer, (one.unit.group - group) % self.groups
-                wanted.setdefault(key, []).append((group, one.unit))
-            donors[Form.QK].best = []
+                wanted.setdefault(key, []).append((group, one.unit, one.readout))
+            donors[action].best = []
+        parts = tuple(part for part in self.half.parts if part in action.shares)
         for (layer, shift), pairs in wanted.items():
-            features = self.half.features(layer, (Part.Q, Part.K), shift)
-            for group, unit in pairs:
+            features = self.half.features(layer, parts, shift)
+            for group, unit, readout in pairs:
                 own = features[:, self.half.columns[group]]
-                gain = float(
-                    self.fit.beside(own[: self.half.fitted]).gains_for(self.lost.only(range(group, group + 1)))
-                )
-                insort(self.found[group][Form.QK].best, Candidate(unit, gain, own), key=_rank)
+                beside = self.fit.beside(own[: self.half.fitted])
+                gain = float(_gains(beside, self.lost.only(range(group, group + 1)), readout))
+                insort(self.found[group][action].best, Candidate(unit, gain, own, readout), key=_rank)
+
+
+def _gains(beside: Beside, lost: Lost, readout: Readout | None) -> Float[Tensor, " units"]:
+    """The gains of features for each lost unit: read out by columns of its own, or by scaled ones of the donor's."""
+    return beside.gains_for(lost) if readout is None else beside.scaled_gains_for(lost, readout)

@@ -1,4 +1,4 @@
-"""What giving channels up does to a readout's output after the best refit: least squares in float64, block by block.
+"""Errors of a readout's output that gives channels up, after the best refit: least squares in float64, block by block.
 
 The readout starts as the dense layer's and is refitted, against the dense layer's output, whenever something is given
 up: ridge regression towards where it started, the ridge `RIDGE` times the inputs' mean square. What comes in place of
@@ -41,7 +41,8 @@ class Fit:
     @classmethod
     def of(cls, inputs: Inputs, weight: Readout) -> "Fit":
         """The fit of a dense readout to its own outputs, which misses nothing."""
-        inputs, weight = inputs.double(), weight.double()
+        inputs = inputs.double()
+        weight = weight.double()
         gram = inputs.T @ inputs
         gram = _ridged(gram, gram.diagonal())
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
@@ -62,7 +63,8 @@ class Fit:
         added = self.beside(features)
         inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram, added.squares)))
         new = inner @ added.missed
-        inputs, weight = self.inputs.clone(), self.weight - new.T @ added.known
+        inputs = self.inputs.clone()
+        weight = self.weight - new.T @ added.known
         inverse = self.inverse + added.known.T @ inner @ added.known
         inputs[:, columns] = added.features
         weight[:, columns] = new.T
@@ -95,7 +97,7 @@ class Fit:
         return self.without(columns).beside(features).products()
 
     def cost_of(self, columns: Columns) -> float:
-        """What removing these channels adds to the error."""
+        """The error that removing these channels adds."""
         return float(self.lost(columns[None]).costs)
 
     def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
@@ -120,7 +122,7 @@ class Lost:
 
     @property
     def costs(self) -> Float[Tensor, " units"]:
-        """What removing each unit adds to the error."""
+        """The error that removing each unit adds."""
         return (self.gram * self.weight_gram).sum(dim=(1, 2))
 
     def only(self, units: range) -> "Lost":
@@ -154,7 +156,7 @@ class Beside:
         )
 
     def gains_for(self, lost: Lost) -> Float[Tensor, " units"]:
-        """How much less the error is with these features read out by columns of their own than with each unit removed.
+        """The drop of the error with these features, read out by columns of their own, from that without each unit.
 
         Only beside a fit that misses nothing.
         """
@@ -163,22 +165,27 @@ class Beside:
         return (explained * lost.weight_gram).sum(dim=(1, 2))
 
     def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
-        """The same where they are read out by a donor's columns, each behind one scale."""
+        """The drop where they are read out by a donor's columns, each behind one scale."""
         gram, across = self._without(lost)
         missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
         return (missed * _scales(gram, self.squares, missed, donor.double())).sum(dim=1)
 
     def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
-        """How much less the error is with these features, in any fit; in the fit without a lost unit if there is one.
+        """The drop of the error with these features, in any fit; in the fit without a lost unit if there is one.
 
         The first features are read out by the donor's columns, as many as those are, each behind one scale; those after
         them by columns of their own. All are solved for together with the fit's columns.
         """
-        gram, missed, count = self.gram, self.missed, donor.shape[1]
+        gram = self.gram
+        missed = self.missed
+        count = donor.shape[1]
         if lost is not None:
             grams, across = self._without(lost)
-            gram, missed = grams[0], missed + across[0] @ lost.weight[0].T
-        between, wanted = gram[:count, count:], missed[count:]
+            gram = grams[0]
+            missed = missed + across[0] @ lost.weight[0].T
+        # Columns of their own are eliminated first; what these leave is for the scales.
+        between = gram[:count, count:]
+        wanted = missed[count:]
         own = _ridged(gram[count:, count:], self.squares[count:])
         solved = torch.linalg.solve(own, torch.cat([between.T, wanted], dim=1))
         gain = float((solved[:, count:] * wanted).sum())
@@ -201,7 +208,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Remainder:
-    """What a readout has left: a fit of the columns it stores, and features that it reads out by a donor's columns,
+    """The rest of a readout: a fit of the columns it stores, and features that it reads out by a donor's columns,
     each behind one scale. Columns and scales are fitted jointly."""
 
     fit: Fit
@@ -215,12 +222,12 @@ class Remainder:
 
     @cached_property
     def error(self) -> float:
-        """What the best columns and scales miss."""
+        """The error of the best columns and scales."""
         return self.fit.error - self.scaled.gain(self.donor)
 
     def price(self, lost: Lost, features: Inputs | None = None, donor: Readout | None = None) -> float:
-        """What it adds to the error to give one unit's channels up: for nothing; for features that columns of their own
-        read out; or for features that a donor's columns read out, behind scales."""
+        """The error that giving one unit's channels up adds: for nothing; for features that columns of their own read
+        out; or for features that a donor's columns read out, behind scales."""
         new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
         donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
         return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error
@@ -232,18 +239,20 @@ class Remainder:
         return _scales(self.scaled.gram, self.scaled.squares, missed, self.donor)
 
     def predicted(self, inputs: Inputs, scaled: Float[Tensor, "tokens scaled"]) -> Float[Tensor, "tokens hidden"]:
-        """What is read out of other tokens' inputs and scaled features, less what fixed products make of theirs."""
+        """The output for other tokens' inputs and scaled features, less what fixed products make of theirs."""
         product = self.donor * self.scales
         return inputs.double() @ (self.fit.weight - product @ self.scaled.known).T + scaled.double() @ product.T
 
     def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Remainder":
-        """What is left with features, in the place of these channels, that are read out by this product as it is."""
+        """The rest with features, in the place of these channels, that are read out by this product as it is."""
         fit = self.fit.with_fixed(columns, features, product)
         return Remainder(fit, fit.beside(self.scaled.features), self.donor)
 
     def without(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> "Remainder":
-        """What is left then."""
-        fit, scaled, donors = self.fit.without(columns), self.scaled.features, self.donor
+        """The rest once one unit's channels are given up, for the same as in `price`."""
+        fit = self.fit.without(columns)
+        scaled = self.scaled.features
+        donors = self.donor
         if features is not None and donor is not None:
             scaled = torch.cat([scaled, features.double()], dim=1)
             donors = torch.cat([donors, donor.double()], dim=1)

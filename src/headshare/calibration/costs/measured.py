@@ -1,4 +1,4 @@
-"""Price what layers could give up by what that does to the model's predictions, measured on held-out text.
+"""Prices of what layers could give up by what that does to the model's predictions, measured on held-out text.
 
 The same squared error costs predictions four times as much in one layer as in another (docs/experiments.md). So each
 path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
@@ -13,7 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.architecture.families import WITH_IMAGES
+from headshare.calibration.costs.actions import REMOVE, Order
+from headshare.calibration.costs.curves import Path, Prices, Step
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
 from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise.layers import Layers
@@ -28,8 +30,6 @@ from headshare.text.windows import predicts_next
 
 PROBED_TOKENS = 8192
 EVERY = 4
-LASTING = {Form.QKVO: 1.0, Form.FACTORED: 0.4}
-"""The part of what a tie makes up for in its layer that later layers' refits would not: measured on held-out text."""
 
 
 def probe_prices(
@@ -74,12 +74,13 @@ def probe_prices(
 
 
 def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held_out: float = HELD_OUT) -> int:
-    """How many windows are fitted to, where there are enough to measure on others.
+    """The number of windows that are fitted to, where there are enough to measure on others.
 
     Raises:
         CalibrationError: if there are too few.
     """
-    windows, fitted = len(calibration.tokens), fitted_windows(calibration, tokens, held_out)
+    windows = len(calibration.tokens)
+    fitted = fitted_windows(calibration, tokens, held_out)
     if fitted < 2 or fitted >= windows:
         raise CalibrationError(
             f"{calibration.source} gave {windows} windows, of which {fitted} would be fitted to; measuring needs "
@@ -92,7 +93,7 @@ def predicts(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is of a model that predicts the next token, so that it can be probed."""
     names = checkpoint.config.get("architectures")
     known = [str(name) for name in names] if isinstance(names, list) else []
-    return any(predicts_next(name, checkpoint.config) and "ConditionalGeneration" not in name for name in known)
+    return any(predicts_next(name, checkpoint.config) and not name.endswith(WITH_IMAGES) for name in known)
 
 
 class _Walk:
@@ -109,12 +110,17 @@ class _Walk:
         device: str,
     ) -> None:
         windows, window = calibration.tokens.shape
-        self.dense, self.prices, self.ffn, self.device = dense, prices, ffn, device
+        self.dense = dense
+        self.prices = prices
+        self.ffn = ffn
+        self.device = device
         self.fit = replace(calibration, tokens=calibration.tokens[:fitted])
         self.layers = Layers(dense, device=device, head=True)
         measured = min(windows - fitted, max(1, probed // window))
         self.measured = self.layers.start(calibration.tokens[-measured:])
+        # Every refit orders these windows alike: those that it fits to first, then those that it holds out.
         self.fitted = self.layers.start(self._refitter(prices.paths[0], 0).tokens)
+        # The dense model's own last hidden states, which all predictions are compared with.
         self.last = self._through(range(self.layers.count), [self.measured.clone()])[0][:, ::EVERY]
 
     def measure(self, found: MutableMapping[int, list[Path]]) -> Iterator[int]:
@@ -123,14 +129,19 @@ class _Walk:
             paths = [path for path in self.prices.paths if path.layer == layer]
             if paths and layer not in found:
                 found[layer] = self._priced(layer, paths)
+            # Later layers are measured on what the dense layer gives, whatever this one was found to cost.
             dense = self.layers.build(layer)
             for stream in (self.fitted, self.measured):
                 self.layers.run_over(dense, layer, stream)
             yield layer
 
     def _priced(self, layer: int, paths: Sequence[Path]) -> list[Path]:
+        """The paths of this layer with measured prices."""
+        # Ties in the order of removal are priced beside the removal; all other paths are measured at their marks.
         leaders = {path: leader for path in paths if (leader := leader_of(path, paths))}
         marks = [(path, steps) for path in paths if path not in leaders for steps in marked(len(path.steps))]
+        # The layer alone is changed and refitted. What it gives then goes through the dense layers after it, all
+        # changes together, so that each of those is built once.
         streams = []
         for path, steps in marks:
             module = self._refitter(path, steps).refitted(layer, self.fitted)
@@ -138,6 +149,7 @@ class _Walk:
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
+        # Steps between two marks share what was measured; then those that follow a removal take its new prices.
         measured: dict[Path, dict[int, float]] = {}
         for (path, steps), loss in zip(marks, lost, strict=True):
             measured.setdefault(path, {})[steps] = loss
@@ -151,7 +163,7 @@ class _Walk:
     # ---- running
 
     def _through(self, layers: Sequence[int], streams: Sequence[Stream]) -> Sequence[Stream]:
-        """Turn what enters these dense layers into what leaves them, in place."""
+        """Turn streams that enter these dense layers into those that leave them, in place."""
         for layer in layers:
             module = self.layers.build(layer)
             for stream in streams:
@@ -167,6 +179,7 @@ class _Walk:
             probability = expected.exp()
             for number, stream in enumerate(streams):
                 found = self.layers.logits(stream[window, None, ::EVERY])
+                # The divergence is the same, and no exponential too large.
                 found -= found.amax(dim=-1, keepdim=True)
                 lost = (probability * (expected - found)).sum(dim=-1) + found.logsumexp(dim=-1)
                 totals[number] += float(lost.double().sum())
@@ -175,30 +188,33 @@ class _Walk:
 
 
 def marked(steps: int) -> list[int]:
-    """After how many steps a path is measured: 1, 2, 4, 8, ... and all."""
+    """The numbers of steps after which a path is measured: 1, 2, 4, 8, ... and all."""
     if not steps:
         return []
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
 def leader_of(path: Path, paths: Sequence[Path]) -> Path | None:
-    """Of these paths, the one that removes the units that this one ties, in the same order, in a form that follows
+    """The one of these paths that removes the units that this one ties, in the same order, by an action that follows
     removals."""
-    if len(path.forms) != 1 or not all(form.follows_removals for form in path.forms):
+    if len(path.actions) != 1 or any(action.order is not Order.REMOVAL for action in path.actions):
         return None
     order = [step.groups for step in path.steps]
-    removals = (one for one in paths if one.kind is path.kind and one.forms == {Form.REMOVE})
+    removals = (one for one in paths if one.kind is path.kind and one.actions == {REMOVE})
     return next((one for one in removals if [step.groups for step in one.steps[: len(order)]] == order), None)
 
 
 def beside(path: Path, before: Path, after: Path) -> Path:
     """A path of ties, priced beside the removal of the same units, which had these prices before and has those after:
-    what ties make up for of the removal's error they make up for of what it costs, as far as that is `LASTING`."""
-    (form,) = path.forms
-    measured, own, old, new = {}, 0.0, 0.0, 0.0
-    for number, (step, one, other) in enumerate(zip(path.steps, before.steps, after.steps, strict=False), 1):
-        own, old, new = own + step.price, old + one.price, new + other.price
-        measured[number] = new * (1 - LASTING[form] * (1 - own / old)) if old > 0 else new
+    the part of the removal's error that ties make up for is the part of its price, as far as that is `lasting`."""
+    (action,) = path.actions
+    measured: dict[int, float] = {}
+    own = old = new = 0.0
+    for number, (step, removed, priced) in enumerate(zip(path.steps, before.steps, after.steps, strict=False), 1):
+        own += step.price
+        old += removed.price
+        new += priced.price
+        measured[number] = new * (1 - action.lasting * (1 - own / old)) if old > 0 else new
     return repriced(path, measured)
 
 
@@ -215,6 +231,7 @@ def repriced(path: Path, measured: dict[int, float]) -> Path:
 def _sharing(steps: Sequence[Step], cost: float) -> Iterator[Step]:
     """The steps between two measurements, with their shares of what they cost together: in proportion to their prices,
     or to what they save where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
+    # A price below zero is no proportion of what was measured; bytes always are.
     old = [step.price for step in steps]
     if min(old) < 0 or not sum(old):
         old = [float(step.saved_bytes) for step in steps]

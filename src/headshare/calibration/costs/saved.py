@@ -5,15 +5,15 @@ from collections.abc import Iterator, MutableMapping
 from headshare.calibration.costs.curves import Path as PricedPath
 from headshare.calibration.costs.curves import paths_from_json, paths_to_json
 from headshare.errors import PlanError
-from headshare.files.resume import Workspace
-from headshare.files.state_files import damaged
+from headshare.files.state_files import Workspace
 
 
 class SavedPaths(MutableMapping[int, list[PricedPath]]):
     """The paths of the layers priced so far, a file each."""
 
     def __init__(self, work: Workspace, key: str) -> None:
-        self._work, self._prefix = work, f"prices-{key}-"
+        self._work = work
+        self._prefix = f"prices-{key}-"
 
     def _file(self, layer: int) -> str:
         return f"{self._prefix}{layer}.json"
@@ -25,7 +25,7 @@ class SavedPaths(MutableMapping[int, list[PricedPath]]):
         try:
             return paths_from_json(saved)
         except PlanError as error:
-            raise damaged(self._work.folder / self._file(layer), str(error)) from None
+            raise self._work.damaged(self._file(layer), str(error)) from None
 
     def __setitem__(self, layer: int, given: list[PricedPath]) -> None:
         self._work.write(self._file(layer), paths_to_json(given).encode())

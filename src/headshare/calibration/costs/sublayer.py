@@ -1,10 +1,10 @@
-"""One half of a dense layer on calibration text: what its readout takes in, and would take in with donors' weights.
+"""One half of a dense layer on calibration text: its readout's inputs, as they are and with donors' weights in place.
 
 Every token is weighted by 1 / (|h|^2 tokens), h the hidden state with that half's output added; so squared errors of
 the readout's output are relative to the hidden state and averaged over tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Seen, Stream
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.layout import Layout
+from headshare.plan.tensors import bias_name
 from headshare.plan.units import Kind, Part
 
 READOUT = {Kind.ATTENTION: Part.O, Kind.FFN: Part.DOWN}
@@ -35,7 +36,7 @@ class Weighted:
 
     @classmethod
     def of(cls, batches: Sequence[tuple[Float[Tensor, "batch window channels"], Hidden]]) -> "Weighted":
-        """From each batch's inputs and hidden states."""
+        """Weighted inputs made of each batch's inputs and hidden states."""
         squares = torch.cat([hidden.square().sum(dim=-1).flatten() for _, hidden in batches])[:, None]
         root = (squares.clamp(min=torch.finfo(squares.dtype).tiny) * len(squares)).rsqrt()
         return cls(torch.cat([inputs.flatten(0, 1) for inputs, _ in batches]) * root, root)
@@ -56,7 +57,7 @@ class DenseLayer:
         return (self.stream[at] for at in self.layers.batches(range(len(self.stream)), self.stream.shape[1]))
 
     def look(self, kinds: Sequence[Kind]) -> tuple[dict[Kind, Weighted], Stream]:
-        """What enters the readouts of these halves, and the stream that leaves the layer."""
+        """The inputs of these halves' readouts, and the stream that leaves the layer."""
         watched = [READOUT[kind] for kind in kinds] + [Part.UP] * (Kind.FFN in kinds)
         found: dict[Kind, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
         leaving = []
@@ -77,15 +78,46 @@ class DenseLayer:
         return left
 
 
+@dataclass(frozen=True)
+class UnitSizes:
+    """Bytes of one unit of a layer: its weights by part, and its entries of biases. `scales` are those of one number
+    for each channel of it that the readout reads, `rank` those of one more rank of a product for its columns there."""
+
+    parts: Mapping[Part, int]
+    biases: int
+    scales: int
+    rank: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, layout: Layout, layer: int) -> "UnitSizes":
+        """Sizes as this layer of the checkpoint stores its weights."""
+
+        def item(name: str) -> int:
+            return checkpoint.tensors[name].torch_dtype.itemsize
+
+        parts = {part: place.numel * item(place.name(layer)) for part, place in layout.parts.items()}
+        # The readout's bias is of the layer's output, and so of no unit.
+        readout = layout.parts[READOUT[layout.kind]]
+        makers = [place for place in layout.parts.values() if place is not readout]
+        named = [(bias_name(place.name(layer)), place.rows) for place in makers]
+        biases = sum(rows * item(name) for name, rows in named if name in checkpoint.tensors)
+        number = item(readout.name(layer))
+        outputs = readout.shape[1 - readout.axis]
+        return cls(parts, biases, readout.rows * number, (readout.rows + outputs) * number)
+
+
 class Half:
-    """One half of a layer, its units those of the layout: what goes into its readout, and what donors would put there.
+    """One half of a layer, its units those of the layout: its readout's inputs, and what donors would put there.
 
     `columns` are the readout's inputs that belong to each group, `parts` those that make them. Fits look at the first
     `fitted` tokens; the others are held out.
     """
 
     def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, fitted: int) -> None:
-        self.dense, self.layout, self.inputs, self.root = dense, layout, seen.inputs, seen.root
+        self.dense = dense
+        self.layout = layout
+        self.inputs = seen.inputs
+        self.root = seen.root
         self.fitted = fitted
         self.device = dense.layers.device
         self.readout = READOUT[layout.kind]
@@ -94,8 +126,13 @@ class Half:
         self.columns: Int[Tensor, "groups columns"] = _columns(layout, self.readout).to(self.device)
 
     @cached_property
+    def sizes(self) -> UnitSizes:
+        """The bytes of one unit."""
+        return UnitSizes.of(self.dense.checkpoint, self.layout, self.dense.number)
+
+    @cached_property
     def shifts(self) -> range:
-        """By how many groups donors have to be moved, each in turn, to see what every donor does in every place.
+        """Numbers of groups by which donors have to be moved, each in turn, to see every donor in every place.
 
         Not at all where a unit does the same in all places: not with biases, or positions that depend on the head.
         Found by moving the layer's own units on by one.
@@ -113,7 +150,8 @@ class Half:
 
         Biases stay the recipients' own, as they do in a shared model; so do relative positions and norms.
         """
-        layers, path = self.dense.layers, self.dense.layers.path(self.readout)
+        layers = self.dense.layers
+        path = layers.path(self.readout)
         with self._overwritten(donor_layer, parts, shift):
             seen = [
                 layers.run_to(self.dense.module, self.dense.number, entering, path).inputs[path].flatten(0, 1)

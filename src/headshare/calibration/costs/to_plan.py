@@ -4,15 +4,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from headshare.calibration.costs.curves import Form, Path, Prices, Step
+from headshare.calibration.costs.actions import Action, Output
+from headshare.calibration.costs.curves import Path, Prices, Step
+from headshare.calibration.costs.sections import Taken
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
-from headshare.plan.low_rank import Factored
 from headshare.plan.plan import SharePlan
-from headshare.plan.removal import Removal
-from headshare.plan.section import Choice
-from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Kind, Part, Tie
+from headshare.plan.section import Choice, Section
+from headshare.plan.units import HeadUnit, Kind
 
 
 @dataclass(frozen=True)
@@ -50,50 +49,53 @@ End = tuple[Path, int]
 
 
 @dataclass(frozen=True)
-class _Tied:
-    """A tie, the parts that it shares, and how much more it costs than with the step's best donor."""
+class _Given:
+    """One step that the plan takes, by its action, and how much more it costs than with the step's best donor."""
 
-    tie: Tie
-    parts: tuple[Part, ...]
-    dearer: float
-
-
-Given = Sequence[tuple[Path, Step]]
+    action: Action
+    taken: Taken
+    dearer: float = 0.0
 
 
 def budgeted(prices: Prices, ends: Iterable[End], choice: Choice | None) -> Budgeted:
     """The plan that takes every cost path up to its end, with what it saves and what it is predicted to cost."""
-    given = [(path, step) for path, end in ends for step in path.steps[:end]]
-    tied, chosen = _tied(prices, given), choice or Choice(match="output", mode="greedy")
-    selections = [one for layout in prices.layouts.values() for one in _selections(layout, tied, chosen)]
-    plan = SharePlan(
-        model_type=prices.model_type,
-        selections=tuple(selections),
-        removals=tuple(_removals(prices, given, chosen)),
-        factored=tuple(_factored(prices, given, chosen)),
-    )
-    price = sum((step.price for _, step in given), sum((one.dearer for one in tied), 0.0))
-    return Budgeted(plan, sum(step.saved_bytes for _, step in given), price, prices.in_nats)
+    steps = [(path, step) for path, end in ends for step in path.steps[:end]]
+    given = _given(prices, steps)
+    sections = _sections(given, choice or Choice(match="output", mode="greedy"))
+    plan = SharePlan.of_sections(sections, prices.model_type)
+    price = sum((step.price for _, step in steps), sum((one.dearer for one in given), 0.0))
+    return Budgeted(plan, sum(step.saved_bytes for _, step in steps), price, prices.in_nats)
 
 
-def _tied(prices: Prices, given: Given) -> list[_Tied]:
-    """Every tie with the best donor that is still there. All forms of one half share a part with each other, so a unit
-    that gives anything up lends nothing; and a readout with factored units lends no columns."""
-    gone = {kind: {unit for path, step in given if path.kind is kind for unit in _units(path, step)} for kind in Kind}
-    factored = {path.layer for path, step in given if step.form is Form.FACTORED}
-    tied = []
-    for path, step in given:
-        if step.form is not Form.REMOVE:
-            layout, (recipient,) = prices.layout_of(path), _units(path, step)
-            never = factored if step.form is Form.QKVO else set()
-            donor, price = _donor(step, recipient, gone[path.kind], never, layout)
-            parts = tuple(part for part in layout.parts if part in step.form.parts)
-            tied.append(_Tied(Tie(recipient, donor), parts, price - step.donors[0][1]))
-    return tied
+def _sections(given: Sequence[_Given], choice: Choice) -> Iterator[Section]:
+    """The plan's sections: each builder sees all units of the actions that have it."""
+    for builder in dict.fromkeys(builder for one in given for builder in one.action.sections):
+        yield from builder([one.taken for one in given if builder in one.action.sections], choice)
 
 
-def _units(path: Path, step: Step) -> list[HeadUnit]:
-    return [HeadUnit(path.layer, group) for group in step.groups]
+def _given(prices: Prices, steps: Sequence[tuple[Path, Step]]) -> list[_Given]:
+    """Every step with the best of its donors that is still there."""
+    # All actions of one half share a part with each other, so a unit that gives anything up lends nothing; and a
+    # readout with low-rank units lends no columns.
+    gone = {kind: {unit for path, step in steps if path.kind is kind for unit in _units(path, step)} for kind in Kind}
+    mixed = {path.layer for path, step in steps if step.action.output is Output.LOW_RANK}
+    given = []
+    for path, step in steps:
+        layout = prices.layout_of(path)
+        units = _units(path, step)
+        donor = None
+        dearer = 0.0
+        if step.donors:
+            never = mixed if step.action.output is Output.SCALED else set()
+            donor, price = _donor(step, units[0], gone[path.kind], never, layout)
+            dearer = price - step.donors[0][1]
+        parts = tuple(part for part in layout.parts if part in step.action.shares)
+        given.append(_Given(step.action, Taken(layout, units, parts, donor, step.rank), dearer))
+    return given
+
+
+def _units(path: Path, step: Step) -> tuple[HeadUnit, ...]:
+    return tuple(HeadUnit(path.layer, group) for group in step.groups)
 
 
 def _donor(
@@ -110,44 +112,3 @@ def _donor(
         if donor not in gone and donor.layer not in never:
             return donor, price
     raise PlanError(f"no unit of an earlier layer is left to lend to {recipient}; ask for less, or protect layer 0.")
-
-
-def _selections(layout: Layout, tied: Iterable[_Tied], chosen: Choice) -> Iterator[Selection]:
-    """Parts with the same ties go together. Ties that share o have scales."""
-    ties: dict[Part, list[Tie]] = {}
-    for one in tied:
-        for part in one.parts:
-            ties.setdefault(part, []).append(one.tie)
-    together: dict[tuple[Tie, ...], list[Part]] = {}
-    for part in layout.parts:
-        if part in ties:
-            together.setdefault(tuple(sorted(ties[part])), []).append(part)
-    for same, parts in together.items():
-        yield Selection(layout=layout.only(tuple(parts)), ties=same, scale=Part.O in parts, chosen=chosen)
-
-
-def _removals(prices: Prices, given: Given, chosen: Choice) -> Iterator[Removal]:
-    """What is removed of attention, and of neurons."""
-    for kind in Kind:
-        removed: dict[int, list[int]] = {}
-        layouts = {}
-        for path, step in given:
-            if path.kind is kind and step.form is Form.REMOVE:
-                removed.setdefault(path.layer, []).extend(step.groups)
-                layouts[kind] = prices.layout_of(path)
-        if removed:
-            yield Removal(layout=layouts[kind], removed=removed, chosen=chosen)
-
-
-def _factored(prices: Prices, given: Given, chosen: Choice) -> Iterator[Factored]:
-    """The units whose columns of o become products, with their ranks."""
-    ranks = {unit: step.rank for path, step in given if step.form is Form.FACTORED for unit in _units(path, step)}
-    if ranks:
-        layers = sorted({unit.layer for unit in ranks})
-        groups = {layer: sorted(unit.group for unit in ranks if unit.layer == layer) for layer in layers}
-        yield Factored(
-            layout=prices.layouts[Kind.ATTENTION].only((Part.O,)),
-            units=groups,
-            ranks={layer: tuple(ranks[HeadUnit(layer, group)] for group in groups[layer]) for layer in layers},
-            chosen=chosen,
-        )

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headshare.architecture.families import OLD_NAMES
 from headshare.architecture.modules import module_path
 from headshare.calibration.layerwise.observed import Batch
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -20,13 +21,9 @@ from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.layout import Layout
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
+from headshare.storage.registry import TRAINABLE
 
 LOGGER = logging.getLogger("headshare")
-OLD_NAMES = {
-    "LayerNorm.weight": "LayerNorm.gamma",
-    "LayerNorm.bias": "LayerNorm.beta",
-    "lm_head.weight": "embed_out.weight",
-}
 
 
 class Shell:
@@ -171,7 +168,7 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, head: bool) -> Any
     if checkpoint.plan is None:
         model = load_model(checkpoint, dtype=torch.float32)
     else:
-        model = load_model(checkpoint, storage="owner", dtype=torch.float32).dequantize()
+        model = load_model(checkpoint, storage=TRAINABLE, dtype=torch.float32).dequantize()
     _without_cache(model.config)
     return (model if head else model.base_model).to(device)
 

@@ -29,7 +29,7 @@ from headshare.text.tokens import Calibration
 HELD_OUT = 0.125
 
 
-def refit(
+def refit_readouts(
     dense: Checkpoint,
     plan: SharePlan,
     calibration: Calibration,

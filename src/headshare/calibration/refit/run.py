@@ -6,14 +6,13 @@ from dataclasses import asdict
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import Step
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.files.resume import Workspace, check_readable, joint_digest
-from headshare.files.state_files import damaged
+from headshare.files.state_files import Workspace, check_readable, joint_digest
 from headshare.progress import track
 from headshare.sharing.share import SharedCheckpoint
 from headshare.text.tokens import Calibration
 
 
-def refit_on(
+def refit(
     shared: SharedCheckpoint,
     calibration: Calibration,
     *,
@@ -62,10 +61,10 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
         layer = int(done["layer"])
         steps = [Step(**step) for step in done["steps"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(workspace.folder / name, f"it does not say how far it came ({error})") from None
+        raise workspace.damaged(name, f"it does not say how far it came ({error})") from None
     streams = workspace.read_tensors(_streams_after(key, layer))
     if streams is None:
-        raise damaged(workspace.folder / _streams_after(key, layer), "it is not there")
+        raise workspace.damaged(_streams_after(key, layer), "it is not there")
     refitter.resume(layer + 1, streams, tensors, steps)
     return layer + 1
 

@@ -8,7 +8,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.errors import StorageError
-from headshare.storage.registry import check_storage
+from headshare.storage.registry import AUTO, STORAGES, check_storage
 
 
 @register_quantization_config(METHOD)
@@ -19,14 +19,14 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
 
     Raises:
         CheckpointError: if the entry is not valid; it is untrusted until it has passed here.
-        StorageError: if the storage is not one for matrices of four bits, which these are.
+        StorageError: if there is no such storage, or it does not hold such matrices.
     """
 
     def __init__(self, storage: str = "auto", **entry: Any) -> None:
         check_storage(storage)
         sharing = SharingEntry.from_config({**entry, "quant_method": METHOD})
         assert sharing is not None  # it has our name
-        if sharing.packing is not None and storage not in ("auto", "owner"):
+        if sharing.packing is not None and storage != AUTO and not STORAGES[storage].packs:
             raise StorageError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
         self.quant_method = METHOD
         self.sharing = sharing

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-import headshare.integrations.transformers.quantizer  # noqa: F401 - registers the format
+import headshare.integrations.transformers.config
+import headshare.integrations.transformers.quantizer  # noqa: F401 - both register the format
+from headshare.architecture.families import OPTIONAL
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
@@ -21,13 +23,12 @@ from headshare.errors import CheckpointError, EvaluationError
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
     """The transformers model in a folder or under a hub id, dense or shared, in evaluation mode.
 
-    `storage` says how a shared model holds its weights: `auto`, `alias`, `owner` (to train it), `indirect` or `vmm`.
+    `storage` says how a shared model holds its weights: `auto`, or a name of `storage.registry.STORAGES`.
     `options` go to `from_pretrained`: dtype, device_map and the like.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or transformers cannot load it.
-        PlanError: if there is no such storage.
-        StorageError: if this machine cannot hold the model so.
+        StorageError: if there is no such storage, or this machine cannot hold the model so.
     """
     with open_checkpoint(model) as checkpoint:
         return load_model(checkpoint, storage=storage, **options)
@@ -108,7 +109,8 @@ def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> t
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
     if model_class is transformers.AutoModel:
-        report["missing_keys"] = {key for key in report["missing_keys"] if "pooler" not in key}
+        missing = report["missing_keys"]
+        report["missing_keys"] = {key for key in missing if not any(module in key for module in OPTIONAL)}
     return model, report
 
 

@@ -8,7 +8,6 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from headshare.architecture.modules import module_path
+from headshare.architecture.modules import ModuleMap, replace_module
 from headshare.checkpoint.entry import METHOD
 from headshare.checkpoint.header import read_header
 from headshare.checkpoint.int4 import check_types, packed_tensors
@@ -25,15 +24,14 @@ from headshare.errors import StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
 from headshare.plan.tensors import gapped_tensors, reduced_tensors
-from headshare.storage.changes import change_modules, changed_paths, stock_modules
+from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
 from headshare.storage.projection import stored_dtypes
-from headshare.storage.registry import STORAGES, choose_storage
+from headshare.storage.registry import STORAGES, TRAINABLE, choose_storage
 
 LOGGER = logging.getLogger("headshare")
-REPLICATING = ("indirect", "vmm")
 
 
 @register_quantizer(METHOD)
@@ -50,7 +48,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
-        still to be worked out is worked out on `owner`, which has the sizes of all storages."""
+        still to be worked out is worked out on the storage that trains, which has the sizes of all."""
         entry = self.quantization_config.sharing
         plan, packing = entry.plan, entry.packing
         if packing is not None:
@@ -58,17 +56,17 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
             for file in checkpoint_files or ():
                 check_types((info.name, info.dtype) for info in read_header(Path(file)))
-            install_packed(model, packing, tensors, {name: module_path(model, name) for name in tensors})
+            install_packed(model, packing, tensors, ModuleMap.of(model, tensors))
             return
         if plan.removals:
-            shrink(model, plan, {name: module_path(model, name) for name in shrunk_of(plan)})
-        change_modules(model, plan, partial(module_path, model))
+            shrink(model, plan, ModuleMap.of(model, shrunk_of(plan)))
+        change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
         self._tensors = reduced_tensors(plan)
-        self._modules = {name: module_path(model, name) for name in self._tensors}
-        self._stock = {path: model.get_submodule(path) for path in self._modules.values()}
+        self._modules = ModuleMap.of(model, self._tensors)
+        self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
         self._model = model
         if isinstance(device_map, str):
-            STORAGES["owner"]({}).install(model, self._tensors, self._modules)
+            STORAGES[TRAINABLE]({}).install(model, self._tensors, self._modules)
         else:
             self._install(model, device_map)
 
@@ -80,16 +78,19 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _install(self, model: nn.Module, device_map: Any) -> None:
         dtypes = stored_dtypes(self._stock.values())
-        chosen = choose_storage(self.quantization_config.storage, self._tensors, dtypes, _device_types(device_map))
-        devices = {name: device_of(path, device_map) for name, path in self._modules.items()}
-        STORAGES[chosen](devices).install(model, self._tensors, self._modules)
-        if chosen in REPLICATING and len(set(devices.values())) > 1:
+        name = choose_storage(self.quantization_config.storage, self._tensors, dtypes, _device_types(device_map))
+        paths = self._modules.paths()
+        devices = {tensor: device_of(path, device_map) for tensor, path in paths.items()}
+        storage = STORAGES[name](devices)
+        storage.install(model, self._tensors, self._modules)
+        if storage.replicates and len(set(devices.values())) > 1:
             self._say_what_is_held_again(devices)
-        if chosen == "vmm":
-            self._mapped = frozenset(f"{path}.weight" for path in self._modules.values())
+        if storage.brings_memory:
+            self._mapped = frozenset(f"{path}.weight" for path in paths.values())
 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
-        itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in self._modules.items()}
+        paths = self._modules.paths()
+        itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in paths.items()}
         found = held_again(self.quantization_config.sharing.plan, devices, itemsizes)
         units, nbytes = sum(pair.units for pair in found), sum(pair.nbytes for pair in found)
         LOGGER.info("%d units, %d bytes, are held more than once: on each device that uses them", units, nbytes)
@@ -115,8 +116,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             return _converted(model, dtype)
         if plan.no_stock_equivalent is not None:
             raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
-        removed = {name: module_path(model, name) for name in shrunk_of(plan)}
-        stock = _stock_modules(model, {*changed_paths(model), *removed.values()})
+        removed = ModuleMap.of(model, shrunk_of(plan))
+        stock = _stock_modules(model, {*changed_paths(model), *removed.paths().values()})
         _put_back(model, stock_modules(model, stock))
         regrow(model, plan, stock, removed)
         return _converted(model, dtype)
@@ -174,8 +175,7 @@ def _converted(model: nn.Module, dtype: Any) -> nn.Module:
 
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        replace_module(model, path, module)
 
 
 def device_of(path: str, device_map: Any) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import ATTENTION_COUNTS
+from headshare.architecture.families import Counts
 from headshare.architecture.model_layouts import ModelLayouts
-from headshare.architecture.removable import check_removals
+from headshare.architecture.modules import ModuleMap, linear_of
+from headshare.architecture.removable import check_removals, counts_of
 from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.spans import length
@@ -53,20 +54,19 @@ def shrunk_of(plan: SharePlan) -> dict[str, Shrunk]:
     }
 
 
-def shrink(model: Any, plan: SharePlan, modules: Mapping[str, str]) -> None:
-    """Take removed units out of a stock model on the meta device. `modules` maps tensors' names to modules' paths.
+def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
+    """Take removed units out of a stock model on the meta device.
 
     Raises:
         PlanError: if the model cannot go without such units.
-        StorageError: if it has modules of other shapes or kinds.
+        StorageError: if it has modules of other shapes or kinds, or one that holds several tensors.
         ArchitectureError: if it counts its attention in a way that the plan's groups do not divide.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     check_removals(plan, ModelLayouts(text_config(model.config.to_dict()), shapes))
     for name, shrunk in shrunk_of(plan).items():
-        _shrink_module(model.get_submodule(modules[name]), shrunk)
-    for attention, numbers in _counted(model, plan, modules):
-        counts = ATTENTION_COUNTS[str(model.config.model_type)]
+        _shrink_module(modules.module(model, name), shrunk)
+    for attention, counts, numbers in _counted(model, plan, modules):
         for name in counts.attributes:
             setattr(attention, name, _scaled(getattr(attention, name), *numbers))
         if counts.settings:
@@ -74,15 +74,17 @@ def shrink(model: Any, plan: SharePlan, modules: Mapping[str, str]) -> None:
             attention.config = FewerHeads(attention.config, own)
 
 
-def _counted(model: nn.Module, plan: SharePlan, modules: Mapping[str, str]) -> list[tuple[Any, tuple[int, int]]]:
-    """Every attention module that loses units, with how many it keeps, of how many."""
+def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any, Counts, tuple[int, int]]]:
+    """Every attention module that loses units, what it counts them by, and how many it keeps, of how many."""
     found = []
     for removal in plan.removals:
         if removal.layout.kind is Kind.ATTENTION:
+            counts = counts_of(str(model.config.model_type))
+            assert counts is not None  # else the removal was refused
             groups = removal.layout.groups
             for layer, spans in removal.removed.items():
-                path = modules[removal.layout.parts[Part.Q].name(layer)].rpartition(".")[0]
-                found.append((model.get_submodule(path), (groups - length(spans), groups)))
+                path = modules.path(removal.layout.parts[Part.Q].name(layer)).rpartition(".")[0]
+                found.append((model.get_submodule(path), counts, (groups - length(spans), groups)))
     return found
 
 
@@ -95,36 +97,33 @@ def _scaled(number: Any, kept: int, groups: int) -> int:
 
 
 def _shrink_module(module: Any, shrunk: Shrunk) -> None:
-    weight, bias, kind = module.weight, getattr(module, "bias", None), type(module).__name__
-    if tuple(weight.shape) != shrunk.weight.shape or kind not in ("Linear", "FalconLinear", "Conv1D"):
+    weight, bias = module.weight, getattr(module, "bias", None)
+    linear = linear_of(module)
+    if tuple(weight.shape) != shrunk.weight.shape or linear is None:
         raise StorageError(
-            f"the model holds {shrunk.weight.name} in a {kind} of shape {tuple(weight.shape)}; the plan removes rows "
-            f"or columns of a linear layer of shape {shrunk.weight.shape}."
+            f"the model holds {shrunk.weight.name} in a {type(module).__name__} of shape {tuple(weight.shape)}; the "
+            f"plan removes rows or columns of a linear layer of shape {shrunk.weight.shape}."
         )
     module.weight = nn.Parameter(weight.new_empty(shrunk.weight.reduced_shape), requires_grad=weight.requires_grad)
     if bias is not None and shrunk.bias is not None:
         module.bias = nn.Parameter(bias.new_empty(shrunk.bias.reduced_shape), requires_grad=bias.requires_grad)
-    if kind == "Conv1D":
-        module.nx, module.nf = module.weight.shape
-    else:
-        module.out_features, module.in_features = module.weight.shape
+    for attribute, size in zip(linear.sizes, module.weight.shape, strict=True):
+        setattr(module, attribute, size)
 
 
-def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules: Mapping[str, str]) -> None:
+def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules: ModuleMap) -> None:
     """Put whole modules, with zeros where units were removed, in place of smaller ones. The inverse of `shrink`.
 
     `stock` holds an empty module of the whole size for each path.
     """
-    for attention, (kept, groups) in _counted(model, plan, modules):
-        counts = ATTENTION_COUNTS[str(model.config.model_type)]
+    for attention, counts, (kept, groups) in _counted(model, plan, modules):
         for name in counts.attributes:
             setattr(attention, name, getattr(attention, name) // kept * groups)
         if counts.settings:
             attention.config = attention.config.whole
     for name, shrunk in shrunk_of(plan).items():
-        path = modules[name]
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _whole(model.get_submodule(path), stock[path], shrunk))
+        whole = _whole(modules.module(model, name), stock[modules.path(name)], shrunk)
+        modules.replace(model, name, whole)
 
 
 @torch.no_grad()

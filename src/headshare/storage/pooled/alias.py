@@ -7,22 +7,22 @@ Pages come from the checkpoint's own file where the rows stand there as the prod
 asked for, at a page's boundary: `share` writes them so), else from an arena that they are copied to once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import gcd
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.arena import OTHERWISE, PAGE, Arena, Piece, mapped, mappings_left, supported
 from headshare.storage.pooled.bank import Bank, Held
 from headshare.storage.pooled.frozen import install_frozen
-from headshare.storage.pooled.shelves import turned
+from headshare.storage.pooled.shelves import placed_on, turned
 from headshare.storage.pooled.slots import Rack, racks_of
 from headshare.storage.pooled.sources import MappedFiles
-from headshare.storage.projection import stored_dtypes
 
 SPARE_MAPPINGS = 0.5
 
@@ -141,18 +141,22 @@ def mappings_needed(racks: list[Rack]) -> int:
     return sum(3 + len(placed.runs) * placed.borrows for rack in racks for placed in rack.placed.values())
 
 
-def refusal(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], *, padding: bool = False) -> str | None:
-    """Why these tensors cannot be held by aliases, or None. Padding that eats the saving is a reason unless allowed."""
+def _impossible(racks: list[Rack]) -> str | None:
+    """The reason why these racks cannot be held by aliases, or None."""
     if not supported():
         return "this system cannot map one piece of memory at several addresses"
-    racks = racks_of(tensors)
     needed, left = mappings_needed(racks), mappings_left()
     if left is not None and needed > left * SPARE_MAPPINGS:
         return f"it would take {needed} mappings, of {left} that vm.max_map_count still allows"
+    return None
+
+
+def _wasteful(racks: list[Rack], tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype]) -> str | None:
+    """The reason why aliases would save nothing, or None."""
     for dtype in dtypes:
         held = arena_bytes(racks, dtype)
         dense = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values()) * dtype.itemsize
-        if not padding and held >= dense > 0:
+        if held >= dense > 0:
             return f"rows padded to whole pages would take {held:,} bytes where the dense weights take {dense:,}"
     return None
 
@@ -160,14 +164,29 @@ def refusal(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype], *, pa
 class AliasStorage:
     """Install projections that multiply with aliased weights. `devices` says where each tensor's module is."""
 
+    name: ClassVar[str] = "alias"
+    trains: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    replicates: ClassVar[bool] = False
+    brings_memory: ClassVar[bool] = False
+
+    @classmethod
+    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+        """Aliases are for a CPU whose system has mappings enough, and for rows that need little padding."""
+        if devices != {"cpu"}:
+            return placed_on(devices)
+        racks = racks_of(tensors)
+        return _impossible(racks) or _wasteful(racks, tensors, dtypes)
+
     def __init__(self, devices: Mapping[str, str]) -> None:
         self.devices = devices
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
-        """Replace the modules; their weights go to one bank as they load.
+    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
+        """Replace the modules; their weights go to one bank as they load. Padding, however much, is allowed.
 
         Raises:
-            StorageError: if a module is not on the CPU, or this system, or its limit on mappings, does not allow it.
+            StorageError: if a module is not on the CPU or holds several tensors, or this system, or its limit on
+                mappings, does not allow it.
         """
         elsewhere = sorted(set(self.devices.values()) - {"cpu"})
         if elsewhere:
@@ -175,8 +194,7 @@ class AliasStorage:
                 "storage alias holds all shared weights in CPU memory; some of this model's are placed on "
                 f"{elsewhere[0]}. Place them so (device_map=). {OTHERWISE}"
             )
-        dtypes = stored_dtypes(model.get_submodule(path) for path in modules.values())
-        reason = refusal(tensors, dtypes, padding=True)
+        reason = _impossible(racks_of(tensors))
         if reason:
             raise StorageError(f"storage alias cannot hold this model: {reason}. {OTHERWISE}")
         install_frozen(model, AliasBank(tensors), modules)

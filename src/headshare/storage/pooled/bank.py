@@ -1,4 +1,8 @@
-"""Banks: the one copy of all shared weights, and its guards against copies."""
+"""Banks: the one copy of all shared weights, and its guards against copies.
+
+Knows tensors by name and what a plan makes of them. Knows no model, no module and no library of models: how a weight
+is multiplied with is for those who read it here, which need not be `storage.pooled.frozen`.
+"""
 
 import logging
 import weakref

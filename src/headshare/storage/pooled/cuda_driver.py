@@ -95,6 +95,11 @@ def _give_back(driver: Driver, address: int, nbytes: int, mapped: list[tuple[int
     driver.free(address, nbytes)
 
 
+def driver_installed() -> bool:
+    """Whether cuda-bindings can be imported."""
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
 class CudaDriver:
     """A CUDA device, through cuda-bindings.
 
@@ -103,7 +108,7 @@ class CudaDriver:
     """
 
     def __init__(self, device: torch.device) -> None:
-        if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        if not driver_installed():
             raise StorageError(f"storage vmm needs cuda-bindings: {INSTALL}. {OTHERWISE}")
         if device.type != "cuda" or not torch.cuda.is_available():
             raise StorageError(f"storage vmm needs a CUDA device; {device} is none, or is not here.")

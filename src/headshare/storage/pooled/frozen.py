@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.storage.pooled.bank import HOW_TO_TRAIN, Bank
 from headshare.storage.pooled.product import Slots
@@ -165,12 +166,15 @@ def _converts_to(fn: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
 
 
 def install_frozen(
-    model: nn.Module, bank: Bank, modules: Mapping[str, str], kind: type[FrozenProjection] = MappedProjection
+    model: nn.Module, bank: Bank, modules: ModuleMap, kind: type[FrozenProjection] = MappedProjection
 ) -> None:
-    """Replace every module that holds one of the bank's tensors. `modules` maps tensor names to modules' paths."""
+    """Replace every module that holds one of the bank's tensors.
+
+    Raises:
+        StorageError: if a module holds several of them.
+    """
     for name in bank.tensors:
-        parent, _, leaf = modules[name].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, kind(model.get_submodule(modules[name]), name, bank))
+        modules.replace(model, name, kind(modules.module(model, name), name, bank))
 
 
 def read_banks(model: nn.Module) -> bool:

@@ -5,20 +5,21 @@ arrives and never again. Weights are read-only: to train, hold the model by `own
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.bank import Bank, Held
 from headshare.storage.pooled.frozen import FrozenProjection, install_frozen
 from headshare.storage.pooled.product import KERNEL_DTYPES, Slots, kernels, kernels_installed, slot_linear
-from headshare.storage.pooled.shelves import Shelf, in_slots, shelves_of, torch_devices, turned
+from headshare.storage.pooled.shelves import Shelf, in_slots, placed_on, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of
-from headshare.storage.projection import Style
 
 LOGGER = logging.getLogger("headshare")
 ROWS_OF_TILE = 16
@@ -105,8 +106,8 @@ class IndirectProjection(FrozenProjection):
             x = x * self.channel_scale(self.tie_scale)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self._whole.bank.dtype)
-        across = (self.axis == 1) != (self.style is Style.CONV1D)  # rows of the bank are input channels
-        if self.style is not Style.FALCON or self.bias is None:
+        across = (self.axis == 1) != self.in_out  # rows of the bank are input channels
+        if not self.bias_after or self.bias is None:
             return slot_linear(x, self._whole, self.bias, across=across)
         return slot_linear(x, self._whole, None, across=across) + self.bias
 
@@ -116,34 +117,44 @@ class IndirectProjection(FrozenProjection):
         return rows.T if self.axis == 1 else rows
 
 
-def refusal(tensors: Mapping[str, GappedTensor], dtypes: set[torch.dtype]) -> str | None:
-    """Why kernels would not serve these tensors well, or None."""
-    if not kernels_installed():
-        return "triton is not installed"
-    others = sorted(str(dtype) for dtype in dtypes - KERNEL_DTYPES)
-    if others:
-        return f"there are no kernels for {others[0]}"
-    for rack in racks_of(tensors):
-        if rack.height % ROWS_OF_TILE:
-            return (
-                f"its weights are shared in blocks of {rack.height} rows, and kernels take multiples of {ROWS_OF_TILE}"
-            )
-    return None
-
-
 class IndirectStorage:
     """Install projections that multiply with the slots of a bank. `devices` says where each tensor's module is."""
+
+    name: ClassVar[str] = "indirect"
+    trains: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    replicates: ClassVar[bool] = True
+    brings_memory: ClassVar[bool] = False
+
+    @classmethod
+    def refusal(cls, tensors: Mapping[str, GappedTensor], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
+        """Kernels are for CUDA devices, and for the types and the blocks of rows that they can take."""
+        if devices != {"cuda"}:
+            return placed_on(devices)
+        if not kernels_installed():
+            return "triton is not installed"
+        others = sorted(str(dtype) for dtype in dtypes - KERNEL_DTYPES)
+        if others:
+            return f"there are no kernels for {others[0]}"
+        for rack in racks_of(tensors):
+            if rack.height % ROWS_OF_TILE:
+                return (
+                    f"its weights are shared in blocks of {rack.height} rows, and kernels take multiples of "
+                    f"{ROWS_OF_TILE}"
+                )
+        return None
 
     def __init__(self, devices: Mapping[str, str]) -> None:
         self.devices = devices
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
         """Replace the modules; their weights go to one bank as they load.
 
         Raises:
-            StorageError: if the modules are on devices of several kinds, or kernels are needed and not installed.
+            StorageError: if the modules are on devices of several kinds or hold several tensors, or kernels are needed
+                and not installed.
         """
-        devices = torch_devices(self.devices, "indirect")
+        devices = torch_devices(self.devices, self.name)
         if any(device.type == "cuda" for device in devices.values()):
             kernels()
         else:

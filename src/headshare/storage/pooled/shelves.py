@@ -3,7 +3,7 @@
 A slot whose tensor is on one device and whose borrower is on another is held on both, and filled when it arrives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,13 @@ def in_slots(tensor: GappedTensor, rack: Rack, stored: Tensor) -> Tensor:
 def turned(tensor: GappedTensor, rows: Tensor) -> Tensor:
     """Rows in the stock module's orientation; the inverse of what `in_slots` does to it."""
     return rows.T if tensor.axis == 1 else rows
+
+
+def placed_on(devices: Set[str]) -> str:
+    """The sentence that says where a model is placed. `devices` are kinds: cpu, cuda, disk."""
+    words = {"cpu": "this machine's CPU", "cuda": "CUDA devices"}
+    only = next(iter(devices)) if len(devices) == 1 else None
+    return f"the model is placed on {words.get(only or '') or ', '.join(sorted(devices))}"
 
 
 def torch_devices(devices: Mapping[str, str], storage: str) -> dict[str, torch.device]:

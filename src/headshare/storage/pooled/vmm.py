@@ -5,17 +5,19 @@ ordinary tensor. The driver maps whole granules (2 MiB), so that slots must be m
 read-only: to train, hold the model by `owner`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.tensors import GappedTensor
 from headshare.storage.pooled.bank import Bank, Held
-from headshare.storage.pooled.cuda_driver import OTHERWISE, Block, Driver, Span, cuda_driver
+from headshare.storage.pooled.cuda_driver import OTHERWISE, Block, Driver, Span, cuda_driver, driver_installed
 from headshare.storage.pooled.frozen import install_frozen
-from headshare.storage.pooled.shelves import Shelf, in_slots, shelves_of, torch_devices, turned
+from headshare.storage.pooled.shelves import Shelf, in_slots, placed_on, shelves_of, torch_devices, turned
 from headshare.storage.pooled.slots import racks_of
 
 
@@ -106,17 +108,36 @@ class VmmBank(Bank):
 class VmmStorage:
     """Install projections whose weights are mapped. `devices` says where each tensor's module is."""
 
+    name: ClassVar[str] = "vmm"
+    trains: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    replicates: ClassVar[bool] = True
+    brings_memory: ClassVar[bool] = True
+
+    @classmethod
+    def refusal(
+        cls,
+        tensors: Mapping[str, GappedTensor],  # noqa: ARG003 - whether granules fit them, only their device can say
+        dtypes: Set[torch.dtype],  # noqa: ARG003
+        devices: Set[str],
+    ) -> str | None:
+        """Mappings of the driver are for CUDA devices, where cuda-bindings is installed."""
+        if devices != {"cuda"}:
+            return placed_on(devices)
+        return None if driver_installed() else "cuda-bindings is not installed"
+
     def __init__(self, devices: Mapping[str, str], drivers: Callable[[torch.device], Driver] = cuda_driver) -> None:
         self.devices = devices
         self.drivers = drivers
 
-    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: Mapping[str, str]) -> None:
+    def install(self, model: nn.Module, tensors: Mapping[str, GappedTensor], modules: ModuleMap) -> None:
         """Replace the modules; their weights go to one bank as they load.
 
         Raises:
-            StorageError: if the modules are not on CUDA devices, or the driver cannot be reached.
+            StorageError: if the modules are not on CUDA devices or hold several tensors, or the driver cannot be
+                reached.
         """
-        devices = torch_devices(self.devices, "vmm")
+        devices = torch_devices(self.devices, self.name)
         for device in set(devices.values()):
             self.drivers(device)
         install_frozen(model, VmmBank(tensors, devices, self.drivers), modules)

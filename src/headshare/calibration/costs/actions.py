@@ -1,0 +1,174 @@
+"""Actions: what can be done to a unit, a row of a table each. Decides nothing and measures nothing.
+
+A row's traits say what a unit shares, what becomes of its columns of the output projection, and in which order units
+go; the cost curves, the plan and the command line ask the traits and never the name. An action that the traits do not
+describe brings functions of its own: `costs` for its cost curves, `sections` for its part of a plan.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from headshare.calibration.costs.sections import (
+    SectionBuilder,
+    low_rank_sections,
+    removal_sections,
+    tie_sections,
+)
+from headshare.calibration.costs.sublayer import Half, UnitSizes
+from headshare.errors import PlanError
+from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Kind, Part
+
+# The word for a choice among several actions, which is no action's name.
+AUTO = "auto"
+_SHARED: Mapping[Kind | None, tuple[Part, ...]] = {
+    Kind.ATTENTION: ATTENTION_PARTS,
+    Kind.FFN: tuple(part for part in FFN_PARTS if part is not Part.DOWN),
+    None: (),
+}
+
+
+class Output(StrEnum):
+    """Treatments of a unit's columns of the output projection (W_o, W_down), which read out what the unit makes.
+
+    The unit keeps columns of its own, takes its donor's with one scale for each channel, or has a product of small rank
+    in their place; or they are gone, and the unit with them.
+    """
+
+    OWN = "own"
+    SCALED = "scaled"
+    LOW_RANK = "low rank"
+    NONE = "none"
+
+
+class Order(StrEnum):
+    """Orders in which a layer gives its units up: the cheapest for its bytes first; or, wherever units can be removed,
+    in the order in which `remove` gives them up, so that both are compared on the same units."""
+
+    OWN = "own"
+    REMOVAL = "removal"
+
+
+class GivenUp(NamedTuple):
+    """One step of a cost curve that an action makes itself, with the fields of a curve's `Step`."""
+
+    groups: tuple[int, ...]
+    price: float
+    saved_bytes: int
+    donors: tuple[tuple[HeadUnit, float], ...] = ()
+    rank: int = 0
+
+
+Costs = Callable[[Half], Iterable[GivenUp]]
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One thing that can be done to a unit.
+
+    `name` is its word on the command line and in saved cost curves. `sublayer` is the half of a layer that it is for;
+    None means both, of the feed-forward single neurons. A unit takes the parts that it `shares` from a donor, where its
+    layers have them: a feed-forward without gate shares up. `lasting` is, for an action in the order of removal, the
+    part of what it makes up for in its layer that later layers' refits would not, measured on held-out text. `costs`
+    gives the units up in an order and at prices of its own, instead of the descent's; `sections` build its part of a
+    plan.
+
+    Raises:
+        PlanError: if the traits contradict each other.
+    """
+
+    name: str
+    sublayer: Kind | None
+    shares: tuple[Part, ...]
+    output: Output
+    order: Order = Order.OWN
+    lasting: float = 1.0
+    costs: Costs | None = None
+    sections: tuple[SectionBuilder, ...] = (tie_sections,)
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set("+, "):
+            raise PlanError(f"an action's name is a word without plus, comma and space; found {self.name!r:.50}.")
+        if not set(self.shares) <= set(_SHARED[self.sublayer]):
+            raise PlanError(f"{self} shares {','.join(self.shares)}, which units of {self.sublayer} do not share.")
+        if (self.output is Output.SCALED) != (Part.O in self.shares):
+            raise PlanError(f"{self} must share o if its columns are scaled, and only then.")
+        if self.costs is None and bool(self.shares) == self.removes:
+            raise PlanError(f"{self} must share parts or remove the unit, or bring costs of its own.")
+        if not self.shares and tie_sections in self.sections:
+            raise PlanError(f"{self} shares nothing, so it must bring sections of a plan that are no ties.")
+        if self.sublayer is not Kind.ATTENTION and (self.order is Order.REMOVAL or self.output is Output.LOW_RANK):
+            raise PlanError(f"{self} must be for attention, as only its units follow removals or become products.")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def removes(self) -> bool:
+        """Whether the unit is gone altogether, so that only models that can go without units have this action."""
+        return self.output is Output.NONE
+
+    def saved_bytes(self, sizes: UnitSizes, rank: int = 0) -> int:
+        """Bytes that one unit of these sizes saves, as `sharing.size.estimate_plan` counts them."""
+        shared = sum(size for part, size in sizes.parts.items() if part in self.shares)
+        match self.output:
+            case Output.OWN:
+                return shared
+            case Output.SCALED:
+                return shared - sizes.scales
+            case Output.LOW_RANK:
+                return shared + sizes.parts[Part.O] - rank * sizes.rank
+            case Output.NONE:
+                return sum(sizes.parts.values()) + sizes.biases
+
+
+ACTIONS: dict[str, Action] = {}
+
+
+def register_action(action: Action) -> Action:
+    """The action, which its name stands for from now on.
+
+    Raises:
+        PlanError: if the name stands for something else.
+    """
+    if action.name == AUTO or action.name in ACTIONS:
+        raise PlanError(f"there is an action '{action}' already. Choose another name.")
+    ACTIONS[action.name] = action
+    return action
+
+
+def registered(actions: Iterable[Action]) -> tuple[Action, ...]:
+    """The actions in the order of the table, each once.
+
+    Raises:
+        PlanError: if one is not in the table, so that saved cost curves could not name it.
+    """
+    wanted = set(actions)
+    unknown = wanted - set(ACTIONS.values())
+    if unknown:
+        raise PlanError(f"the action '{min(unknown)}' is not known; register it with register_action.")
+    return tuple(action for action in ACTIONS.values() if action in wanted)
+
+
+QK = register_action(Action("qk", Kind.ATTENTION, (Part.Q, Part.K), Output.OWN))
+QKV = register_action(Action("qkv", Kind.ATTENTION, (Part.Q, Part.K, Part.V), Output.OWN))
+QKVO = register_action(
+    Action("qkvo", Kind.ATTENTION, (Part.Q, Part.K, Part.V, Part.O), Output.SCALED, Order.REMOVAL, lasting=1.0)
+)
+FACTORED = register_action(
+    Action(
+        "factored",
+        Kind.ATTENTION,
+        (Part.Q, Part.K, Part.V),
+        Output.LOW_RANK,
+        Order.REMOVAL,
+        lasting=0.4,
+        sections=(tie_sections, low_rank_sections),
+    )
+)
+GATEUP = register_action(Action("gateup", Kind.FFN, (Part.GATE, Part.UP), Output.OWN))
+REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
+
+# The actions that `auto` chooses among; removals are priced along with these.
+AUTO_ACTIONS = (QKVO, FACTORED)
