@@ -26,7 +26,7 @@ def layouts_of(checkpoint: Checkpoint, parts: Parts, ffn_groups: int = 1) -> tup
 
     Raises:
         ArchitectureError: if the model's layout is not known.
-        PlanError: if a part is not there.
+        PlanError: if the neurons do not divide into that many groups.
     """
     layouts = []
     if parts.attention:

@@ -55,7 +55,8 @@ def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> Non
 
     Raises:
         StorageError: if nothing here builds such a module, or a module holds several tensors.
-        PlanError: if a module has another shape than the plan says, or multiplies in another way than we know.
+        PlanError: if a module has another shape than the plan says.
+        StorageError: if it multiplies in another way than we know.
     """
     tensors = tensor_plans(plan)
     paths = modules.paths()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from headshare.architecture.modules import ModuleMap, replace_module
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
-from headshare.errors import PlanError
+from headshare.errors import CheckpointError
 from headshare.plan.tensors import TensorPlan
 from headshare.storage.owner import OWN, Slot, Spans, borrowed
 
@@ -19,13 +19,13 @@ class PackedLinear(nn.Module):
     """Drop-in for nn.Linear whose weight is rounded to four bits: unpacked for each product, and dropped after it.
 
     Raises:
-        PlanError: if the groups do not fill its inputs.
+        CheckpointError: if the groups do not fill its inputs.
     """
 
     def __init__(self, dense: nn.Linear, packing: Packing, tensor: TensorPlan | None) -> None:
         super().__init__()
         if dense.in_features % packing.group:
-            raise PlanError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
+            raise CheckpointError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
         self.out_features, self.in_features = dense.out_features, dense.in_features
         rows = self.out_features if tensor is None else tensor.stored_shape[0]
         device = dense.weight.device
@@ -44,11 +44,11 @@ class PackedLinear(nn.Module):
         """Whether what was loaded is of such a matrix, by the shape that it says; what lies on disk is not read.
 
         Raises:
-            PlanError: if it is not.
+            CheckpointError: if it is not.
         """
         shape, wanted = self.get_buffer(SHAPE), [self.out_features, self.in_features]
         if not shape.is_meta and shape.tolist() != wanted:
-            raise PlanError(
+            raise CheckpointError(
                 f"{path}.{PACKED} and what stands beside it are not of the model's matrix of shape {wanted}: they are "
                 "missing, or of another one. Download the checkpoint again."
             )
@@ -104,7 +104,7 @@ def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, Ten
     """Replace every linear module that is not ignored. `modules` are those of the tensors that a plan touches.
 
     Raises:
-        PlanError: if one of those is not replaced.
+        CheckpointError: if one of those is not replaced.
         StorageError: if one of those holds several tensors.
     """
     paths = modules.paths()
@@ -117,7 +117,7 @@ def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, Ten
             found[path] = PackedLinear(module, packing, tensors.get(names.get(path, "")))
             replace_module(model, path, found[path])
     if left := [path for path in paths.values() if path not in found]:
-        raise PlanError(f"the plan shares rows of {left[0]}, which is not a linear module of four bits here.")
+        raise CheckpointError(f"the plan shares rows of {left[0]}, which is not a linear module of four bits here.")
     by_name = {name: found[path] for name, path in paths.items()}
     for name, module in by_name.items():
         module.link(tensors[name], tensors, by_name)

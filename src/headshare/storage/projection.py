@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from headshare.architecture.families import Linear
 from headshare.architecture.modules import linear_of
-from headshare.errors import PlanError
+from headshare.errors import PlanError, StorageError
 from headshare.plan.tensors import TensorPlan
 
 
@@ -94,7 +94,8 @@ def _linear_with(dense: nn.Module, tensor: TensorPlan) -> Linear:
     """The way in which the stock module that holds this tensor multiplies.
 
     Raises:
-        PlanError: if its weight has another shape than the plan says, or it is of a kind that we do not know.
+        PlanError: if its weight has another shape than the plan says.
+        StorageError: if it is of a kind that we do not know.
     """
     weight = getattr(dense, "weight", None)
     if weight is None or tuple(weight.shape) != tensor.shape:
@@ -102,7 +103,7 @@ def _linear_with(dense: nn.Module, tensor: TensorPlan) -> Linear:
         raise PlanError(f"the model's {tensor.name} has shape {found}; the plan says {tensor.shape}.")
     linear = linear_of(dense)
     if linear is None:
-        raise PlanError(
+        raise StorageError(
             f"the model computes {tensor.name} with a {type(dense).__name__}, which headshare does not know how to "
             "share."
         )
