@@ -5,7 +5,7 @@ out of whole layers: no stock model does.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import headshare as hs
+from headshare.calibration.costs.actions import ACTIONS, Action, GivenUp, Output
+from headshare.calibration.costs.sections import Taken
+from headshare.calibration.costs.sublayer import SublayerData
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.evaluation.verify import verify
 from headshare.plan.describe import describe, given_up, picture
@@ -31,12 +34,13 @@ from headshare.plan.section import (
     section_kind,
 )
 from headshare.plan.tensors import TensorPlan
-from headshare.plan.units import HeadUnit, Part
+from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.sharing.makers import MAKERS
 from headshare.storage.changes import MODULE_CHANGES
 from headshare.storage.projection import SharedProjection
 from support import tiny
 from support.command_line import Run
+from support.texts import a_text, add_tokenizer
 
 
 class MeanRows(NamedTuple):
@@ -348,3 +352,52 @@ def test_what_nothing_builds_or_makes_is_one_error(
     monkeypatch.delitem(MAKERS, "mean")
     with pytest.raises(CheckpointError, match="made by 'mean', for which this headshare has no maker"):
         hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
+
+
+# ---- an action of a test's own that puts such a section in a plan
+
+
+def spread_of_rows(half: SublayerData) -> Iterator[GivenUp]:
+    """Each unit at the squares by which what it makes differs from its mean channel's."""
+    prices = []
+    for columns in half.columns:
+        inputs = half.inputs[:, columns]
+        prices.append(float((inputs - inputs.mean(1, keepdim=True)).square().sum()))
+    for group in sorted(range(len(prices)), key=prices.__getitem__):
+        yield GivenUp((group,), prices[group], SAVED)
+
+
+def averaged_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section]:
+    units = tuple(sorted(unit for step in taken for unit in step.units))
+    yield Averaged(layout=taken[0].layout.only((Part.V,)), units=units, chosen=choice)
+
+
+SAVED = 7 * 32 * 4  # seven of eight rows of 32 numbers in float32
+AVERAGE = Action("average", Sublayer.ATTENTION, (), Output.OWN, costs=spread_of_rows, sections=(averaged_sections,))
+
+
+@pytest.fixture
+def average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACTIONS, AVERAGE.name, AVERAGE)
+
+
+def test_an_action_prices_and_plans_a_section_that_is_shared_refitted_measured_and_verified(
+    average: None, llama: Path, run: Run, tmp_path: Path
+) -> None:
+    add_tokenizer(llama)
+    dense = hs.open_checkpoint(llama)
+    text = hs.Calibration.load(a_text(tmp_path / "text", 600), dense, tokens=320, window=16)
+    plan = hs.plan_by_output(dense, text, parts="average", save=f"{3 * SAVED}")
+    (section,) = plan.others
+    assert isinstance(section, Averaged)
+    assert len(section.units) == 3
+    assert hs.estimate(dense, plan).saved_bytes == 3 * SAVED
+    refitted = hs.refit(hs.share(dense, plan), text)
+    assert {step for step in refitted.refitted if "o_proj" in step}
+    out = refitted.save(tmp_path / "out")
+    found = hs.verify(hs.open_checkpoint(out), dense)
+    assert found.ok, found.problems
+    done = run("plan", llama, "-o", "plan.json", "--parts", "average", "--save", str(3 * SAVED),
+               "--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "320")  # fmt: skip
+    assert done.status == 0, done.err
+    assert hs.SharePlan.load(tmp_path / "plan.json") == plan
