@@ -30,7 +30,7 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.actions import AUTO_ACTIONS, FACTORED, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import AUTO_ACTIONS, LOW_RANK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
@@ -201,7 +201,7 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
         return priced(plan_for_bytes(replace(prices, paths=tuple(ties)), int(SCALED * deleted.saved_bytes)))
 
     yield Cell(budget, CONTROL, lambda: saving(REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(FACTORED))
+    yield Cell(budget, "sharing, o factored", lambda: saving(LOW_RANK))
     yield Cell(budget, "sharing or deletion", lambda: saving(*AUTO_ACTIONS, REMOVE))
     yield Cell(budget, CHEAPEST, lambda: priced(plan_for_bytes(bench.both(), least)))
     yield Cell(budget, "sharing q,k,v,o with scales", scaled)
@@ -220,7 +220,7 @@ def at_share(bench: Bench, share: float) -> Iterator[Cell]:
     budget = f"{share:.0%}"
     yield Cell(budget, CONTROL, lambda: saving(bench.prices(AUTO_ACTIONS), REMOVE))
     yield Cell(budget, "removal of neurons", lambda: saving(bench.prices((REMOVE,), Sublayer.FFN), REMOVE))
-    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(AUTO_ACTIONS), FACTORED))
+    yield Cell(budget, "sharing, o factored", lambda: saving(bench.prices(AUTO_ACTIONS), LOW_RANK))
     yield Cell(budget, CHEAPEST, lambda: saving(bench.both(), *AUTO_ACTIONS, REMOVE))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headshare.calibration import allocate as budget
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
-from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.to_plan import Budgeted, plan_for_steps
@@ -52,7 +52,7 @@ LAYOUTS = {
     Sublayer.FFN: layout_of(Sublayer.FFN, GROUPS, 4),
 }
 SINGLE = layout_of(Sublayer.FFN, NEURONS, 1)
-SIZES = {QK: 64, QKV: 96, QKVO: 124, FACTORED: 116, GATEUP: 64, REMOVE: 128}
+SIZES = {QK: 64, QKV: 96, QKVO: 124, LOW_RANK: 116, GATEUP: 64, REMOVE: 128}
 
 
 # ---- made-up prices
@@ -69,7 +69,7 @@ def priced(draw: st.DrawFn, *, neurons: bool = True) -> list[tuple[Sublayer, int
     of_neurons = neurons and draw(st.booleans())
     paths: list[tuple[Sublayer, int, Steps]] = []
     for layer in range(LAYERS):
-        whole = draw(st.sampled_from((QKVO, FACTORED)))
+        whole = draw(st.sampled_from((QKVO, LOW_RANK)))
         forms = (QK, QKV, whole, REMOVE) if layer else (REMOVE,)
         paths += [(Sublayer.ATTENTION, layer, steps) for steps in draw(alternatives(layer, forms))]
         if of_neurons:
@@ -99,7 +99,7 @@ def units(draw: st.DrawFn, layer: int, forms: Sequence[Action]) -> Steps:
         if form is REMOVE and [one[0] for one in steps].count(form) == GROUPS - 1:
             break
         donors = () if form is REMOVE else draw(donors_of(layer))
-        rank = draw(st.integers(1, 3)) if form is FACTORED else 0
+        rank = draw(st.integers(1, 3)) if form is LOW_RANK else 0
         price = donors[0][1] if donors else draw(PRICE)
         steps.append((form, (group,), price, SIZES[form] - 5 * rank, donors, rank))
     return steps
@@ -415,7 +415,7 @@ def deeds(plan: SharePlan) -> dict[Half, set[Deed]]:
     found: dict[Half, set[Deed]] = {}
     for (kind, unit), parts in shared.items():
         rank = ranks.pop(unit, 0) if kind is Sublayer.ATTENTION else 0
-        (form,) = [form for form in SIZES if set(form.shares) == parts and (form is FACTORED) == (rank > 0)]
+        (form,) = [form for form in SIZES if set(form.shares) == parts and (form is LOW_RANK) == (rank > 0)]
         found.setdefault((kind, unit.layer), set()).add((unit.group, form, rank))
     for kind in Sublayer:
         for layer, group in removed(plan, kind):
@@ -520,7 +520,7 @@ def test_factored_units_have_the_ranks_of_their_steps_and_share_q_k_and_v(drawn:
 
 def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None:
     donors = ((HeadUnit(0, 0), 0.1),)
-    steps = tuple(CurveStep(FACTORED, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
+    steps = tuple(CurveStep(LOW_RANK, (group,), 0.1, 9, donors, rank) for group, rank in ((2, 3), (0, 1)))
     paths = tuple(CostCurve(Sublayer.ATTENTION, layer, steps) for layer in (3, 1))
     chosen = Choice(match="output", mode="mine", ratio=0.5)
     plan = plan_for_units(CostCurves("llama", LAYOUTS, paths), 4, choice=chosen).plan
@@ -533,7 +533,7 @@ def test_ranks_go_to_their_groups_whatever_order_these_are_given_up_in() -> None
 
 
 def test_a_rank_that_columns_cannot_have_is_refused() -> None:
-    step = CurveStep(FACTORED, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
+    step = CurveStep(LOW_RANK, (0,), 0.1, 9, ((HeadUnit(0, 0), 0.1),), 4)
     with pytest.raises(PlanError, match=r"rank 4.*from 1 to 3"):
         plan_for_units(CostCurves("llama", LAYOUTS, (CostCurve(Sublayer.ATTENTION, 1, (step,)),)), 1)
 
@@ -588,13 +588,13 @@ def test_the_plan_says_how_it_was_chosen() -> None:
 def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path: Folder) -> None:
     checkpoint = open_checkpoint(tiny.make(name, tmp_path / name))
     text = Calibration(tiny.tokens(16, 2), False, "a text", 0)
-    for forms in ([*TIES, REMOVE], [FACTORED, GATEUP]):
+    for forms in ([*TIES, REMOVE], [LOW_RANK, GATEUP]):
         prices = price_units(checkpoint, text, forms, ffn_groups=2, donors=1, protect=[1, 3])
         prices = prices.only(forms)
         for share in (0.3, 0.7, 1.0):
             found = plan_for_bytes(prices, round(share * most_bytes(prices)))
             assert found.saved_bytes == saved_in(found.plan, checkpoint)
-        assert bool(found.plan.factored) == (FACTORED in forms)
+        assert bool(found.plan.factored) == (LOW_RANK in forms)
         assert found.saved_bytes == most_bytes(prices)
         for path in prices.paths:
             for steps in {1, len(path.steps)}:

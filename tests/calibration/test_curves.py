@@ -7,7 +7,7 @@ import pytest
 
 from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout, ffn_layout
-from headshare.calibration.costs.actions import FACTORED, GATEUP, QKV, REMOVE
+from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QKV, REMOVE
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep, curves_from_json, curves_to_json
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
@@ -19,7 +19,7 @@ GONE = CurveStep(REMOVE, (0,), -1e-300, 100)
 
 
 def test_paths_come_back_from_json_to_the_last_bit() -> None:
-    factored = replace(TIE, action=FACTORED, groups=(2,), rank=8)
+    factored = replace(TIE, action=LOW_RANK, groups=(2,), rank=8)
     paths = [
         CostCurve(Sublayer.ATTENTION, 1, (TIE, GONE, factored)),
         CostCurve(Sublayer.FFN, 1, (replace(GONE, groups=(4, 7)),)),
@@ -47,7 +47,7 @@ def test_paths_come_back_from_json_to_the_last_bit() -> None:
         ('"layer":1', '"layer":-1', "no layer -1"),
         ('"form":"qkv"', '"form":"remove"', "no donors"),
         ('"form":"remove"', '"form":"qk"', "at least one donor"),
-        ('"form":"qkv"', '"form":"factored"', "has a rank if it is factored"),
+        ('"form":"qkv"', '"form":"low_rank"', "has a rank if it is factored"),
         ('"rank":0', '"rank":1', "has a rank if it is factored"),
         ('"rank":0', '"rank":-1', "has a rank if it is factored"),
         ('"rank":0', '"rank":"1"', "0.steps.0.rank"),

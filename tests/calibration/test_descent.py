@@ -5,7 +5,7 @@ from pathlib import Path as Folder
 import pytest
 
 from headshare.calibration.costs import descent as layerprices
-from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CurveStep
 from headshare.calibration.costs.least_squares import Remainder
 from headshare.calibration.costs.local import price_units
@@ -78,7 +78,7 @@ def best_offer(
     layout, channels = reference.layout, reference.readout.rows
     earlier = [HeadUnit(one, unit) for one in range(reference.layer) for unit in range(layout.groups)]
     offers = []
-    for rank in (1, 2, 4, 8) if form is FACTORED else (0,):
+    for rank in (1, 2, 4, 8) if form is LOW_RANK else (0,):
         for donor in [None] if form is REMOVE else earlier:
             donors = () if donor is None else ((donor, 0.0),)
             step = CurveStep(form, (group,), 0.0, saved_in(checkpoint, layout, form, rank), donors, rank)
@@ -119,14 +119,14 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
     attention = [path for path in prices.paths if path.kind is Sublayer.ATTENTION]
     lengths = {
         form: [(path.layer, len(path.steps)) for path in attention if form in forms_of(path)]
-        for form in (QKV, REMOVE, FACTORED)
+        for form in (QKV, REMOVE, LOW_RANK)
     }
     ranks = sum(
         rank < Reference(checkpoint, prices.layouts[Sublayer.ATTENTION], 1).readout.rows for rank in layerprices.RANKS
     )
     assert lengths[QKV] == [(layer, 4) for layer in (1, 2, 3)]
     assert lengths[REMOVE] == [(layer, 3) for layer in range(4)]
-    assert lengths[FACTORED] == [(layer, 3) for layer in (1, 2, 3) for _ in range(ranks)]
+    assert lengths[LOW_RANK] == [(layer, 3) for layer in (1, 2, 3) for _ in range(ranks)]
     for path in attention:
         assert len({step.groups for step in path.steps}) == len(path.steps)
         assert len(forms_of(path)) == 1 or forms_of(path) <= {QK, QKV}
@@ -139,7 +139,7 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2", "mpnet"])
 def test_ties_and_removals_are_priced_as_if_the_others_had_not_been_asked_for(name: str, tmp_path: Folder) -> None:
     checkpoint = opened(name, tmp_path)
-    every = (QK, QKVO, FACTORED, REMOVE)
+    every = (QK, QKVO, LOW_RANK, REMOVE)
     together = price_units(checkpoint, calibration(), every)
     alone = every[:1] if name not in KEPT else every[:2]
     ties, removals, beside = (

@@ -13,7 +13,7 @@ import torch
 import headshare as hs
 from headshare.calibration.costs import descent as layerprices
 from headshare.calibration.costs import local as pricing
-from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep, curves_from_json, curves_to_json
 from headshare.calibration.costs.local import fitted_windows, looked_at, price_units
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -147,8 +147,8 @@ def test_donors_of_q_and_k_are_priced_with_the_recipients_own_v(tmp_path: Folder
 
 @pytest.mark.parametrize(
     ("name", "forms", "share"),
-    [("llama-biased", OWN, 0.25), ("llama-mha", (QK, QKV), 0.25), ("phi3", (FACTORED,), 0.5),
-     ("bert", (FACTORED,), 0.25), ("gpt2", (FACTORED, REMOVE), 0.25),
+    [("llama-biased", OWN, 0.25), ("llama-mha", (QK, QKV), 0.25), ("phi3", (LOW_RANK,), 0.5),
+     ("bert", (LOW_RANK,), 0.25), ("gpt2", (LOW_RANK, REMOVE), 0.25),
      ("falcon-gqa", (REMOVE,), 0.5)],
 )  # fmt: skip
 def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
@@ -157,7 +157,7 @@ def test_prices_add_up_to_the_error_on_tokens_that_nothing_was_fitted_to(
     checkpoint = opened(name, tmp_path)
     prices = price_units(checkpoint, calibration(), forms, held_out=share)
     paths = paths_of(prices, Sublayer.ATTENTION, LAST)
-    assert {FACTORED, REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
+    assert {LOW_RANK, REMOVE} & set(forms) <= set().union(*map(forms_of, paths))
     for path in paths:
         assert path.steps
         check_path(checkpoint, prices.layouts[Sublayer.ATTENTION], path, held_out=share)
@@ -216,9 +216,9 @@ def test_factored_units_are_priced_with_the_best_products_of_their_ranks(
     """Later products go with those that are there; donors' prices are those of the first unit given up alone."""
     monkeypatch.setattr(layerprices, "RANKS", ranks)
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [FACTORED])
+    prices = fitted(checkpoint, calibration(), [LOW_RANK])
     layout = prices.layouts[Sublayer.ATTENTION]
-    paths = [path for path in paths_of(prices, Sublayer.ATTENTION, LAST) if forms_of(path) == {FACTORED}]
+    paths = [path for path in paths_of(prices, Sublayer.ATTENTION, LAST) if forms_of(path) == {LOW_RANK}]
     assert {step.rank for path in paths for step in path.steps} <= set(ranks)
     for path in paths:
         check_path(checkpoint, layout, path)
@@ -239,7 +239,7 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
 ) -> None:
     """And are priced with removals beside them, whether those were asked for or not."""
     checkpoint = opened(name, tmp_path)
-    prices = fitted(checkpoint, calibration(), [FACTORED, QKVO])
+    prices = fitted(checkpoint, calibration(), [LOW_RANK, QKVO])
     channels = Reference(checkpoint, prices.layouts[Sublayer.ATTENTION], LAST).readout.rows
     (start,) = paths_of(prices, Sublayer.ATTENTION, 0)
     assert forms_of(start) == {REMOVE}
@@ -248,7 +248,7 @@ def test_units_with_little_left_are_those_that_would_be_removed_in_that_order_a_
         assert forms_of(removal) == {REMOVE}
         assert [(forms_of(path), {step.rank for step in path.steps}) for path in ties] == [
             ({QKVO}, {0}),
-            *(({FACTORED}, {rank}) for rank in layerprices.RANKS if rank < channels),
+            *(({LOW_RANK}, {rank}) for rank in layerprices.RANKS if rank < channels),
         ]
         order = [step.groups for step in removal.steps]
         saved = [removal.steps[0].saved_bytes]
@@ -265,7 +265,7 @@ def test_products_that_save_nothing_are_not_offered(tmp_path: Folder, monkeypatc
     checkpoint = opened("llama-gqa", tmp_path)
     bytes_of_rank = 4 * sum(rows_and_columns(checkpoint))
     monkeypatch.setattr(Action, "saved_bytes", lambda self, sizes, rank=0: (3 - rank) * bytes_of_rank)
-    paths = paths_of(fitted(checkpoint, calibration(), [FACTORED]), Sublayer.ATTENTION, LAST)
+    paths = paths_of(fitted(checkpoint, calibration(), [LOW_RANK]), Sublayer.ATTENTION, LAST)
     assert [{step.rank for step in path.steps} for path in paths] == [{0}, {1}, {2}]
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 import headshare as hs
 from headshare.architecture.modules import module_path
 from headshare.calibration.costs import measured as probing
-from headshare.calibration.costs.actions import FACTORED, GATEUP, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices, repriced
@@ -257,7 +257,7 @@ def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
 @pytest.mark.parametrize(
     ("name", "forms"),
     [("gpt2", (QK, REMOVE)), ("gemma2", (QKV, GATEUP)), ("mixtral", (QKV,)),
-     ("gpt_neox", (QK,)), ("opt-post-norm", (REMOVE,)), ("llama-mqa", (QKVO, FACTORED))],
+     ("gpt_neox", (QK,)), ("opt-post-norm", (REMOVE,)), ("llama-mqa", (QKVO, LOW_RANK))],
 )  # fmt: skip
 def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     name: str, forms: tuple[Action, ...], tmp_path: Folder, full: None, monkeypatch: pytest.MonkeyPatch
@@ -276,7 +276,7 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
 ) -> None:
     """They are not measured themselves, and do not change what is."""
     dense = llama_in(tmp_path)
-    prices = price_units(dense, text(), (QKVO, FACTORED), **SEEN)
+    prices = price_units(dense, text(), (QKVO, LOW_RANK), **SEEN)
     removals = [path for path in prices.paths if path.steps[0].action is REMOVE]
     found = probe(dense, prices)
     assert [path for path in found.paths if path.steps[0].action is REMOVE] == list(
@@ -302,9 +302,9 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
 
 @pytest.mark.parametrize(
     ("forms", "groups", "answer"),
-    [((FACTORED,) * 2, (0, 1), True), ((QKVO,) * 2, (0, 1), True),
-     ((QKVO, FACTORED), (0, 1), False), ((FACTORED,), (0,), True), ((FACTORED,) * 2, (1, 0), False),
-     ((FACTORED,) * 3, (0, 1, 2), False), ((QKV,) * 2, (0, 1), False), ((REMOVE,) * 2, (0, 1), False)],
+    [((LOW_RANK,) * 2, (0, 1), True), ((QKVO,) * 2, (0, 1), True),
+     ((QKVO, LOW_RANK), (0, 1), False), ((LOW_RANK,), (0,), True), ((LOW_RANK,) * 2, (1, 0), False),
+     ((LOW_RANK,) * 3, (0, 1, 2), False), ((QKV,) * 2, (0, 1), False), ((REMOVE,) * 2, (0, 1), False)],
 )  # fmt: skip
 def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
     forms: tuple[Action, ...], groups: tuple[int, ...], answer: bool
@@ -313,7 +313,7 @@ def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
         ties = [((HeadUnit(0, 0), 0.1),) if form is not REMOVE else () for form in forms]
         each = zip(forms, groups, ties, strict=True)
         return CostCurve(
-            kind, 1, tuple(CurveStep(form, (unit,), 0.1, 9, tie, int(form is FACTORED)) for form, unit, tie in each)
+            kind, 1, tuple(CurveStep(form, (unit,), 0.1, 9, tie, int(form is LOW_RANK)) for form, unit, tie in each)
         )
 
     own, removal = path(Sublayer.ATTENTION, forms, groups), path(Sublayer.ATTENTION, (REMOVE,) * 2, (0, 1))
@@ -325,7 +325,7 @@ def test_a_path_follows_a_removal_of_the_same_units_in_the_same_order(
 def test_a_path_whose_leader_had_no_error_costs_what_that_costs() -> None:
     before = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(REMOVE, (0,), 0.0, 9), CurveStep(REMOVE, (1,), 0.0, 9)))
     after = repriced(before, {1: 0.1, 2: 0.3})
-    own = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(FACTORED, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
+    own = CostCurve(Sublayer.ATTENTION, 1, (CurveStep(LOW_RANK, (0,), 0.0, 8, ((HeadUnit(0, 0), 0.0),), 1),))
     assert sums(beside(own, before, after), [1]) == pytest.approx({1: 0.1})
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headshare.calibration.costs.actions import FACTORED, QK, QKV, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import LOW_RANK, QK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import price_units
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from support import tiny
 from support.least_squares import Direct, solved
 
 TIES = (QK, QKV, QKVO)
-OWN = (QK, QKV, FACTORED, REMOVE)  # those that one readout may have together
+OWN = (QK, QKV, LOW_RANK, REMOVE)  # those that one readout may have together
 READOUT = {Sublayer.ATTENTION: Part.O, Sublayer.FFN: Part.DOWN}
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 from headshare.calibration.allocate import plan_for_bytes
-from headshare.calibration.costs.actions import FACTORED, QKVO, REMOVE, Action
+from headshare.calibration.costs.actions import LOW_RANK, QKVO, REMOVE, Action
 from headshare.calibration.costs.local import price_units
 from headshare.errors import PlanError, TrainingError
 from headshare.evaluation import Settings as Limited
@@ -162,7 +162,7 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("form", [QKVO, FACTORED, REMOVE])
+@pytest.mark.parametrize("form", [QKVO, LOW_RANK, REMOVE])
 def test_scales_factors_and_what_removals_leave_are_trained_too(form: Action, model: Folder, tmp_path: Folder) -> None:
     text = a_text(tmp_path / "text.txt", words=1200)
     dense = hs.open_checkpoint(model)
@@ -175,7 +175,7 @@ def test_scales_factors_and_what_removals_leave_are_trained_too(form: Action, mo
     assert before.shapes == after.shapes
     assert not [name for name in before.tensors if before.read(name).equal(after.read(name))]
     assert len([name for name in before.tensors if name.endswith(("scale", "factor_in", "factor_out"))]) == {
-        QKVO: 1, FACTORED: 2, REMOVE: 0
+        QKVO: 1, LOW_RANK: 2, REMOVE: 0
     }[form]  # fmt: skip
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()
 

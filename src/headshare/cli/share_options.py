@@ -58,7 +58,7 @@ CalibratedPartsOption = Annotated[
     str | None,
     typer.Option(
         help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, gateup, "
-        "factored (qkv, and o stored as a product), several joined by +, or auto (qkvo+factored), the default with "
+        "low_rank (qkv, and o stored as a product), several joined by +, or auto (qkvo+low_rank), the default with "
         "--save and --allow."
     ),
 ]

@@ -156,9 +156,9 @@ QKV = register_action(Action("qkv", Sublayer.ATTENTION, (Part.Q, Part.K, Part.V)
 QKVO = register_action(
     Action("qkvo", Sublayer.ATTENTION, (Part.Q, Part.K, Part.V, Part.O), Output.SCALED, Order.REMOVAL, lasting=1.0)
 )
-FACTORED = register_action(
+LOW_RANK = register_action(
     Action(
-        "factored",
+        "low_rank",
         Sublayer.ATTENTION,
         (Part.Q, Part.K, Part.V),
         Output.LOW_RANK,
@@ -171,4 +171,4 @@ GATEUP = register_action(Action("gateup", Sublayer.FFN, (Part.GATE, Part.UP), Ou
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
 
 # The actions that `auto` chooses among; removals are priced along with these.
-AUTO_ACTIONS = (QKVO, FACTORED)
+AUTO_ACTIONS = (QKVO, LOW_RANK)
