@@ -20,7 +20,8 @@ NotNegative = Annotated[int, Field(ge=0, le=2**40)]
 class Place(BaseModel):
     """The place of one part, in one tensor of each layer.
 
-    Group g owns `rows` indices along `axis`, from `start + g * step` on. `shape` is the dense tensor's. `tensor` is its name with `{layer}` for the layer's number.
+    Group g owns `rows` indices along `axis`, from `start + g * step` on. `shape` is the dense tensor's. `tensor` is its
+    name with `{layer}` for the layer's number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
