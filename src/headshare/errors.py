@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree.
+"""Errors that headshare raises, as one small tree.
 
     HeadshareError
     ├── OptionError         an option has a name that does not exist, a value out of its range, or no use here
@@ -16,7 +16,7 @@ Every message says what is wrong, what was found, and what to do.
 
 
 class HeadshareError(Exception):
-    """Base of everything headshare raises on purpose. Its text is meant for the person at the keyboard."""
+    """The base of all errors that headshare raises on purpose. Its text is meant for the person at the keyboard."""
 
 
 class OptionError(HeadshareError):

@@ -1,4 +1,4 @@
-"""How exact products of float32 matrices are: in full, or with the processor's shorter numbers where it has them."""
+"""Precision of float32 matrix products: in full, or with the processor's shorter numbers where it has them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,17 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 numbers keep all their bits, though the process may allow bfloat16 or TF32 ones."""
+    """Keep all bits of float32 products within this block, though the process may allow bfloat16 or TF32."""
     with _products("ieee", "ieee", "highest"):
         yield
 
 
 @contextmanager
 def short_products() -> Iterator[None]:
-    """Products of float32 numbers may drop bits: to bfloat16 on a CPU, to TF32 on a GPU, where those are faster. Sums
-    stay float32."""
+    """Allow shorter float32 products within this block: bfloat16 on a CPU, TF32 on a GPU, where those are faster.
+
+    Sums stay float32.
+    """
     with _products("bf16", "tf32", "medium"):
         yield
 
@@ -25,19 +27,19 @@ def short_products() -> Iterator[None]:
 @contextmanager
 def _products(cpu: str, cuda: str, both: str) -> Iterator[None]:
     backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
-    settings = [one for one in backends if hasattr(one, "fp32_precision")]
+    settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     if len(settings) < len(backends):  # before torch 2.9 one setting was for both
         with _both(both):
             yield
         return
-    before = [one.fp32_precision for one in settings]
+    before = [setting.fp32_precision for setting in settings]
     try:
-        for one, precision in zip(settings, (cpu, cuda), strict=True):
-            one.fp32_precision = precision
+        for setting, precision in zip(settings, (cpu, cuda), strict=True):
+            setting.fp32_precision = precision
         yield
     finally:
-        for one, precision in zip(settings, before, strict=True):
-            one.fp32_precision = precision
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextmanager

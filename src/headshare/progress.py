@@ -1,4 +1,4 @@
-"""How far a long step has come: a bar on a terminal, plain lines elsewhere, nothing when nobody asked."""
+"""Progress of long steps: a bar on a terminal, plain lines elsewhere, nothing unless `shown` asks for it."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ _shown: ContextVar[bool] = ContextVar("headshare_progress", default=False)
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Within this block, `track` reports on standard error."""
+    """Let `track` and `say` report on standard error within this block."""
     token = _shown.set(True)
     try:
         yield
@@ -37,7 +37,7 @@ def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
 
 
 def say(line: str) -> None:
-    """One line on standard error, where `shown` asks for such."""
+    """Write one line on standard error, where `shown` asks for it."""
     if _shown.get():
         sys.stderr.write(f"{line}\n")
 
@@ -49,7 +49,8 @@ def _bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
 
 
 def _lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    begun = reported = time.monotonic()
+    begun = time.monotonic()
+    reported = begun
     for done, item in enumerate(items):
         now = time.monotonic()
         if now - reported >= PLAIN_INTERVAL_S:

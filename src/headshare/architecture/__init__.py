@@ -1,1 +1,1 @@
-"""Model families: where they keep their heads and neurons. Knows names and shapes only."""
+"""Model families, and where their models keep heads and neurons. This package knows names and shapes only."""

@@ -1,6 +1,6 @@
-"""Model families as rows of data: where a layer keeps q, k, v, o and its feed-forward, and all that differs beside it.
+"""Model families as rows of data: the places of q, k, v, o and the feed-forward in a layer, and other differences.
 
-A row is everything that headshare knows of a family: no module outside this package names a model type, or a class or
+A row is everything that headshare knows of a family. No module outside this package names a model type, or a class or
 a tensor of one family. To add a family, add a row here and a tiny config to tests/support/tiny.py.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Separate:
-    """Three matrices; unit after unit along the output axis of each."""
+    """Queries, keys and values as three matrices, unit after unit along the output axis of each."""
 
     q: str
     k: str
@@ -19,21 +19,21 @@ class Separate:
 
 @dataclass(frozen=True)
 class Stacked:
-    """One matrix: all of q, then all of k, then all of v."""
+    """Queries, keys and values as one matrix: all of q, then all of k, then all of v."""
 
     qkv: str
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """One matrix: unit after unit, each with its own q, k and v."""
+    """Queries, keys and values as one matrix: unit after unit, each with its own q, k and v."""
 
     qkv: str
 
 
 @dataclass(frozen=True)
 class Gated:
-    """gate and up side by side, then down."""
+    """A feed-forward with gate and up side by side, then down."""
 
     gate: str
     up: str
@@ -42,7 +42,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class GatedStacked:
-    """One matrix with all of gate and then all of up, then down."""
+    """A feed-forward with one matrix of all of gate and then all of up, then down."""
 
     gate_up: str
     down: str
@@ -50,7 +50,7 @@ class GatedStacked:
 
 @dataclass(frozen=True)
 class Plain:
-    """up, a nonlinearity, down."""
+    """A feed-forward of up, a nonlinearity and down."""
 
     up: str
     down: str
@@ -75,8 +75,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an attention module counts its heads by, all in proportion to them: attributes of its own, and settings that
-    it reads from the model's configuration. Not with `unless`: a setting under which more depends on their number.
+    """The numbers of an attention module that are proportional to its count of heads.
+
+    They are attributes of its own, and settings that it reads from the model's configuration. `unless` is a setting
+    under which more depends on the count of heads; such models cannot lose heads.
     """
 
     attributes: tuple[str, ...] = ()
@@ -86,8 +88,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class MultiQuery:
-    """Settings of a family that does not always count its key/value heads: with `setting`, or where that is not said,
-    there is one; without it there are as many as query heads. With `unless` they are counted as in other families.
+    """Settings of a family that does not always state its count of key/value heads.
+
+    If `setting` is true or absent, there is one key/value head. If it is false, there are as many as query heads. If
+    the setting `unless` is true, they are counted as in other families.
     """
 
     setting: str
@@ -96,7 +100,7 @@ class MultiQuery:
 
 @dataclass(frozen=True)
 class Family:
-    """One row: module paths below one layer, and what else is particular to these model types.
+    """A family's row: module paths below one layer, and all else that is particular to these model types.
 
     Attributes:
         name: of the row.
@@ -106,9 +110,9 @@ class Family:
         o: the attention's output projection.
         ffn: the feed-forward.
         linear: the class of the linear modules.
-        post_norm: each half of a layer ends in a norm of its output plus its input, as in BERT.
-        removable: how attention counts its heads, where tests/test_removed_units.py shows that it works in layers that
-            have fewer of them than others. Most reshape by the size of a head, and so count nothing. None: not shown.
+        post_norm: each sublayer ends in a norm of its output plus its input, as in BERT.
+        removable: how attention counts its heads, where tests/test_removed_units.py shows that layers with fewer heads
+            work. Most modules reshape by the size of a head, and so count nothing. None: not shown to work.
         encoder: the model sees the whole text, unless its configuration says `is_decoder`.
         offset_positions: positions are counted from behind the padding token's number.
         multi_query: how key/value heads are counted, where not by their own setting alone.
@@ -141,7 +145,7 @@ class Family:
 
     @property
     def in_out(self) -> bool:
-        """Whether weights are stored (input, output)."""
+        """True if weights are stored (input, output)."""
         return self.linear.in_out
 
 
@@ -272,16 +276,16 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(model_type: str) -> Family | None:
-    """The row that lists this model type, or None."""
+    """The family whose row lists this model type, or None."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def _of_all_rows(facts: Callable[[Family], Iterable[str]]) -> tuple[str, ...]:
-    """A fact of all rows, each answer once."""
-    return tuple(dict.fromkeys(one for family in FAMILIES for one in facts(family)))
+    """The values of a fact over all rows, each once."""
+    return tuple(dict.fromkeys(value for family in FAMILIES for value in facts(family)))
 
 
-# Asked by a name alone, of models that no row lists too: what the rows say, all together.
+# Facts of all rows together, for questions about a name alone, also in models that no row lists.
 INPUT_EMBEDDINGS = _of_all_rows(lambda family: (f"{family.embedding}.weight",))
 TIED_OUTPUTS = _of_all_rows(lambda family: family.tied_outputs)
 OPTIONAL = _of_all_rows(lambda family: family.optional)
@@ -290,6 +294,6 @@ MASKS = _of_all_rows(lambda family: family.masks)
 OLD_NAMES: Mapping[str, str] = {new: old for family in FAMILIES for new, old in family.old_names}
 LINEARS: Mapping[str, Linear] = {family.linear.name: family.linear for family in FAMILIES}
 
-# Of no family: transformers ends the names of classes that predict the next token so, those last that also read images.
+# Facts of no family: ends of transformers' names for classes that predict the next token. The last also read images.
 WITH_IMAGES = "ForConditionalGeneration"
 CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", WITH_IMAGES)

@@ -9,7 +9,7 @@ from headshare.architecture.families import family_of
 
 @dataclass(frozen=True)
 class Heads:
-    """What a configuration says of its attention: counts, and the size of one head (None where it is silent)."""
+    """Counts of a model's attention and the size of one head; None where the configuration does not say."""
 
     layers: int | None
     query_heads: int | None
@@ -19,7 +19,7 @@ class Heads:
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads:
-    """Read the head counts from a configuration, whatever names the family gives them."""
+    """The head counts of a configuration, whatever names the family gives them."""
     query_heads = _first(config, "num_attention_heads", "n_head", "num_heads")
     return Heads(
         layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),

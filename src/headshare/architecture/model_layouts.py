@@ -1,4 +1,4 @@
-"""A model's layouts as one value: its attention units, and its feed-forward in as many groups as are asked for."""
+"""Layouts of a model as one value: its attention units, and its feed-forward in any number of groups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from headshare.plan.units import Part, Sublayer
 
 @dataclass(frozen=True)
 class ModelLayouts:
-    """Layouts of a model by its (text) configuration and its tensors' dense shapes, each found when it is first asked
-    for: a model whose attention is not known may still have a feed-forward that is.
+    """Layouts of a model, found from its (text) configuration and its tensors' dense shapes.
 
-    `Checkpoint.layouts` is a checkpoint's.
+    Each layout is found when it is first asked for: a model whose attention is not known may still have a feed-forward
+    that is. The layouts of a checkpoint are `Checkpoint.layouts`.
     """
 
     config: Mapping[str, Any]
@@ -24,7 +24,7 @@ class ModelLayouts:
 
     @cached_property
     def attention(self) -> Layout:
-        """The attention units, with all their parts.
+        """The layout of the attention units, with all their parts.
 
         Raises:
             ArchitectureError: if the model's layout is not known.
@@ -33,7 +33,7 @@ class ModelLayouts:
 
     @cached_property
     def ffn(self) -> Layout | None:
-        """The feed-forward, one unit a layer; None where it has no layout, as a mixture of experts."""
+        """The layout of the feed-forward as one unit a layer; None where it has none, as a mixture of experts."""
         try:
             return self.ffn_in(1)
         except ArchitectureError:
@@ -41,12 +41,12 @@ class ModelLayouts:
 
     @property
     def neurons(self) -> Layout | None:
-        """The feed-forward's single neurons; None where it has no layout."""
+        """The layout of the feed-forward's single neurons; None where it has none."""
         return None if self.ffn is None else self.ffn_in(self.ffn.parts[Part.DOWN].rows)
 
     @property
     def all(self) -> tuple[Layout, ...]:
-        """The attention units and, where it has a layout, the feed-forward.
+        """The layouts of the attention units and, where it has one, of the feed-forward.
 
         Raises:
             ArchitectureError: if the model's layout is not known.
@@ -54,7 +54,7 @@ class ModelLayouts:
         return (self.attention,) if self.ffn is None else (self.attention, self.ffn)
 
     def ffn_in(self, groups: int) -> Layout:
-        """The feed-forward in this many groups of neurons a layer.
+        """The layout of the feed-forward in this many groups of neurons a layer.
 
         Raises:
             ArchitectureError: if it has no layout, saying why.
@@ -63,7 +63,7 @@ class ModelLayouts:
         return ffn_layout(self.config, self.shapes, groups)
 
     def units(self, kind: Sublayer, groups: int) -> Layout:
-        """The units of one kind; those of the feed-forward in this many groups a layer.
+        """The layout of one sublayer's units; the feed-forward has this many groups a layer.
 
         Raises:
             ArchitectureError, PlanError: as the others do.

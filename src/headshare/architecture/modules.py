@@ -13,7 +13,7 @@ from headshare.errors import PlanError, StorageError
 
 
 class ModulePlace(NamedTuple):
-    """A tensor's place: the path of a module, and the row of the module's weight at which the tensor begins."""
+    """The place of a tensor: the path of a module, and the row of the module's weight at which the tensor begins."""
 
     path: str
     row: int = 0
@@ -90,7 +90,7 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def linear_of(module: nn.Module) -> Linear | None:
-    """The way in which a stock module multiplies, by its class; None for one that is of no class that we know."""
+    """The kind of linear module, by its class, that says how it multiplies; None for an unknown class."""
     stock = Linear()
     named = LINEARS.get(type(module).__name__, stock)
     if named != stock:
@@ -99,26 +99,30 @@ def linear_of(module: nn.Module) -> Linear | None:
 
 
 def module_path(model: nn.Module, tensor: str) -> str:
-    """Where the model keeps a checkpoint's tensor: at its own path, with the base model's prefix more or less, or
-    in the module most like it.
+    """The path at which the model keeps a checkpoint's tensor.
+
+    It is the tensor's own path, or that with the base model's prefix added or removed, or else the path most like it.
 
     Raises:
         PlanError: if the model has no such module.
     """
     path = tensor.removesuffix(".weight")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # transformers loads a base model's checkpoint into a model with a head, and the other way round
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         if _has(model, candidate):
             return candidate
-    found = _most_alike(path, [name for name, _ in model.named_modules()])
-    if found is not None:
-        return found
+    alike = _most_alike(path, [name for name, _ in model.named_modules()])
+    if alike is not None:
+        return alike
     raise PlanError(f"the plan shares {tensor}, which {type(model).__name__} does not have.")
 
 
 def _most_alike(path: str, names: list[str]) -> str | None:
-    """The one module that ends as this path does and shares most of its other steps: transformers moves whole towers
-    (language_model.model.layers to model.language_model.layers), but keeps what they are called."""
+    """The module whose path ends as this one does and shares most of its other steps, or None if several do.
+
+    transformers moves whole towers (language_model.model.layers to model.language_model.layers), but keeps their names.
+    """
     steps = path.split(".")
     layer = next((n for n, step in enumerate(steps) if step.isdigit()), None)
     if not layer:

@@ -1,4 +1,4 @@
-"""Find a model's layout from its configuration and the names and shapes of its tensors, or say why that is not safe."""
+"""Recognition of a model's layouts from its configuration and its tensors' names and shapes, where that is safe."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
-    """Find q, k, v and o of every layer from the configuration and the tensors' names and shapes.
+    """The layout of q, k, v and o, found from the configuration and the tensors' names and shapes.
 
     Raises:
         ArchitectureError: if the family is unknown and cannot be recognised safely, or if names, shapes
@@ -32,6 +32,7 @@ def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
     """
     family, prefix, layers = _recognise(config, shapes)
     heads = heads_of(config)
+    # the width that o reads must be the one that the configuration's head counts give
     base = f"{prefix}{family.layer}."
     o_name = f"{base}{family.o}.weight"
     o_shape = _common_shape(o_name, layers, shapes)
@@ -43,6 +44,7 @@ def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
             f"{o_name} reads {width} channels, but the configuration says {query_heads} query heads of "
             f"{head_dim}, {kv_heads} key/value heads. headshare shares only where both agree."
         )
+    # a unit is a key/value head and the query heads that read it
     rows = _rows_per_group(query_heads // kv_heads * head_dim, head_dim)
     places = _qkv_places(family, base, layers, shapes, kv_heads, rows)
     places[Part.O] = Place(
@@ -57,7 +59,7 @@ def attention_layout(config: Mapping[str, Any], shapes: Shapes) -> Layout:
 
 
 def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> Layout:
-    """Find gate, up and down of every layer, as whole layers (groups = 1) or as equal neuron groups.
+    """The layout of gate, up and down, with one unit a layer (groups = 1) or equal groups of neurons.
 
     Raises:
         ArchitectureError: as `attention_layout`, and where the feed-forward is a mixture of experts.
@@ -67,6 +69,7 @@ def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> La
     base = f"{prefix}{family.layer}."
     ffn = family.ffn
     down_name = f"{base}{ffn.down}.weight"
+    # only a feed-forward of one down matrix in every layer has a layout
     first = down_name.replace("{layer}", "0")
     if not _in_every_layer(down_name, layers, shapes):
         raise ArchitectureError(
@@ -79,6 +82,7 @@ def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> La
     if groups < 1 or neurons % groups:
         raise PlanError(f"{neurons} neurons do not divide into {groups} equal groups. Choose a divisor of {neurons}.")
     size = neurons // groups
+    # neurons are outputs of gate and up, and inputs of down
     places: dict[Part, Place] = {}
     for part, module, start in _feature_modules(ffn, neurons):
         name = f"{base}{module}.weight"
@@ -91,7 +95,7 @@ def ffn_layout(config: Mapping[str, Any], shapes: Shapes, groups: int = 1) -> La
 
 
 def _feature_modules(ffn: Gated | GatedStacked | Plain, neurons: int) -> list[tuple[Part, str, int]]:
-    """Part, module, and where the part starts in it."""
+    """Parts that compute the neurons: for each the part, its module, and the part's first index there."""
     match ffn:
         case Gated():
             return [(Part.GATE, ffn.gate, 0), (Part.UP, ffn.up, 0)]
@@ -108,6 +112,7 @@ def _rows_per_group(query_rows: int, head_dim: int) -> dict[Part, int]:
 def _qkv_places(
     family: Family, base: str, layers: int, shapes: Shapes, groups: int, rows: dict[Part, int]
 ) -> dict[Part, Place]:
+    """Places of q, k and v. A shape that the head counts do not give is refused."""
     axis = 1 if family.in_out else 0
     qkv = family.qkv
     places: dict[Part, Place] = {}
@@ -117,11 +122,17 @@ def _qkv_places(
         shape = _common_shape(name, layers, shapes)
         match qkv:
             case Separate():
-                expected, start, step = groups * rows[part], 0, rows[part]
+                expected = groups * rows[part]
+                start = 0
+                step = rows[part]
             case Stacked():
-                expected, start, step = groups * sum(rows.values()), groups * offset, rows[part]
+                expected = groups * sum(rows.values())
+                start = groups * offset
+                step = rows[part]
             case Interleaved():
-                expected, start, step = groups * sum(rows.values()), offset, sum(rows.values())
+                expected = groups * sum(rows.values())
+                start = offset
+                step = sum(rows.values())
         offset += rows[part]
         if shape[axis] != expected:
             raise ArchitectureError(
@@ -149,13 +160,13 @@ def _head_counts(heads: Heads) -> tuple[int, int]:
 
 def _common_shape(template: str, layers: int, shapes: Shapes) -> tuple[int, int]:
     """The shape that this tensor has in every layer."""
-    found = {shapes.get(template.replace("{layer}", str(layer))) for layer in range(layers)}
-    if None in found:
+    distinct = {shapes.get(template.replace("{layer}", str(layer))) for layer in range(layers)}
+    if None in distinct:
         layer = next(n for n in range(layers) if template.replace("{layer}", str(n)) not in shapes)
         raise ArchitectureError(f"the tensor {template.replace('{layer}', str(layer))} is missing.")
-    if len(found) > 1:
-        raise ArchitectureError(f"{template} has different shapes in different layers: {sorted(map(str, found))}.")
-    (shape,) = found
+    if len(distinct) > 1:
+        raise ArchitectureError(f"{template} has different shapes in different layers: {sorted(map(str, distinct))}.")
+    (shape,) = distinct
     assert shape is not None
     if len(shape) != 2:
         raise ArchitectureError(f"{template} is {shape}, not a matrix.")
@@ -183,19 +194,22 @@ def _recognise(config: Mapping[str, Any], shapes: Shapes) -> tuple[Family, str, 
 
 
 def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Family, str, int]:
-    """Accept an unlisted model only where names, shapes and config leave one reading: separate q, k, v, one stack."""
+    """The family, prefix and layers of an unlisted model: accepted only with separate q, k, v and o, in one stack."""
     refusal = f"model type '{model_type}' is not one that headshare knows, and it cannot be recognised safely: "
+    # attention to another sequence reads other inputs than a layer's own
     crossed = next((name for name in shapes if re.search(r"cross|encoder_attn|enc_dec", name, re.I)), None)
     if crossed is not None:
         raise ArchitectureError(f"{refusal}it has cross-attention ({crossed}).")
-    found: dict[object, tuple[Family, str]] = {}
+    # every known set of names is tried
+    stacks: dict[object, tuple[Family, str]] = {}
     for family in FAMILIES:
         if isinstance(family.qkv, Separate):
             prefixes = _prefixes(family, layers, shapes)
-            for prefix in (one for one in prefixes if _o_present(family, one, layers, shapes)):
+            for prefix in (before for before in prefixes if _o_present(family, before, layers, shapes)):
                 # rows that differ in other things than names find the same stack, which is one
-                found.setdefault((prefix, family.layer, family.qkv, family.o), (family, prefix))
-    if not found:
+                stacks.setdefault((prefix, family.layer, family.qkv, family.o), (family, prefix))
+    # exactly one reading may be left
+    if not stacks:
         fused = next((name for name in shapes if re.search(r"qkv|query_key_value|W_pack|c_attn", name)), None)
         reason = (
             f"{fused} is fused, and shapes alone do not tell the order of q, k and v in it. "
@@ -203,11 +217,11 @@ def _recognise_unknown(model_type: str, shapes: Shapes, layers: int) -> tuple[Fa
             else f"no separate q, k, v and o matrices were found under a known name in each of {layers} layers. "
         )
         raise ArchitectureError(f"{refusal}{reason}Add a row to headshare/architecture/families.py.")
-    if len(found) > 1:
+    if len(stacks) > 1:
         raise ArchitectureError(
-            f"{refusal}it has more than one stack of attention layers: {[p for _, p in found.values()]}."
+            f"{refusal}it has more than one stack of attention layers: {[p for _, p in stacks.values()]}."
         )
-    ((family, prefix),) = found.values()
+    ((family, prefix),) = stacks.values()
     return family, prefix, layers
 
 
@@ -220,7 +234,7 @@ def _in_every_layer(template: str, layers: int, shapes: Shapes) -> bool:
 
 
 def _prefixes(family: Family, layers: int, shapes: Shapes) -> list[str]:
-    """Everything that stands before this family's layer path, where all the layers are there."""
+    """The prefixes before this family's layer path under which all layers are present."""
     tail = f"{family.layer.replace('{layer}', '0')}.{_modules(family.qkv)[0]}.weight"
     pattern = re.compile(rf"(?:^|.*\.){re.escape(tail)}$")
     prefixes = {name[: -len(tail)] for name in shapes if pattern.match(name)}
@@ -235,10 +249,11 @@ def _is_whole(prefix: str, family: Family, layers: int, shapes: Shapes) -> bool:
 
 
 def _the_prefix(prefixes: list[str], config: Mapping[str, Any], shapes: Shapes, family: Family) -> str | None:
-    """One prefix, or the only one whose first layer reads the configuration's hidden size (a vision tower's is not)."""
+    """The only prefix, or the only one whose first layer reads the configuration's hidden size and is not vision."""
     if len(prefixes) <= 1:
         return prefixes[0] if prefixes else None
     first = f"{family.layer.replace('{layer}', '0')}.{_modules(family.qkv)[0]}.weight"
-    hidden, axis = heads_of(config).hidden, 0 if family.in_out else 1
-    fitting = [one for one in prefixes if shapes[one + first][axis] == hidden and "vision" not in one]
+    hidden = heads_of(config).hidden
+    axis = 0 if family.in_out else 1
+    fitting = [prefix for prefix in prefixes if shapes[prefix + first][axis] == hidden and "vision" not in prefix]
     return fitting[0] if len(fitting) == 1 else None

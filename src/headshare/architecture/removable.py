@@ -1,4 +1,4 @@
-"""Whether a model can go without units, and whether a plan's removals are of that very model."""
+"""Checks that a model can lose units, and that a plan's removals are for that model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from headshare.plan.units import Sublayer
 
 
 def removal_refusal(config: Mapping[str, Any], kind: Sublayer) -> str | None:
-    """Why units of this kind cannot be removed from a model of this (text) configuration, or None.
+    """The reason why units of this kind cannot be removed from a model of this (text) configuration, or None.
 
-    Whether there are any to remove is another question: the layout answers it.
+    The layout tells if there are any such units.
     """
     model_type = str(config.get("model_type", "unknown"))
     if kind is Sublayer.FFN:
@@ -28,13 +28,13 @@ def removal_refusal(config: Mapping[str, Any], kind: Sublayer) -> str | None:
 
 
 def counts_of(model_type: str) -> Counts | None:
-    """What this model type's attention counts its heads by; None where it is not known to do with fewer."""
+    """Counts that this model type's attention keeps of its heads; None where it is not known to work with fewer."""
     family = family_of(model_type)
     return None if family is None else family.removable
 
 
 def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
-    """Check removals against the layouts of a checkpoint or a model.
+    """Check a plan's removals against the layouts of a checkpoint or a model.
 
     Raises:
         PlanError: if the family's models cannot go without such units, or the plan's units are not this model's.
@@ -50,7 +50,7 @@ def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
 
 
 def _geometry(layout: Layout) -> tuple[Any, ...]:
-    """The layout, whatever stands before the layers in its tensors' names: a model may call them otherwise."""
+    """The layout without the prefixes before layers in its tensors' names, which models may change."""
     parts = {part: (_below_the_layer(place), *_numbers(place)) for part, place in layout.parts.items()}
     return layout.layers, layout.groups, parts
 

@@ -1,6 +1,6 @@
-"""Open a Hugging Face checkpoint: its configuration, and the names, shapes and places of its tensors.
+"""Hugging Face checkpoints: the configuration, and the names, shapes and places of the tensors.
 
-Nothing is read but headers until a tensor is asked for, and then only its rows at hand. Only safetensors files
+Only headers are read until a tensor is asked for, and then only the rows that are needed. Only safetensors files
 are opened: a pickle can run code. A hub id works wherever a folder does.
 """
 
@@ -32,7 +32,7 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files, or only the headers of one on the hub. `read` reads, a few rows at a time."""
+    """A checkpoint in a folder of safetensors files, or only the headers of one on the hub."""
 
     name: str
     config: Mapping[str, Any]
@@ -57,12 +57,12 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by name."""
+        """The stored shapes of the tensors, by name."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     @property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors have in the dense model; tensors that a plan adds to it are left out."""
+        """The shapes of the tensors in the dense model, by name, without tensors that a plan adds."""
         if self.plan is None:
             return self.shapes
         changed = tensor_plans(self.plan) | bias_plans(self.plan)
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The local folder.
+        """The local folder of the checkpoint.
 
         Raises:
             CheckpointError: if only the headers were fetched.
@@ -90,7 +90,7 @@ class Checkpoint:
         return self.folder
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, as stored, in memory of their own. Shape: (stop - start, ...).
+        """Rows [start, stop) of a tensor, as stored, in new memory. Shape: (stop - start, ...).
 
         Raises:
             CheckpointError: if the file ends early or cannot be read.
@@ -136,7 +136,7 @@ class Checkpoint:
         self.close()
 
     def require_sharing(self) -> SharingEntry:
-        """The entry of a shared checkpoint.
+        """The entry of headshare in a shared checkpoint's config.json.
 
         Raises:
             CheckpointError: if the checkpoint is dense.

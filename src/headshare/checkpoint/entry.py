@@ -1,4 +1,4 @@
-"""The entry of headshare in config.json: one value, and the door through which a stranger's enters."""
+"""The entry of headshare in config.json, and the check of an entry that somebody else wrote."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ METHOD = "headshare"
 
 @dataclass(frozen=True)
 class SharingEntry:
-    """The `quantization_config` of a shared checkpoint: its plan, the record of its refit, the dense model that it was
-    made from, as that was named then, and how its matrices are packed in four bits. Holds no weight and no path.
+    """The `quantization_config` of a shared checkpoint. It holds no weight and no path.
 
-    Read it from a dictionary alone, wherever that comes from: `from_config`. Written as one again: `to_config`.
+    `base_model` is the name of the dense model at the time of sharing. `packing` says how matrices are packed in four
+    bits. `from_config` reads the entry from a dictionary, wherever that comes from; `to_config` writes one again.
     """
 
     plan: SharePlan
@@ -27,9 +27,9 @@ class SharingEntry:
 
     @classmethod
     def from_config(cls, entry: Any) -> "SharingEntry | None":
-        """Check a `quantization_config` that somebody else wrote; None where there is none, or it is another method's.
+        """The checked entry of a `quantization_config`; None where there is none, or it is another method's.
 
-        A name of a dense model that cannot be shown is left out.
+        Somebody else may have written it. A name of a dense model that cannot be shown is left out.
 
         Raises:
             CheckpointError: if it is of another format, or its plan, its record of a refit or its packing is not valid.
@@ -41,7 +41,9 @@ class SharingEntry:
             plan = SharePlan.from_dict(entry.get("plan"))
         except PlanError as error:
             raise CheckpointError(str(error)) from None
-        refit, packing, name = entry.get("refit"), entry.get(NESTED), entry.get("base_model")
+        refit = entry.get("refit")
+        packing = entry.get(NESTED)
+        name = entry.get("base_model")
         return cls(
             plan=plan,
             refit=None if refit is None else RefitRecord.from_dict(refit),
@@ -50,8 +52,10 @@ class SharingEntry:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The same as JSON has it; the inverse of `from_config`. It tells transformers who is to load the checkpoint.
-        The entry of the packing nests inside, under the same name as this one."""
+        """The entry as JSON data, which tells transformers who loads the checkpoint; the inverse of `from_config`.
+
+        The entry of the packing nests inside, under the same name as this one.
+        """
         entry = {"quant_method": METHOD, "format": FORMAT, "plan": self.plan.model_dump(mode="json")}
         if self.refit is not None:
             entry["refit"] = self.refit.model_dump(mode="json")

@@ -10,14 +10,16 @@ _BESIDE = (".json", ".model", ".tiktoken", ".txt")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells one checkpoint from another without reading its weights: names, shapes, and the sizes and times of its
-    files, the tokenizer's and the generation settings too."""
-    found = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    """The digest of a checkpoint's names and shapes, and of the sizes and times of its files. No weight is read.
+
+    The files of the tokenizer and of the generation settings count too.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
-        found.update(f"{name} {info.dtype} {info.shape} {info.file}\n".encode())
+        digest.update(f"{name} {info.dtype} {info.shape} {info.file}\n".encode())
     beside = (path.name for path in checkpoint.path.iterdir() if path.suffix in _BESIDE and path.is_file())
     for file in sorted({info.file for info in checkpoint.tensors.values()} | (set(beside) - {"config.json"})):
         status = os.stat(checkpoint.path / file)  # noqa: PTH116 - a path that is certainly there
-        found.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

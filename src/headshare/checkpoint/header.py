@@ -1,4 +1,4 @@
-"""Read a safetensors file's header, trusting nothing in it: names, types, shapes and places of its tensors."""
+"""Headers of safetensors files: names, types, shapes and places of tensors, all of it checked."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its type and shape as in the file's header, and where its bytes are."""
+    """The entry of a stored tensor in a file's header: its type, its shape and the place of its bytes."""
 
     name: str
     dtype: str
@@ -42,16 +42,17 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same type in torch's words."""
+        """The type of its numbers in torch."""
         return DTYPES[self.dtype]
 
 
 def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, in the order of their bytes; every offset checked against the file's size.
+    """The entries of one safetensors file, in the order of their bytes, checked against the file's size.
 
     Raises:
         CheckpointError: if the header is damaged, or the file is shorter or longer than it says.
     """
+    # the length comes first and is not trusted before anything of that length is read
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -67,6 +68,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error}). Download it again.") from None
+    # tensors fill the file without holes or overlaps, so that no byte is read as part of two
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = 8 + length
     for info in infos:
@@ -89,8 +91,10 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    name.encode()
+    dtype = entry["dtype"]
+    shape = tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    name.encode()  # fails for a lone surrogate, which cannot be written again
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}")
     if len(shape) > MAX_RANK:

@@ -22,7 +22,7 @@ def require_one_dtype(layout: Layout, checkpoint: Checkpoint) -> None:
 
 
 def layouts_of(checkpoint: Checkpoint, parts: Parts, ffn_groups: int = 1) -> tuple[Layout, ...]:
-    """The grids that these parts belong to, with all the parts those grids have.
+    """The layouts of the sublayers that these parts belong to, each with all parts of its sublayer.
 
     Raises:
         ArchitectureError: if the model's layout is not known.

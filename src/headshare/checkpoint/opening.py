@@ -20,7 +20,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
     """
     folder = Path(model)
     try:
-        is_folder, exists = folder.is_dir(), folder.exists()
+        is_folder = folder.is_dir()
+        exists = folder.exists()
     except OSError as error:
         raise CheckpointError(f"{model!s:.100} cannot be opened: {error.strerror}.") from None
     if is_folder:
@@ -44,8 +45,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
     tensors: dict[str, TensorInfo] = {}
-    files = _weight_files(folder)
-    for file in files:
+    for file in _weight_files(folder):
         for info in read_header(folder / file):
             if info.name in tensors:
                 raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
@@ -113,8 +113,8 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
         raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {reason}") from None
     infos = [
         _hub_tensor(model, name, file, info)
-        for file, one in metadata.files_metadata.items()
-        for name, info in one.tensors.items()
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
     ]
     return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
 

@@ -1,4 +1,4 @@
-"""What was refitted in a shared checkpoint, and on which text: a record in its config.json. Holds no weight."""
+"""The record of a refit in a checkpoint's config.json: the refitted tensors and the text. It holds no weight."""
 
 import json
 from collections.abc import Collection
@@ -16,7 +16,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
 class RefitRecord(BaseModel):
-    """The tensors that no longer hold the dense model's numbers, and the calibration tokens they were fitted on.
+    """The record of a refit: tensors that no longer hold the dense model's numbers, and the calibration tokens.
 
     Raises:
         CheckpointError: from `from_dict`, if a checkpoint's own record is not valid.
@@ -43,8 +43,10 @@ class RefitRecord(BaseModel):
         seed: int,
         steps: int = 0,
     ) -> "RefitRecord":
-        """The record of these tensors, fitted on so many windows of so many tokens, and by so many gradient steps a
-        layer; what cannot be shown of the text's name is left out."""
+        """The record of these tensors, fitted on `windows` (their count and length in tokens) of a text.
+
+        `steps` counts gradient steps a layer. Characters of the text's name that cannot be shown are replaced.
+        """
         shown = CONTROL.sub("?", text)[:MAX_TEXT]
         count, window = windows
         return cls(
@@ -72,6 +74,6 @@ class RefitRecord(BaseModel):
             ) from None
 
     def in_words(self) -> str:
-        """One clause for the person who reads what a checkpoint is."""
+        """The record in words, as a clause of a checkpoint's description."""
         how = f", {self.steps} gradient steps a layer" if self.steps else ""
         return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{how}"

@@ -1,6 +1,6 @@
-"""Refuse a checkpoint that needs code of its own: a model class, a tokenizer class, or a kernel to be fetched.
+"""Checks that refuse a checkpoint with code of its own: a model class, a tokenizer class, or a kernel to be fetched.
 
-transformers would run such code, or ask on standard input whether to. headshare decides before transformers is asked.
+transformers would run such code, or ask on standard input whether to. headshare decides before transformers is called.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
 from headshare.files.untrusted import read_json
 
+# options of every `from_pretrained` of a model: no code from the folder, and no pickle, which can run code too
 LOCAL_ONLY = {"trust_remote_code": False, "use_safetensors": True}
-"""What every `from_pretrained` of a model is told: no code from the folder, and no pickle, which can run code too."""
 
 _KERNELS = ("attn_implementation", "experts_implementation")
 
@@ -63,15 +63,15 @@ def check_tokenizer_code(checkpoint: Checkpoint) -> None:
 
 
 def _kernels(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every value, nested ones too, that names a repository of kernels: one with a slash in it."""
+    """Keys and values, nested ones too, that name a repository of kernels: those with a slash."""
     for key, value in config.items():
         nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if str(key).removeprefix("_").removesuffix("_internal") in _KERNELS:
-            yield from ((key, one) for one in (value, *nested) if isinstance(one, str) and "/" in one)
+            yield from ((key, name) for name in (value, *nested) if isinstance(name, str) and "/" in name)
         else:
-            for one in (value, *nested):
-                if isinstance(one, dict):
-                    yield from _kernels(one)
+            for inner in (value, *nested):
+                if isinstance(inner, dict):
+                    yield from _kernels(inner)
 
 
 def _known_types() -> set[str]:
@@ -85,4 +85,5 @@ def _is_known_tokenizer(name: Any) -> bool:
 
     if not isinstance(name, str):
         return False
-    return any(tokenizer_class_from_name(one) is not None for one in (name, f"{name.removesuffix('Fast')}Fast"))
+    names = (name, f"{name.removesuffix('Fast')}Fast")
+    return any(tokenizer_class_from_name(known) is not None for known in names)

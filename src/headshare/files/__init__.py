@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, locked, resumed after a stop, and read with care where strangers wrote them."""
+"""Files: whole or absent after a write, locked, resumed after a stop, and checked where strangers wrote them."""

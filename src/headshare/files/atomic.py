@@ -1,4 +1,4 @@
-"""Put a file in place whole or not at all, knowing nothing of what is in it; and read YAML."""
+"""Files put in place whole or not at all, whatever they hold."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ _PARTIAL = ".headshare-partial-"
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file: a temporary sibling, flushed to disk, then renamed over whatever is there.
+    """Write a file whole or not at all: a temporary sibling, flushed to disk, then renamed over what is there.
 
     Raises:
         OutputError: if it cannot be written; nothing is left behind, and what was there stays.
@@ -36,26 +36,28 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether `write_whole` gives its temporary files such names."""
+    """True if this is the name of a temporary file of `write_whole`."""
     return name.startswith(_PARTIAL)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the temporary files that `write_whole` left in a folder and below when it was killed. No other process may
-    be writing there."""
+    """Remove the temporary files that `write_whole` left in a folder and below when it was killed.
+
+    No other process may be writing there.
+    """
     for partial in folder.rglob(f"{_PARTIAL}*"):
         partial.unlink(missing_ok=True)
 
 
 def explain(error: OSError, path: Path) -> str:
-    """What went wrong with this output, for the person at the keyboard."""
+    """The message for an error of the system at this output, for the person at the keyboard."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"there is no room left for {path} ({error.strerror}). Nothing was left behind; free some and run again."
     return f"{path!s:.300} could not be written: {error.strerror or error}."
 
 
 def umask() -> int:
-    """What new files may not allow. The system tells only by setting it."""
+    """The process's mask of permissions for new files. The system tells it only when it is set."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -71,7 +73,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer with a file's bytes from `offset` on; False where the file ends before."""
+    """Fill the buffer with a file's bytes from `offset` on. Return False if the file ends before."""
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)

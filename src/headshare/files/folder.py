@@ -18,7 +18,9 @@ from headshare.files.resume import discard_committed
 
 MANIFEST = "headshare.json"
 PREFIX_BYTES = 100
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# constants of Linux's renameat2
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
@@ -27,7 +29,8 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: saying which, and what to do.
     """
-    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    target = Path(os.path.realpath(out))
+    origin = Path(os.path.realpath(source))
     if target == origin or origin in target.parents:
         raise OutputError(f"the output {out} is inside the input {source}. Choose a folder outside it.")
     if target in origin.parents:
@@ -36,17 +39,17 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def check_vacant(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it is a checkpoint that may be overwritten, or has no folder to go in."""
+    """Refuse an output without a folder to go in, or that exists and is no checkpoint that may be overwritten."""
     if is_taken(out, overwrite=overwrite) and not _is_checkpoint(out):
         raise OutputError(f"{out} is not a checkpoint folder, so --overwrite does not replace it.")
 
 
 def is_taken(out: Path, *, overwrite: bool) -> bool:
-    """Whether something is where an output is to go, and may be overwritten.
+    """True if something that may be overwritten lies where an output is to go.
 
     Raises:
-        OutputError: if something is there that may not be overwritten (what is left of the run that wrote it, and was
-            stopped when it had, is removed), or there is no folder to write in.
+        OutputError: if something is there that may not be overwritten, or there is no folder to write in. Where the run
+            that wrote it was stopped at its end, the rest of that run's state is removed.
     """
     if not os.path.isdir(out.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
         raise OutputError(f"there is no folder {out.absolute().parent} to write {out.name} in. Make it first.")
@@ -68,13 +71,14 @@ def _is_checkpoint(folder: Path) -> bool:
 
 @contextmanager
 def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator[Path]:
-    """A folder to write in. It becomes `out` when the block ends, and is removed if the block fails.
+    """A temporary folder to write in. It becomes `out` when the block ends, and is removed if the block fails.
 
-    Killed at any moment, this leaves no output or a whole one; what a killed run left behind, the next one removes.
+    Killed at any moment, this leaves no output or a whole one. The next run removes what a killed run left behind.
 
     Raises:
         OutputError: if the disk is too full, before writing or on the way, or the output cannot be made.
     """
+    # what killed runs left behind takes room, so it goes before room is measured
     check_vacant(out, overwrite=overwrite)
     parent = out.absolute().parent
     _remove_stale(parent, out.name)
@@ -88,8 +92,10 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
         try:
             partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
+            # the lock tells other runs that this folder is in use and not left behind
             cleanup.enter_context(locked(partial))
             yield partial
+            # all entries reach the disk before the rename, so that a whole output is whole after a power cut
             partial.chmod(0o777 & ~umask())
             for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
                 flush_folder(folder)
@@ -113,7 +119,7 @@ def _remove_stale(parent: Path, name: str) -> None:
 
 
 def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
-    """Rename onto nothing; or, where overwriting is allowed, swap with the checkpoint that is there."""
+    """Rename a folder to `out`, or, where overwriting is allowed, swap it with the checkpoint that is there."""
     if not (overwrite and os.path.lexists(out)):
         try:
             partial.rename(out)
@@ -133,7 +139,7 @@ def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, where the system can (Linux)."""
+    """Swap two folders in one step, where the system can (Linux). Return False where it cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -1,4 +1,4 @@
-"""Locks: one process at a time works on a folder."""
+"""Locks of folders, which only one process at a time can hold."""
 
 import fcntl
 import os
@@ -11,8 +11,10 @@ from headshare.files.atomic import explain
 
 
 def inode_of(place: Path | int) -> str:
-    """The device and the inode of a path or an open file, which differ once something else is put in its place; empty
-    where nothing is."""
+    """The device and the inode of a path or an open file; empty where nothing is.
+
+    They differ once something else is put in its place.
+    """
     try:
         status = os.stat(place)  # noqa: PTH116 - it takes descriptors too
     except OSError:
@@ -44,6 +46,7 @@ def claimed(folder: Path) -> Iterator[None]:
         OutputError: if it cannot be made or locked, or another process works in it.
     """
     with ExitStack() as lock:
+        # once locked, the folder must still be the one at this path
         while True:
             try:
                 folder.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""Runs that can be stopped at any moment, even killed, and gone on with.
+"""Runs that can be stopped at any moment, even killed, and resumed.
 
-The state of a run lies in a folder of its own, beside the output, until that is in place. The folder's header says
-which run the state belongs to. Once all is done but to put the output in its place, the header also says which output
-that is: so a later run can tell a state that is still needed from one that was only left behind.
+The state of a run lies in a folder of its own beside the output, until the output is in place. The folder's header says
+which run the state belongs to. Before the output is put in its place, the header also records which output that is. So
+a later run can tell a state that is still needed from one that was left behind.
 """
 
 import hashlib
@@ -27,18 +27,17 @@ DISCARDED = "discarded.json"
 
 
 class ResumableRun:
-    """A run that goes on from where the last run of the same identity was stopped.
+    """A run that resumes where the last run of the same identity was stopped.
 
         with ResumableRun(run_folder(out, "training"), identity, refused=TrainingError) as run:
             ...                         # read and write state files in run.workspace
             run.mark_committing(out)
             save(out)
 
-    Entering locks the folder, removes the state of a run whose output is already in place (`committed` is then the
-    identity of that run), and compares identities. The state is removed when the block ends, unless it is `kept` for
-    other runs; it stays when the block fails, if there is anything to go on from: `has_work` tells that from the
-    folder, and any file beside the header is taken for work unless another `has_work` is given. `restart` throws away
-    the state that is there, whichever run it belongs to.
+    Entering locks the folder, removes the state of a run whose output is already in place, and compares identities.
+    `committed` is then the identity of that removed run. The state is removed when the block ends, unless it is `kept`
+    for other runs. If the block fails, the state stays if it holds work. `has_work` tells that from the folder; by
+    default any file beside the header is work. `restart` throws away the state that is there, of whichever run.
 
     Raises:
         HeadshareError: of the kind `refused`, on entering, if the state belongs to another run (it names what
@@ -83,22 +82,26 @@ class ResumableRun:
                 _empty(self.workspace.folder)
 
     def mark_committing(self, out: Path, *, holds: str = "") -> None:
-        """Note that all is done but to put this output in its place: something new at its path, which holds a file of
-        this name. The output must lie beside the folder of the state."""
+        """Note in the header that all is done but to put this output in its place.
+
+        It is in place once something new is at its path and holds a file of the name `holds`. The output must lie
+        beside the folder of the state.
+        """
         place = out.absolute()
         committing = {"output": place.name, "before": inode_of(place), "holds": holds}
         self.workspace.write_json(HEADER, {"identity": self.identity, "committing": committing})
 
     def _take_up(self) -> None:
-        """Begin a state, or go on with the one that is there."""
+        """Begin a state, or resume the one that is there."""
         files = self.workspace
         if not (files.folder / HEADER).exists() and not _is_vacant(files.folder):
             raise files.refused(f"{files.folder} is in the way and is no state of a run. Move it, or write elsewhere.")
         if self._restart:
             _empty(files.folder)
+        # another run's state is refused if it holds work, and replaced if it does not
         header = files.read_json(HEADER)
-        found = {} if header is None else header["identity"]
-        differs = [key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key)]
+        identity = {} if header is None else header["identity"]
+        differs = [key for key in {**self.identity, **identity} if identity.get(key) != self.identity.get(key)]
         if header and differs and self._has_work(files.folder):
             raise files.refused(
                 f"{files.folder} holds the state of another run: it had another {' and another '.join(differs)}. "
@@ -110,7 +113,7 @@ class ResumableRun:
         remove_partials(files.folder)
 
     def _leave(self) -> None:
-        """Keep no state in which nothing was done yet."""
+        """Remove a state in which nothing was done yet."""
         folder = self.workspace.folder
         if (folder / HEADER).exists() and not self._has_work(folder):
             _empty(folder)
@@ -129,8 +132,10 @@ def run_folder(out: Path, kind: str) -> Path:
 
 
 def discard_committed(out: Path) -> bool:
-    """Remove the states of runs that were stopped after this output was in place, whatever their kind; False where
-    there are none. A state that is still needed, is damaged, or is worked with, stays."""
+    """Remove the states of runs that were stopped after this output was in place. Return False if there are none.
+
+    Runs of every kind count. A state that is still needed, is damaged, or is in use by another run stays.
+    """
     committed = False
     for folder in _run_folders(out):
         with suppress(OutputError, OSError), claimed(folder):
@@ -152,8 +157,10 @@ def _run_folders(out: Path) -> Iterator[Path]:
 
 
 def _discard_if_committed(state: Workspace) -> dict[str, str] | None:
-    """Remove a state whose output is in place, and say which run it belonged to. A damaged state is left to the run
-    that takes it up."""
+    """Remove a state whose output is in place, and return the identity of its run.
+
+    A damaged state is left to the run that takes it up.
+    """
     try:
         header = state.read_json(HEADER) or state.read_json(DISCARDED)
     except state.refused:
@@ -165,7 +172,7 @@ def _discard_if_committed(state: Workspace) -> dict[str, str] | None:
 
 
 def _is_in_place(folder: Path, header: Mapping[str, Any]) -> bool:
-    """Whether the output that a header names came to its place."""
+    """True if the output that a header names is in its place."""
     committing = header.get("committing")
     if committing is None:
         return False
@@ -175,18 +182,18 @@ def _is_in_place(folder: Path, header: Mapping[str, Any]) -> bool:
 
 
 def _is_vacant(folder: Path) -> bool:
-    """Whether a folder is as a run that was killed while it began or removed a state leaves it."""
+    """True if the folder is what a run leaves that was killed while it began or removed a state."""
     names = [path.name for path in folder.iterdir()]
     return HEADER not in names and (DISCARDED in names or all(is_partial(name) for name in names))
 
 
 def _has_files(folder: Path) -> bool:
-    """Whether a state has any file but its header."""
+    """True if a state has any file but its header."""
     return any(path.is_file() and path.name != HEADER for path in folder.rglob("*"))
 
 
 def _empty(folder: Path) -> None:
-    """Remove all that is in a folder. Cut short at any moment, this leaves a state or what is known for none."""
+    """Remove all files of a state. Killed at any moment, this leaves a state or a folder that `_is_vacant`."""
     with suppress(FileNotFoundError):
         (folder / HEADER).rename(folder / DISCARDED)
     flush_folder(folder)

@@ -1,4 +1,4 @@
-"""State files: bytes, JSON and tensors, each written whole or not at all, with a digest of the bytes behind them."""
+"""State files: bytes, JSON and tensors, each written whole or not at all and followed by a digest of its bytes."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class Workspace:
         write_whole(self.folder / name, data + hashlib.sha256(data).digest())
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None if it is not there.
+        """The checked bytes of a file; None if it is not there.
 
         Raises:
             HeadshareError: of the kind `refused`, if they are not as they were written.
@@ -49,19 +49,19 @@ class Workspace:
         return data
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Write a JSON object."""
+        """Write a JSON object as a file."""
         self.write(name, json.dumps(data).encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None if it is not there."""
+        """The JSON object of a file; None if it is not there."""
         data = self.read(name)
         try:
-            found = None if data is None else json.loads(data)
+            content = None if data is None else json.loads(data)
         except ValueError as error:
             raise self.damaged(name, str(error)) from None
-        if not isinstance(found, dict | None):
+        if not isinstance(content, dict | None):
             raise self.damaged(name, "it holds no JSON object")
-        return found
+        return content
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as one safetensors file."""
@@ -76,7 +76,7 @@ class Workspace:
             raise self.damaged(name, str(error)) from None
 
     def tensors(self, name: str) -> "FolderTensors":
-        """A subfolder that holds one tensor a file."""
+        """The tensors of a subfolder that holds one tensor a file."""
         return FolderTensors(Workspace(self.folder / name, self.refused))
 
     def delete(self, name: str) -> None:
@@ -84,7 +84,7 @@ class Workspace:
         (self.folder / name).unlink(missing_ok=True)
 
     def damaged(self, name: str, reason: str) -> HeadshareError:
-        """The error of a file that no run can go on from."""
+        """The error for a damaged file, to be raised."""
         return self.refused(
             f"the state of the run that was stopped is damaged: {self.folder / name}: "
             f"{reason.splitlines()[0].rstrip('.')}. Pass --restart to throw it away and begin anew."
@@ -92,9 +92,10 @@ class Workspace:
 
 
 class FolderTensors(MutableMapping[str, Tensor]):
-    """Tensors by name, each a file of its own, read when asked for; so many may be held that do not fit in memory.
+    """Tensors by name, each in a file of its own that is read when asked for.
 
-    A name is quoted in its file's name, so that none reaches outside the folder.
+    So there can be more tensors than memory holds. A name is quoted in its file's name, so that no file lies outside
+    the folder.
     """
 
     def __init__(self, files: Workspace) -> None:
@@ -102,10 +103,10 @@ class FolderTensors(MutableMapping[str, Tensor]):
         files.folder.mkdir(exist_ok=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._files.read_tensors(_file_of(name))
-        if found is None:
+        tensors = self._files.read_tensors(_file_of(name))
+        if tensors is None:
             raise KeyError(name)
-        return found["tensor"]
+        return tensors["tensor"]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self._files.write_tensors(_file_of(name), {"tensor": tensor})
@@ -131,7 +132,7 @@ def _file_of(name: str) -> str:
 
 
 def check_readable(saved: Mapping[Any, object]) -> None:
-    """Read all that was saved once, so that damage is found before hours of work and not after."""
+    """Read all saved values once, so that damage is found before hours of work and not after."""
     for _ in saved.values():
         pass
 

@@ -1,4 +1,4 @@
-"""Files and text from strangers: read within limits, printed without control characters."""
+"""Untrusted files and text: read within limits, printed without control characters."""
 
 import json
 import re
@@ -14,7 +14,7 @@ MAX_JSON_BYTES = 100_000_000
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """A JSON object from a file of sane size.
+    """The JSON object of a file of at most MAX_JSON_BYTES.
 
     Raises:
         CheckpointError: if it is missing, too large, or not a JSON object.
@@ -42,8 +42,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read_yaml(path: Path, refused: type[HeadshareError]) -> Any:
-    """What a YAML file holds: plain data, no objects, and no aliases, a few of which can stand for more than fits in
-    memory.
+    """The plain data of a YAML file, without objects and aliases.
+
+    A few aliases can stand for more than fits in memory.
 
     Raises:
         HeadshareError: of this kind, if it cannot be read.
@@ -60,12 +61,16 @@ Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(lambda text: _p
 
 
 def is_shown(text: str) -> bool:
-    """Whether a text that somebody else wrote is short and can be printed as it is."""
+    """True if a text that somebody else wrote is short and can be printed as it is."""
     return len(text) <= MAX_TEXT and not CONTROL.search(text)
 
 
 def _printable(text: str) -> str:
-    """A text that can be shown on a terminal without doing anything there."""
+    """The text itself, if a terminal shows it without acting on it.
+
+    Raises:
+        ValueError: if it holds control characters.
+    """
     if CONTROL.search(text):
         raise ValueError("it holds control characters")
     return text

@@ -1,4 +1,4 @@
-"""Plans: units, layouts and choices that say what is shared, and what that means per tensor. They hold no weight."""
+"""Plans: which units are shared, how they were chosen, and what that means for each tensor. Plans hold no weight."""
 
 from headshare.plan.layout import Layout, Place
 from headshare.plan.low_rank import LowRankUnits

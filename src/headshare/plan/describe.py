@@ -1,4 +1,4 @@
-"""A plan in words: what is tied, removed and low-rank, as a small text picture, layer by layer, and as data."""
+"""Descriptions of a plan: its ties, removals and low-rank units, as a text picture of the layers and as data."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _ALWAYS = ("selections", "removals", "factored")
 
 
 def describe(plan: SharePlan) -> dict[str, Any]:
-    """The plan's ties, removals, factored units and counts, as `inspect --json` prints them."""
+    """Counts and lists of the plan's ties, removals and low-rank units, as `inspect --json` prints them."""
     listed: dict[str, list[dict[str, Any]]] = {key: [] for key in _ALWAYS}
     for section in plan.sections:
         listed.setdefault(section.key, []).append(section.describe())
@@ -19,7 +19,7 @@ def describe(plan: SharePlan) -> dict[str, Any]:
 
 
 def given_up(plan: SharePlan) -> list[float]:
-    """The share of each layer's attention units that are tied, factored or removed: the paper's figure 6."""
+    """The fraction of each layer's attention units that are tied, low-rank or removed: the paper's figure 6."""
     layouts = [layout for layout in plan.layouts if layout.kind is Sublayer.ATTENTION]
     if not layouts:
         return []
@@ -30,7 +30,7 @@ def given_up(plan: SharePlan) -> list[float]:
 
 
 def picture(plan: SharePlan) -> str:
-    """A block for each section, a line a layer, a sign a unit, and a legend."""
+    """The plan as text: a block for each section, a line for each layer, a sign for each unit, and a legend."""
     blocks = [section.picture(plan.sections) for section in plan.sections]
     ties = SECTION_KINDS["selections"]
     legend = f"{KEPT} kept   {LENDS} kept, and lends to a later layer   {ties.sign} given up, uses a donor's"

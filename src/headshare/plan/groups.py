@@ -24,15 +24,15 @@ def read_layer(key: Any, layout: Layout) -> int:
 
 
 def read_groups(value: Any, layout: Layout) -> dict[int, Spans]:
-    """Groups by layer, in order, without layers of none."""
+    """Groups by layer, in order. Layers without groups are left out."""
     if not isinstance(value, dict) or len(value) > layout.layers:
         raise PlanError(f"units are listed by layer, some of {layout.layers}, as indices; found {value!r:.50}.")
-    found = {read_layer(key, layout): _read_spans(indices, layout) for key, indices in value.items()}
-    return {layer: found[layer] for layer in sorted(found) if found[layer]}
+    groups = {read_layer(key, layout): _read_spans(indices, layout) for key, indices in value.items()}
+    return {layer: groups[layer] for layer in sorted(groups) if groups[layer]}
 
 
 def write_groups(groups: dict[int, Spans]) -> dict[str, str]:
-    """Groups by layer as a plan's JSON has them: a text for each layer."""
+    """Groups by layer as they stand in a plan's JSON: a text for each layer."""
     return {str(layer): write_indices(spans) for layer, spans in groups.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where each unit's parts lie in a checkpoint's tensors, as a value. Knows names and shapes, never a weight."""
+"""Layouts: places of each unit's parts in a checkpoint's tensors. A layout holds names and shapes, no weights."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from headshare.errors import PlanError
 from headshare.plan.units import HeadUnit, Part, Sublayer
 
-MAX_UNITS = 10_000_000  # single neurons are units too: 126 layers of 53,248 are 6.7 million
+# single neurons are units too: 126 layers of 53,248 are 6.7 million
+MAX_UNITS = 10_000_000
 MAX_LAYERS = 10_000
 MAX_GROUPS = 100_000
 Positive = Annotated[int, Field(ge=1, le=2**40)]
@@ -17,9 +18,10 @@ NotNegative = Annotated[int, Field(ge=0, le=2**40)]
 
 
 class Place(BaseModel):
-    """One part in one tensor a layer: group g owns `rows` indices from `start + g * step` along `axis`.
+    """The place of one part, in one tensor of each layer.
 
-    `shape` is the dense tensor's. `tensor` is its name with `{layer}` for the layer's number.
+    Group g owns `rows` indices along `axis`, from `start + g * step` on. `shape` is the dense tensor's. `tensor` is its
+    name with `{layer}` for the layer's number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +44,7 @@ class Place(BaseModel):
 
     @property
     def numel(self) -> int:
-        """How many numbers one unit has in this part."""
+        """The count of numbers that one unit has in this part."""
         return self.rows * self.shape[1 - self.axis]
 
 
@@ -79,7 +81,7 @@ class Layout(BaseModel):
 
     @property
     def units(self) -> int:
-        """How many units there are in all."""
+        """The count of units in all layers."""
         return self.layers * self.groups
 
     def unit(self, index: int) -> HeadUnit:
@@ -87,11 +89,11 @@ class Layout(BaseModel):
         return HeadUnit(*divmod(index, self.groups))
 
     def index(self, unit: HeadUnit) -> int:
-        """The position of this unit; the inverse of `unit`."""
+        """The position of this unit, counting groups within layers; the inverse of `unit`."""
         return unit.layer * self.groups + unit.group
 
     def only(self, parts: tuple[Part, ...]) -> "Layout":
-        """The same grid with these parts alone.
+        """The layout of the same grid with these parts alone.
 
         Raises:
             PlanError: if the layout lacks one of them.

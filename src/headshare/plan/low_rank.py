@@ -14,12 +14,12 @@ from headshare.plan.spans import Spans, length
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 
-# what makes such columns, and what holds them in a loaded model
+# names the maker of low-rank columns, and the module that holds them in a loaded model
 LOW_RANK = "low_rank"
 
 
 class LowRankRange(NamedTuple):
-    """Dense indices [start, stop) of a readout that are stored as a product of this rank: those of one unit."""
+    """Dense indices [start, stop) of one unit in an output projection, stored as a product of this rank."""
 
     start: int
     stop: int
@@ -27,20 +27,20 @@ class LowRankRange(NamedTuple):
 
     @property
     def maker(self) -> str:
-        """The name of what multiplies the factors."""
+        """The name of the maker that multiplies the factors."""
         return LOW_RANK
 
     def moved_to(self, start: int) -> "LowRankRange":
-        """The same range, of as many indices, from this one on."""
+        """The range of the same length and rank that begins at this index."""
         return self._replace(start=start, stop=start + self.stop - self.start)
 
 
 @section_kind
 class LowRankUnits(Section):
-    """Units whose columns of the readout (W_o) are stored as a product of two matrices, of a rank for each unit.
+    """Units whose columns of the output projection (W_o) are stored as a product of two matrices of low rank.
 
-    The layout has the part o alone. `units` says which groups, by layer, as a removal does; `ranks` has a number for
-    each of them, in ascending order of the groups. What else such a unit has may be tied or its own.
+    The layout has the part o alone. `units` lists groups by layer, as a removal does. `ranks` has one rank for each of
+    them, in ascending order of the groups. The other parts of a low-rank unit may be tied or its own.
     """
 
     key: ClassVar[str] = "factored"
@@ -77,17 +77,18 @@ class LowRankUnits(Section):
     @classmethod
     def _read_ranks(cls, value: Any, info: Any) -> Any:
         """Accept {layer: [rank, ...]}, one for each unit of that layer."""
-        layout, units = info.data.get("layout"), info.data.get("units")
+        layout = info.data.get("layout")
+        units = info.data.get("units")
         if not isinstance(layout, Layout) or units is None:
             return {}  # which is an error of its own
         if not isinstance(value, dict) or len(value) > layout.layers:
             raise PlanError(f"ranks must map some of {layout.layers} layers to lists; found {value!r:.50}.")
-        found = {read_layer(key, layout): ranks for key, ranks in value.items()}
+        by_layer = {read_layer(key, layout): ranks for key, ranks in value.items()}
         place = layout.parts[Part.O]
         return {
-            layer: _checked_ranks(found.get(layer, ()), layer, length(units.get(layer, ())), place)
-            for layer in sorted({*found, *units})
-            if layer in units or found[layer]
+            layer: _checked_ranks(by_layer.get(layer, ()), layer, length(units.get(layer, ())), place)
+            for layer in sorted({*by_layer, *units})
+            if layer in units or by_layer[layer]
         }
 
     @field_serializer("units")
@@ -100,27 +101,27 @@ class LowRankUnits(Section):
 
     @property
     def place(self) -> Place:
-        """Where the readout's columns lie."""
+        """The place of the output projection's columns."""
         return self.layout.parts[Part.O]
 
     @property
     def count(self) -> int:
-        """How many units there are in all."""
+        """The count of low-rank units in all layers."""
         return sum(map(length, self.units.values()))
 
     def ranked(self, layer: int) -> list[tuple[int, int]]:
-        """Group and rank of this layer's units, in order."""
+        """Groups and ranks of this layer's low-rank units, in order."""
         return list(zip(flat(self.units.get(layer, ())), self.ranks.get(layer, ()), strict=True))
 
     def touched(self) -> Iterator[Touched]:
-        """The units' columns, each unit's a product of its own rank."""
+        """The columns of each unit, as a product of the unit's own rank."""
         for layer in self.units:
             for group, rank in self.ranked(layer):
                 product = LowRankRange(*self.place.span(group), rank)
                 yield Touched(self.place.name(layer), self.place.shape, self.place.axis, product)
 
     def added(self) -> Iterator[tuple[str, AddedTensor]]:
-        """Both factors of each readout; the units' ranks lie one after the other."""
+        """Both factors of each output projection. The units' ranks lie one after the other."""
         outputs = self.place.shape[1 - self.place.axis]
         for layer in self.units:
             name = self.place.name(layer)
@@ -130,21 +131,21 @@ class LowRankUnits(Section):
             yield factor_out, AddedTensor(name, (outputs, ranks))
 
     def modules(self) -> Iterator[ModuleChange]:
-        """A readout that multiplies by one factor and then by the other."""
+        """Output projections that multiply by one factor and then by the other."""
         return (ModuleChange(self.place.name(layer), LOW_RANK) for layer in self.units)
 
     @property
     def rounding(self) -> str | None:
-        """A shared model multiplies inputs by the factors, a stock one by their product."""
+        """The reason for other roundings: a shared model multiplies by two factors, a stock one by their product."""
         return "factors are multiplied one after the other here, and with each other there" if self.count else None
 
     @property
     def approximate(self) -> str | None:
-        """Factors are no numbers of the dense model's."""
+        """The numbers that differ from the dense model's: the factors, which only approximate its columns."""
         return "factors, whose product only comes near its columns" if self.count else None
 
     def conflict(self, other: Section) -> str | None:
-        """A unit's columns are a product or removed, not both; and such a readout neither gives nor takes columns."""
+        """The conflict with another section: columns also removed, or ties in the same output projection."""
         if isinstance(other, LowRankUnits):
             return "a plan lists factored attention units twice. Make them one."
         if isinstance(other, Removal):
@@ -179,20 +180,20 @@ class LowRankUnits(Section):
         return None
 
     def bars(self, unit: HeadUnit, layout: Layout) -> bool:
-        """A readout with factored units lends no columns."""
+        """True if the unit's output projection has low-rank units: it lends no columns."""
         return unit.layer in self.units and any(place.tensor == self.place.tensor for place in layout.parts.values())
 
     def units_given(self) -> list[HeadUnit]:
-        """The units whose columns are products."""
+        """The units whose columns are stored as products."""
         return [HeadUnit(layer, group) for layer in self.units for group, _ in self.ranked(layer)]
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and the units and their ranks by layer."""
+        """Counts, and the units and their ranks by layer, as plain data."""
         data = self.model_dump(mode="json")
         return {**counts(self, "factored", self.count), "indices": data["units"], "ranks": data["ranks"]}
 
     def picture(self, others: Collection[Section]) -> str:
-        """A sign for each attention unit, and the ranks of those that are factored."""
+        """Signs of all attention units, a line for each layer, and the ranks of the low-rank ones."""
         del others
         layout = self.layout
         width = len(str(layout.layers - 1))
@@ -205,15 +206,17 @@ class LowRankUnits(Section):
 
 
 def factor_names(weight_name: str) -> tuple[str, str]:
-    """The two tensors whose product stands for this readout weight's factored columns. Whatever the weight's own
-    orientation, the first is ranks x input channels of a unit, the second outputs x ranks; the units' ranks lie one
-    after the other."""
+    """The names of the two factors whose product gives the low-rank columns of this output projection.
+
+    The first factor is ranks x input channels of a unit, the second outputs x ranks, whatever the weight's own
+    orientation. The units' ranks lie one after the other.
+    """
     base = weight_name.removesuffix("weight")
     return base + "factor_in", base + "factor_out"
 
 
 def _in_words(ranks: list[int]) -> str:
-    """How many units are factored, and at which rank: "3 of rank 8", "2 of rank 4 to 16"."""
+    """Count and ranks of low-rank units in words: "3 of rank 8", "2 of rank 4 to 16"."""
     if not ranks:
         return ""
     return f"{len(ranks)} of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] != ranks[0] else "")

@@ -1,6 +1,6 @@
-"""Which units a model on several devices holds more than once: a donor's rows stand on every device that uses them.
+"""Units that a model on several devices holds more than once: a donor's rows lie on every device that uses them.
 
-Knows a plan and where each tensor is to be; never sees a weight.
+This module knows a plan and the device of each tensor. It never sees a weight.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ class HeldAgain(NamedTuple):
 
 
 def held_again(plan: SharePlan, devices: Mapping[str, str], itemsizes: Mapping[str, int]) -> list[HeldAgain]:
-    """What each device holds of units that live on another, for each pair of them.
+    """Units that one device holds although they live on another, for each pair of devices.
 
-    `devices` and `itemsizes` say, for every tensor of the plan, where it is and how many bytes its numbers take.
+    `devices` and `itemsizes` give the device of every tensor of the plan, and the bytes of one of its numbers.
     """
+    # by pair of devices: units, and bytes of their parts, each donor once however many recipients use it
     units: dict[tuple[str, str], set[tuple[int, int, int]]] = {}
     parts: dict[tuple[str, str], dict[tuple[str, int], int]] = {}
     for number, selection in enumerate(plan.selections):
@@ -39,7 +40,7 @@ def held_again(plan: SharePlan, devices: Mapping[str, str], itemsizes: Mapping[s
 
 
 def split_evenly(plan: SharePlan, devices: int) -> dict[str, str]:
-    """The device of each of the plan's tensors when its layers are split over this many, named device 0, 1, ...
+    """Devices of the plan's tensors when its layers are split over this many devices: "device 0", "device 1", ...
 
     Raises:
         OptionError: if there are more devices than layers, or none.

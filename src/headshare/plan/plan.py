@@ -1,8 +1,7 @@
-"""The share plan: which unit takes its weights from which, which are removed or read out by a product of two small
-matrices, and how that was chosen. Holds no weight.
+"""The share plan: which units are tied, removed or low-rank, and how they were chosen. It holds no weight.
 
-A plan with a chain, a cycle or an index out of range cannot be constructed; so nothing that is handed one asks.
-A plan read from a checkpoint or a file is untrusted and comes through the same door: `SharePlan.from_json`.
+A plan with a chain, a cycle or an index out of range cannot be constructed, so code that is given a plan need not
+check it. A plan from a checkpoint or a file is untrusted and is checked in the same way, by `SharePlan.from_json`.
 """
 
 import hashlib
@@ -37,11 +36,13 @@ MAX_SECTIONS = 16
 
 
 class SharePlan(BaseModel):
-    """Layout, ties, and how they were chosen. Frozen, comparable, printable; JSON is its only other form.
+    """The plan that says which units are tied, removed or low-rank, and how they were chosen.
+
+    It is frozen and comparable.
 
     Raises:
-        PlanError: on any cycle, chain, repeated recipient, index out of range, later donor or overlapping part; and
-            where a removed unit is also tied, or a factored one is removed or has a tie in its layer's readout.
+        PlanError: on any cycle, chain, repeated recipient, index out of range, later donor or overlapping part; where
+            a removed unit is also tied; or where a low-rank one is removed, or tied in its layer's output projection.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,30 +69,30 @@ class SharePlan(BaseModel):
             listed = data.get(key, ())
             if not isinstance(listed, list | tuple) or len(listed) > MAX_SECTIONS:
                 raise PlanError(f"{key} should be a list of at most {MAX_SECTIONS} sections; found {listed!r:.50}.")
-            read += [SECTION_KINDS[key].model_validate(one) for one in listed]
+            read += [SECTION_KINDS[key].model_validate(section) for section in listed]
         return {**rest, "others": tuple(read)}
 
     @model_validator(mode="after")
     def _check(self) -> "SharePlan":
         earlier: list[Section] = []
-        for _, many in groupby(self.sections, key=type):
-            alike = list(many)
+        for _, of_one_kind in groupby(self.sections, key=type):
+            alike = list(of_one_kind)
             # sections of one kind against each other
-            for one, other in combinations(alike, 2):
-                _refuse(other.conflict(one))
-            check_places([one.layout for one in alike])
+            for before, after in combinations(alike, 2):
+                _refuse(after.conflict(before))
+            check_places([section.layout for section in alike])
             # then against all kinds before: they agree about each tensor, and claim no unit twice
-            check_tensors([one.layout for one in (*alike, *reversed(earlier))])
-            for one in alike:
+            check_tensors([section.layout for section in (*alike, *reversed(earlier))])
+            for section in alike:
                 for other in reversed(earlier):
-                    _refuse(one.conflict(other) or other.conflict(one))
+                    _refuse(section.conflict(other) or other.conflict(section))
             earlier += alike
         if self.others:
             self._check_ranges()
         return self
 
     def _check_ranges(self) -> None:
-        """Raise PlanError if two sections claim the same indices of a tensor; sections of our own know each other."""
+        """Raise PlanError if two sections claim the same indices of a tensor; built-in sections check each other."""
         by_name: dict[str, list[tuple[int, int]]] = {}
         for section in self.sections:
             for name, _, _, span, _ in section.touched():
@@ -103,8 +104,10 @@ class SharePlan(BaseModel):
 
     @model_serializer(mode="wrap")
     def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Only the keys that hold something, `selections` aside: plans of before there were others keep their
-        digests."""
+        """The plan as JSON data, with only those keys that hold something, and `selections` always.
+
+        Plans from before there were other sections so keep their digests.
+        """
         data: dict[str, Any] = handler(self)
         others = zip(self.others, data.pop("others", ()), strict=True)
         for key in ("removals", "factored"):
@@ -116,25 +119,25 @@ class SharePlan(BaseModel):
 
     @classmethod
     def of_sections(cls, sections: Iterable[Section], model_type: str = "unknown") -> "SharePlan":
-        """The plan that does all of this.
+        """The plan of these sections.
 
         Raises:
             PlanError: if two sections contradict each other.
         """
         own = {"selections": Selection, "removals": Removal, "factored": LowRankUnits}
         listed = list(sections)
-        by_key = {key: tuple(one for one in listed if isinstance(one, kind)) for key, kind in own.items()}
-        others = tuple(one for one in listed if not isinstance(one, tuple(own.values())))
+        by_key = {key: tuple(section for section in listed if isinstance(section, kind)) for key, kind in own.items()}
+        others = tuple(section for section in listed if not isinstance(section, tuple(own.values())))
         return cls.model_validate({"model_type": model_type, **by_key, "others": others})
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """Everything that the plan does, in order: ties, removals, low-rank units, and kinds registered elsewhere."""
+        """All sections of the plan, in order: ties, removals, low-rank units, and kinds registered elsewhere."""
         return (*self.selections, *self.removals, *self.factored, *self.others)
 
     @property
     def ties(self) -> int:
-        """How many ties there are, over all selections."""
+        """The count of ties, over all selections."""
         return sum(len(selection.ties) for selection in self.selections)
 
     @property
@@ -144,11 +147,11 @@ class SharePlan(BaseModel):
         return (*first, *(selection.layout for selection in self.selections))
 
     def removed(self, kind: Sublayer) -> int:
-        """How many units of this kind are removed, over all layers; in the feed-forward these are neurons."""
+        """The count of units of this sublayer that are removed; in the feed-forward these are neurons."""
         return sum(removal.count for removal in self.removals if removal.layout.kind is kind)
 
     def may_lend(self, unit: HeadUnit, selection: Selection) -> bool:
-        """Whether a tie to this unit of the selection's grid could be: no section bars it."""
+        """True if the selection may tie a unit to this one: no section bars it."""
         return not any(section.bars(unit, selection.layout) for section in self.sections)
 
     def first_layer(self) -> int | None:
@@ -158,15 +161,15 @@ class SharePlan(BaseModel):
 
     @property
     def no_stock_equivalent(self) -> str | None:
-        """Why no stock model computes the same as a model of this plan; None where one does."""
+        """The reason why no stock model computes the same as a model of this plan; None where one does."""
         return next((why for section in self.sections if (why := section.no_stock_equivalent)), None)
 
     @property
     def only_ties(self) -> bool:
-        """Whether the plan does nothing but tie units as they are, without scales."""
+        """True if the plan does nothing but tie units as they are, without scales."""
         ranges = (touched.range for section in self.sections for touched in section.touched())
         changed = any(next(section.modules(), None) for section in self.sections)
-        return not changed and all(one is None or isinstance(one, Borrowed) for one in ranges)
+        return not changed and all(span is None or isinstance(span, Borrowed) for span in ranges)
 
     @property
     def digest(self) -> str:
@@ -174,7 +177,7 @@ class SharePlan(BaseModel):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The plan as one line of JSON, keys sorted; the inverse of `from_json`."""
+        """The plan as one line of JSON with sorted keys; the inverse of `from_json`."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -240,6 +243,7 @@ def _refuse(reason: str | None) -> None:
 
 
 def _readable(data: dict[str, Any]) -> str:
+    """Indented JSON in which each list of numbers stands on one line."""
     text = json.dumps(data, indent=1, sort_keys=True)
     lines: list[str] = []
     depth = 0

@@ -22,8 +22,8 @@ BAR = 32
 class Removal(Section):
     """Units that a model goes without: attention units, or single neurons (a feed-forward layout of rows = 1).
 
-    The layout has all parts of its kind. `removed` says which groups go, by layer; it is made from whole numbers, and
-    in JSON each layer's are one text, such as "3,7-9,15".
+    The layout has all parts of its sublayer. `removed` lists the removed groups by layer. It is made from whole
+    numbers; in JSON the groups of each layer are one text, such as "3,7-9,15".
     """
 
     key: ClassVar[str] = "removals"
@@ -50,6 +50,7 @@ class Removal(Section):
     @model_validator(mode="after")
     def _check(self) -> "Removal":
         layout = self.layout
+        # all parts of the sublayer, so that nothing of a removed unit stays behind
         wanted = {
             Sublayer.ATTENTION: (ATTENTION_PARTS,),
             Sublayer.FFN: (FFN_PARTS, tuple(part for part in FFN_PARTS if part is not Part.GATE)),
@@ -60,18 +61,20 @@ class Removal(Section):
                 f"this removal has {','.join(layout.parts)}."
             )
         self._check_size()
+        # removed units are outputs of the matrices that compute features, and inputs of the one that reads them
         *features, readout = layout.parts.values()
         if any(place.axis == readout.axis for place in features) or len({place.axis for place in features}) > 1:
             raise PlanError(f"the units of a removal lie along the other axis in {readout.tensor} than elsewhere.")
         if not all(place.tensor.endswith(".weight") for place in layout.parts.values()):
             raise PlanError("units can only be removed from tensors whose names end with .weight.")
+        # a layer without any unit would have no matrix to load
         for layer, spans in self.removed.items():
             if length(spans) >= layout.groups:
                 raise PlanError(f"all {layout.groups} {layout.kind} units of layer {layer} are removed; keep one.")
         return self
 
     def _check_size(self) -> None:
-        """A few characters can name all units: so there must not be more of them than models have."""
+        """Refuse more units than models have, since a few characters of JSON can name them all."""
         if self.layout.kind is Sublayer.ATTENTION and self.layout.units > MAX_ATTENTION_UNITS:
             raise PlanError(f"{self.layout.units} attention units; removals are for at most {MAX_ATTENTION_UNITS}.")
         if self.layout.kind is Sublayer.FFN and any((p.rows, p.step) != (1, 1) for p in self.layout.parts.values()):
@@ -79,15 +82,15 @@ class Removal(Section):
 
     @property
     def count(self) -> int:
-        """How many units or neurons are removed in all."""
+        """The count of units or neurons that are removed in all layers."""
         return sum(map(length, self.removed.values()))
 
     def indices(self, layer: int) -> list[int]:
-        """The groups that this layer goes without, in order."""
+        """The removed groups of this layer, in order."""
         return flat(self.removed.get(layer, ()))
 
     def touched(self) -> Iterator[Touched]:
-        """The indices that go, in every part; in readouts they are inputs, elsewhere outputs."""
+        """The removed indices of every part. In output projections they are inputs, elsewhere outputs."""
         for part, place in self.layout.parts.items():
             for layer, groups in self.removed.items():
                 for start, stop in _indices(place, groups):
@@ -97,11 +100,11 @@ class Removal(Section):
 
     @property
     def rounding(self) -> str | None:
-        """Sums have fewer terms than in a stock model, whose terms are zeros there."""
+        """The reason for other roundings: sums have fewer terms than in a stock model, which adds zeros there."""
         return "without removed units, sums are rounded in another way" if self.count else None
 
     def conflict(self, other: Section) -> str | None:
-        """Units go once, are not tied too, and lie in the same places for all who see them."""
+        """The conflict with another section: units removed twice, or also tied, or laid out in another way there."""
         if isinstance(other, Removal) and other.layout.kind is self.layout.kind:
             return "two removals are of the same kind of unit. Make them one."
         return self._conflict_with_ties(other) if isinstance(other, Selection) else None
@@ -126,11 +129,11 @@ class Removal(Section):
         return None
 
     def bars(self, unit: HeadUnit, layout: Layout) -> bool:
-        """A unit of which something is removed neither lends nor borrows."""
+        """True if something of the unit is removed: it neither lends nor borrows."""
         return layout.kind is self.layout.kind and self.takes_from(unit, layout)
 
     def units_given(self) -> list[HeadUnit]:
-        """What is removed: attention units, or single neurons."""
+        """The removed attention units or single neurons."""
         return [HeadUnit(layer, group) for layer in self.removed for group in self.indices(layer)]
 
     def first_layer(self) -> int | None:
@@ -138,12 +141,12 @@ class Removal(Section):
         return min(self.removed, default=None)
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and what is removed as text by layer."""
+        """Counts, and the removed groups of each layer as text, as plain data."""
         indices = self.model_dump(mode="json")["removed"]
         return {**counts(self, "removed", self.count), "indices": indices}
 
     def picture(self, others: Collection[Section]) -> str:
-        """A sign for each attention unit; for neurons, of which there are thousands, a bar and a count."""
+        """Signs of all attention units, a line for each layer; for neurons, of which there are thousands, a bar."""
         del others
         layout = self.layout
         attention = layout.kind is Sublayer.ATTENTION
@@ -162,7 +165,7 @@ class Removal(Section):
         return "\n".join(lines)
 
     def takes_from(self, unit: HeadUnit, layout: Layout) -> bool:
-        """Whether some of this unit is removed. `layout` is the grid that the unit is in, perhaps a coarser one."""
+        """True if some of this unit is removed. `layout` is the unit's grid, which may be coarser than this one."""
         each = self.layout.groups // layout.groups
         return self._touches(unit.layer, unit.group * each, (unit.group + 1) * each)
 
@@ -173,7 +176,7 @@ class Removal(Section):
 
 
 def counts(section: Section, done: str, count: int) -> dict[str, Any]:
-    """The grid of a section, and how many of its units something was `done` to, as plain data."""
+    """The grid of a section and the count of its units, under the key `done`, as plain data."""
     return {
         "kind": str(section.layout.kind),
         "layers": section.layout.layers,
@@ -194,7 +197,7 @@ def _indices(place: Place, groups: Spans) -> Spans:
 
 
 def _is_cut_finer(coarse: Place, fine: Place | None, each: int) -> bool:
-    """Whether the units of one place are those of the other, `each` of them together."""
+    """True if each unit of the coarse place is `each` neighbouring units of the fine one."""
     whole = None if fine is None else {"rows": fine.rows * each, "step": fine.step * each}
     return (
         whole is not None

@@ -1,7 +1,7 @@
-"""Sections of a plan: one protocol behind which ties, removals, low-rank units and kinds of others' own stand.
+"""Sections of a plan: the interface that ties, removals, low-rank units and kinds registered elsewhere implement.
 
 A section says which indices of which tensors it changes, which tensors it adds, which modules of a loaded model it
-replaces, and whether a stock model computes the same. Whoever shares, expands, loads or verifies asks these questions
+replaces, and whether a stock model computes the same. Sharing, expansion, loading and verification ask these questions
 of all sections alike. A section of a new kind is a subclass of `Section`, registered by `section_kind`.
 """
 
@@ -22,7 +22,7 @@ LENDS = "◆"
 
 
 class Borrowed(NamedTuple):
-    """Dense indices [start, stop) that are not stored here, and the same number from `donor_start` of `donor`."""
+    """Dense indices [start, stop) that are borrowed: as many, from `donor_start` on, of the tensor `donor`."""
 
     start: int
     stop: int
@@ -31,14 +31,14 @@ class Borrowed(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """Borrowed indices [start, stop) of a readout that carry one number each."""
+    """Borrowed indices [start, stop) of an output projection that carry one scale each."""
 
     start: int
     stop: int
 
 
 class Removed(NamedTuple):
-    """Dense indices [start, stop) for which nothing stands."""
+    """Dense indices [start, stop) that are removed."""
 
     start: int
     stop: int
@@ -48,8 +48,8 @@ class Removed(NamedTuple):
 class Made(Protocol):
     """Dense indices [start, stop) that are made from tensors which the section adds.
 
-    `maker` names what makes them from those tensors and, on sharing, those tensors from them: a key of
-    `headshare.sharing.makers.MAKERS`.
+    `maker` is a key of `headshare.sharing.makers.MAKERS`. That maker computes the indices from the added tensors and,
+    on sharing, the added tensors from the indices.
     """
 
     @property
@@ -62,20 +62,20 @@ class Made(Protocol):
 
     @property
     def maker(self) -> str:
-        """The name of what makes the numbers."""
+        """The name of the maker of these numbers."""
 
     def moved_to(self, start: int) -> "Made":
-        """The same range, of as many indices, from this one on."""
+        """The range of the same kind and length that begins at this index."""
 
 
 Range = Borrowed | Scaled | Removed | Made
 
 
 class Touched(NamedTuple):
-    """One range of one tensor that a section changes; of a tensor that only lends, no range.
+    """The range of a tensor that a section changes, or a tensor that only lends, without a range.
 
-    `shape` is dense, `axis` the one that indices count along. With `outputs`, the indices are the module's outputs, so
-    that a bias beside the weight has them too.
+    `shape` is the dense shape, and `axis` the axis that indices count along. With `outputs`, the indices are the
+    module's outputs, so that a bias beside the weight has them too.
     """
 
     name: str
@@ -86,10 +86,11 @@ class Touched(NamedTuple):
 
 
 class AddedTensor(NamedTuple):
-    """A tensor that the dense model does not have: the weight that it stands beside and shares its type with, its
-    shape, and the number that fills it where nothing was fitted (None: a maker computes it).
+    """A tensor that a section adds and the dense model does not have.
 
-    With `same_type`, a checkpoint in which its type is another than the weight's is refused.
+    It belongs to the tensor `weight` and is stored in that weight's type. `fill` is the number that fills it where
+    nothing was fitted; None where a maker computes it. With `same_type`, a checkpoint in which its type is another than
+    the weight's is refused.
     """
 
     weight: str
@@ -99,7 +100,7 @@ class AddedTensor(NamedTuple):
 
 
 class ModuleChange(NamedTuple):
-    """A module to replace when a model loads: the one that holds `tensor`, or the one so many steps `above` it.
+    """A module to replace when a model loads: the one that holds `tensor`, or one that is `above` steps over it.
 
     `kind` names the function that builds the new module: a key of `headshare.storage.changes.MODULE_CHANGES`.
     """
@@ -110,7 +111,7 @@ class ModuleChange(NamedTuple):
 
 
 class Choice(BaseModel):
-    """The way in which units were chosen; for people and for reproduction, read by no code."""
+    """The way in which units were chosen. It is for people and for reproduction; no code reads it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -121,7 +122,7 @@ class Choice(BaseModel):
 
 
 class Section(BaseModel, ABC):
-    """One part of a plan: units of one grid, and what is done to them. Frozen; a wrong one cannot be constructed.
+    """A section of a plan: units of one grid, and what is done to them. A wrong section cannot be constructed.
 
     Subclasses have the fields `layout` (the grid of units) and `chosen` (how they were chosen).
     """
@@ -144,38 +145,38 @@ class Section(BaseModel, ABC):
 
     @abstractmethod
     def touched(self) -> Iterator[Touched]:
-        """Every range of every tensor that this section changes, and every tensor that lends to it."""
+        """The ranges of tensors that this section changes, and the tensors that lend to it."""
 
     def added(self) -> Iterator[tuple[str, AddedTensor]]:
-        """Every tensor that this section adds, by name."""
+        """The tensors that this section adds, by name."""
         return iter(())
 
     def modules(self) -> Iterator[ModuleChange]:
-        """Every module that a loaded model holds another way; none where a storage of weights does."""
+        """The modules that a loaded model replaces; none where a storage of weights replaces them."""
         return iter(())
 
     @property
     def no_stock_equivalent(self) -> str | None:
-        """Why no stock model computes the same, in words; None where one does, and `expand` writes it."""
+        """The reason, in words, why no stock model computes the same; None where one does, and `expand` writes it."""
         return None
 
     @property
     def rounding(self) -> str | None:
-        """Why a shared model's logits may differ from the stock model's in their last bits; None where they do not."""
+        """The reason why a shared model's logits may differ from a stock model's in their last bits, or None."""
         return None
 
     @property
     def approximate(self) -> str | None:
-        """Which numbers only come near the dense model's, so that they are not compared with it; None for none."""
+        """The numbers that only approximate the dense model's and so are not compared with it, in words, or None."""
         return None
 
     def conflict(self, other: "Section") -> str | None:
-        """Why this section and another cannot be in one plan; None where they can. Asked of both."""
+        """The reason why this section and another cannot be in one plan, or None. It is asked of both."""
         del other
         return None
 
     def bars(self, unit: HeadUnit, layout: Layout) -> bool:
-        """Whether a unit of this other grid can neither lend nor borrow the parts of that grid."""
+        """True if a unit of this other grid can neither lend nor borrow the parts of that grid."""
         del unit, layout
         return False
 
@@ -193,7 +194,7 @@ class Section(BaseModel, ABC):
 
     @abstractmethod
     def picture(self, others: Collection["Section"]) -> str:
-        """A title and a line a layer, a sign a unit. `others` are all sections of the plan."""
+        """A title, and a line for each layer with a sign for each unit. `others` are all sections of the plan."""
 
     def title(self, what: str, count: int, done: str) -> str:
         """The first line of a picture, such as "attention, parts q,k: 3 of 12 units given up (25 %; ...)"."""

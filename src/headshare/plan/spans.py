@@ -1,4 +1,4 @@
-"""Sets of indices as spans, and as short text: "3,7-9,15" is 3, 7, 8, 9 and 15. The text may be a stranger's."""
+"""Sets of indices as spans and as short text: "3,7-9,15" is 3, 7, 8, 9 and 15. The text is untrusted."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ _ITEM = re.compile(r"(0|[1-9][0-9]{0,8})(?:-([1-9][0-9]{0,8}))?", re.ASCII)
 
 
 class Span(NamedTuple):
-    """Indices [start, stop)."""
+    """A run of indices [start, stop)."""
 
     start: int
     stop: int
@@ -20,7 +20,7 @@ Spans = tuple[Span, ...]
 
 
 def read_indices(text: str, below: int) -> Spans:
-    """The spans that a text names, in order and as long as they can be; the inverse of `write_indices`.
+    """The spans that a text names, in order, neighbours joined; the inverse of `write_indices`.
 
     Raises:
         PlanError: if it is not of that form, not in ascending order, or names an index of `below` or more.
@@ -34,11 +34,11 @@ def read_indices(text: str, below: int) -> Spans:
 def _read_items(text: str, below: int) -> list[Span]:
     spans: list[Span] = []
     for item in text.split(","):
-        found = _ITEM.fullmatch(item)
-        if found is None:
+        matched = _ITEM.fullmatch(item)
+        if matched is None:
             raise PlanError(f"indices are written like 3,7-9,15; found {item!r:.50}.")
-        first = int(found[1])
-        last = first if found[2] is None else int(found[2])
+        first = int(matched[1])
+        last = first if matched[2] is None else int(matched[2])
         if last < first or (spans and first < spans[-1].stop):
             raise PlanError(f"indices must be in ascending order, each once; found {item} after {spans[-1:]}.")
         if last >= below:
@@ -53,21 +53,21 @@ def write_indices(spans: Spans) -> str:
 
 
 def spans_of(indices: Iterable[int]) -> Spans:
-    """Whole numbers, in any order, as spans."""
+    """The spans of these whole numbers, which may be in any order."""
     return joined([Span(index, index + 1) for index in sorted(set(indices))])
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> Spans:
-    """Spans in ascending order, with those that touch made one."""
-    found: list[Span] = []
+    """Spans in ascending order, neighbours joined."""
+    merged: list[Span] = []
     for start, stop in spans:
-        if found and found[-1].stop == start:
-            found[-1] = Span(found[-1].start, stop)
+        if merged and merged[-1].stop == start:
+            merged[-1] = Span(merged[-1].start, stop)
         else:
-            found.append(Span(start, stop))
-    return tuple(found)
+            merged.append(Span(start, stop))
+    return tuple(merged)
 
 
 def length(spans: Iterable[tuple[int, int]]) -> int:
-    """How many indices there are in spans that do not overlap."""
+    """The count of indices in spans that do not overlap."""
     return sum(stop - start for start, stop in spans)

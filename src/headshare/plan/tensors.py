@@ -1,11 +1,12 @@
-"""What a plan means for each tensor: which indices it no longer stores, and whose it uses instead.
+"""Tensor plans: what a plan means for each tensor.
 
-A tensor that a plan touches has *gaps* along one axis, and indices that are *removed*: nothing stands for those. A
-readout can also have *factored* indices: a product of two extra tensors stands for them. There are three ways to
-count. Dense coordinates count all indices of the original tensor; reduced coordinates those that are not removed, which
-is what a loaded model multiplies with; stored coordinates those that the tensor keeps. Share and expand work in dense
-coordinates; the storages get tensors that `reduced_tensors` has turned into reduced ones, and know of no removal.
-Without removals the two are the same.
+Along one axis of a tensor, every index is one of four. It is *stored* here, *borrowed* from another layer's tensor,
+*low-rank* (given by two small extra tensors) or another *made* range, or *removed* (zero when expanded).
+
+Three numberings follow. *Dense* coordinates count all indices, as in the original checkpoint. *Reduced* coordinates
+skip removed ones, as in the loaded model. *Stored* coordinates count only the indices in the file. Sharing and
+expansion work in dense coordinates. Storages get the tensor plans of `reduced_tensors` and know of no removal. Without
+removals, dense and reduced coordinates are the same.
 """
 
 from bisect import bisect_right
@@ -20,13 +21,16 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor, Borrowed, Made, Removed, Scaled, Touched
 from headshare.plan.spans import Span, Spans, joined
 
+# sources that are no tensor: zeros, and numbers that a maker computes from added tensors
 NOTHING = ""
 MADE = "*"
 
 
 class Source(NamedTuple):
-    """Dense indices [start, stop) of one tensor; of NOTHING, as many zeros; of MADE, what the tensor's own factors
-    make there."""
+    """Dense indices [start, stop) of one tensor.
+
+    The source NOTHING stands for as many zeros, MADE for the numbers that the tensor's own factors give there.
+    """
 
     source: str
     start: int
@@ -35,10 +39,10 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor under a plan: its dense shape, the axis along which units lie, its gaps, what is removed and what is
-    factored, in order.
+    """The plan of one tensor: its dense shape, the axis along which units lie, and its ranges along that axis.
 
-    A bias has one axis; all others have two.
+    `gaps` are borrowed ranges, `scaled` those of them that carry scales, `removed` removed ones, and `made` those that
+    a maker computes; each in order. A bias has one axis; all other tensors have two.
     """
 
     name: str
@@ -52,7 +56,7 @@ class TensorPlan:
     @cached_property
     def _absent(self) -> "_Absent":
         spans = [Span(gap.start, gap.stop) for gap in self.gaps]
-        spans += [Span(one.start, one.stop) for one in self.made]
+        spans += [Span(made.start, made.stop) for made in self.made]
         return _Absent(tuple(sorted([*spans, *self.removed]))) if spans else self._removed
 
     @cached_property
@@ -61,17 +65,17 @@ class TensorPlan:
 
     @property
     def size(self) -> int:
-        """Dense length along the axis."""
+        """The dense length along the axis."""
         return self.shape[self.axis]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of what is kept."""
+        """The shape of the stored tensor."""
         return self._shape_without(self._absent)
 
     @property
     def reduced_shape(self) -> tuple[int, ...]:
-        """The shape of what is not removed."""
+        """The shape without removed indices, as in a loaded model."""
         return self._shape_without(self._removed)
 
     def _shape_without(self, absent: "_Absent") -> tuple[int, ...]:
@@ -94,17 +98,17 @@ class TensorPlan:
         return index - self._removed.before(index)
 
     def whole(self) -> list[Source]:
-        """All dense indices in order, each run naming the tensor that has it; neighbouring runs are joined."""
+        """Sources of all dense indices, in order: each run names the tensor that has it; neighbours are joined."""
         runs = [(start, Source(self.name, start, stop)) for start, stop in self.kept()]
         runs += [
             (gap.start, Source(gap.donor, gap.donor_start, gap.donor_start + gap.stop - gap.start)) for gap in self.gaps
         ]
         runs += [(start, Source(NOTHING, start, stop)) for start, stop in self.removed]
-        runs += [(one.start, Source(MADE, one.start, one.stop)) for one in self.made]
+        runs += [(made.start, Source(MADE, made.start, made.stop)) for made in self.made]
         return _joined([run for _, run in sorted(runs)])
 
     def reduced(self, tensors: Mapping[str, "TensorPlan"]) -> "TensorPlan":
-        """The same in reduced coordinates: a smaller tensor of which nothing is removed."""
+        """The tensor plan in reduced coordinates: of a smaller tensor of which nothing is removed."""
         gaps = tuple(
             Borrowed(
                 self.reduced_index(gap.start),
@@ -117,27 +121,27 @@ class TensorPlan:
         scaled = tuple(
             (self.reduced_index(start), self.reduced_index(start) + stop - start) for start, stop in self.scaled
         )
-        made = tuple(one.moved_to(self.reduced_index(one.start)) for one in self.made)
+        made = tuple(span.moved_to(self.reduced_index(span.start)) for span in self.made)
         return TensorPlan(self.name, self.reduced_shape, self.axis, gaps, scaled, made=made)
 
     @property
     def factored(self) -> tuple[LowRankRange, ...]:
-        """The ranges that are products of two factors."""
-        return tuple(one for one in self.made if isinstance(one, LowRankRange))
+        """The low-rank ranges, products of two factors."""
+        return tuple(made for made in self.made if isinstance(made, LowRankRange))
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it is stored here, though others may borrow from it."""
+        """True if all of it is stored here, though others may borrow from it."""
         return not (self.gaps or self.removed or self.made)
 
     @property
     def only_borrows(self) -> bool:
-        """Whether all that is not stored here is a donor's, as it is."""
+        """True if all that is not stored here is borrowed, without scales."""
         return not (self.removed or self.made or self.scaled)
 
 
 class _Absent:
-    """Spans that are left out, and so how far what follows them moves."""
+    """Spans that are left out, and so the shift of every index after them."""
 
     def __init__(self, spans: Spans) -> None:
         self._spans = spans
@@ -168,8 +172,10 @@ def _joined(runs: list[Source]) -> list[Source]:
 
 
 def tensor_plans(plan: SharePlan) -> dict[str, TensorPlan]:
-    """Every tensor that some section of the plan changes or borrows from, by name, in dense coordinates. Tensors that a
-    plan leaves alone are not listed; nor are biases, which not every model has: see `bias_plans`."""
+    """Tensor plans of all tensors that a section of the plan changes or borrows from, by name, in dense coordinates.
+
+    Tensors that a plan leaves alone are not listed. Nor are biases, which not every model has: see `bias_plans`.
+    """
     by_name: dict[str, list[Touched]] = {}
     for section in plan.sections:
         for touched in section.touched():
@@ -178,18 +184,18 @@ def tensor_plans(plan: SharePlan) -> dict[str, TensorPlan]:
 
 
 def _merged(touched: list[Touched]) -> TensorPlan:
-    """One tensor from all that sections say of it."""
+    """The plan of one tensor, from all ranges that sections change in it."""
     first = touched[0]
-    ranges = [one.range for one in touched if one.range is not None]
-    gaps = tuple(sorted(one for one in ranges if isinstance(one, Borrowed)))
-    scaled = tuple(sorted((one.start, one.stop) for one in ranges if isinstance(one, Scaled)))
-    removed = joined(sorted((one.start, one.stop) for one in ranges if isinstance(one, Removed)))
-    made = tuple(one for one in ranges if not isinstance(one, Borrowed | Scaled | Removed))
+    ranges = [each.range for each in touched if each.range is not None]
+    gaps = tuple(sorted(span for span in ranges if isinstance(span, Borrowed)))
+    scaled = tuple(sorted((span.start, span.stop) for span in ranges if isinstance(span, Scaled)))
+    removed = joined(sorted((span.start, span.stop) for span in ranges if isinstance(span, Removed)))
+    made = tuple(span for span in ranges if not isinstance(span, Borrowed | Scaled | Removed))
     return TensorPlan(first.name, first.shape, first.axis, gaps, scaled, removed, made)
 
 
 def bias_plans(plan: SharePlan) -> dict[str, TensorPlan]:
-    """The biases that lose something, where the model has them: those beside weights whose outputs are removed."""
+    """Tensor plans of the biases beside weights whose outputs are removed, by name. Not every model has them."""
     by_name: dict[str, list[Touched]] = {}
     for section in plan.sections:
         for touched in section.touched():
@@ -200,34 +206,34 @@ def bias_plans(plan: SharePlan) -> dict[str, TensorPlan]:
             name,
             (many[0].shape[many[0].axis],),
             0,
-            removed=joined(sorted((one.range.start, one.range.stop) for one in many if one.range is not None)),
+            removed=joined(sorted((each.range.start, each.range.stop) for each in many if each.range is not None)),
         )
         for name, many in by_name.items()
     }
 
 
 def reduced_tensors(plan: SharePlan) -> dict[str, TensorPlan]:
-    """Every tensor that gives or takes, in the coordinates of a model from which removed units are gone."""
+    """Tensor plans of all tensors that lend or borrow, by name, in reduced coordinates."""
     tensors = tensor_plans(plan)
     return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
 
 
 def tied_names(tensors: Mapping[str, TensorPlan]) -> list[str]:
-    """The names of the tensors that give or take."""
+    """The names of the tensors that lend or borrow."""
     donors = {gap.donor for tensor in tensors.values() for gap in tensor.gaps}
     return [name for name, tensor in tensors.items() if tensor.gaps or name in donors]
 
 
 def bias_name(weight_name: str) -> str:
-    """The bias beside this weight."""
+    """The name of the bias beside this weight."""
     return weight_name.removesuffix("weight") + "bias"
 
 
 def added_tensors(plan: SharePlan) -> dict[str, AddedTensor]:
-    """Every tensor that the plan's sections add, by name."""
+    """The tensors that the plan's sections add, by name."""
     return {name: tensor for section in plan.sections for name, tensor in section.added()}
 
 
 def total_rank(tensor: TensorPlan) -> int:
-    """The sum of the ranks of a readout's factored units."""
-    return sum(one.rank for one in tensor.factored)
+    """The sum of the ranks of an output projection's low-rank units."""
+    return sum(unit.rank for unit in tensor.factored)

@@ -24,10 +24,10 @@ from headshare.plan.units import HeadUnit, Part, Tie
 
 @section_kind
 class Selection(Section):
-    """Ties of one grid of units, each sharing the same parts.
+    """The selection: ties of one grid of units, which all share the same parts.
 
-    `kind` says what the recipient takes; "weights" is the only kind so far. With `scale`, each channel of the
-    recipient's attention output carries one number, applied before W_o.
+    `kind` says what the recipient borrows; "weights" is the only kind so far. With `scale`, each channel of the
+    recipient's attention output is multiplied by a number of its own before W_o.
     """
 
     key: ClassVar[str] = "selections"
@@ -57,12 +57,14 @@ class Selection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Selection":
+        # each recipient has one donor, in an earlier layer
         donor_of: dict[HeadUnit, HeadUnit] = {}
         for recipient, donor in self.ties:
             self._check_tie(recipient, donor)
             if recipient in donor_of:
                 raise PlanError(f"{recipient} is tied twice: to {donor_of[recipient]} and to {donor}. Keep one tie.")
             donor_of[recipient] = donor
+        # no donor is itself a recipient, so that one step from a recipient leads to stored weights
         for recipient, donor in self.ties:
             if donor in donor_of:
                 raise PlanError(
@@ -88,7 +90,7 @@ class Selection(Section):
         return tuple(self.layout.parts)
 
     def touched(self) -> Iterator[Touched]:
-        """The recipients' indices, as gaps that donors fill; scaled ones where the ties of `o` have scales."""
+        """The recipients' indices, borrowed from donors, and scaled where ties of `o` have scales; and the donors."""
         for part, place in self.layout.parts.items():
             for recipient, donor in self.ties:
                 name = place.name(recipient.layer)
@@ -100,7 +102,7 @@ class Selection(Section):
                     yield Touched(name, place.shape, place.axis, Scaled(*span))
 
     def added(self) -> Iterator[tuple[str, AddedTensor]]:
-        """The scales of each readout with scaled ties, ones where nothing was fitted."""
+        """The scales of each output projection with scaled ties, filled with ones where nothing was fitted."""
         if not self.scale:
             return
         place = self.layout.parts[Part.O]
@@ -111,11 +113,11 @@ class Selection(Section):
 
     @property
     def rounding(self) -> str | None:
-        """Scales multiply the inputs of a shared model, and the weights of a stock one."""
+        """The reason for other roundings: scales multiply a shared model's inputs and a stock model's weights."""
         return "scales of ties multiply inputs here, and weights there" if self.scale and self.ties else None
 
     def conflict(self, other: Section) -> str | None:
-        """Two selections of one part would give it two donors."""
+        """The conflict with another selection of the same part, which would have two donors."""
         if isinstance(other, Selection) and set(self.parts) & set(other.parts):
             return f"two selections share the same part: {', '.join((*other.parts, *self.parts))}."
         return None
@@ -125,14 +127,14 @@ class Selection(Section):
         return {tie.recipient for tie in self.ties}
 
     def by_layer(self) -> dict[int, list[tuple[int, int, int]]]:
-        """For each layer: (group, donor layer, donor group) of its recipients, in order."""
-        found: dict[int, list[tuple[int, int, int]]] = {}
+        """Recipients by layer, in order, each as (group, donor layer, donor group)."""
+        ties_of: dict[int, list[tuple[int, int, int]]] = {}
         for tie in sorted(self.ties):
-            found.setdefault(tie.recipient.layer, []).append((tie.recipient.group, *tie.donor))
-        return found
+            ties_of.setdefault(tie.recipient.layer, []).append((tie.recipient.group, *tie.donor))
+        return ties_of
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and every tie as four numbers."""
+        """Counts, and every tie as four numbers, as plain data."""
         return {
             "kind": str(self.layout.kind),
             "parts": [str(part) for part in self.parts],
@@ -145,14 +147,16 @@ class Selection(Section):
         }
 
     def picture(self, others: Collection[Section]) -> str:
-        """One line a layer, one sign a unit, and beside it whose weights each recipient uses."""
+        """Signs of all units, a line for each layer, with the donor of each recipient beside it."""
         layout = self.layout
         lenders = {tie.donor for tie in self.ties}
         by_layer = self.by_layer()
         # a unit that another section of the same grid takes whole has that section's sign
-        same_grid = [one for one in others if (one.layout.kind, one.layout.groups) == (layout.kind, layout.groups)]
-        gone = {unit: one.sign for one in same_grid if one.takes_whole for unit in one.units_given()}
+        grid = (layout.kind, layout.groups)
+        same_grid = [section for section in others if (section.layout.kind, section.layout.groups) == grid]
+        gone = {unit: section.sign for section in same_grid if section.takes_whole for unit in section.units_given()}
         width = len(str(layout.layers - 1))
+        # one line a layer: its signs, then its ties
         lines = [self.title(f"{layout.kind}, parts {','.join(self.parts)}", len(self.ties), "units given up")]
         for layer in range(layout.layers):
             ties = by_layer.get(layer, [])
@@ -171,7 +175,7 @@ class Selection(Section):
 
 
 def scale_name(weight_name: str) -> str:
-    """The tensor that scales the shared input channels of this readout weight."""
+    """The name of the tensor that scales the borrowed input channels of this output projection."""
     return weight_name.removesuffix("weight") + "tie_scale"
 
 

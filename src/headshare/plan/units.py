@@ -1,4 +1,4 @@
-"""The words for what is shared: a unit, its parts, and a tie between two units. Knows no tensor and no file."""
+"""Units of sharing: a unit, its parts, and a tie between two units. This module knows no tensor and no file."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ from headshare.errors import OptionError
 
 
 class Part(StrEnum):
-    """A unit's share of one weight matrix: rows of q, k, v, gate and up, columns of o and down."""
+    """The part of a weight matrix that belongs to a unit: rows of q, k, v, gate and up, columns of o and down."""
 
     Q = "q"
     K = "k"
@@ -20,14 +20,14 @@ class Part(StrEnum):
 
 
 class Sublayer(StrEnum):
-    """Which half of a transformer layer a unit belongs to."""
+    """The sublayer of a transformer layer that a unit belongs to."""
 
     ATTENTION = "attention"
     FFN = "ffn"
 
 
 class HeadUnit(NamedTuple):
-    """What is shared as one: a key/value head with the query heads that read it, or a group of neurons."""
+    """The unit that is shared as one: a key/value head with the query heads that read it, or a group of neurons."""
 
     layer: int
     group: int
@@ -37,7 +37,7 @@ class HeadUnit(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """The recipient gives up its own weights and uses the donor's."""
+    """A tie between two units: the recipient gives up its own weights and uses the donor's."""
 
     recipient: HeadUnit
     donor: HeadUnit
@@ -48,7 +48,7 @@ class Tie(NamedTuple):
 
 ATTENTION_PARTS = (Part.Q, Part.K, Part.V, Part.O)
 FFN_PARTS = (Part.GATE, Part.UP, Part.DOWN)
-# matrices that read features out: units are their inputs
+# output projections: units are their inputs
 READOUTS = (Part.O, Part.DOWN)
 
 _NAMED_SETS: dict[str, tuple[Part, ...]] = {
@@ -62,7 +62,7 @@ _NAMED_SETS: dict[str, tuple[Part, ...]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts are shared, in each half of the layer."""
+    """The parts that are shared, in each sublayer."""
 
     attention: tuple[Part, ...] = ()
     ffn: tuple[Part, ...] = ()
@@ -76,16 +76,16 @@ class Parts:
         """
         if isinstance(text, Parts):
             return text
-        found: set[Part] = set()
+        named: set[Part] = set()
         for word in text.replace(",", "+").split("+"):
-            found |= set(_parts_of(word.strip(), text))
+            named |= set(_parts_of(word.strip(), text))
         return cls(
-            attention=tuple(part for part in ATTENTION_PARTS if part in found),
-            ffn=tuple(part for part in FFN_PARTS if part in found),
+            attention=tuple(part for part in ATTENTION_PARTS if part in named),
+            ffn=tuple(part for part in FFN_PARTS if part in named),
         )
 
     def of(self, kind: Sublayer) -> tuple[Part, ...]:
-        """Those of this half of the layer."""
+        """The parts that belong to this sublayer."""
         return self.attention if kind is Sublayer.ATTENTION else self.ffn
 
     def __str__(self) -> str:
