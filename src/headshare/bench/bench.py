@@ -1,7 +1,7 @@
-"""What a shared model costs at run time on this machine, beside its dense model: speed, loading, memory.
+"""The bench: speed, loading time and memory of a shared model on this machine, beside its dense model.
 
-Each ratio is of a pair measured in one run. Loading and memory are measured in fresh processes, by turns; speed in one
-process that holds all models, which take turns repeat by repeat.
+Each ratio compares two values measured in one run. Loading and memory are measured in fresh processes, by turns. Speed
+is measured in one process that holds all models, which take turns repeat by repeat.
 """
 
 import multiprocessing
@@ -46,7 +46,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure's median, and its ratio to the dense model's: the median of pairs measured in turn, and quartiles."""
+    """The median of a figure, and its ratio to the dense model's figure.
+
+    The ratio is the median over pairs measured in turn; `low` and `high` are its quartiles.
+    """
 
     median: float
     ratio: float
@@ -55,7 +58,7 @@ class Ratio:
 
     @classmethod
     def of(cls, values: Sequence[float], dense: Sequence[float]) -> "Ratio":
-        """From one value a repeat, in the order measured."""
+        """The ratio of two lists with one value a repeat, in the order measured."""
         ratios = [value / other for value, other in zip(values, dense, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return cls(statistics.median(values), middle, low, high)
@@ -63,7 +66,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Seconds to load, seconds until the first token is out too, and the memory that the model then takes."""
+    """The result of one load: its seconds, the seconds until the first token is out, and the memory of the model."""
 
     load_s: float
     first_token_s: float
@@ -73,7 +76,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Memory:
-    """A model's PSS and parameters, and of the bytes that sharing gives up the part that PSS shows as saved."""
+    """The memory of a model: its PSS and its parameters.
+
+    `saved_of_ideal` is the saving in PSS as a fraction of the bytes that sharing takes from the parameters.
+    """
 
     pss_bytes: int | None
     parameter_bytes: int
@@ -82,7 +88,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything measured, by subject: seconds of each task, seconds of loading, memory."""
+    """All results of one bench, by subject: seconds of each task, seconds of loading, memory."""
 
     tasks: dict[str, dict[str, Ratio]]
     loading: dict[str, dict[str, Ratio]]
@@ -92,7 +98,7 @@ class Bench:
     threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints."""
+        """The results under the names that `--json` prints."""
         return asdict(self)
 
 
@@ -107,8 +113,8 @@ def bench(
 ) -> Bench:
     """Measure these models, of which the first is the dense one. `options` go to `from_pretrained`.
 
-    `tokens`: of a pass; without any, those of 1, 16 and 512 that the model has room for. `cold`: load from the disk,
-    not from the system's cache of it.
+    `tokens` are the lengths of a pass; by default those of 1, 16 and 512 that the model has room for. With `cold`, the
+    model is loaded from the disk and not from the system's cache.
 
     Raises:
         EvaluationError: if a model has no room for that many tokens, or nothing is to be repeated.
@@ -132,8 +138,9 @@ def bench(
 def dense_and_shared(
     model: Checkpoint, against: Checkpoint | None, *, ratio: float, parts: str
 ) -> Iterator[tuple[Path, Path]]:
-    """Folders of a dense model and a shared one. What is missing is made for the time being: a dense model is shared;
-    a shared one, without its dense model beside it, is expanded.
+    """The folders of a dense model and of a shared one.
+
+    The missing one of the two is made in a temporary folder: a dense model is shared, a shared model is expanded.
 
     Raises:
         OptionError: if `against` is given for a dense model.
@@ -164,8 +171,9 @@ def measure_speed(
     Raises:
         EvaluationError: if a model has no room for that many tokens.
     """
-    models = {one.name: _load(one, options) for one in subjects}
+    models = {subject.name: _load(subject, options) for subject in subjects}
     first = next(iter(models.values()))
+    # the lengths of a pass: never more than the model can read
     longest = longest_window(first.config.to_dict())
     if tokens is None:
         tokens = [count for count in TOKENS if longest is None or count <= longest]
@@ -179,7 +187,8 @@ def measure_speed(
     with torch.inference_mode():
         for task, run in tasks.items():
             for name in names:
-                run(models[name])
+                run(models[name])  # once unmeasured: the first pass sets up caches and kernels
+            # each repeat begins with another model, so that none is always measured first
             for repeat in track(range(repeats), task, repeats):
                 for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
                     times[task][name].append(run(models[name]))
@@ -190,19 +199,24 @@ def measure_loading(
     subjects: Sequence[Subject], loads: int, options: Mapping[str, Any], *, cold: bool = False
 ) -> dict[str, list[Loaded]]:
     """Load each subject in a process of its own, by turns, and run one token through it."""
-    loaded: dict[str, list[Loaded]] = {one.name: [] for one in subjects}
+    loaded: dict[str, list[Loaded]] = {subject.name: [] for subject in subjects}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in track(range(loads), "loading", loads):
-            for one in subjects:
-                loaded[one.name].append(pool.apply(load_once, (one, dict(options), torch.get_num_threads(), cold)))
+            for subject in subjects:
+                arguments = (subject, dict(options), torch.get_num_threads(), cold)
+                loaded[subject.name].append(pool.apply(load_once, arguments))
     return loaded
 
 
 def load_once(subject: Subject, options: dict[str, Any], threads: int, cold: bool = False) -> Loaded:
-    """Load a subject here and now: first for its memory, while this process is fresh and nothing freed is used again;
-    then for its seconds, which do not count what libraries set up once."""
+    """Load a subject twice in this process and measure it.
+
+    The first load measures memory, while the process is fresh and no freed memory is used again. The second load
+    measures seconds, without what libraries set up once.
+    """
     torch.set_num_threads(threads)
     with torch.inference_mode():
+        # memory: before and after the first load
         give_back_freed()
         before = pss_bytes(subject.folder)
         model = _load(subject, options)
@@ -212,6 +226,7 @@ def load_once(subject: Subject, options: dict[str, Any], threads: int, cold: boo
         after = pss_bytes(subject.folder)
         del model
         give_back_freed()
+        # seconds: the second load
         if cold:
             forget_cached(subject.folder)
         begun = time.perf_counter()
@@ -261,7 +276,7 @@ def _prefill(count: int) -> Callable[[Any], float]:
 
 
 def _decode(model: Any) -> float:
-    """Seconds a token, after a context of CONTEXT tokens."""
+    """Seconds for each token after a context of CONTEXT tokens."""
     state = model(input_ids=_tokens(CONTEXT), use_cache=True).past_key_values
     begun = time.perf_counter()
     for _ in range(DECODE_STEPS):

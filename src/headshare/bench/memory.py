@@ -1,4 +1,4 @@
-"""What this process takes: anonymous memory (what cannot be dropped and read again) at its highest; PSS now."""
+"""Memory of this process: the highest anonymous memory (which cannot be dropped and read again), and the PSS now."""
 
 import ctypes
 import gc
@@ -24,15 +24,18 @@ def anonymous_bytes() -> int | None:
 
 
 def pss_bytes(folder: Path) -> int | None:
-    """PSS of this process's own memory and of the files that it has mapped from this folder; None where the system does
-    not say. Each page counts once, however often it is mapped: sharing shows here, and not in RSS. Libraries are left
-    out, since what they count as changes with the other processes that use them.
+    """PSS of this process's own memory and of the files that it has mapped from this folder; None if it is unknown.
+
+    Each page counts once, however often it is mapped: sharing shows here, and not in RSS. Libraries are left out,
+    because their PSS changes with the other processes that use them.
     """
     try:
         lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    inside, total, counted = str(folder.resolve()) + "/", 0, False
+    inside = str(folder.resolve()) + "/"
+    total = 0
+    counted = False
     for line in lines:
         if line.startswith("Pss:"):
             total += int(line.split()[1]) * 1024 if counted else 0
@@ -43,7 +46,7 @@ def pss_bytes(folder: Path) -> int | None:
 
 
 def give_back_freed() -> None:
-    """Drop what nothing refers to, and give memory that was freed back to the system, where it can be told to."""
+    """Drop unreachable objects and give freed memory back to the system, where the C library can do that."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -73,7 +76,8 @@ class Peak:
 @contextmanager
 def watched_peak() -> Iterator[Peak]:
     """Watch this process's anonymous memory within the block, the interpreter and its libraries included."""
-    peak, stop = Peak(), threading.Event()
+    peak = Peak()
+    stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(INTERVAL_S):

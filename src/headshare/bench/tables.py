@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from headshare.bench.bench import Bench, Ratio
 
 
-def bench_table(found: Bench) -> str:
-    """One line a figure: the dense model's, then each other subject's with its ratio and the ratio's quartiles."""
-    names = list(found.memory)
+def bench_table(results: Bench) -> str:
+    """Table of a bench, one line a figure: the dense model's, then every other subject's with ratio and quartiles."""
+    names = list(results.memory)
     lines = [("", *names)]
-    for task, ratios in found.tasks.items():
+    for task, ratios in results.tasks.items():
         per_pass = 1 if task == "decode" else int(task.split()[1])
         lines.append((f"{task}, tokens/s", *(_ratio(one, f"{per_pass / one.median:,.1f}") for one in ratios.values())))
-    for what, ratios in found.loading.items():
+    for what, ratios in results.loading.items():
         label = {"load_s": "load, s", "first_token_s": "load and first token, s"}[what]
         lines.append((label, *(_ratio(one, f"{one.median:.3f}") for one in ratios.values())))
-    lines.append(("parameters", *(mib(one.parameter_bytes) for one in found.memory.values())))
+    lines.append(("parameters", *(mib(one.parameter_bytes) for one in results.memory.values())))
     lines.append(
-        ("PSS", *("unknown" if one.pss_bytes is None else mib(one.pss_bytes) for one in found.memory.values()))
+        ("PSS", *("unknown" if one.pss_bytes is None else mib(one.pss_bytes) for one in results.memory.values()))
     )
-    saved = (f"{one.saved_of_ideal:.1%}" if one.saved_of_ideal is not None else "" for one in found.memory.values())
+    saved = (f"{one.saved_of_ideal:.1%}" if one.saved_of_ideal is not None else "" for one in results.memory.values())
     lines.append(("saved PSS, of ideal", *saved))
     return markdown(lines)
 
@@ -31,7 +31,7 @@ def _ratio(one: Ratio, figure: str) -> str:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, of which the first is the heading."""
+    """A Markdown table of lines of cells; the first line is the heading."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells

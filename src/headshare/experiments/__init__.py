@@ -1,4 +1,4 @@
-"""Methods side by side, at equal stored bytes: sharing, its controls, and what others do."""
+"""Comparisons of methods at equal stored bytes: sharing, its controls, and the methods of others."""
 
 from headshare.experiments.case import METHODS
 from headshare.experiments.cells import Compared

@@ -16,7 +16,7 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a table of cells is of: names without folders, numbers of tokens, versions; and the keys of its cells."""
+    """The description of a table of cells: names without folders, numbers of tokens, versions, and the cells' keys."""
 
     title: str
     model: str
@@ -34,12 +34,14 @@ class About:
     def of(
         cls, dense: Checkpoint, grid: Grid, calibration: Calibration | None, title: str, cells: Sequence[Compared]
     ) -> "About":
-        """Of a grid that was measured."""
-        text, parallel = grid.text, grid.parallel
+        """The description of a grid that was measured."""
+        text = grid.text
+        parallel = grid.parallel
         trained = grid.training if any(name in TRAINED for name in grid.methods) else None
+        # cells may come from runs with several versions of one package: all of them are named
         by_name: dict[str, list[str]] = {}
-        for name, one in (pair for cell in cells for pair in cell.versions.items()):
-            by_name.setdefault(name, []).append(one)
+        for name, number in (pair for cell in cells for pair in cell.versions.items()):
+            by_name.setdefault(name, []).append(number)
         measured = (
             [] if text is None else [f"{text.path.name}, windows of {text.window}, {text.tokens or 'all'} tokens"]
         )
@@ -51,7 +53,7 @@ class About:
             "" if calibration is None else f"{Path(calibration.source).name}, {calibration.tokens.numel()} tokens",
             "" if trained is None else f"{Path(trained.text.data).name}{_shown(trained.learning.arguments)}",
             grid.settings.limit if grid.tasks or parallel else None,
-            {name: " and ".join(dict.fromkeys(some)) for name, some in by_name.items()},
+            {name: " and ".join(dict.fromkeys(numbers)) for name, numbers in by_name.items()},
             tuple(cell.key for cell in cells),
             grid.settings.dtype,
             grid.settings.few_shot,
@@ -60,6 +62,6 @@ class About:
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:
-    """The Trainer's arguments that say how long it learnt, and how fast."""
+    """The Trainer's arguments for the length and the rate of learning, as words."""
     named = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate")
     return "".join(f", {name} {arguments[name]}" for name in named if name in arguments)

@@ -1,7 +1,7 @@
-"""Other ways to make attention smaller, to be compared with at equal bytes.
+"""Baselines: other ways to make attention smaller, for comparison at equal bytes.
 
-Deletion by an importance becomes prices, so that a plan for any number of bytes follows; the rest are edits of a stock
-model in memory, which write nothing and say what they would store.
+An importance of units becomes cost curves of their deletion, from which a plan for any number of bytes follows. The
+other baselines edit a stock model in memory: they write nothing and say how much they would store.
 """
 
 import math
@@ -32,37 +32,41 @@ Importance = Float[Tensor, " units"]
 
 
 def magnitudes(dense: Checkpoint) -> Importance:
-    """The Euclidean norm of each unit's weights, q, k, v and o together: structured magnitude pruning, by unit."""
+    """The Euclidean norm of each unit's weights in q, k, v and o together (structured magnitude pruning)."""
     return _summed(dense.layouts.attention, lambda name: dense.read(name).double().square()).sqrt()
 
 
 def _summed(layout: Layout, numbers: Callable[[str], Tensor]) -> Importance:
-    """The sums over each unit's parts of numbers that stand in the places of its weights, by tensor's name."""
-    found = torch.zeros(layout.units, dtype=torch.float64)
+    """The sum over each unit of the numbers that `numbers` gives for each weight of a named tensor."""
+    totals = torch.zeros(layout.units, dtype=torch.float64)
     for place in layout.parts.values():
         for layer in range(layout.layers):
             whole = numbers(place.name(layer))
             for group in range(layout.groups):
                 start, stop = place.span(group)
                 part = whole.narrow(place.axis, start, stop - start)
-                found[layout.index(HeadUnit(layer, group))] += part.double().sum().cpu()
-    return found
+                totals[layout.index(HeadUnit(layer, group))] += part.double().sum().cpu()
+    return totals
 
 
 def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") -> Importance:
-    """What removing each weight would change of the loss to first order, |w dL/dw|, summed over a unit's q, k, v and o:
-    the importance of LLM-Pruner's coupled structures, by element (Ma, Fang and Wang, "LLM-Pruner: on the structural
-    pruning of large language models", 2023, equation 5). L is the mean loss a token over all windows.
+    """Importance of each unit to first order: |w dL/dw| summed over the weights w of its q, k, v and o.
 
-    Grouped queries go with their key and value. The model is in memory whole, with the gradients of its attention.
+    L is the mean loss a token over all windows. |w dL/dw| estimates how much the loss changes if w is removed. This is
+    the importance of LLM-Pruner's coupled structures, by element (Ma, Fang and Wang, "LLM-Pruner: on the structural
+    pruning of large language models", 2023, equation 5).
+
+    Grouped queries count with their key and value. The whole model is in memory, with the gradients of its attention.
     """
     layout = dense.layouts.attention
     model = load_model(dense, dtype=torch.float32, device_map=device).requires_grad_(False)
+    # only attention's weights need gradients
     weights = {
         place.name(layer): weight_of(model, place.name(layer)).requires_grad_()
         for place in layout.parts.values()
         for layer in range(layout.layers)
     }
+    # gradients add up over windows, so that one window is in memory at a time
     for window in track(calibration.tokens, "gradients", len(calibration.tokens)):
         tokens = window[None].to(device)
         (model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(calibration.tokens)).backward()
@@ -76,16 +80,19 @@ def taylor(dense: Checkpoint, calibration: Calibration, *, device: str = "cpu") 
 
 
 def removal_prices(dense: Checkpoint, importance: Importance) -> CostCurves:
-    """Deletion of attention units, the least important of each layer first; each layer keeps its most important one."""
+    """Cost curves of deleting attention units, the least important of each layer first.
+
+    Each layer keeps its most important unit.
+    """
     layout = dense.layouts.attention
-    paths = []
+    curves = []
     for layer in range(layout.layers):
         order = sorted(range(layout.groups), key=lambda group: _of(importance, layout, layer, group))[:-1]
         saved = REMOVE.saved_bytes(UnitSizes.of(dense, layout, layer))
         steps = tuple(CurveStep(REMOVE, (group,), _of(importance, layout, layer, group), saved) for group in order)
         if steps:
-            paths.append(CostCurve(Sublayer.ATTENTION, layer, steps))
-    return CostCurves(str(dense.config.get("model_type", "unknown")), {Sublayer.ATTENTION: layout}, tuple(paths))
+            curves.append(CostCurve(Sublayer.ATTENTION, layer, steps))
+    return CostCurves(str(dense.config.get("model_type", "unknown")), {Sublayer.ATTENTION: layout}, tuple(curves))
 
 
 def _of(importance: Importance, layout: Layout, layer: int, group: int) -> float:
@@ -97,20 +104,21 @@ def _of(importance: Importance, layout: Layout, layer: int, group: int) -> float
 
 @torch.no_grad()
 def zero_smallest(model: nn.Module, layout: Layout, numbers: int) -> None:
-    """Set so many numbers of the attention's matrices to zero, the smallest of all: unstructured magnitude pruning.
-    What is stored stays as large as it was.
+    """Set the `numbers` smallest numbers of the attention's matrices to zero (unstructured magnitude pruning).
 
-    Of numbers as large as the last that goes, those that come first do. That one's size is found by halving, so that
-    no more than a matrix is copied at once.
+    The stored size does not change. Of several numbers of the largest size to be zeroed, the first ones are taken.
     """
     weights = [weight_of(model, place.name(layer)) for layer in range(layout.layers) for place in _distinct(layout)]
-    below, last = -1, 2**31 - 1
+    # the largest size to be zeroed is found by halving, so that no more than one matrix is copied at once
+    below = -1
+    last = 2**31 - 1
     while last - below > 1:
         middle = (below + last) // 2
         if sum(int((_sizes(weight) <= middle).sum()) for weight in weights) < numbers:
             below = middle
         else:
             last = middle
+    # all smaller numbers become zero, and of those of exactly this size as many as are left
     left = numbers - sum(int((_sizes(weight) < last).sum()) for weight in weights)
     for weight in weights:
         sizes = _sizes(weight)
@@ -120,54 +128,60 @@ def zero_smallest(model: nn.Module, layout: Layout, numbers: int) -> None:
 
 
 def _sizes(weight: Tensor) -> Int[Tensor, "..."]:
-    """Numbers' sizes as whole numbers in the same order: the bits of what is no less than zero."""
+    """The absolute values as whole numbers in the same order: the bits of a float that is not negative."""
     return weight.abs().float().view(torch.int32)
 
 
 def _distinct(layout: Layout) -> list[Place]:
-    """One place for each tensor: fused parts lie in one."""
+    """The places of a layout, once for each tensor: fused parts lie in one tensor."""
     return list({place.tensor: place for place in layout.parts.values()}.values())
 
 
 @torch.no_grad()
 def overwrite_with_mean(model: nn.Module, plan: SharePlan) -> None:
-    """Give all recipients of a plan the mean of all units that are no recipients, part by part: one copy for all of
-    them, in place of a donor for each."""
+    """Give all recipients of a plan the mean of all other units, part by part.
+
+    The mean is a single copy in place of one donor for each recipient.
+    """
     for selection in plan.selections:
         recipients = {tie.recipient for tie in selection.ties}
         layout = selection.layout
         for part, place in layout.parts.items():
             if part is Part.O:
                 continue
+            # views of every unit's weights, which the mean is then written to
             slices = {}
             for layer in range(layout.layers):
                 weight = weight_of(model, place.name(layer))
                 for group in range(layout.groups):
                     start, stop = place.span(group)
                     slices[HeadUnit(layer, group)] = weight.narrow(place.axis, start, stop - start)
-            kept = [one for unit, one in slices.items() if unit not in recipients]
-            mean = torch.stack([one.double() for one in kept]).mean(dim=0)
+            kept = [weights for unit, weights in slices.items() if unit not in recipients]
+            mean = torch.stack([weights.double() for weights in kept]).mean(dim=0)
             for recipient in recipients:
                 slices[recipient].copy_(mean)
 
 
 @torch.no_grad()
 def round_to_integers(model: nn.Module, *, bits: int = 8, stored: torch.dtype | None = None) -> int:
-    """Round the matrices of all layers to integers with a scale an output, symmetric: what weight-only quantisation to
-    so many bits keeps, computed with as dense numbers. Returns the bytes that it saves of weights that are `stored` in
-    this type, whatever the model computes in (default: its own); scales are counted in it too.
+    """Round the matrices of all layers to integers, symmetrically, with one scale for each output.
 
-    An output's largest number becomes 2^(bits - 1) - 1. Embeddings, the head and norms stay.
+    This is weight-only quantisation to `bits` bits; the rounded numbers are kept as dense ones. The largest number of
+    an output becomes 2^(bits - 1) - 1. Embeddings, the head and norms stay.
+
+    Returns the bytes that it saves. Weights and scales are counted in the type `stored`, whatever the model computes
+    in (default: the model's own type).
 
     Raises:
         CheckpointError: if there are experts, all in one tensor.
     """
     saved = 0.0
     most = 2 ** (bits - 1) - 1
-    if experts := next((name for name, one in model.named_parameters() if one.ndim > 2), None):
+    if experts := next((name for name, value in model.named_parameters() if value.ndim > 2), None):
         raise CheckpointError(f"{experts} holds the matrices of several experts, which are not rounded yet.")
     for name, module in model.named_modules():
         linear = linear_of(module)
+        # layers have a number in their names; the head and the embeddings have none
         if linear is None or not any(step.isdigit() for step in name.split(".")):
             continue
         weight = module.get_parameter("weight")

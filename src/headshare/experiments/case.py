@@ -1,4 +1,4 @@
-"""Cases and methods: what a method of a comparison is given and returns, and the registry of methods."""
+"""Cases and methods: the input and the results of a method of a comparison, and the registry of methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,8 +32,10 @@ GRADIENT_WINDOWS = 10  # as many samples as LLM-Pruner looks at
 
 @dataclass(frozen=True)
 class Common:
-    """The common ground of all cases: the dense model, the text, and all that is worked out of them once.
-    `work` keeps prices for later runs too. `training` says how methods train that do, but for the plan."""
+    """The common ground of all cases: the dense model, the text, and what is computed from them once.
+
+    `work` keeps cost curves for later runs too. `training` holds the settings, without the plan, of methods that train.
+    """
 
     dense: Checkpoint
     calibration: Calibration | None
@@ -54,29 +56,31 @@ class Common:
         return self.calibration
 
     def scores(self, match: str) -> Scores:
-        """The likeness of units by this match function."""
+        """The scores of all pairs of units by this match function."""
         if match not in self._scores:
             self._scores[match] = score_units(self.dense, match, "qkv")
         return self._scores[match]
 
     @cached_property
     def magnitudes(self) -> Importance:
-        """The size of each unit's weights."""
+        """The norm of each unit's weights."""
         return magnitudes(self.dense)
 
     @cached_property
     def taylor(self) -> Importance:
         """LLM-Pruner's importance of each unit."""
-        some = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
-        return taylor(self.dense, some, device=self.device)
+        windows = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
+        return taylor(self.dense, windows, device=self.device)
 
     def units(self, *actions: Action) -> CostCurves:
-        """Cost curves of attention units by these actions, in nats: measured once, with removals where ties follow
-        those."""
+        """Cost curves of attention units for these actions, in nats, measured once.
+
+        They include removals where ties follow the order of removals.
+        """
         return self._prices(actions, Sublayer.ATTENTION)
 
     def neurons(self) -> CostCurves:
-        """CostCurves of neurons' removal, in nats, measured once."""
+        """Cost curves of removing neurons, in nats, measured once."""
         return self._prices((REMOVE,), Sublayer.FFN)
 
     def _prices(self, actions: tuple[Action, ...], kind: Sublayer) -> CostCurves:
@@ -98,28 +102,30 @@ class Case:
 
     @cached_property
     def saved_bytes(self) -> int:
-        """At least so many are to be saved."""
+        """The bytes that a method must save at least."""
         return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
 
     def directshare(self, match: str = "qk") -> SharePlan:
-        """The pairs by a match function; the paper's, unless another is named."""
+        """The plan by a match function; the paper's function unless another is named."""
         return make_plan(self.common.scores(match), self.ratio)
 
     def trained(self, method: Training) -> TrainSettings:
         """The training run of this ratio's DirectShare plan."""
-        found = self.common.training
-        assert found is not None
-        return found.model_copy(update={"method": method, "sharing": Sharing(ratio=self.ratio), "seed": self.seed})
+        settings = self.common.training
+        assert settings is not None
+        return settings.model_copy(update={"method": method, "sharing": Sharing(ratio=self.ratio), "seed": self.seed})
 
     def saving(self, prices: CostCurves) -> SharePlan:
-        """The plan that saves the bytes at the least price."""
+        """The plan that saves the bytes at the least cost."""
         return plan_for_bytes(prices, self.saved_bytes).plan
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A stock model changed in memory: `change` does it and returns the bytes that it would save, stored as it could
-    be. `note` says what is to be known of that."""
+    """A change of a stock model in memory.
+
+    `change` makes it and returns the bytes that it would save if it were stored. `note` explains that number.
+    """
 
     change: Callable[[Any], int]
     note: str
@@ -130,8 +136,11 @@ Make = Callable[[Case], SharePlan | Edit | TrainSettings | QuantizedModel]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to save bytes. `summary` is its line in a table; `refits` says whether there is a refit of it, `fixed` that
-    it saves what it saves, whatever the ratio, `reads` that it looks at a text."""
+    """A way to save bytes.
+
+    `summary` is its line in a table. `refits`: its plan can be refitted. `fixed`: it saves the same at every ratio.
+    `reads`: it needs a calibration text.
+    """
 
     name: str
     summary: str
@@ -145,12 +154,12 @@ METHODS: dict[str, Method] = {}
 
 
 def base_of(name: str) -> str:
-    """A method's name without what is done after it."""
+    """A method's name without the steps after it (refit, rounding)."""
     return name.removesuffix(ROUNDED).removesuffix(REFIT)
 
 
 def reads_text(name: str) -> bool:
-    """Whether this method, or what is done after it, looks at the calibration text."""
+    """Whether this method, or a step after it, needs the calibration text."""
     return METHODS[base_of(name)].reads or base_of(name) != name
 
 

@@ -1,4 +1,4 @@
-"""One cell of a comparison: a model made by a method at a ratio, and measured."""
+"""The runner of a comparison's cells: it makes a model by a method at a ratio, and measures it."""
 
 import json
 import math
@@ -37,14 +37,16 @@ from headshare.training import TrainSettings, train
 from headshare.training.state import RECORD as TRAINING_RECORD
 from headshare.training.state import is_trained
 
-# hidden: a folder of the user's is not called so
-MADE, MADE_ROUNDED, WORK = ".headshare-model", ".headshare-rounded", ".headshare-prices"
+# hidden names, which no folder of the user's has
+MADE = ".headshare-model"
+MADE_ROUNDED = ".headshare-rounded"
+WORK = ".headshare-prices"
 UNTRAINED = "no step of training was better than none on the text held out, so the weights are those from before it"
 
 
 @dataclass(frozen=True)
 class CellRunner:
-    """What all cells have in common."""
+    """The settings and data that all cells of a comparison have in common, and the steps that make a cell."""
 
     dense: Checkpoint
     grid: Grid
@@ -56,15 +58,17 @@ class CellRunner:
     restart: bool
 
     def key(self, name: str, ratio: float) -> str:
-        """Tells this cell from all others."""
-        model, settings = fingerprint(self.dense), self.grid.settings
+        """Cache key of a cell."""
+        model = fingerprint(self.dense)
+        settings = self.grid.settings
+        # all that the measurements depend on, then all that making the model depends on
         measured = [task.key(model, settings) for task in self.tasks]
         measured += [self.grid.text.key(model, settings)] if self.grid.text else []
         made: Any = None if self.calibration is None else [self.calibration.digest, self.calibration.seed]
         if name in TRAINED and self.grid.training is not None:
             training = self.grid.training
-            texts = [Path(one) for one in (training.text.data, training.text.held_out_data) if one]
-            made = [training.model_dump_json(), *(file_digest(one) if one.is_file() else "" for one in texts)]
+            texts = [Path(place) for place in (training.text.data, training.text.held_out_data) if place]
+            made = [training.model_dump_json(), *(file_digest(file) if file.is_file() else "" for file in texts)]
             made += [task.digest for task in chosen_tasks(training.tasks.names, training.tasks.data_dir)]
         return key_of(name, ratio, measured, made if name != DENSE else None, self.grid.seed, version("headshare"))
 
@@ -93,16 +97,19 @@ class CellRunner:
         if REFIT in cell.method:
             shared = refit(shared, case.common.text, device=self.device)
         folder = shared.save(self.folder, overwrite=True)
-        found, cell = estimate_plan(self.dense, plan), _told(cell, plan)
+        estimated = estimate_plan(self.dense, plan)
+        cell = _with_plan(cell, plan)
         with open_checkpoint(folder) as written:
             if cell.method.endswith(ROUNDED):
                 return self._rounded(cell, round_by_gptq(written, case.common.text, device=self.device), begun)
             seconds = time.monotonic() - begun
-            return self._measured(cell, written, saved=found.saved_bytes, seconds=seconds)
+            return self._measured(cell, written, saved=estimated.saved_bytes, seconds=seconds)
 
     def _trained(self, cell: Compared, settings: TrainSettings, begun: float) -> Compared:
-        """The measured cell of a training run, which has a folder of its own: a run that was stopped is gone on with,
-        and no other run's state is in the way."""
+        """The measured cell of a training run.
+
+        Each run has a folder of its own, so that a stopped run goes on and no other run's state is in the way.
+        """
         folder = self.folder.parent / f"{self.folder.name}-{cell.key[:16]}"
         if not is_trained(folder):
             train(self.dense.path, folder, settings, overwrite=True, restart=self.restart)
@@ -111,11 +118,11 @@ class CellRunner:
             assert written.plan is not None
             record = json.loads((folder / TRAINING_RECORD).read_text())
             note = "" if record["best_step"] else UNTRAINED
-            cell = replace(_told(cell, written.plan), curve=tuple(_curve(record)), note=note)
+            cell = replace(_with_plan(cell, written.plan), curve=tuple(_curve(record)), note=note)
             saved = estimate_plan(self.dense, written.plan).saved_bytes
-            found = self._measured(cell, written, saved=saved, seconds=seconds)
+            measured = self._measured(cell, written, saved=saved, seconds=seconds)
         shutil.rmtree(folder)
-        return found
+        return measured
 
     def _rounded(self, cell: Compared, rounded: QuantizedModel, begun: float) -> Compared:
         with open_checkpoint(rounded.save(self.folder.with_name(MADE_ROUNDED), overwrite=True)) as written:
@@ -160,21 +167,22 @@ class CellRunner:
         )
 
     def _on_task(self, task: Chosen | Parallel, runner: Runner, cell: Compared) -> TaskResult:
-        """What `headshare eval --out` kept of the dense model in the same folder is not measured again."""
+        """The result of a task; what `headshare eval --out` kept of the dense model in this folder is used again."""
         if cell.method != DENSE:
             return task.run(runner, cell.key)
-        kept, key = kept_results(self.folder.parent), task.key(fingerprint(self.dense), self.grid.settings)
-        found = kept.find(key)
-        if found is None:
-            found = replace(task.run(runner, key), model=self.dense.name)
-            kept.add(found)
-        return replace(found, model=DENSE, task=task.name, key=cell.key)
+        kept = kept_results(self.folder.parent)
+        key = task.key(fingerprint(self.dense), self.grid.settings)
+        result = kept.find(key)
+        if result is None:
+            result = replace(task.run(runner, key), model=self.dense.name)
+            kept.add(result)
+        return replace(result, model=DENSE, task=task.name, key=cell.key)
 
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.grid.text is None:
             return (), ()
-        found = losses_and_divergences(runner.model, self._predictions)
-        losses, divergences = (tuple(round(value, 7) for value in one.tolist()) for one in found)
+        both = losses_and_divergences(runner.model, self._predictions)
+        losses, divergences = (tuple(round(value, 7) for value in values.tolist()) for values in both)
         return losses, divergences
 
     @cached_property
@@ -183,28 +191,28 @@ class CellRunner:
 
     @cached_property
     def _predictions(self) -> Predictions:
-        """The dense model's of the text, the same for every cell."""
+        """The dense model's predictions of the text, the same for every cell."""
         assert self.grid.text is not None
         return Predictions(self._stock.model, self.grid.text.windows(self._stock))
 
     @cached_property
     def _stock(self) -> Runner:
-        """The dense model, which predictions are compared with."""
+        """The dense model that makes those predictions."""
         return Runner.of(self.dense, self.grid.settings)
 
 
 def _in_one_line(error: HeadshareError) -> str:
-    """What went wrong, as it can stand in a table."""
+    """An error's message as it can stand in a table."""
     return " ".join(str(error).replace("|", "/").split())[:MAX_TEXT]
 
 
-def _told(cell: Compared, plan: SharePlan) -> Compared:
-    """With what the plan takes, in all and layer by layer."""
+def _with_plan(cell: Compared, plan: SharePlan) -> Compared:
+    """The cell with what the plan takes, in all and layer by layer."""
     return replace(cell, given_up=TakenUnits.of(plan), by_layer=tuple(given_up(plan)))
 
 
 def _curve(record: Mapping[str, Any]) -> Iterator[dict[str, float]]:
-    """What was measured while a model was trained."""
+    """Points of the curve that was measured while a model was trained."""
     for row in record["curve"]:
         loss = row.get("eval_shared_loss", row.get("eval_loss"))
         if loss is not None and math.isfinite(loss):  # JSON has no other numbers

@@ -1,4 +1,4 @@
-"""A cell of a comparison: one method at one ratio, and the file that keeps those that are done."""
+"""Cells of a comparison (one method at one ratio each), and the file that keeps the finished ones."""
 
 import math
 import statistics
@@ -13,12 +13,13 @@ from headshare.evaluation.results import Kept, Keyed, TaskResult, read_rows
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 
-CELLS, WHAT = "cells.json", "cells of `headshare compare`"
+CELLS = "cells.json"
+WHAT = "cells of `headshare compare`"
 DENSE = "dense"
 
 
 def _point(row: dict[str, float]) -> dict[str, float]:
-    """A row of a curve."""
+    """A point of a curve, if it is complete."""
     if not {"step", "loss"} <= set(row):
         raise ValueError("a point of a curve needs a step and a loss")
     return row
@@ -26,7 +27,7 @@ def _point(row: dict[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TakenUnits:
-    """What a plan takes from a model: units that use a donor's weights, and removed attention units and neurons."""
+    """Counts of units that a plan takes: units with a donor's weights, removed attention units, removed neurons."""
 
     tied: int
     removed: int
@@ -34,28 +35,36 @@ class TakenUnits:
 
     @classmethod
     def of(cls, plan: SharePlan) -> "TakenUnits":
-        """Counted over all layers; a unit whose parts are tied to several donors counts once."""
-        tied = {(one.layout.kind, tie.recipient) for one in plan.selections for tie in one.ties}
+        """The numbers over all layers; a unit whose parts are tied to several donors counts once."""
+        tied = {(selection.layout.kind, tie.recipient) for selection in plan.selections for tie in selection.ties}
         return cls(len(tied), plan.removed(Sublayer.ATTENTION), plan.removed(Sublayer.FFN))
 
     @property
     def in_cell(self) -> str:
-        """As a table shows it."""
+        """The numbers as a table shows them."""
         counts = {"tied": self.tied, "removed": self.removed, "neurons": self.neurons}
         return ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
 class Compared(Keyed):
-    """One method at one ratio; at 0 the dense model, and methods that save the same whatever the ratio.
+    """The result of one method at one ratio.
 
-    Bytes on disk are those of the weights' files as they were written, in memory those of the loaded model's
-    parameters, each once; `saved_bytes` are counted, and of an edit what it would save. `losses` and `divergences` are
-    those of the text's windows, nats a token: what predictions lose, and how far they are from the dense model's.
-    `by_layer` is the share of each layer's attention units that gave up weights; `curve` has a row for each time that
-    was measured while training: `step`, `loss` on what was held out (as shared then), and accuracies. `seconds` are
-    those of making it, with the prices that no earlier cell of the run had measured. `given_up` is of methods that make
-    a plan. `failed` says why there is nothing else."""
+    The ratio is 0 for the dense model and for methods that save the same at every ratio.
+
+    Attributes:
+        saved_bytes: bytes saved, by counting; for an edit, the bytes that it would save.
+        disk_bytes: size of the weights' files as they were written.
+        memory_bytes: size of the loaded model's parameters, each counted once.
+        seconds: time to make the model, with the cost curves that no earlier cell of the run had measured.
+        failed: the reason why there is no result.
+        losses: loss on each window of the text, in nats a token.
+        divergences: divergence from the dense model's predictions on each window, in nats a token.
+        by_layer: fraction of each layer's attention units that gave up weights.
+        curve: a row for each measurement during training: `step`, `loss` on the held-out text (as shared then), and
+            accuracies.
+        given_up: units that the plan takes, if the method makes a plan.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -84,17 +93,17 @@ class Compared(Keyed):
 
     @property
     def perplexity(self) -> float | None:
-        """Of the text, if there is one."""
+        """The perplexity of the text, if there is one."""
         return math.exp(min(statistics.mean(self.losses), 700)) if self.losses else None
 
     def loses_more_than(self, other: "Compared") -> tuple[float, float]:
-        """By how many nats a token, and the standard error over windows, which are the same."""
-        more = [one - two for one, two in zip(self.losses, other.losses, strict=True)]
+        """The extra loss in nats a token on the same windows, and its standard error over the windows."""
+        more = [mine - others for mine, others in zip(self.losses, other.losses, strict=True)]
         return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
 
 
 def kept_cells(folder: Path) -> Kept[Compared]:
-    """What `headshare compare --out` keeps in this folder.
+    """The cells that `headshare compare --out` keeps in this folder.
 
     Raises:
         EvaluationError: if its file is there and holds something else.

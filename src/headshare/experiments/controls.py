@@ -1,4 +1,4 @@
-"""Controls: the same units, treated another way. They act on a stock model in memory, and write nothing."""
+"""Controls: the plan's units treated in other ways, in a stock model in memory. Nothing is written."""
 
 import random
 
@@ -16,8 +16,11 @@ from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 
 @torch.no_grad()
 def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
-    """Write donors' rows over recipients' in a stock model, and take removed units out: what a shared model computes,
-    with nothing saved. Factored units keep their columns as they are: the plan does not know their factors."""
+    """Write donors' rows over recipients' in a stock model, and take removed units out.
+
+    The model then computes what a shared model computes, with nothing saved. Low-rank units keep their columns as they
+    are, because the plan does not know their factors.
+    """
     weights: dict[str, Tensor] = {}
     for selection in plan.selections:
         for place in selection.layout.parts.values():
@@ -34,7 +37,7 @@ def overwrite_recipients(model: nn.Module, plan: SharePlan) -> None:
 
 @torch.no_grad()
 def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> None:
-    """Take units out altogether: what they write (their columns of o or down) becomes zero, whatever they read.
+    """Take units out of a stock model: their columns of the output projection (o or down) become zero.
 
     Raises:
         PlanError: if the layout has no readout part.
@@ -49,8 +52,10 @@ def delete_units(model: nn.Module, layout: Layout, units: list[HeadUnit]) -> Non
 
 
 def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
-    """The same recipients, each tied to a random kept unit of an earlier layer; and the same removals
-    and factored units."""
+    """A plan with the same recipients, each tied to a random kept unit of an earlier layer.
+
+    Removals and low-rank units stay the same.
+    """
     generator = random.Random(seed)  # noqa: S311 - an experiment's control, not a secret
     selections = []
     for selection in plan.selections:
@@ -70,11 +75,11 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
 
 
 def recipients_of(plan: SharePlan) -> dict[Sublayer, list[HeadUnit]]:
-    """The units that give something up, by kind, each once."""
-    found: dict[Sublayer, set[HeadUnit]] = {}
+    """The recipients of a plan by sublayer, each once."""
+    recipients: dict[Sublayer, set[HeadUnit]] = {}
     for selection in plan.selections:
-        found.setdefault(selection.layout.kind, set()).update(tie.recipient for tie in selection.ties)
-    return {kind: sorted(units) for kind, units in found.items()}
+        recipients.setdefault(selection.layout.kind, set()).update(tie.recipient for tie in selection.ties)
+    return {kind: sorted(units) for kind, units in recipients.items()}
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The main job on a real model, start to end: what sharing saves and what it costs, beside its controls."""
+"""The demo: sharing a real model from start to end, with its savings and costs beside its controls."""
 
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
@@ -30,16 +30,18 @@ from headshare.text.windows import WINDOW, Windows, finite_or_null, longest_wind
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 TOKENS = 4096
-CALIBRATED_TIMES = 2  # as many tokens to calibrate on as to measure on, times this
+CALIBRATED_TIMES = 2  # tokens to calibrate on, as a multiple of the tokens to measure on
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One ratio. Bytes are measured: files on disk, parameters of the loaded model, each counted once, and what loading
-    it adds to the PSS of a fresh process (None where the system does not say).
+    """The measurements at one ratio.
 
-    `shared`, `deleted` and `random_donors` are of the paper's pairs; `refit` is of as many units, matched by output and
-    refitted, on text of the same sort that is not measured on.
+    Bytes are measured: the files on disk, the parameters of the loaded model (each counted once), and the PSS that
+    loading adds to a fresh process (None where the system does not say).
+
+    `shared`, `deleted`, `random_donors` and `refit` are perplexities. The first three treat the paper's pairs. `refit`
+    shares as many units, matched by output and refitted on text of the same sort that is not measured on.
     """
 
     ratio: float
@@ -57,7 +59,7 @@ class DemoRow:
     window: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints; a perplexity past any float is null."""
+        """The row under the names that `--json` prints; a perplexity past any float is null."""
         return finite_or_null(asdict(self))
 
 
@@ -78,12 +80,16 @@ def run_demo(
     if tokens < 1:
         raise EvaluationError(f"--tokens {tokens} leaves nothing to measure; use at least one window's worth.")
     dense = open_checkpoint(model)
-    tokenizer, model_at_rest = load_tokenizer(dense), load_model(dense)
+    # the dense model's perplexity, and the windows to measure and to calibrate on
+    tokenizer = load_tokenizer(dense)
+    model_at_rest = load_model(dense)
     window = min(WINDOW, longest_window(dense.config) or WINDOW)
     windows, calibration = _halved(windows_of(tokenizer, text, window=window), tokens, seed)
     dense_value = perplexity(model_at_rest, windows).perplexity
     del model_at_rest
-    scores, prices = score_units(dense, "qk", "qkv"), price_units(dense, calibration, [QKV])
+    # what plans at all ratios are made from: scores of pairs for the paper's plan, cost curves for the refitted one
+    scores = score_units(dense, "qk", "qkv")
+    curves = price_units(dense, calibration, [QKV])
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,9 +98,10 @@ def run_demo(
         plan = make_plan(scores, ratio)
         out = share(dense, plan).save(work / f"shared-{ratio:g}", overwrite=True)
         with open_checkpoint(out) as shared:
-            found = verify(shared, dense)
-            if not found.ok:
-                raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(found.problems)}")
+            report = verify(shared, dense)
+            if not report.ok:
+                raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(report.problems)}")
+            # the shared model, and its controls on the same windows
             loaded = load_model(shared)
             yield DemoRow(
                 ratio=ratio,
@@ -107,14 +114,14 @@ def run_demo(
                 deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
                 random_donors=_with_random(dense, plan, windows, seed) if ratio else dense_value,
                 dense=dense_value,
-                refit=_refitted(dense, prices, plan.ties, calibration, windows, work / f"refit-{ratio:g}"),
+                refit=_refitted(dense, curves, plan.ties, calibration, windows, work / f"refit-{ratio:g}"),
                 tokens=windows.tokens.numel(),
                 window=window,
             )
 
 
 def _halved(windows: Windows, tokens: int, seed: int) -> tuple[Windows, Calibration]:
-    """The first windows to measure on, as many as these tokens fill; and some after them to calibrate on.
+    """The windows to measure on (the first, as many as these tokens fill) and those after them to calibrate on.
 
     Raises:
         EvaluationError: if there are too few.
@@ -131,10 +138,10 @@ def _halved(windows: Windows, tokens: int, seed: int) -> tuple[Windows, Calibrat
 
 
 def _refitted(
-    dense: Checkpoint, prices: CostCurves, units: int, calibration: Calibration, windows: Windows, out: Path
+    dense: Checkpoint, curves: CostCurves, units: int, calibration: Calibration, windows: Windows, out: Path
 ) -> float:
     """Perplexity of this many units matched by output and refitted, written and loaded again."""
-    shared = share(dense, plan_for_units(prices, units).plan)
+    shared = share(dense, plan_for_units(curves, units).plan)
     with open_checkpoint(refit(shared, calibration).save(out, overwrite=True)) as written:
         return perplexity(load_model(written), windows).perplexity
 
@@ -153,7 +160,7 @@ def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows, seed: int
 
 
 def in_one_sentence(rows: Sequence[DemoRow]) -> str:
-    """What the table shows, in words that follow from its numbers."""
+    """The result of the table in words that follow from its numbers."""
     last = rows[-1]
     saved = 1 - last.memory_bytes / rows[0].memory_bytes
     named = [(last.shared, "the paper's pairs"), (last.random_donors, "random donors"), (last.deleted, "deletion")]
@@ -169,7 +176,8 @@ def in_one_sentence(rows: Sequence[DemoRow]) -> str:
 
 def _in_pss(rows: Sequence[DemoRow]) -> str:
     """The saving as the system sees it: the dense model's PSS against the last row's."""
-    dense, shared = rows[0].pss_bytes, rows[-1].pss_bytes
+    dense = rows[0].pss_bytes
+    shared = rows[-1].pss_bytes
     if dense is None or shared is None:
         return ""
     return f" (PSS of dense {dense / 2**20:,.1f} MiB, of shared {shared / 2**20:,.1f} MiB)"

@@ -1,4 +1,4 @@
-"""The tables of the demo and of the bench as Markdown, which reads well in a terminal and can be pasted anywhere."""
+"""The table of the demo as Markdown, which reads well in a terminal and can be pasted anywhere."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ HEADERS = (
 
 
 def demo_table(rows: Sequence[DemoRow]) -> str:
-    """One line a ratio: measured bytes, then perplexities of the shared model and its controls."""
+    """Table of the demo, one line a ratio: measured bytes, then perplexities of the shared model and its controls."""
     return markdown([HEADERS, *(_cells(row) for row in rows)])
 
 

@@ -1,4 +1,4 @@
-"""Every method at every ratio, cell after cell; each is kept when it is done, so that a stopped grid goes on."""
+"""The grid of a comparison: every method at every ratio. Each finished cell is kept, so that a stopped grid goes on."""
 
 import json
 import shutil
@@ -38,12 +38,14 @@ def compare(
     restart: bool = False,
     title: str = "",
 ) -> list[Compared]:
-    """Measure every cell, the dense model first, and write `table.md`, `cells.csv`, `cells.json` and `about.json` (what
-    was compared on what, by which versions) into `out`.
+    """Measure every cell, the dense model first, and write the results into the folder `out`.
 
-    Cells that are there, of the same model, text, questions and settings, are not measured again. A method that cannot
-    be had of this model, or not at this ratio, is a row that says why, and is tried again the next time: what it lacked
-    may be there then. `restart` throws away the prices and the training run of a grid that was stopped, not its cells.
+    The results are `table.md`, `cells.csv`, `cells.json` and `about.json` (model, text and versions).
+
+    Cells of the same model, text, questions and settings that are already there are not measured again. A method that
+    fails on this model or at this ratio becomes a row that says why. It is tried again the next time, because what it
+    lacked may be there then. `restart` throws away the cost curves and the training run of a stopped grid, but not its
+    cells.
 
     Raises:
         EvaluationError: if a task, a text or the folder's cells cannot be used, or a method looks at a text and there
@@ -56,12 +58,12 @@ def compare(
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
     with not_left_empty(out):
-        found = _cells(dense, grid, chosen, out, calibration, device, restart)
-    write_whole(out / "table.md", f"{in_words(found)}\n".encode())
-    write_whole(out / "cells.csv", as_csv(found).encode())
-    about = About.of(dense, grid, calibration, title, found)
+        cells = _cells(dense, grid, chosen, out, calibration, device, restart)
+    write_whole(out / "table.md", f"{in_words(cells)}\n".encode())
+    write_whole(out / "cells.csv", as_csv(cells).encode())
+    about = About.of(dense, grid, calibration, title, cells)
     write_whole(out / ABOUT, json.dumps(asdict(about), indent=1).encode())
-    return found
+    return cells
 
 
 def _cells(
@@ -73,7 +75,7 @@ def _cells(
     device: str,
     restart: bool,
 ) -> list[Compared]:
-    """The cells of the grid, in its order. Those that are not kept yet are measured, and kept one by one."""
+    """The cells of the grid, in its order. Cells that are not kept yet are measured and kept one by one."""
     kept = kept_cells(out)
     if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
         raise EvaluationError(
@@ -86,15 +88,16 @@ def _cells(
         work = stack.enter_context(run).workspace
         for folder in (out / MADE, out / MADE_ROUNDED):
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        bench = CellRunner(dense, grid, chosen, calibration, work, out / MADE, device, restart)
+        runner = CellRunner(dense, grid, chosen, calibration, work, out / MADE, device, restart)
         # methods that save the same whatever the ratio come once, the others at every ratio
         cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
         cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
-        keys = {bench.key(name, ratio): (name, ratio) for name, ratio in cells}
+        keys = {runner.key(name, ratio): (name, ratio) for name, ratio in cells}
+        # failed cells are measured again
         done = {row.key for row in kept.rows if not row.failed}
         missing = [key for key in keys if key not in done]
         for key in track(missing, "cells", len(missing)):
-            cell = bench.cell(*keys[key], key)
+            cell = runner.cell(*keys[key], key)
             kept.add(cell)
             say(f"{cell.title}: {cell.failed or f'{cell.saved_fraction:.2%} saved, {cell.seconds:.0f} s'}")
         by_key = {row.key: row for row in kept.rows}
@@ -102,7 +105,7 @@ def _cells(
 
 
 def _run_identity(dense: Checkpoint, calibration: Calibration | None, device: str) -> dict[str, str]:
-    """The identity of the prices that all cells have in common: the grid's methods and ratios may change."""
+    """Identity of the cost curves that all cells have in common: the grid's methods and ratios may change."""
     return {
         "headshare": version("headshare"),
         "model": fingerprint(dense),

@@ -1,7 +1,7 @@
-"""The methods that are compared: ways to save so many bytes of a model, and controls. Each is a function of a case.
+"""The methods of a comparison: ways to save a number of bytes of a model, and controls. Each is a function of a case.
 
-A method gives a plan, rounded matrices, an edit of a stock model that says what it would save, or the settings of a
-training run that shares. Plans can be refitted: of a name `deletion` there is also `deletion+refit`.
+A method returns a plan, rounded matrices, an edit of a stock model that says what it would save, or the settings of a
+training run that shares. Plans can be refitted: beside `deletion` there is also `deletion+refit`.
 """
 
 from dataclasses import replace
@@ -114,17 +114,18 @@ def _deletion_same(case: Case) -> SharePlan:
     (scores,) = case.common.scores("qk").tables
     ties = [tie for selection in plan.selections for tie in selection.ties]
     ties.sort(key=lambda tie: -float(scores.scores[layout.index(tie.recipient), layout.index(tie.donor)]))
-    found = SharePlan()
+    # one unit more at a time, until the bytes are saved
+    shortened = SharePlan()
     for unit in _with_one_kept([tie.recipient for tie in ties], layout.groups):
         removed.setdefault(unit.layer, []).append(unit.group)
-        found = SharePlan(model_type=plan.model_type, removals=(Removal(layout=layout, removed=removed),))
-        if estimate_plan(case.dense, found).saved_bytes >= case.saved_bytes:
+        shortened = SharePlan(model_type=plan.model_type, removals=(Removal(layout=layout, removed=removed),))
+        if estimate_plan(case.dense, shortened).saved_bytes >= case.saved_bytes:
             break
-    return found
+    return shortened
 
 
 def _with_one_kept(units: list[HeadUnit], groups: int) -> list[HeadUnit]:
-    """The units, in order, without the last of a layer that would lose all."""
+    """The units in order, without the last unit of a layer that would lose all of them."""
     left: dict[int, int] = {}
     kept = []
     for unit in units:
@@ -150,7 +151,7 @@ def _llm_pruner(case: Case) -> SharePlan:
 
 
 def _stored_in(dense: Checkpoint) -> torch.dtype:
-    """The type of its layers' matrices."""
+    """The type in which the matrices of its layers are stored."""
     return dense.tensors[next(iter(dense.layouts.attention.parts.values())).name(0)].torch_dtype
 
 

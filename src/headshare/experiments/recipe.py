@@ -1,4 +1,4 @@
-"""A comparison as one value: from YAML, from the command line, or both."""
+"""Recipes: a comparison as one value, from YAML, from the command line, or both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +24,10 @@ LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitud
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared: methods (with `+refit` where that is wanted) at ratios, on a text, on tasks, and on the
-    translation of a parallel text."""
+    """The methods, ratios and measurements of a comparison.
+
+    Methods may end in `+refit`. They are measured on a text, on tasks, and on the translation of a parallel text.
+    """
 
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
@@ -57,8 +59,11 @@ class Grid:
 
 
 class Recipe(BaseModel):
-    """What is compared, on what model, by what. `title` says what it is for; `train` holds the settings of `headshare
-    train`, but for the method and the plan, for methods that train."""
+    """A comparison of methods on a model, as one value.
+
+    `title` says what it is for. `train` holds the settings of `headshare train` for methods that train, without the
+    method and the plan.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,16 +93,16 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: Path | None, options: Mapping[str, Any]) -> "Recipe":
-        """A YAML file's settings, with those of the command line in their place.
+        """The settings of a YAML file; those of the command line override them.
 
         Raises:
-            EvaluationError: if the file cannot be read, or a setting is none.
+            EvaluationError: if the file cannot be read, or has an unknown or wrong setting.
         """
-        found = {} if path is None else read_yaml(path, EvaluationError)
-        if not isinstance(found, dict):
-            raise EvaluationError(f"{path} holds no settings but {found!r:.60}. See recipes/ for examples.")
+        settings = {} if path is None else read_yaml(path, EvaluationError)
+        if not isinstance(settings, dict):
+            raise EvaluationError(f"{path} holds no settings but {settings!r:.60}. See recipes/ for examples.")
         try:
-            return cls.model_validate({**found, **options})
+            return cls.model_validate({**settings, **options})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(str(step) for step in first["loc"]) or "the top"
@@ -105,11 +110,11 @@ class Recipe(BaseModel):
             raise EvaluationError(f"{where}: {first['msg']} at {place}; found {first['input']!r:.100}.") from None
 
     def grid(self) -> Grid:
-        """The cells that it asks for.
+        """The grid of cells that the recipe asks for.
 
         Raises:
             EvaluationError: as `Grid` and `Parallel` do, or if one side of a translation is missing.
-            TrainingError: if `train` is not what training settings are.
+            TrainingError: if `train` holds no valid settings of training.
         """
         if (self.source is None) != (self.reference is None):
             raise EvaluationError("a translation needs both a source and a reference.")
@@ -132,17 +137,17 @@ class Recipe(BaseModel):
             return None
         if set_here := sorted({"method", "sharing", "seed"} & self.train.keys()):
             raise EvaluationError(f"{set_here[0]} in `train` would not be used: the comparison sets it. Leave it out.")
-        found = TrainSettings.made({"method": "postshare", **self.train})
-        if found.tasks.names and found.tasks.data_dir is None:  # those of the comparison
-            tasks = found.tasks.model_copy(update={"data_dir": self.data_dir})
-            return found.model_copy(update={"tasks": tasks})
-        return found
+        settings = TrainSettings.made({"method": "postshare", **self.train})
+        if settings.tasks.names and settings.tasks.data_dir is None:  # those of the comparison
+            tasks = settings.tasks.model_copy(update={"data_dir": self.data_dir})
+            return settings.model_copy(update={"tasks": tasks})
+        return settings
 
     def calibration_on(self, dense: Checkpoint) -> Calibration | None:
         """The calibration text, if there is one.
 
         Raises:
-            CalibrationError: if it cannot be had.
+            CalibrationError: if the text cannot be read.
         """
         if self.calibration is None:
             return None

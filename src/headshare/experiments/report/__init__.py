@@ -1,1 +1,1 @@
-"""Reports: tables, figures, and what becomes of the paper's claims."""
+"""Reports of comparisons: tables, figures, and a check of the paper's claims."""

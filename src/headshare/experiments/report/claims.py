@@ -1,4 +1,4 @@
-"""What the paper says of its methods that can be checked on any model: each claim against the cells of one grid."""
+"""Claims of the paper that can be checked on any model, each against the cells of one grid."""
 
 import itertools
 import math
@@ -11,14 +11,15 @@ from headshare.experiments.case import ROUNDED, TRAINED, base_of
 from headshare.experiments.cells import DENSE, Compared
 from headshare.experiments.methods import MATCHES, SHARING
 
-ERRORS = 2.0  # standard errors that a difference must be, to be one
+ERRORS = 2.0  # standard errors from which a difference counts as one
 PAPERS = "directshare"
-ACCURACY, BLEU = "acc", "bleu"
+ACCURACY = "acc"
+BLEU = "bleu"
 RIVALS = tuple(f"match-{name}" for name in MATCHES)
 
 
 class Says(StrEnum):
-    """What the numbers say of a claim."""
+    """The verdict of the numbers on a claim."""
 
     HOLDS = "holds"
     LEVEL = "level"
@@ -28,7 +29,7 @@ class Says(StrEnum):
 
 @dataclass(frozen=True)
 class Checked:
-    """A claim at one ratio, or of one method: what the numbers say, and which numbers."""
+    """A claim at one ratio or of one method, with the verdict and the numbers behind it."""
 
     claim: str
     where: str
@@ -37,22 +38,25 @@ class Checked:
 
 
 def checked(cells: Sequence[Compared]) -> list[Checked]:
-    """All claims that these cells can speak of. Losses on the text decide, over the same windows, by two standard
-    errors; without a text the mean accuracy does, and without tasks BLEU. Level is what differs by less: with few
-    windows, much does."""
+    """All claims that can be checked on these cells.
+
+    Losses on the same windows of the text decide, by two standard errors. Without a text the mean accuracy decides, and
+    without tasks BLEU. Smaller differences are level; with few windows, many are.
+    """
     done = [cell for cell in cells if cell.losses or score(cell) is not None]
     made = [cell for cell in done if cell.method != DENSE]
-    claims = [found for claim in (_best_match, _separate, _postshare, _decay) for found in claim(made)]
+    claims = [claim for check in (_best_match, _separate, _postshare, _decay) for claim in check(made)]
     dense = next((cell for cell in done if cell.method == DENSE and cell.losses), None)
     return claims + ([] if dense is None else list(_four_bits(dense, made)))
 
 
 def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
-    """By how much the first is worse, the standard error, and both in words."""
+    """The extra loss of the first cell over the other, its standard error, and both results in words."""
     if one.losses and other.losses:
         more, error = one.loses_more_than(other)
         return more, error, f"{one.method} {one.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
-    first, second = score(one), score(other)
+    first = score(one)
+    second = score(other)
     if first is None or second is None:
         return math.nan, math.nan, ""
     words = f"{one.method} {first.shown}, {other.method} {second.shown}"
@@ -61,7 +65,7 @@ def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does its tasks: the more the better, with its standard error, and as a table shows it."""
+    """A model's score on its tasks (more is better), its standard error, and the score as a table shows it."""
 
     value: float
     error: float
@@ -71,8 +75,8 @@ class Score:
 def score(cell: Compared) -> Score | None:
     """The mean accuracy over tasks, or the mean BLEU; None where neither was measured."""
     for name in (ACCURACY, BLEU):
-        found = [row.metrics[name] for row in cell.results if name in row.metrics]
-        known = [(metric.value, metric.error) for metric in found if metric.value is not None]
+        metrics = [row.metrics[name] for row in cell.results if name in row.metrics]
+        known = [(metric.value, metric.error) for metric in metrics if metric.value is not None]
         if known:
             errors = [math.nan if error is None else error for _, error in known]
             value = statistics.mean(value for value, _ in known)
@@ -88,10 +92,10 @@ def _says(more: float, error: float, *, if_more: Says, if_less: Says, if_level: 
 
 
 def _by_ratio(cells: Iterable[Compared]) -> dict[float, dict[str, Compared]]:
-    found: dict[float, dict[str, Compared]] = {}
+    by_ratio: dict[float, dict[str, Compared]] = {}
     for cell in cells:
-        found.setdefault(cell.ratio, {})[cell.method] = cell
-    return dict(sorted(found.items()))
+        by_ratio.setdefault(cell.ratio, {})[cell.method] = cell
+    return dict(sorted(by_ratio.items()))
 
 
 def _best_match(cells: Sequence[Compared]) -> Iterator[Checked]:
@@ -106,7 +110,7 @@ def _best_match(cells: Sequence[Compared]) -> Iterator[Checked]:
 
 
 def _pairs(first: str, second: str, claim: str) -> Callable[[Sequence[Compared]], Iterator[Checked]]:
-    """The first method is worse than the second."""
+    """A check of the claim that the first method is worse than the second."""
 
     def check(cells: Sequence[Compared]) -> Iterator[Checked]:
         for ratio, by_name in _by_ratio(cells).items():
@@ -125,18 +129,18 @@ _postshare = _pairs(PAPERS, "postshare", "PostShare is above DirectShare")
 def _decay(cells: Sequence[Compared]) -> Iterator[Checked]:
     sharing = (cell.method for cell in cells if base_of(cell.method) in (*SHARING, *TRAINED, "random-donors"))
     for name in dict.fromkeys(sharing):
-        some = sorted((cell for cell in cells if cell.method == name), key=lambda cell: cell.ratio)
-        if len(some) < 2 or len({cell.saved_bytes for cell in some}) < 2:
+        rising = sorted((cell for cell in cells if cell.method == name), key=lambda cell: cell.ratio)
+        if len(rising) < 2 or len({cell.saved_bytes for cell in rising}) < 2:
             continue
-        steps = [_more_loss(later, before) for before, later in itertools.pairwise(some)]
+        steps = [_more_loss(later, before) for before, later in itertools.pairwise(rising)]
         each = [_says(m, e, if_more=Says.HOLDS, if_less=Says.FAILS, if_level=Says.OPEN) for m, e, _ in steps]
         says = Says.FAILS if Says.FAILS in each else Says.OPEN if Says.OPEN in each else Says.HOLDS
-        yield Checked("more sharing, less quality", name, says, ", ".join(_figure(cell) for cell in some))
+        yield Checked("more sharing, less quality", name, says, ", ".join(_figure(cell) for cell in rising))
 
 
 def _figure(cell: Compared) -> str:
-    found = score(cell)
-    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if found is None else found.shown
+    tasks = score(cell)
+    value = f"{cell.perplexity:,.4g}" if cell.losses else "" if tasks is None else tasks.shown
     return f"{value} at {cell.ratio:g}"
 
 
@@ -146,6 +150,7 @@ def _four_bits(dense: Compared, cells: Sequence[Compared]) -> Iterator[Checked]:
             plain = by_name.get(name.removesuffix(ROUNDED))
             if plain is None or plain is rounded or not (plain.losses and rounded.losses):
                 continue
+            # loss that rounding adds, less the loss that sharing added, window by window
             each = zip(dense.losses, plain.losses, rounded.losses, strict=True)
             more = [(last - shared) - (shared - first) for first, shared, last in each]
             error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan

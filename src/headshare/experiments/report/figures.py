@@ -1,5 +1,4 @@
-"""Figures of a comparison: quality against what is saved, tasks against the ratio, what each layer gives up, and losses
-against steps."""
+"""Figures of a comparison: quality by bytes saved, tasks by ratio, units given up by layer, losses by step."""
 
 import io
 import textwrap
@@ -24,8 +23,9 @@ Drawn = Callable[[Any, list[Compared]], bool]
 
 
 def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path]]:
-    """Draw what there is to be drawn of these cells, as SVG files whose names begin with this one. Returns what each
-    shows, and where it is.
+    """Draw the figures for which these cells have data, as SVG files whose names begin with `name`.
+
+    Returns the title and the path of each figure.
 
     Raises:
         EvaluationError: if matplotlib is not installed.
@@ -40,7 +40,7 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(explain(error, folder)) from None
-    found = []
+    figures = []
     with matplotlib.rc_context(STYLE):
         for kind, (title, drawn) in FIGURES.items():
             figure = Figure(figsize=(WIDE, 4.5), layout="constrained")
@@ -49,13 +49,16 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
                 picture = io.BytesIO()
                 figure.savefig(picture, format="svg", metadata={"Date": None})
                 write_whole(path, picture.getvalue())
-                found.append((title, path))
-    return found
+                figures.append((title, path))
+    return figures
 
 
 def _quality(figure: Any, cells: list[Compared]) -> bool:
-    """A line for each method that was measured at several ratios, a point for others: what it is above dense, by
-    powers of ten, and near dense in proportion. Beside them what rounds, which saves many times as much."""
+    """Draw perplexity above the dense model's against bytes saved: a line for each method, a point if it has one ratio.
+
+    The scale is logarithmic, and linear near the dense model. Methods that round have a panel of their own: they save
+    many times as much. Returns False if there is nothing to draw.
+    """
     dense = next((cell.perplexity for cell in cells if cell.method == DENSE), None)
     points: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
@@ -63,11 +66,13 @@ def _quality(figure: Any, cells: list[Compared]) -> bool:
             points.setdefault(cell.method, []).append((100 * cell.saved_fraction, cell.perplexity - dense))
     if dense is None or not points:
         return False
-    sets = [some for rounds in (False, True) if (some := [name for name in points if _rounds(name) == rounds])]
+    # one panel for methods that share or remove, one for methods that round
+    sets = [names for rounds in (False, True) if (names := [name for name in points if _rounds(name) == rounds])]
     panels = figure.subplots(1, len(sets), sharey=True, squeeze=False, width_ratios=[3, 1][: len(sets)])[0]
     for number, (method, above) in enumerate(points.items()):
-        axes = next(axes for axes, some in zip(panels, sets, strict=True) if method in some)
+        axes = next(axes for axes, names in zip(panels, sets, strict=True) if method in names)
         axes.plot(*zip(*sorted(above), strict=True), **_mark(number), label=method)
+    # linear up to the smallest difference that was measured, so that all points can be told apart
     values = [value for above in points.values() for _, value in above]
     near = max(dense / 100, min(map(abs, values)))
     for axes in panels:
@@ -84,13 +89,16 @@ def _quality(figure: Any, cells: list[Compared]) -> bool:
 
 
 def _mark(number: int) -> dict[str, Any]:
-    """Tells one method from others."""
+    """Marker, line and colour of the method of this number."""
     return {"marker": MARKERS[number // 10 % 3], "markersize": 4, "linewidth": 1.2, "color": f"C{number}"}
 
 
 def _tasks(figure: Any, cells: list[Compared]) -> bool:
-    """A panel a task: its metric against the ratio, or beside one another where there is one ratio. The band is dense
-    with a standard error to each side, the dots are what guessing gives, or always the same answer."""
+    """Draw a panel for each task: its metric against the ratio, or the methods side by side if there is one ratio.
+
+    The gray band is the dense model with a standard error to each side. The dotted line is guessing, or always the same
+    answer. Returns False if no task was measured.
+    """
     methods = list(dict.fromkeys(cell.method for cell in cells if cell.results and cell.method != DENSE))
     names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     if not methods:
@@ -98,6 +106,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
     places = sorted({cell.ratio for cell in cells if cell.results and cell.method != DENSE})
     ratios = [ratio for ratio in places if ratio]
     beside = len(ratios) < 2
+    # panels in rows of ACROSS; those that no task is left for are removed
     rows = -(-len(names) // ACROSS)
     figure.set_figheight(1.2 + 2.1 * rows)
     panels = figure.subplots(rows, min(ACROSS, len(names)), squeeze=False).flat
@@ -106,17 +115,17 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         if name is None:
             axes.remove()
             continue
-        found = {(cell.method, cell.ratio): row for cell in cells for row in cell.results if row.task == name}
-        metric = next(iter(found.values())).main[0]
+        results = {(cell.method, cell.ratio): row for cell in cells for row in cell.results if row.task == name}
+        metric = next(iter(results.values())).main[0]
         for number, method in enumerate(methods):
             points = sorted(
                 (number if beside else ratio, value)
-                for (of, ratio), row in found.items()
+                for (of, ratio), row in results.items()
                 if of == method and (value := _shown(row)) is not None
             )
             if points:
                 (lines[method],) = axes.plot(*zip(*points, strict=True), **_mark(number))
-        _beside(axes, found.get((DENSE, 0.0)))
+        _beside(axes, results.get((DENSE, 0.0)))
         axes.locator_params(axis="y", nbins=5)  # as many at any size: the layout is made before it is known
         axes.set_title(f"{name}, %" if metric == "acc" else f"{name}, {metric}", fontsize="medium")
         if beside:
@@ -133,7 +142,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
 
 
 def _beside(axes: Any, dense: TaskResult | None) -> None:
-    """What others are seen beside: the dense model, and guessing."""
+    """Draw the dense model and guessing into a panel."""
     if dense is None or (value := _shown(dense)) is None:
         return
     name, metric = dense.main
@@ -145,7 +154,7 @@ def _beside(axes: Any, dense: TaskResult | None) -> None:
 
 
 def _shown(row: TaskResult) -> float | None:
-    """Its metric: accuracies in percent."""
+    """The main metric of a result; an accuracy is in percent."""
     name, metric = row.main
     return None if metric.value is None else metric.value * (100 if name == "acc" else 1)
 
@@ -155,7 +164,10 @@ def _rounds(method: str) -> bool:
 
 
 def _layers(figure: Any, cells: list[Compared]) -> bool:
-    """A row for all cells of a ratio that give up as many units of each layer: the darker, the more."""
+    """Draw the units that each layer gives up, the darker the more, in one row for all cells of a ratio that agree.
+
+    Returns False if no cell gives units up.
+    """
     same: dict[tuple[float, tuple[float, ...]], list[str]] = {}
     for cell in (cell for cell in cells if cell.by_layer):
         same.setdefault((cell.ratio, cell.by_layer), []).append(cell.method)
@@ -167,7 +179,9 @@ def _layers(figure: Any, cells: list[Compared]) -> bool:
         return False
     figure.set_figheight(1.2 + (0.08 + 0.14 * max(label.count("\n") + 1 for label in rows)) * len(rows))
     axes = figure.subplots()
-    image = axes.imshow([[100 * one for one in row] for row in rows.values()], aspect="auto", cmap="Greys", vmin=0)
+    image = axes.imshow(
+        [[100 * fraction for fraction in row] for row in rows.values()], aspect="auto", cmap="Greys", vmin=0
+    )
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("layer")
     figure.colorbar(image, label="units given up, %")
@@ -175,8 +189,10 @@ def _layers(figure: Any, cells: list[Compared]) -> bool:
 
 
 def _curves(figure: Any, cells: list[Compared]) -> bool:
-    """Loss on what is held out, as sharing then gives it; and below it accuracies with their standard errors, where
-    tasks were measured."""
+    """Draw the loss on held-out text (as shared then) against steps, and below it accuracies with standard errors.
+
+    Returns False if no method was trained.
+    """
     trained = [cell for cell in cells if cell.curve]
     if not trained:
         return False
@@ -186,8 +202,8 @@ def _curves(figure: Any, cells: list[Compared]) -> bool:
     for cell in trained:
         points = [(row["step"], row["loss"]) for row in cell.curve]
         panels[0].plot(*zip(*points, strict=True), marker=".", label=cell.title)
-    for name, found in scored:
-        steps, values, errors = zip(*found, strict=True)
+    for name, measured in scored:
+        steps, values, errors = zip(*measured, strict=True)
         panels[1].errorbar(steps, values, errors, marker=".", capsize=2, linewidth=1, label=name)
     for panel, label in zip(panels, ("loss on windows held out, nats a token", "accuracy, %"), strict=False):
         panel.set_ylabel(label)

@@ -1,5 +1,4 @@
-"""One page from the folders that `headshare compare` wrote: each table, what the paper has for the same model, and what
-becomes of the paper's claims."""
+"""The page of a report: the tables of comparisons, the paper's figures for the same models, and its claims checked."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,11 @@ def report(
     figures: Sequence[Sequence[tuple[str, str]]] = (),
     evaluated: Sequence[Evaluated] = (),
 ) -> str:
-    """The page, in Markdown. `figures` are what to show with each comparison: what a figure shows, and its address;
-    `evaluated`, what `headshare eval` measured, come last."""
+    """The page of a report in Markdown.
+
+    `figures` holds for each comparison the titles and addresses of its figures. Results of `headshare eval`,
+    `evaluated`, come last.
+    """
     lines = ["# Results", "", *_summary(measured)]
     for one, shown in zip_longest(measured, figures, fillvalue=()):
         assert isinstance(one, Comparison)
@@ -46,6 +48,7 @@ def _about(about: About) -> str:
     return "; ".join([*parts, ", ".join(f"{name} {value}" for name, value in about.versions.items())]) + "."
 
 
+# the rules by which claims are judged, as the page lists them
 JUDGED = (
     "What decides is the mean difference of the losses on the same windows of the text, from two standard errors on; "
     "without a text, that of the mean accuracy or BLEU, as if each had been asked other questions. What differs by "
@@ -60,11 +63,11 @@ JUDGED = (
 
 
 def _summary(measured: Sequence[Comparison]) -> list[str]:
-    """How often each claim holds, model by model, and by what rule. Comparisons of the same cells count once."""
+    """Summary of the claims: how often each holds by model, and the rules. Comparisons of the same cells count once."""
     counted: dict[str, dict[str, Counter[str]]] = {}
     for model, cells in _pooled(measured):
-        for found in checked(cells):
-            counted.setdefault(found.claim, {}).setdefault(model, Counter())[found.says.value] += 1
+        for claim in checked(cells):
+            counted.setdefault(claim.claim, {}).setdefault(model, Counter())[claim.says.value] += 1
     if not counted:
         return ["No claim of the paper can be checked on these tables."]
     lines = [
@@ -82,23 +85,26 @@ def _summary(measured: Sequence[Comparison]) -> list[str]:
 
 
 def _pooled(measured: Sequence[Comparison]) -> list[tuple[str, list[Compared]]]:
-    """Models, and the cells of all their comparisons: those on other texts, or where one method gave other numbers,
-    apart."""
+    """Pairs of a model and the cells of its comparisons.
+
+    Comparisons of a model are merged if they have cells in common and agree in all of them; others stay apart.
+    """
     pools: list[tuple[str, dict[tuple[str, float], Compared]]] = []
-    for one in measured:
-        cells = {(cell.method, cell.ratio): cell for cell in one.cells if not cell.failed}
+    for comparison in measured:
+        cells = {(cell.method, cell.ratio): cell for cell in comparison.cells if not cell.failed}
         for model, pool in pools:
             both = pool.keys() & cells.keys()
-            if model == one.about.model and both and all(_found(pool[key]) == _found(cells[key]) for key in both):
+            agree = bool(both) and all(_results_of(pool[key]) == _results_of(cells[key]) for key in both)
+            if model == comparison.about.model and agree:
                 pool |= cells
                 break
         else:
-            pools.append((one.about.model, cells))
+            pools.append((comparison.about.model, cells))
     return [(model, list(pool.values())) for model, pool in pools]
 
 
-def _found(cell: Compared) -> object:
-    """What claims go by: losses, or without a text what tasks gave."""
+def _results_of(cell: Compared) -> object:
+    """The results that claims are judged by: losses, or without a text the metrics of tasks."""
     return cell.losses or [(row.task, row.metrics) for row in cell.results]
 
 
@@ -110,18 +116,18 @@ def _claims(claims: Sequence[Checked]) -> list[str]:
 
 
 def _beside(one: Comparison, tables: Sequence[Published]) -> list[str]:
-    """Our accuracies beside the paper's, in percent, where it has this model."""
+    """Tables of our accuracies beside the paper's, in percent, if the paper has this model."""
     lines: list[str] = []
-    for found in (found for found in tables if found.model.casefold() == one.about.model.casefold()):
+    for table in (table for table in tables if table.model.casefold() == one.about.model.casefold()):
         ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in one.cells}
-        common = [task for task in found.tasks if any(task in results for results in ours.values())]
+        common = [task for task in table.tasks if any(task in results for results in ours.values())]
         if not common:
             continue
-        beside = f"Beside table {found.table} of the paper (ours / the paper's, percent, on the paper's own questions):"
+        beside = f"Beside table {table.table} of the paper (ours / the paper's, percent, on the paper's own questions):"
         lines += ["", beside, ""]
         lines += ["| | " + " | ".join(common) + " |", "|---" + "|--:" * len(common) + "|"]
-        for name, values in found.rows.items():
-            paper = dict(zip(found.tasks, values, strict=True))
+        for name, values in table.rows.items():
+            paper = dict(zip(table.tasks, values, strict=True))
             cells = [f"{_percent(ours.get(name, {}), task)} / {paper[task]:.2f}" for task in common]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

@@ -1,4 +1,4 @@
-"""Sources of a report: comparisons that were measured, and the figures that the paper published."""
+"""Sources of a report: measured comparisons and evaluations, and the figures that the paper published."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +21,14 @@ Word = Annotated[str, AfterValidator(lambda text: _shown(text))]
 
 
 def _shown(text: str) -> str:
-    """A text that can stand in a table and on a terminal."""
+    """The text, if it can stand in a table and on a terminal."""
     if not is_shown(text) or "|" in text:
         raise ValueError(f"{text!a:.60} cannot be shown in a table")
     return text
 
 
 def _check_shown(file: Path, *words: str) -> None:
-    """Raise EvaluationError if one of the texts that somebody else may have written cannot be shown in a table."""
+    """Refuse texts that cannot be shown in a table; somebody else may have written them."""
     try:
         for text in words:
             _shown(text)
@@ -42,7 +42,10 @@ def _words_of(rows: Iterable[Row]) -> Iterator[str]:
 
 
 class Published(BaseModel):
-    """A table of the paper: percent, by row (a method and its ratio, as `directshare 0.3`), in the order of `tasks`."""
+    """A table of the paper in percent.
+
+    Each row is a method and its ratio, such as `directshare 0.3`, with one value for each of `tasks` in order.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -57,14 +60,14 @@ _PUBLISHED: TypeAdapter[list[Published]] = TypeAdapter(Annotated[list[Published]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one folder holds."""
+    """The comparison in one folder: its description and its cells."""
 
     about: About
     cells: list[Compared]
 
     @classmethod
     def load(cls, folder: Path) -> "Comparison":
-        """The cells of the last comparison in a folder.
+        """The last comparison in a folder.
 
         Raises:
             EvaluationError: if `headshare compare` did not finish there.
@@ -79,6 +82,7 @@ class Comparison:
                 f"{folder} holds no finished comparison ({' '.join(str(error).split()):.100}). Run headshare compare "
                 f"with --out {folder} first."
             ) from None
+        # others may have written these files: nothing is shown before it is checked
         by_key = {cell.key: cell for cell in read_cells(folder / CELLS)}
         for cell in by_key.values():
             _check_shown(folder / CELLS, cell.method, cell.note, cell.failed, *_words_of(cell.results))
@@ -91,19 +95,19 @@ class Comparison:
         return cls(about, [by_key[key] for key in about.keys])
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is of, and its claims, as `--json` prints them."""
-        return {**asdict(self.about), "claims": [asdict(one) for one in checked(self.cells)]}
+        """The description and the checked claims as `--json` prints them."""
+        return {**asdict(self.about), "claims": [asdict(claim) for claim in checked(self.cells)]}
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `headshare eval --out` keeps in one folder, of models by their names without folders."""
+    """The results of `headshare eval --out` in one folder, with models' names without their folders."""
 
     title: str
     rows: list[Row]
 
     def tells_more_than(self, measured: Comparison | None) -> bool:
-        """Whether there is more than what a comparison in the same folder measured of its dense model."""
+        """Whether it has results that the comparison in the same folder did not measure of its dense model."""
         known = {row.task for cell in measured.cells for row in cell.results} if measured else set()
         return any(measured is None or row.model != measured.about.model or row.task not in known for row in self.rows)
 
@@ -130,12 +134,12 @@ def published(path: Path) -> list[Published]:
     """
     data = read_yaml(path, EvaluationError)
     try:
-        found = _PUBLISHED.validate_python(data)
+        tables = _PUBLISHED.validate_python(data)
     except ValueError as error:
         raise EvaluationError(f"{path} holds no tables of figures: {' '.join(str(error).split()):.200}") from None
-    for one in found:
-        if wrong := [name for name, values in one.rows.items() if len(values) != len(one.tasks)]:
+    for table in tables:
+        if wrong := [name for name, values in table.rows.items() if len(values) != len(table.tasks)]:
             raise EvaluationError(
-                f"{path}: table {one.table} has {len(one.tasks)} tasks, and another number in {wrong[0]}."
+                f"{path}: table {table.table} has {len(table.tasks)} tasks, and another number in {wrong[0]}."
             )
-    return found
+    return tables

@@ -1,4 +1,4 @@
-"""The cells of a comparison as a table, in words, and as CSV."""
+"""Tables of a comparison's cells: Markdown, a verdict in words, and CSV."""
 
 import csv
 import io
@@ -16,19 +16,24 @@ from headshare.experiments.methods import DELETING, SHARING
 
 
 def table(cells: Sequence[Compared]) -> str:
-    """Markdown: a row a cell, with what its plan takes; bytes in MiB, divergences in nats a token and accuracies in
-    percent, both with standard errors, a tilde where an accuracy is not two of them above guessing, or above always the
-    same answer."""
+    """Table of the cells in Markdown, a row for each cell.
+
+    Bytes are in MiB, divergences in nats a token, accuracies in percent; the last two have standard errors. A tilde
+    marks an accuracy that is not two standard errors above guessing and above always the same answer.
+    """
+    # the heading: sizes, text, and a column for each task with its number of questions
     tasks = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     asked = {row.task: row.questions for cell in cells for row in cell.results if row.chance is not None}
     shown = [f"{task} ({asked[task]})" if task in asked else task for task in tasks]
     sizes = ["saved", "disk, MiB", "memory, MiB"]
     heads = ["ratio", "method", "plan", *sizes, "perplexity", "divergence", *shown, "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|--:|---|---" + "|--:" * (len(heads) - 3) + "|"]
+    # a row for guessing, which accuracies are to be read against
     guessed = {row.task: guesses_of(row) for cell in cells for row in cell.results if row.chance is not None}
     if guessed:
         guesses = [guessed.get(task, "") for task in tasks]
         lines.append("| | guessing | | | | | | | " + " | ".join(guesses) + " | |")
+    # a row for each cell; one that failed says why
     for cell in cells:
         ratio = f"{cell.ratio:g}" if cell.ratio else ""
         if cell.failed:
@@ -41,6 +46,7 @@ def table(cells: Sequence[Compared]) -> str:
         values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
         values += [by_task.get(task, "") for task in tasks]
         lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
+    # notes below the table: a method whose notes differ by ratio is named with its ratio
     several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if not cell.failed})
     notes = dict.fromkeys(
         f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note
@@ -60,25 +66,28 @@ def _with_error(values: Sequence[float]) -> str:
 
 
 def in_words(cells: Sequence[Compared]) -> str:
-    """The table, and below it the verdict where there is one."""
+    """The table of the cells, and below it the verdict if there is one."""
     return "\n\n".join(filter(None, (table(cells), verdict(cells))))
 
 
 def verdict(cells: Sequence[Compared]) -> str:
-    """For each ratio, in words that follow from the numbers: the methods by perplexity, best first, and the best that
-    shares beside the best that only deletes, with the standard error of the difference over windows. A method that may
-    share and whose plan ties nothing deletes. What trains or rounds does more, and is in neither."""
+    """The verdict for each ratio, in words that follow from the numbers.
+
+    It names the methods by perplexity, best first. It compares the best method that shares with the best that only
+    deletes, with the standard error of the difference over windows. A sharing method whose plan ties nothing counts as
+    deleting. Methods that train or round do more, and count as neither.
+    """
     lines = []
     for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
-        some = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
-        some.sort(key=lambda cell: statistics.mean(cell.losses))
-        if not some:
+        ranked = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
+        ranked.sort(key=lambda cell: statistics.mean(cell.losses))
+        if not ranked:
             continue
-        words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in some)
+        words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in ranked)
         by = f"At {ratio:g}, by" if ratio else "By"
         lines.append(f"{by} perplexity, best first: {words}.")
-        sharing = next(filter(_shares, some), None)
-        deleting = next(filter(_deletes, some), None)
+        sharing = next(filter(_shares, ranked), None)
+        deleting = next(filter(_deletes, ranked), None)
         if sharing and deleting:
             more, error = sharing.loses_more_than(deleting)
             if math.isnan(error):
@@ -100,12 +109,12 @@ def _deletes(cell: Compared) -> bool:
 
 
 def _named(cell: Compared) -> str:
-    """The method, and what its plan takes."""
+    """The method and the units that its plan takes."""
     return cell.method + (f" ({cell.given_up.in_cell})" if cell.given_up else "")
 
 
 def as_csv(cells: Sequence[Compared]) -> str:
-    """A line a cell and metric."""
+    """The cells as CSV, a line for each metric of each cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("method", "ratio", "tied", "removed", "neurons", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
@@ -128,5 +137,5 @@ def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
 
 
 def to_dict(cells: Sequence[Compared]) -> dict[str, Any]:
-    """The same as `--json` prints it."""
+    """The cells and the verdict as `--json` prints them."""
     return {"cells": [asdict(cell) for cell in cells], "verdict": verdict(cells)}
