@@ -1,4 +1,4 @@
-"""Measure models on tasks: tasks of lm-evaluation-harness by name, and ours, which run from local files."""
+"""Measure models on texts, translations and tasks: those of lm-evaluation-harness by name, and ours, from files."""
 
 from headshare.evaluation.generation import Writing, continuations, samples_of
 from headshare.evaluation.harness import Runner, Settings
@@ -7,12 +7,12 @@ from headshare.evaluation.results import Metric, TaskResult, read_results, table
 from headshare.evaluation.translation import Parallel
 
 __all__ = [
-    "TaskResult",
+    "EvalText",
     "Metric",
     "Parallel",
     "Runner",
     "Settings",
-    "EvalText",
+    "TaskResult",
     "Writing",
     "continuations",
     "measure",
