@@ -9,11 +9,11 @@ __all__ = [
     "Closed",
     "Learning",
     "Loss",
-    "TrainingMethod",
     "Sharing",
     "SharingTrainer",
-    "TrainingText",
     "TrainSettings",
     "Trained",
+    "TrainingMethod",
+    "TrainingText",
     "train",
 ]
