@@ -99,12 +99,12 @@ def averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
     return metrics
 
 
-def reported(found: Mapping[str, Any], name: str) -> dict[str, Metric]:
+def reported(output: Mapping[str, Any], name: str) -> dict[str, Metric]:
     """Metrics that the harness reports for a task that does not choose among options."""
-    row = found["results"].get(name)
+    row = output["results"].get(name)
     if row is None:
         raise EvaluationError(
-            f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(found['results']))}."
+            f"{name} is several tasks, and has no figure of its own. Name them: {', '.join(sorted(output['results']))}."
         )
     metrics = dict(_metrics(row))
     if not metrics:
