@@ -1,4 +1,4 @@
-"""Measure models on tasks: tasks of lm-evaluation-harness by name, and ours, which run from local files."""
+"""Measure models on texts, translations and tasks: those of lm-evaluation-harness by name, and ours, from files."""
 
 from headshare.evaluation.generation import Writing, continuations, samples_of
 from headshare.evaluation.harness import Runner, Settings

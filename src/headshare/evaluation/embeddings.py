@@ -16,11 +16,11 @@ from headshare.text.windows import Windows
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an encoder compares with its dense model, over the windows of a text, by mean-pooled last hidden states.
+    """The agreement of an encoder with its dense model over the windows of a text, by mean-pooled last hidden states.
 
-    `cosine` is the mean one between the two models' embeddings of each window. `retrieved` is the share of windows
-    whose first half finds its own second half, which is nearer to it by cosine than all others' second halves; and
-    `dense_retrieved` the same of the dense model.
+    `cosine` is the mean over windows of the cosine similarity between the two models' embeddings. For retrieval every
+    window is cut in two. `retrieved` is the share of windows whose first part is nearer, by cosine, to its own second
+    part than to any other's. `dense_retrieved` is that share for the dense model.
     """
 
     cosine: float
@@ -30,38 +30,38 @@ class Agreement:
     window: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints."""
+        """The agreement under the names that `--json` prints."""
         return asdict(self)
 
 
 @torch.inference_mode()
 def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
-    """How alike two encoders' sentence embeddings (mean over tokens of the last hidden state) are, and how well each
-    finds a window's second half by its first.
+    """The agreement of two encoders' sentence embeddings, each the mean over tokens of the last hidden states.
 
     Raises:
         EvaluationError: if the embeddings are of different widths, or not finite.
     """
-    widths = [text_config(one.config.to_dict())["hidden_size"] for one in (model, dense)]
+    widths = [text_config(encoder.config.to_dict())["hidden_size"] for encoder in (model, dense)]
     if len(set(widths)) > 1:
         raise EvaluationError(f"embeddings of {widths[0]} and of {widths[1]} numbers cannot be compared.")
+    # both models read each window three times: all of it, its first half and its second half
     half = windows.length // 2
-    pieces = slice(None), slice(half), slice(half, None)
-    found = [
-        [torch.stack([_embedding(one, window[piece]) for one in (model, dense)]) for piece in pieces]
+    pieces = (slice(None), slice(half), slice(half, None))
+    embeddings = [
+        [torch.stack([_embedding(encoder, window[piece]) for encoder in (model, dense)]) for piece in pieces]
         for window in track(windows.tokens, "windows", len(windows.tokens))
     ]
-    whole, first, second = (torch.stack([window[piece] for window in found]).unbind(1) for piece in range(3))
+    whole, first, second = (torch.stack([window[piece] for window in embeddings]).unbind(1) for piece in range(3))
     cosine = functional.cosine_similarity(whole[0], whole[1], dim=-1).double().mean().item()
     retrieved, dense_retrieved = (_retrieved(one, other) for one, other in zip(first, second, strict=True))
     return Agreement(cosine, retrieved, dense_retrieved, windows.tokens.numel(), windows.length)
 
 
 def _embedding(model: Any, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " hidden"]:
-    found: Tensor = hidden_states(model, tokens[None])[0].float().mean(dim=0).cpu()
-    if not torch.isfinite(found).all():
+    embedding: Tensor = hidden_states(model, tokens[None])[0].float().mean(dim=0).cpu()
+    if not torch.isfinite(embedding).all():
         raise EvaluationError("an embedding is NaN or infinite; the weights are damaged or overflow this dtype.")
-    return found
+    return embedding
 
 
 def _retrieved(first: Float[Tensor, "windows hidden"], second: Float[Tensor, "windows hidden"]) -> float:

@@ -16,8 +16,11 @@ from headshare.progress import track
 
 @dataclass(frozen=True)
 class Writing:
-    """How text is written: at most so many tokens, up to `stop` where that comes, the likeliest token each time or,
-    with a temperature, drawn by the seed."""
+    """Settings of writing text: its length, its end, and the choice of each token.
+
+    At most `tokens` tokens are written, fewer where `stop` comes. The likeliest token is chosen each time. With a
+    temperature tokens are drawn, by the seed.
+    """
 
     tokens: int = 64
     stop: str | None = None
@@ -34,9 +37,10 @@ class Writing:
 
 
 def continuations(runner: Runner, prompts: Sequence[str], writing: Writing) -> list[str]:
-    """What the model writes after each prompt, without it, cut before `stop`.
+    """The text that the model writes after each prompt, without the prompt, cut before `stop`.
 
-    Prompts of like length are written on together, padded on the left; what is drawn does not depend on the others.
+    Prompts of similar length form a batch, padded on the left. With a temperature every prompt is a batch of its own,
+    so that its text does not depend on the other prompts.
 
     Raises:
         EvaluationError: if a prompt has no tokens, or more than leave room for what is to be written.
@@ -45,11 +49,11 @@ def continuations(runner: Runner, prompts: Sequence[str], writing: Writing) -> l
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
     size = 1 if writing.temperature else runner.settings.batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for batch in track(batches, "batches", len(batches)):
         for number, text in zip(batch, _written(runner, [encoded[one] for one in batch], writing), strict=True):
-            found[number] = text
-    return found
+            texts[number] = text
+    return texts
 
 
 def _encoded(runner: Runner, prompt: str, writing: Writing) -> list[int]:
@@ -67,25 +71,29 @@ def _encoded(runner: Runner, prompt: str, writing: Writing) -> list[int]:
 
 @torch.inference_mode()
 def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> Iterator[str]:
+    # padding goes on the left, so that every prompt ends where writing begins
     longest = max(map(len, prompts))
     device = next(runner.model.parameters()).device
     tokens = torch.tensor([[0] * (longest - len(one)) + one for one in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    # the settings say all about the choice of tokens: top_k and top_p would cut the distribution that is drawn from
     end = runner.tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}
     if writing.temperature:
         chosen = {"do_sample": True, "temperature": writing.temperature, "top_k": 0, "top_p": 1.0}
     stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
+    # the generators of the processor and of this device are put back afterwards, so that nobody else's draws change
     cards = [] if device.type == "cpu" else [device]
     with _without_habits(runner.model) as own, quiet(), torch.random.fork_rng(devices=cards):
         torch.manual_seed(writing.seed)
-        how = GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=writing.tokens,
             pad_token_id=0 if end is None else end,
             eos_token_id=end if own.eos_token_id is None else own.eos_token_id,
             **chosen,
         )
-        out = runner.model.generate(input_ids=tokens, attention_mask=mask, generation_config=how, **stop)
+        out = runner.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, **stop)
+    # generation ends with the token in which `stop` comes, which may hold more than it
     for row in out[:, longest:]:
         text: str = runner.tokenizer.decode(row, skip_special_tokens=True)
         yield text.partition(writing.stop)[0] if writing.stop else text
@@ -93,7 +101,7 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
 
 @contextmanager
 def _without_habits(model: Any) -> Iterator[GenerationConfig]:
-    """The checkpoint's own settings of generation, which may suppress, penalise or sharpen, are put aside."""
+    """Put the checkpoint's own settings of generation aside, which may suppress, penalise or sharpen tokens."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -103,7 +111,10 @@ def _without_habits(model: Any) -> Iterator[GenerationConfig]:
 
 
 def samples_of(texts: Sequence[tuple[str, Sequence[str]]], prompts: Sequence[str]) -> str:
-    """Markdown: below each prompt what every model wrote. `texts` are the models' names and what they wrote."""
+    """Markdown tables, one below each prompt, of the text that every model wrote.
+
+    `texts` has a model's name and its texts, in the order of the prompts.
+    """
     lines = []
     for number, prompt in enumerate(prompts):
         lines += [f"**{_one_line(prompt)}**", "", "| model | writes |", "|---|---|"]
@@ -114,6 +125,3 @@ def samples_of(texts: Sequence[tuple[str, Sequence[str]]], prompts: Sequence[str
 
 def _one_line(text: str) -> str:
     return text.strip().replace("|", "\\|").replace("\n", "<br>")
-
-
-# ---- translation

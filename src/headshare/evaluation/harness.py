@@ -1,4 +1,4 @@
-"""Run tasks with lm-evaluation-harness: its own by name, and ours, which are given to it as tasks of its kind."""
+"""Run tasks with lm-evaluation-harness: its own by name, and ours, which it is given as tasks of its kind."""
 
 import difflib
 import io
@@ -31,14 +31,18 @@ from headshare.integrations.transformers.loading import load_model, load_tokeniz
 from headshare.text.windows import is_causal, longest_window
 
 INSTALL = "pip install 'headshare[eval]'"
-# what is kept under another rule than this is measured again
+# part of the cache key: a result that was kept under another rule is measured again
 RULE = "log-likelihoods in float32"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How tasks are measured: the first `limit` questions of each (of each subject), with `few_shot` examples before
-    them (None: as the task says), by a model of this type on this device, so many options at once."""
+    """Settings of a measurement on tasks.
+
+    The first `limit` questions of each task (of each subject) are asked; None asks all. `few_shot` examples stand
+    before a question; None leaves their number to the task. The model runs in `dtype` on `device` and reads
+    `batch_size` options at once.
+    """
 
     limit: int | None = None
     few_shot: int | None = None
@@ -57,14 +61,17 @@ class Settings:
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """Those of them that results depend on."""
+        """The settings that change results; part of the cache key."""
         return {"limit": self.limit, "few_shot": self.few_shot, "dtype": self.dtype, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A task that is to be run, by the name it was asked for. `parts` are the questions of ours; of the harness's it
-    has none, and `digest` is its version. `few_shot` goes before the settings'."""
+    """A task that is to be run, with the name it was asked for by.
+
+    A task of ours has its questions in `parts`, and `digest` changes with them. A task of the harness has no parts, and
+    all of those have one digest. `few_shot` takes precedence over that of the settings.
+    """
 
     name: str
     digest: str
@@ -73,44 +80,46 @@ class Chosen:
 
     @property
     def task(self) -> str:
-        """The task's own name."""
+        """The task's own name, without a number of examples."""
         return named(self.name)[0]
 
     def settings(self, settings: Settings) -> Settings:
-        """These settings with its own examples."""
+        """The settings for this task: with its own number of examples, where it has one."""
         return settings if self.few_shot is None else replace(settings, few_shot=self.few_shot)
 
     def key(self, model: str, settings: Settings) -> str:
-        """Tells this task of this model by these settings."""
+        """Cache key of this task for a model and settings."""
         return key_of(model, self.task, self.digest, harness_version(), RULE, self.settings(settings).deciding)
 
     def run(self, runner: "Runner", key: str) -> TaskResult:
-        """Measure it, as `Runner.run` does."""
+        """Measure the model on this task, as `Runner.run` does."""
         return runner.run(self, key)
 
 
 def chosen_tasks(names: Sequence[str], data: Path | None) -> list[Chosen]:
-    """The tasks of these names, ours from the folder of data, where there is one, before the harness's. NAME:5 shows
-    five examples, whatever others show.
+    """The tasks of these names.
+
+    With a folder `data`, a task of ours goes before one of the harness with its name. NAME:5 shows five examples,
+    whatever other tasks show.
 
     Raises:
         EvaluationError: if there is no such task, or a file of ours cannot be used.
     """
-    found = []
+    tasks = []
     for asked in dict.fromkeys(names):
         name, few_shot = named(asked)
         if name in TASKS and data is not None:
             parts = TASKS[name].parts(data)
-            found.append(Chosen(asked, digest_of(parts), parts, few_shot))
+            tasks.append(Chosen(asked, digest_of(parts), parts, few_shot))
         else:
-            found.append(Chosen(asked, _version_of(name, data), None, few_shot))
-    return found
+            tasks.append(Chosen(asked, _version_of(name, data), None, few_shot))
+    return tasks
 
 
 def named(name: str) -> tuple[str, int | None]:
-    """A task's name and how many examples it is to show, where that is said."""
-    found = re.fullmatch(r"(.+):([0-9]{1,3})", name)
-    return (found[1], int(found[2])) if found else (name, None)
+    """A task's name, and the number of examples to show where it is asked for, as in NAME:5."""
+    match = re.fullmatch(r"(.+):([0-9]{1,3})", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def harness_version() -> str:
@@ -145,7 +154,10 @@ def _version_of(name: str, data: Path | None) -> str:
 
 @cache
 def tasks_of_harness(*, any_at_all: bool = True) -> Any:
-    """What finds the harness's own tasks by their names, which takes seconds; or finds none."""
+    """The harness's manager of tasks, which finds them by name.
+
+    It takes seconds to make, unless it is one without any tasks.
+    """
     from lm_eval.tasks import TaskManager
 
     with _hushed():
@@ -154,7 +166,7 @@ def tasks_of_harness(*, any_at_all: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class Runner:
-    """A model that texts and tasks can be run on, and what it is called."""
+    """A model that texts and tasks can be run on, with its name, tokenizer and settings."""
 
     name: str
     model: Any
@@ -165,7 +177,7 @@ class Runner:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, settings: Settings, *, name: str | None = None) -> "Runner":
-        """A checkpoint's model, loaded.
+        """The runner of a checkpoint, its model loaded.
 
         Raises:
             EvaluationError: if it predicts no next token, or has no tokenizer.
@@ -177,7 +189,8 @@ class Runner:
             raise EvaluationError(
                 f"{type(model).__name__} does not predict the next token, so it cannot choose a text."
             )
-        longest, digest = longest_window(checkpoint.config), fingerprint(checkpoint)
+        longest = longest_window(checkpoint.config)
+        digest = fingerprint(checkpoint)
         return cls(name or checkpoint.name, model, tokenizer, longest, settings, digest)
 
     @cached_property
@@ -193,7 +206,7 @@ class Runner:
         )
 
     def run(self, task: Chosen, key: str) -> TaskResult:
-        """Measure one task.
+        """Measure the model on one task.
 
         Raises:
             EvaluationError: if the harness cannot run it, or a likelihood is not finite.
@@ -204,7 +217,8 @@ class Runner:
         with _explained(task.name), _hushed(), _no_commit_asked():
             parts = None if task.parts is None else task.parts.items()
             given = [task.task] if parts is None else [as_task(task.task, *part) for part in parts]
-            found = lm_eval.simple_evaluate(
+            # errors of metrics are computed below, so the harness need not bootstrap them
+            output = lm_eval.simple_evaluate(
                 model=self._for_harness,
                 tasks=given,
                 task_manager=tasks_of_harness(any_at_all=parts is None),
@@ -217,10 +231,12 @@ class Runner:
                 torch_random_seed=self.settings.seed,
                 fewshot_random_seed=self.settings.seed,
             )
-        by_part: dict[str, list[dict[str, Any]]] = found["samples"]
+        # samples by subject, each question once
+        by_part: dict[str, list[dict[str, Any]]] = output["samples"]
         by_part = {name: once_a_question(some) for name, some in by_part.items()}
         samples = [sample for some in by_part.values() for sample in some]
         check_finite_samples(samples, task.name)
+        # subjects and chances are for tasks that choose among options; others report their own metrics
         options = [len(sample["arguments"]) for sample in samples]
         shares = {name: (share_right(some), len(some)) for name, some in by_part.items() if some and "acc" in some[0]}
         scored = all("acc" in sample for sample in samples)
@@ -229,7 +245,7 @@ class Runner:
             model=self.name,
             task=task.name,
             key=key,
-            metrics=averaged(samples) if scored else reported(found, task.task),
+            metrics=averaged(samples) if scored else reported(output, task.task),
             questions=len(samples),
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
             constant=share_of_constant(samples) if chosen else None,
@@ -246,14 +262,14 @@ class Runner:
 
     @property
     def circumstances(self) -> dict[str, str]:
-        """What else a result is kept with: the model, the type and device it was run in and on, and versions."""
+        """Facts that a result is kept with: the model, its dtype and device, and the versions of packages."""
         model = {} if self.digest is None else {"model": self.digest[:16]}
         return {**model, "dtype": self.settings.dtype, "device": self.settings.device, **versions()}
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What the harness raises is one error: it raises whatever what it is built on does."""
+    """Turn any exception of the harness into one error, as it lets through those of the libraries below it."""
     try:
         yield
     except EvaluationError:
@@ -265,7 +281,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """The harness's bars are for terminals, and what it logs is for those who write tasks."""
+    """Silence the harness: its bars, which are for terminals, and its log, which is for those who write tasks."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -278,7 +294,10 @@ def _hushed() -> Iterator[None]:
 
 @contextmanager
 def _no_commit_asked() -> Iterator[None]:
-    """The harness asks git for a commit, which outside a repository complains past the harness, on standard error."""
+    """Keep the harness from asking git for a commit.
+
+    Outside a repository git complains on standard error, where the harness does not catch it.
+    """
     from lm_eval import evaluator
 
     name = "get_git_commit_hash"

@@ -1,4 +1,4 @@
-"""Measure models on a text and on tasks; what was measured before, by the same settings, is not measured again."""
+"""Measure models on texts and tasks. Results that were kept under the same settings are not measured again."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,11 @@ from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_wind
 
 @dataclass(frozen=True)
 class EvalText:
-    """A text whose perplexity is measured: in windows of so many tokens, of at most so many tokens of it."""
+    """A text whose perplexity is measured.
+
+    It is cut into windows of `window` tokens; `tokens` bounds how much of it is read. `bos` says whether windows begin
+    with the beginning-of-text token (None: where the model has one).
+    """
 
     path: Path
     window: int = WINDOW
@@ -34,33 +38,33 @@ class EvalText:
 
     @property
     def name(self) -> str:
-        """What its column is called."""
+        """The heading of its column."""
         return f"perplexity of {self.path.name}"
 
     @property
     def digest(self) -> str:
-        """Tells this text from others, whatever the file is called."""
+        """The SHA-256 of the content, whatever the file is called."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def key(self, model: str, settings: Settings) -> str:
-        """Tells this text on this model by these settings."""
+        """Cache key of this text for a model and settings."""
         return key_of(model, self.digest, self.window, self.tokens, self.bos, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> TaskResult:
-        """Measure it.
+        """Measure the model's perplexity on this text.
 
         Raises:
             EvaluationError: as `perplexity` and `windows_of` do.
         """
-        found = perplexity(runner.model, self.windows(runner)).to_dict()
-        value = found.pop("perplexity")
-        settings = {**found, **runner.circumstances, "text": self.digest[:8]}
+        measured = perplexity(runner.model, self.windows(runner)).to_dict()
+        value = measured.pop("perplexity")
+        settings = {**measured, **runner.circumstances, "text": self.digest[:8]}
         return TaskResult(
-            runner.name, self.name, key, {"perplexity": Metric(value)}, found["tokens"], settings=settings
+            runner.name, self.name, key, {"perplexity": Metric(value)}, measured["tokens"], settings=settings
         )
 
     def windows(self, runner: Runner) -> Windows:
-        """Its windows for this model.
+        """The windows of this text for a model.
 
         Raises:
             EvaluationError: as `windows_of` does, or if the model cannot read them.
@@ -82,11 +86,14 @@ def measure(
     out: Path | None = None,
     revision: str | None = None,
 ) -> list[TaskResult]:
-    """Every model, dense or shared, on the text, on every task (ours from files in the folder of data, or any of
-    lm-evaluation-harness's by name), and on the translation of a parallel text.
+    """Results of every model, dense or shared, on the text, on every task and on a translation.
 
-    `out` is a folder whose results.json keeps each result as it is had; what is in it, of the same model, questions and
-    settings, is taken from there. So a run that is stopped goes on, and one dense run serves many comparisons.
+    Tasks are ours, from files in the folder `data`, or any of lm-evaluation-harness's by name. `parallel` is the text
+    that is translated.
+
+    `out` is a folder whose results.json keeps each result as soon as it is measured. Results of the same model,
+    questions and settings are taken from there. So a run that is stopped goes on, and one dense run serves many
+    comparisons.
 
     Raises:
         EvaluationError: if a task, a text or the kept results cannot be used, or a model is not one that predicts.
@@ -94,48 +101,50 @@ def measure(
     """
     settings = settings or Settings()
     with not_left_empty(out), ExitStack() as opened:
-        kept, chosen = kept_results(out), chosen_tasks(tasks, data)
-        jobs: list[_Job] = [one for one in (text, *chosen, parallel) if one is not None]
+        # all that can be wrong with what was asked comes out before a model is loaded
+        kept = kept_results(out)
+        chosen = chosen_tasks(tasks, data)
+        jobs: list[_Job] = [job for job in (text, *chosen, parallel) if job is not None]
         if not jobs:
             raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
         checkpoints = [opened.enter_context(open_checkpoint(model, revision=revision)) for model in models]
-        return [row for one in checkpoints for row in _measured(one, jobs, settings, kept)]
+        return [row for checkpoint in checkpoints for row in _measured(checkpoint, jobs, settings, kept)]
 
 
 def _measured(
     checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Kept[TaskResult]
 ) -> Iterator[TaskResult]:
-    """One model's results. It is loaded once, if anything is missing."""
+    """Results of a model, which is loaded once, and only if one of them is missing."""
     runner: Runner | None = None
     model = fingerprint(checkpoint)
     for job in jobs:
         key = job.key(model, settings)
-        found = kept.find(key)
-        if found is None:
+        result = kept.find(key)
+        if result is None:
             runner = runner or Runner.of(checkpoint, settings)
-            found = job.run(runner, key)
-            kept.add(found)
+            result = job.run(runner, key)
+            kept.add(result)
             say(f"{checkpoint.name}: {job.name}")
-        yield replace(found, model=checkpoint.name, task=job.name)  # it may have been asked for by other names
+        yield replace(result, model=checkpoint.name, task=job.name)  # it may have been asked for by other names
 
 
 class _Job(Protocol):
-    """What a model can be measured by."""
+    """A measurement that a model can be put to: on a text, a task or a translation."""
 
     @property
     def name(self) -> str:
-        """What its column is called."""
+        """The heading of its column."""
         ...
 
     def key(self, model: str, settings: Settings) -> str:
-        """Tells this model on this by these settings."""
+        """Cache key of this job for a model and settings."""
         ...
 
     def run(self, runner: Runner, key: str) -> TaskResult:
-        """Measure it."""
+        """Measure the model by this job."""
         ...
 
 
 def to_dict(rows: Sequence[TaskResult]) -> dict[str, Any]:
-    """The same as `--json` prints it."""
+    """Results as `--json` prints them."""
     return {"results": [asdict(row) for row in rows]}

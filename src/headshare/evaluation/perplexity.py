@@ -27,15 +27,15 @@ from headshare.text.windows import (
     windows_of,
 )
 
+# tokens that are run at once: fewer leave a device idle, and more take memory for their logits
 TOGETHER = 2048
-"""How many tokens are run at once: fewer leave a device idle, and more take memory for their logits."""
-
+# bytes of the dense model's logits that are kept
 KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per predicted token, over windows that do not overlap."""
+    """The perplexity of a text: exp of the mean negative log-likelihood per predicted token, over disjoint windows."""
 
     perplexity: float
     tokens: int
@@ -43,7 +43,7 @@ class Perplexity:
     bos: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints; a perplexity past any float is null."""
+        """The result under the names that `--json` prints, with null for a perplexity past any float."""
         return finite_or_null(asdict(self))
 
 
@@ -56,27 +56,31 @@ def perplexity(model: Any, windows: Windows) -> Perplexity:
         EvaluationError: if the model is not a causal language model, or its logits are not finite.
     """
     losses = window_losses(model, windows)
-    mean, tokens = losses.mean().item(), len(losses) * (windows.length - 1)
+    mean = losses.mean().item()
+    tokens = len(losses) * (windows.length - 1)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, windows.length, windows.bos)
 
 
 @torch.inference_mode()
 def window_losses(model: Any, windows: Windows) -> Float[Tensor, " windows"]:
-    """What the tokens of each window but the first lose on average, nats; all windows predict as many. Two models'
-    losses of the same windows can be compared in pairs.
+    """The mean loss of each window, in nats per token, over all its tokens but the first.
+
+    All windows predict the same number of tokens. Two models' losses on the same windows can be compared in pairs.
 
     Raises:
         EvaluationError: as `perplexity` does.
     """
     _check_causal(model)
-    found = zip(_logits_of_all(model, windows), windows.tokens, strict=True)
-    losses = [_loss(logits.float(), window) for logits, window in found]
+    pairs = zip(_logits_of_all(model, windows), windows.tokens, strict=True)
+    losses = [_loss(logits.float(), window) for logits, window in pairs]
     return torch.tensor(losses, dtype=torch.float64)
 
 
 class Predictions:
-    """What the dense model predicts in each of these windows, to hold other models against. What it says of the first
-    windows is kept, as far as `room` bytes reach, so that any number of models costs one run of it.
+    """The dense model's predictions in each of these windows, for other models to be compared with.
+
+    Its logits are kept for the first windows, as far as `room` bytes reach. So comparing more models does not run it on
+    those again.
 
     Raises:
         EvaluationError: if it predicts no next token.
@@ -85,43 +89,46 @@ class Predictions:
     def __init__(self, dense: Any, windows: Windows, *, room: int = KEPT_BYTES) -> None:
         _check_causal(dense)
         self.windows = windows
-        self._dense, self._room = dense, room
+        self._dense = dense
+        self._room = room
         self._kept: dict[int, Tensor] = {}
 
     @torch.inference_mode()
     def logits(self, window: int) -> Float[Tensor, "predicted words"]:
-        """Of one window, as the dense model gives them.
+        """Logits of the dense model in a window.
 
         Raises:
             EvaluationError: if one is NaN or infinite.
         """
         if window in self._kept:
             return self._kept[window]
-        found: Tensor = _logits(self._dense, self.windows.tokens[window][None])[0]
-        if found.nbytes <= self._room:
-            self._room -= found.nbytes
-            self._kept[window] = found.cpu()
-        return found
+        logits: Tensor = _logits(self._dense, self.windows.tokens[window][None])[0]
+        if logits.nbytes <= self._room:
+            self._room -= logits.nbytes
+            self._kept[window] = logits.cpu()
+        return logits
 
 
 @torch.inference_mode()
 def losses_and_divergences(
     model: Any, dense: Predictions
 ) -> tuple[Float[Tensor, " windows"], Float[Tensor, " windows"]]:
-    """The model's `window_losses`, and how far its predictions are from the dense model's in each window, nats a token:
-    KL(dense | model) of their next-token distributions. Loss says how well a text is predicted; divergence, how much
-    of the dense model is left, whatever the text says.
+    """The model's `window_losses`, and the divergence of its predictions from the dense model's in each window.
+
+    The divergence is KL(dense | model) of next-token distributions, in nats per token. Loss says how well a text is
+    predicted. Divergence says how much of the dense model is left, whatever the text.
 
     Raises:
         EvaluationError: as `perplexity` does, for either.
     """
     _check_causal(model)
-    losses, divergences = [], []
+    losses = []
+    divergences = []
     for index, logits in enumerate(_logits_of_all(model, dense.windows)):
-        found = logits.float()
-        losses.append(_loss(found, dense.windows.tokens[index]))
-        wanted = dense.logits(index).to(found.device).float().log_softmax(dim=-1)
-        apart = functional.kl_div(found.log_softmax(dim=-1), wanted, reduction="none", log_target=True)
+        own = logits.float()
+        losses.append(_loss(own, dense.windows.tokens[index]))
+        wanted = dense.logits(index).to(own.device).float().log_softmax(dim=-1)
+        apart = functional.kl_div(own.log_softmax(dim=-1), wanted, reduction="none", log_target=True)
         divergences.append(apart.sum(dim=-1).double().mean().item())
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(divergences, dtype=torch.float64)
 
@@ -135,7 +142,7 @@ def _check_causal(model: Any) -> None:
 
 
 def _logits_of_all(model: Any, windows: Windows) -> Iterator[Float[Tensor, "predicted words"]]:
-    """Of one window after the other; several are run at once."""
+    """Logits of one window after the other; several windows are run at once."""
     batches = torch.split(windows.tokens, max(1, TOGETHER // windows.length))
     for batch in track(batches, "batches of windows", len(batches)):
         yield from _logits(model, batch)
@@ -162,16 +169,17 @@ def evaluate(
     bos: bool | None = None,
     **options: Any,
 ) -> Perplexity | Agreement:
-    """Perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings. `options`,
-    such as `dtype` and `device_map`, go to `from_pretrained`.
+    """The perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings.
+
+    `options`, such as `dtype` and `device_map`, go to `from_pretrained`.
 
     Raises:
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
     """
     windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
-    for one in (checkpoint, *([] if against is None else [against])):
-        check_window(window, longest_window(one.config))
-        check_vocabulary(one.config, windows.tokens)
+    for read_by in (checkpoint, *([] if against is None else [against])):
+        check_window(window, longest_window(read_by.config))
+        check_vocabulary(read_by.config, windows.tokens)
     model = load_model(checkpoint, **options)
     if against is not None:
         return agreement(model, load_model(against, **options), windows)

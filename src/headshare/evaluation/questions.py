@@ -1,4 +1,4 @@
-"""Questions with given options, and files of them: one JSON object a line, or one CSV a subject, in a folder or zip."""
+"""Questions with given options, and their files: a JSON object a line, or a CSV file a subject in a folder or zip."""
 
 import csv
 import io
@@ -18,7 +18,9 @@ FILE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Question:
-    """One context and several endings, or several contexts and one ending; which of them is right.
+    """A question with options: one context and several endings, or several contexts and one ending.
+
+    `answer` is the number of the right option.
 
     Raises:
         EvaluationError: if there are fewer than two options or a blank one, or the answer is none of them.
@@ -39,18 +41,18 @@ class Question:
 
     @property
     def chance(self) -> float:
-        """The share of right answers that guessing gives."""
+        """The share of right answers that guessing gives on average."""
         return 1 / max(len(self.contexts), len(self.endings))
 
 
 class QuestionRow(BaseModel):
-    """One row of a file; other fields than those that are named may stand there too."""
+    """A row of a file, in which other fields than the named ones may stand too."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
 def json_lines(path: Path, kind: type[QuestionRow], task: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with where it stands.
+    """The rows of a file, each with the place where it stands, for errors.
 
     Raises:
         EvaluationError: if the file cannot be read, or a line is no row of this kind.
@@ -67,18 +69,19 @@ def json_lines(path: Path, kind: type[QuestionRow], task: str) -> Iterator[tuple
 def csv_rows(
     path: Path, split: str, kind: type[QuestionRow], task: str, fields: Sequence[str] | None
 ) -> dict[str, list[tuple[str, Any]]]:
-    """The rows of each subject's `SUBJECT_split.csv`, wherever in the folder or zip it lies; none where there is no
-    such file. `fields` names the columns of files that have no heading.
+    """The rows of each subject's `SUBJECT_split.csv`, at any depth of the folder or zip.
+
+    It is empty where there is no such file. `fields` names the columns of files that have no heading.
 
     Raises:
         EvaluationError: if the zip cannot be read, or a line is no row of this kind.
     """
-    found = {}
+    lines = {}
     for name, text in sorted(_members(path, f"_{split}.csv").items()):
         subject = PurePosixPath(name).name.removesuffix(f"_{split}.csv")
         where = f"{path}, {name}"
-        found[subject] = [(f"{where}, line {number}", row) for number, row in _csv(text, fields, where)]
-    return {subject: [(where, _row(kind, row, task, where)) for where, row in rows] for subject, rows in found.items()}
+        lines[subject] = [(f"{where}, line {number}", row) for number, row in _csv(text, fields, where)]
+    return {subject: [(where, _row(kind, row, task, where)) for where, row in rows] for subject, rows in lines.items()}
 
 
 def _csv(text: str, fields: Sequence[str] | None, where: str) -> Iterator[tuple[int, Mapping[str, str]]]:
@@ -98,16 +101,18 @@ def _row(kind: type[QuestionRow], row: Mapping[str, str], task: str, where: str)
 
 def _malformed(error: ValidationError, kind: type[QuestionRow], task: str, where: str) -> EvaluationError:
     first = error.errors(include_url=False)[0]
-    at, found = ".".join(str(step) for step in first["loc"]) or "the row", first["input"]
+    at = ".".join(str(step) for step in first["loc"]) or "the row"
+    found = first["input"]
     found = sorted(found) if isinstance(found, dict) else found
-    fields, what = ", ".join(kind.model_fields), first["msg"].replace(" at line 1 ", " at ")
+    fields = ", ".join(kind.model_fields)
+    what = first["msg"].replace(" at line 1 ", " at ")
     return EvaluationError(f"{where} is no row of {task}, which has {fields}. At {at}: {what}; found {found!r:.100}.")
 
 
 def _members(path: Path, ending: str) -> dict[str, str]:
-    """The texts in a folder, at any depth, or in a zip, whose names end so."""
+    """Texts of the files whose names have this ending, at any depth of a folder or in a zip."""
     if path.is_dir():
-        return {str(one.relative_to(path)): _text(one) for one in path.rglob(f"*{ending}") if one.is_file()}
+        return {str(file.relative_to(path)): _text(file) for file in path.rglob(f"*{ending}") if file.is_file()}
     try:
         with zipfile.ZipFile(path) as archive:
             chosen = [one for one in archive.infolist() if one.filename.endswith(ending) and not one.is_dir()]

@@ -1,4 +1,4 @@
-"""What was measured, as values: kept in one file, gone on with after a kill, printed as one table."""
+"""Results as values: kept in one file, added to after a run was stopped, printed as one table."""
 
 import hashlib
 import json
@@ -16,13 +16,17 @@ from headshare.errors import EvaluationError
 from headshare.files.atomic import write_whole
 from headshare.files.lock import locked
 
-RESULTS, WHAT = "results.json", "results of `headshare eval`"
+RESULTS = "results.json"
+# the content of that file, as errors say it
+WHAT = "results of `headshare eval`"
+# settings that may differ between rows of one column
 IRRELEVANT = ("batch_size", "device", "model", "torch", "transformers")
+# metrics that tables show, the first that a result has
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
 
 
 class Keyed:
-    """What is kept under a key, which tells it from all others."""
+    """A row that is kept under a key, which no other row has."""
 
     key: str
 
@@ -32,7 +36,7 @@ Row = TypeVar("Row", bound=Keyed)
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, and its standard error where it has one."""
+    """A metric's value, and its standard error where it has one."""
 
     value: float | None
     error: float | None = None
@@ -40,11 +44,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult(Keyed):
-    """One model on one task. `metrics` are under the harness's names, `chance` the accuracy that guessing gives, and
-    `constant`, where all questions have the same options, that of always giving the one that is right most often.
+    """The result of a model on a task.
 
-    `key` tells the model, the questions and the settings; of a task of several subjects, `parts` has each one's
-    accuracy and number of questions.
+    `metrics` are under the harness's names. `chance` is the accuracy of guessing. `constant` is the accuracy of always
+    giving the option that is right most often, where all questions have the same options.
+
+    `key` stands for the model, the questions and the settings. `parts` has the accuracy and the number of questions of
+    each subject, for a task of several.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -61,13 +67,13 @@ class TaskResult(Keyed):
 
     @property
     def main(self) -> tuple[str, Metric]:
-        """The metric that tables show, and its name."""
-        name = next((one for one in MAIN if one in self.metrics), next(iter(self.metrics)))
+        """The name and value of the metric that tables show."""
+        name = next((metric for metric in MAIN if metric in self.metrics), next(iter(self.metrics)))
         return name, self.metrics[name]
 
     @property
     def at_chance(self) -> bool:
-        """Whether the accuracy is not two standard errors above what guessing gives, or always the same answer."""
+        """Whether the accuracy is at most two standard errors above that of guessing or of a constant answer."""
         name, metric = self.main
         if self.chance is None or name != "acc" or metric.value is None:
             return False
@@ -75,20 +81,20 @@ class TaskResult(Keyed):
 
     @property
     def guessed(self) -> tuple[float, ...]:
-        """The accuracy of guessing, and of always the same answer where that can be given."""
+        """The accuracy of guessing, and that of a constant answer where all questions have the same options."""
         return tuple(one for one in (self.chance, self.constant) if one is not None)
 
     @property
     def in_cell(self) -> str:
-        """Its main metric as a table shows it: accuracies in percent with their standard errors."""
+        """The main metric as a table shows it: accuracies in percent with their standard errors."""
         name, metric = self.main
         if metric.value is None:
             return "?"
         if name != "acc":
             others = ", ".join(
-                f"{one} {found.value:.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
-                for one, found in self.metrics.items()
-                if found.value is not None
+                f"{other} {score.value:.1f}" + ("" if score.error is None else f" ± {score.error:.1f}")
+                for other, score in self.metrics.items()
+                if score.value is not None
             )
             return {"perplexity": f"{metric.value:,.3f}", "bleu": others}.get(name, f"{name} {metric.value:.4g}")
         error = "?" if metric.error is None else f"{100 * metric.error:.1f}"
@@ -96,20 +102,23 @@ class TaskResult(Keyed):
 
 
 def key_of(*what: Any) -> str:
-    """Tells one measurement from all others, by what it depends on."""
+    """The key of a measurement: a digest of all that it depends on."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 class Kept(Generic[Row]):
-    """The rows that were measured so far, and the file that keeps them, if any, whose folder is made. `what` says in
-    errors what the file holds. Several runs may add to one file.
+    """Rows that were measured so far, and the file that keeps them, if any.
+
+    The file's folder is made. `what` is the word for the file's content in errors. Several runs may add to one file.
 
     Raises:
         EvaluationError: if the file is there and holds something else, or there can be no such folder.
     """
 
     def __init__(self, file: Path | None, kind: type[Row], what: str) -> None:
-        self.file, self._kind, self._what = file, kind, what
+        self.file = file
+        self._kind = kind
+        self._what = what
         if file is not None:
             _make(file.parent)
         self.rows = self._read()
@@ -118,11 +127,11 @@ class Kept(Generic[Row]):
         return read_rows(self.file, self._kind, self._what) if self.file is not None and self.file.is_file() else []
 
     def find(self, key: str) -> Row | None:
-        """What was measured under this key."""
+        """The row of this key, if there is one."""
         return next((row for row in self.rows if row.key == key), None)
 
     def add(self, row: Row) -> None:
-        """Keep a row, in the place of one of the same key, and beside those that other runs added meanwhile."""
+        """Keep a row beside those that other runs added meanwhile; it replaces the row of its key."""
         if self.file is None:
             self._put(row)
             return
@@ -134,12 +143,12 @@ class Kept(Generic[Row]):
             write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
 
     def _put(self, row: Row) -> None:
-        self.rows = [*(one for one in self.rows if one.key != row.key), row]
+        self.rows = [*(other for other in self.rows if other.key != row.key), row]
 
 
 @contextmanager
 def not_left_empty(folder: Path | None) -> Iterator[None]:
-    """A folder that is made within this block and stays empty, because something was wrong, is gone after it."""
+    """Remove the folder after this block if it was made within and is empty, because something was wrong."""
     new = False
     with suppress(OSError):  # there can be no such folder: whoever makes it says so
         new = folder is not None and not folder.exists()
@@ -159,7 +168,7 @@ def _make(folder: Path) -> None:
 
 
 def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
-    """The rows of a file.
+    """Rows of this kind in a file.
 
     Raises:
         EvaluationError: if it is not there, or holds something else.
@@ -175,7 +184,7 @@ def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
 
 
 def kept_results(folder: Path | None) -> Kept[TaskResult]:
-    """What `headshare eval --out` keeps in this folder, if any.
+    """The results that `headshare eval --out` keeps in this folder, if any.
 
     Raises:
         EvaluationError: if its file is there and holds something else.
@@ -184,7 +193,7 @@ def kept_results(folder: Path | None) -> Kept[TaskResult]:
 
 
 def read_results(file: Path) -> list[TaskResult]:
-    """The rows of such a file.
+    """The results in a file of `headshare eval --out`.
 
     Raises:
         EvaluationError: if it is not there, or holds something else.
@@ -193,9 +202,12 @@ def read_results(file: Path) -> list[TaskResult]:
 
 
 def table_of(rows: Sequence[TaskResult]) -> str:
-    """Markdown: models down, tasks across, in percent with standard errors; what guessing gives in a row of its own,
-    and after a stroke what always the same answer does. A tilde marks what is not two standard errors above both. A
-    task that was measured in several ways has a column for each."""
+    """A Markdown table of results: a row for each model, a column for each task.
+
+    Accuracies are in percent with standard errors. The row of guessing has, after a stroke, the accuracy of a constant
+    answer. A tilde marks accuracies that are not more than two standard errors above both. A task that was measured
+    in several ways has a column for each.
+    """
     columns = _columns(rows)
     lines = ["| model | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
     if any(row.chance is not None for some in columns.values() for row in some):
@@ -207,44 +219,50 @@ def table_of(rows: Sequence[TaskResult]) -> str:
 
 
 def guesses_of(row: TaskResult) -> str:
-    """What guessing gives, and always the same answer, in percent."""
-    return " / ".join(f"{100 * one:.1f}" for one in row.guessed)
+    """The accuracies of guessing and of a constant answer, in percent, as a table shows them."""
+    return " / ".join(f"{100 * accuracy:.1f}" for accuracy in row.guessed)
 
 
 def current(rows: Sequence[TaskResult]) -> list[TaskResult]:
-    """Without what is of another model than the last that was measured under the same name."""
+    """The rows of current models: of several models with one name, the last that was measured."""
     last = {row.model: row.settings.get("model") for row in rows}
     return [row for row in rows if row.settings.get("model") == last[row.model]]
 
 
 def versions(*also: str) -> dict[str, str]:
-    """Those that numbers may depend on in their last places; also of these packages, as far as they are installed."""
-    found = {name: version(name) for name in ("torch", "transformers")}
+    """Versions of the packages that numbers may depend on in their last places.
+
+    `also` names more packages, which are left out where they are not installed.
+    """
+    installed = {name: version(name) for name in ("torch", "transformers")}
     for name in also:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def _columns(rows: Sequence[TaskResult]) -> dict[str, list[TaskResult]]:
-    """Rows of one task, measured in one way, under what they are called: the task, its questions, and where it was
-    measured in several ways what differs. Of two rows of one model the later comes first."""
+    """Columns of a table: rows of one task that were measured in one way, by heading.
+
+    A heading has the task, its number of questions, and the settings that differ where the task was measured in several
+    ways. Of two rows of one model the later comes first.
+    """
     by_way: dict[str, dict[str, list[TaskResult]]] = {}
     for row in rows:
         way = json.dumps([row.questions, row.chance, _way(row)], sort_keys=True)
         by_way.setdefault(row.task, {}).setdefault(way, []).insert(0, row)
-    found = {}
+    columns = {}
     for task, ways in by_way.items():
         all_of = [_way(some[0]) for some in ways.values()]
         for some in ways.values():
             own = _way(some[0])
             more = [f"{name} {own[name]}" for name in own if any(other.get(name) != own[name] for other in all_of)]
-            found[", ".join([f"{task} ({some[0].questions})", *more])] = some
-    return found
+            columns[", ".join([f"{task} ({some[0].questions})", *more])] = some
+    return columns
 
 
 def _way(row: TaskResult) -> dict[str, Any]:
-    """The settings that a result depends on, in words that can stand in a table."""
+    """The settings that a result depends on, as text that can stand in a table."""
     return {
         name: ascii(value).strip("'").replace("|", "/")
         for name, value in row.settings.items()

@@ -1,4 +1,4 @@
-"""Task files: local data read into questions. The registry of tasks that run from them."""
+"""The registry of tasks that run from local files, and the reading of those files into questions."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ Rows = Sequence[tuple[str, Any]]
 
 @dataclass(frozen=True)
 class TaskPart:
-    """A subject of a task, or all of it: its questions, and others to be shown as examples, with their answers."""
+    """A subject of a task, or all of the task: its questions, and others that are shown with their answers."""
 
     questions: tuple[Question, ...]
     examples: tuple[Question, ...] = ()
@@ -25,8 +25,10 @@ class TaskPart:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of ours. `files` are the names it may be read from, in the folder of data; `space` is what stands between
-    a context and its ending."""
+    """A task that runs from a local file.
+
+    `files` are the names that its file may have in the folder of data. `space` stands between a context and its ending.
+    """
 
     name: str
     files: tuple[str, ...]
@@ -34,17 +36,17 @@ class Task:
     space: str = " "
 
     def parts(self, folder: Path) -> dict[str, TaskPart]:
-        """All questions, by subject; where there is one part alone, it is the task's own name.
+        """All questions, by subject; a task without subjects has one part, under the task's name.
 
         Raises:
             EvaluationError: if there is none of the files, or one cannot be used.
         """
         for name in self.files:
             if (folder / name).exists():
-                found = self.read(folder / name)
-                if not any(part.questions for part in found.values()):
+                parts = self.read(folder / name)
+                if not any(part.questions for part in parts.values()):
                     raise EvaluationError(f"{folder / name} holds no question of {self.name}.")
-                return {part or self.name: kept for part, kept in found.items() if kept.questions}
+                return {part or self.name: kept for part, kept in parts.items() if kept.questions}
         raise EvaluationError(
             f"{self.name} is read from {' or '.join(self.files)}, and {folder} holds no such file. Name the folder "
             "that does with --data-dir."
@@ -55,7 +57,7 @@ TASKS: dict[str, Task] = {}
 
 
 def digest_of(parts: Mapping[str, TaskPart]) -> str:
-    """What changes with any question, and with which examples are shown first."""
+    """A digest of all questions and of the examples in their order."""
     order = ["in their order"] if any(part.examples for part in parts.values()) else []
     kept = [[name, asdict(part)] for name, part in parts.items()]
     return hashlib.sha256(json.dumps([*kept, *order]).encode()).hexdigest()
@@ -71,16 +73,19 @@ def read_rows(
     space: str = " ",
     mixed: bool = False,
 ) -> Callable[[Callable[[Sequence[Any]], Question]], Callable[[Sequence[Any]], Question]]:
-    """Register a task of which every line is a question, or all lines that agree in the field `together` are one;
-    `kept` says of which lines, and `examples` is the file of those that are shown. `mixed` puts the questions in the
-    order of their digests: those of a file that goes class by class would begin with one class alone."""
+    """Register a task that is read from a file with a JSON object a line.
+
+    Every line is a question; with `together`, consecutive lines that agree in this field are one. `kept` chooses lines.
+    `examples` is the file of questions that are shown with their answers. `mixed` puts questions in the order of their
+    digests: those of a file that is sorted by class would begin with one class alone.
+    """
 
     def register(question: Callable[[Sequence[Any]], Question]) -> Callable[[Sequence[Any]], Question]:
         def questions(path: Path) -> tuple[Question, ...]:
-            rows = [(where, one) for where, one in json_lines(path, row, name) if kept(one)]
+            rows = [(where, line) for where, line in json_lines(path, row, name) if kept(line)]
             groups = groupby(rows, key=lambda pair: getattr(pair[1], together) if together else pair[0])
-            found = [_asked(question, list(group)) for _, group in groups]
-            return tuple(sorted(found, key=_mixing) if mixed else found)
+            asked = [_asked(question, list(group)) for _, group in groups]
+            return tuple(sorted(asked, key=_mixing) if mixed else asked)
 
         def read(path: Path) -> dict[str, TaskPart]:
             shown = path.with_name(examples) if examples else path
@@ -105,11 +110,11 @@ def exam(
     row: type[QuestionRow],
     space: str = " ",
 ) -> Callable[[Callable[[Any], Question]], Callable[[Any], Question]]:
-    """Register a task of one CSV a subject, in a folder or a zip; examples are those of the split `dev`."""
+    """Register a task with a CSV file for each subject, in a folder or zip, and examples in the split `dev`."""
 
     def register(question: Callable[[Any], Question]) -> Callable[[Any], Question]:
         def read(path: Path) -> dict[str, TaskPart]:
-            asked, shown = (csv_rows(path, one, row, name, fields) for one in (split, "dev"))
+            asked, shown = (csv_rows(path, each, row, name, fields) for each in (split, "dev"))
             if not asked:
                 raise EvaluationError(f"{path} holds no file SUBJECT_{split}.csv, which {name} is read from.")
             return {

@@ -1,8 +1,9 @@
-"""Our tasks: which file each is read from, and how its rows become questions.
+"""Tasks that run from local files: the file that each is read from, and the questions that its rows become.
 
-Prompts of English tasks are those of lm-evaluation-harness where it has the task. CMNLI and OCNLI ask as OpenCompass
-does. Its options for TNEWS are of different lengths, and those for CSL are whole texts; it compares likelihoods by
-token. The harness adds them up, which is fair to options of one length: ours are.
+Prompts of English tasks are those of lm-evaluation-harness where it has the task. Prompts of CMNLI and OCNLI are those
+of OpenCompass. TNEWS and CSL have options of our own: OpenCompass has options of different lengths for the first and
+whole texts for the second, and compares likelihoods per token. The harness adds up the likelihoods of tokens, which is
+fair between options of one length, as ours are.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class _Read(QuestionRow):
 
     @property
     def answered(self) -> str:
-        """The question as it stands before a later one about the same article."""
+        """The question with its answer, as it stands before a later question about the same article."""
         right = self.options[self.gold]
         if self.question.endswith("  _  ."):
             return self.question.removesuffix(" _  .") + right + "\n"
@@ -98,7 +99,7 @@ class _Exam(QuestionRow):
 
     @property
     def listed(self) -> str:
-        """The question, and its options below."""
+        """The question, with its options below."""
         return f"{self.question.strip()}\nA. {self.A}\nB. {self.B}\nC. {self.C}\nD. {self.D}\n"
 
 

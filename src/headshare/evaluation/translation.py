@@ -1,4 +1,4 @@
-"""Translations: BLEU and METEOR with their errors."""
+"""Translations by a model, and their BLEU and METEOR with standard errors."""
 
 import hashlib
 import json
@@ -19,13 +19,16 @@ from headshare.text.windows import read_text
 SOURCE = "{source}"
 RESAMPLED = 1000
 METEOR_RULE = "words by 13a"
-HALF_INTERVAL = 1.96  # standard errors, of 95 %
+# half of a 95 % confidence interval, in standard errors
+HALF_INTERVAL = 1.96
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """A text and its translation, line by line. The model is given `prompt` with a line in the place of {source}, and
-    writes up to the end of the line. `language` is that of the translation, whose words METEOR matches by their stems.
+    """A text and its translation, line by line.
+
+    The model is given `prompt` with a line in the place of {source}, and writes up to the end of the line. `language`
+    is that of the translation, whose words METEOR matches by their stems.
 
     Raises:
         EvaluationError: if a file cannot be read, they have different numbers of lines, the prompt has no {source}, or
@@ -56,15 +59,15 @@ class Parallel:
 
     @property
     def name(self) -> str:
-        """What its column is called."""
+        """The heading of its column."""
         return f"translation of {self.source.name}"
 
     def key(self, model: str, settings: Settings) -> str:
-        """Tells this translation by this model and these settings."""
+        """Cache key of this translation for a model and settings."""
         return key_of(model, self.pairs, self.prompt, self.tokens, self.language, METEOR_RULE, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> TaskResult:
-        """Translate every line and measure all.
+        """Translate every line and measure the translations.
 
         Raises:
             EvaluationError: as `continuations` does, or if sacrebleu or nltk are not installed.
@@ -72,17 +75,17 @@ class Parallel:
         prompts = [self.prompt.replace(SOURCE, line) for line, _ in self.pairs]
         written = continuations(runner, prompts, Writing(self.tokens, stop="\n"))
         references = [reference for _, reference in self.pairs]
-        found, signature = bleu_and_meteor([text.strip() for text in written], references, self.language)
+        metrics, signature = bleu_and_meteor([text.strip() for text in written], references, self.language)
         settings = {
             "prompt": self.prompt, "tokens": self.tokens, "limit": self.limit, "language": self.language,
             "lines": hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8], **runner.circumstances,
             "bleu": signature, "meteor": METEOR_RULE,
         }  # fmt: skip
-        return TaskResult(runner.name, self.name, key, found, len(self.pairs), settings=settings)
+        return TaskResult(runner.name, self.name, key, metrics, len(self.pairs), settings=settings)
 
 
 def stemmer_for(language: str | None) -> Any:
-    """The Snowball stemmer of a language; without one, what leaves words as they are.
+    """The Snowball stemmer of a language; without a language, a stemmer that leaves words as they are.
 
     Raises:
         EvaluationError: if there is none, or nltk is not installed.
@@ -102,10 +105,14 @@ def stemmer_for(language: str | None) -> Any:
 def bleu_and_meteor(
     written: Sequence[str], references: Sequence[str], language: str | None = None
 ) -> tuple[dict[str, Metric], str]:
-    """Corpus BLEU as sacrebleu computes it, in percent, and the mean of METEOR over lines (Banerjee and Lavie,
-    "METEOR", 2005), in percent, with exact matches and those of stems of this language, of words as sacrebleu takes
-    lines apart (13a), in small letters; synonyms are English alone, and left out. Standard errors over lines: of BLEU,
-    from sacrebleu's confidence interval of 1,000 bootstrap samples (Koehn, 2004). And sacrebleu's signature.
+    """Corpus BLEU and mean METEOR of translations, in percent with standard errors, and sacrebleu's signature.
+
+    BLEU is computed by sacrebleu. Its standard error comes from sacrebleu's confidence interval of 1,000 bootstrap
+    samples of lines (Koehn, 2004).
+
+    METEOR is the mean over lines (Banerjee and Lavie, "METEOR", 2005). Words are those of sacrebleu's 13a tokenizer, in
+    small letters. They match exactly or by their stems in this language. Synonyms, which there are for English alone,
+    are left out.
 
     Raises:
         EvaluationError: if sacrebleu or nltk are not installed.
@@ -116,7 +123,10 @@ def bleu_and_meteor(
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     except ImportError:
         raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
-    metric, words, stemmer = BLEU(), Tokenizer13a(), stemmer_for(language)
+    metric = BLEU()
+    words = Tokenizer13a()
+    stemmer = stemmer_for(language)
+    # the JSON form of the score has the confidence interval
     bleu = metric.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLED)
     signature = metric.get_signature().format()
     interval = json.loads(bleu.format(width=6, signature=signature, is_json=True))
@@ -124,18 +134,19 @@ def bleu_and_meteor(
         100 * meteor_score([words(reference).split()], words(text).split(), stemmer=stemmer, wordnet=_NoSynonyms())
         for text, reference in zip(written, references, strict=True)
     ]
+    # one line has no standard error
     several = len(scores) > 1
-    found = {
+    metrics = {
         "bleu": Metric(float(bleu.score), interval.get("confidence_var", 0.0) / HALF_INTERVAL if several else None),
         "meteor": Metric(
             statistics.mean(scores), statistics.stdev(scores) / math.sqrt(len(scores)) if several else None
         ),
     }
-    return found, signature
+    return metrics, signature
 
 
 class _NoSynonyms:
-    """In the place of a dictionary."""
+    """A dictionary without synonyms, in the place of WordNet."""
 
     def synsets(self, _: str) -> list[object]:
         return []

@@ -1,4 +1,4 @@
-"""Verify a shared checkpoint by opening it again: digests, map, every kept row, and what the model computes."""
+"""Verify a shared checkpoint by opening it again: its digests, its plan, every stored number, and its logits."""
 
 import math
 import shutil
@@ -33,13 +33,18 @@ from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import longest_window
 
 PROBE_TOKENS = 48
+# memory that comparing logits needs, in multiples of the model's bytes
 MODEL_OVERHEAD = 1.6
+# largest difference of logits by rounding, as a share of the largest logit
 ROUNDING = 1e-3
 
 
 @dataclass
 class Verification:
-    """What was found. `ok` is true only if every check that was made passed; `notes` names any that was not made."""
+    """The outcome of a verification.
+
+    `ok` is true only if every check that was made passed. `notes` names the checks that were not made.
+    """
 
     ok: bool = True
     max_logit_diff: float | None = None
@@ -50,7 +55,7 @@ class Verification:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints."""
+        """The outcome under the names that `--json` prints."""
         return asdict(self)
 
     def fail(self, problem: str) -> None:
@@ -60,11 +65,15 @@ class Verification:
 
 
 def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: bool = True) -> Verification:
-    """Check files against their digests, tensors against the plan, and, with `against`, every number against the dense
-    model's. Then compare the model's logits (hidden states, for a bare encoder) with those of a stock model whose
-    recipient rows were overwritten with donor rows: made from `against`, or from the shared checkpoint itself. They
-    must be equal; where units are removed or factored sums have other terms, so both are then computed in float32 at
-    least, and may differ by a rounding.
+    """Verify a shared checkpoint.
+
+    Files are checked against their digests, tensors against the plan, and, with `against`, every number against the
+    dense model's.
+
+    Then the model's logits (hidden states, for a bare encoder) are compared with those of a stock model whose recipient
+    rows were overwritten with donor rows. The stock model is made from `against`, or from the shared checkpoint itself.
+    Logits must be equal. Where units are removed or low-rank, sums have other terms. Both models are then computed in
+    float32 at least, and may differ by a rounding.
 
     A problem is reported, not raised.
 
@@ -109,19 +118,25 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
 
 
 def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification) -> None:
-    """Every tensor of the dense model (`files`), less what the plan says was given up, is in the shared one, bit for
-    bit."""
+    """Check every tensor of the dense model (`files`) against the shared one, bit for bit.
+
+    What the plan gave up, what a refit changed and what was rounded to 4 bits is left out.
+    """
     dense = files.checkpoint
     tensors = files.tensors
     entry = shared.require_sharing()
+    # both checkpoints have the same tensors, but for those that the plan adds and the parts of packed ones
     packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
     for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(files.added)):
         result.fail(f"{name} is in only one of the two checkpoints")
     common = sorted(set(dense.tensors) & set(shared.tensors))
-    converted, refitted = set(), frozenset(entry.refit.tensors if entry.refit else ())
+    # the record of a refit excuses differences, so it may name nothing that a refit cannot change
+    converted = set()
+    refitted = frozenset(entry.refit.tensors if entry.refit else ())
     for name in sorted(refitted - _refittable(dense, stepped=bool(entry.refit and entry.refit.steps))):
         result.fail(f"the record of the refit names {name}, which no refit changes")
     _check_lent(shared, dense, refitted, tensors, result)
+    # all other tensors are compared number by number, in the type of the shared checkpoint
     common = [name for name in common if name not in refitted]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
@@ -129,6 +144,7 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
+    # what could not be compared is said
     if entry.refit:
         result.notes.append(f"not compared with the dense model: {entry.refit.in_words()}")
     for near in filter(None, (section.approximate for section in files.plan.sections)):
@@ -140,16 +156,20 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
 
 
 def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
-    """What a refit may change: weights and biases of W_o and W_down; with gradient steps the weights of all parts."""
-    found: set[str] = set()
+    """Names of the tensors that a refit may change.
+
+    They are the weights and biases of output projections (W_o and W_down), and with gradient steps the weights of all
+    parts.
+    """
+    allowed: set[str] = set()
     for layout in dense.layouts.all:
         for part, place in layout.parts.items():
             names = [place.name(layer) for layer in range(layout.layers)]
             if part in READOUTS:
-                found.update(names, map(bias_name, names))
+                allowed.update(names, map(bias_name, names))
             elif stepped:
-                found.update(names)
-    return frozenset(found)
+                allowed.update(names)
+    return frozenset(allowed)
 
 
 def _check_lent(
@@ -159,14 +179,19 @@ def _check_lent(
     tensors: Mapping[str, TensorPlan],
     result: Verification,
 ) -> None:
-    """What other layers borrow of q, k, v, gate and up is the dense model's, whatever a refit did to the rest."""
+    """Check that the numbers of q, k, v, gate and up which other layers borrow are the dense model's.
+
+    A refit may change the rest of those tensors.
+    """
     readouts = _refittable(dense, stepped=False)
     lent: dict[str, set[tuple[int, int]]] = {}
     for gap in (gap for tensor in tensors.values() for gap in tensor.gaps):
         if gap.donor in refitted - readouts and gap.donor in shared.tensors:
             lent.setdefault(gap.donor, set()).add((gap.donor_start, gap.stop - gap.start))
     for name, spans in lent.items():
-        tensor, whole, kept = tensors[name], dense.read(name), shared.read(name)
+        tensor = tensors[name]
+        whole = dense.read(name)
+        kept = shared.read(name)
         for start, size in spans:
             own = kept.narrow(tensor.axis, tensor.stored_index(start), size)
             if not torch.equal(own, whole.narrow(tensor.axis, start, size).to(own.dtype)):
@@ -181,9 +206,11 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
     if plan.no_stock_equivalent is not None:
         result.notes.append(f"logits not compared with a stock model, as there is none: {plan.no_stock_equivalent}")
         return
+    # where sums have other terms than in the stock model, a wide type keeps the difference small
     reason = _why_rounding_differs(plan)
     stored = next(iter(shared.tensors.values())).torch_dtype
     dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
+    # memory for one model, in that type and unpacked; the two models are loaded one after the other
     widened = dtype.itemsize / stored.itemsize
     unpacked = [math.prod(info.shape) * A_WORD for name, info in shared.tensors.items() if name.endswith(PACKED)]
     whole = sum(info.nbytes for info in shared.tensors.values()) + sum(unpacked) * torch.float32.itemsize
@@ -192,6 +219,7 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
     if needed > free:
         result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
         return
+    # each model computes by itself, on the same tokens
     with _stock_folder(shared, against) as stock:
         probe = _probe(shared)
         ours = _outputs(shared, probe, dtype)
@@ -212,14 +240,14 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
 
 
 def _why_rounding_differs(plan: SharePlan) -> str | None:
-    """Why a shared model rounds in another way than the stock one; None where it does not."""
+    """The reason why a shared model rounds in another way than the stock one; None where it does not."""
     reasons = [section.rounding for section in reversed(plan.sections)]
     return next((reason for reason in reasons if reason), None)
 
 
 @contextmanager
 def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
-    """A stock checkpoint with donors' rows in place of recipients', written where there is room and then removed."""
+    """A stock checkpoint with donors' rows in the place of recipients', in a temporary folder that is then removed."""
     entry = shared.require_sharing()
     scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
     same_dtype = against is not None and all(

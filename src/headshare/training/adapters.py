@@ -1,4 +1,4 @@
-"""LoRA on the matrices of a shared model that are not shared, through peft; merged in the end."""
+"""LoRA adapters, through peft, on the matrices of a shared model that are not shared; merged in the end."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 
 def without_adapters(model: Any) -> Any:
-    """The model as it was, with the adapters' products added to its matrices."""
+    """The model without adapters, whose products are added to its matrices."""
     return model.merge_and_unload()
 
 
 def plain_projections(model: nn.Module) -> dict[str, Linear]:
-    """Stock projections within layers that lend nothing and take nothing, by their paths."""
+    """Projections within layers that lend nothing and borrow nothing, by their paths."""
     modules = ((path, linear_of(module)) for path, module in model.named_modules())
     within = ((path, linear) for path, linear in modules if any(step.isdigit() for step in path.split(".")))
     return {path: linear for path, linear in within if linear is not None}

@@ -1,4 +1,4 @@
-"""The Trainer's arguments: the paper's where nothing was asked, and those that keeping the best step needs."""
+"""The Trainer's arguments: the paper's by default, with those that keeping the best step needs."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,24 @@ from transformers import HfArgumentParser, TrainingArguments
 from headshare.errors import TrainingError
 from headshare.training.settings import RECIPE, TrainingMethod, TrainSettings
 
+# evaluations in a run, unless `eval_steps` is given
 EVALUATIONS = 10
+# windows that a device evaluates at once, at most, unless that is given
 EVAL_BATCH = 8
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> TrainingArguments:
-    """Ours, the recipe's, and those that were given. `held_out` windows are measured on.
+    """The Trainer's arguments: those that headshare sets, those that were given, and the recipe's for the rest.
+
+    `held_out` is the number of windows that are measured on.
 
     Raises:
         TrainingError: if one is none of the Trainer's, has a wrong value, or is one that headshare sets.
     """
     given = given_of(settings)
     every = given.get("eval_steps", 1 / EVALUATIONS)
+    # keeping the best step, going on after a stop and measuring before the first step depend on these
     own = {
         "output_dir": str(work),
         "seed": settings.seed,
@@ -46,30 +51,32 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
     }
     if taken := sorted(own.keys() & given.keys()):
         raise TrainingError(f"{', '.join(taken)} cannot be given: headshare sets it. Leave it out.")
+    # the recipe stands where nothing was given
     ours = {**RECIPE, "eval_steps": every, "logging_steps": 10, "save_total_limit": 2}
     for name in COUNTS:
         if given.get(name, 1) < 1:
             raise TrainingError(f"{name} is {given[name]}; use 1 or more.")
     try:
-        found = TrainingArguments(**{**ours, **given, **own, "push_to_hub": False})
+        arguments = TrainingArguments(**{**ours, **given, **own, "push_to_hub": False})
     except (TypeError, ValueError, ImportError) as error:
         raise _refused(error) from error
-    if settings.text.stream and found.max_steps < 1:
+    # the devices are known from here on, and defaults are filled in
+    if settings.text.stream and arguments.max_steps < 1:
         raise TrainingError("a stream has no known end: say how long to train, with max_steps.")
-    if settings.text.stream and found.dataloader_num_workers:
+    if settings.text.stream and arguments.dataloader_num_workers:
         raise TrainingError("a stream is read by one process: leave dataloader_num_workers out.")
-    if found.n_gpu > 1:
+    if arguments.n_gpu > 1:
         raise TrainingError(
-            f"there are {found.n_gpu} GPUs and one process. Use: accelerate launch -m headshare train ..."
+            f"there are {arguments.n_gpu} GPUs and one process. Use: accelerate launch -m headshare train ..."
         )
     if "per_device_eval_batch_size" not in given:
-        most = min(EVAL_BATCH, found.per_device_train_batch_size)
-        found.per_device_eval_batch_size = _even(held_out, found.world_size, most)
-    return found
+        most = min(EVAL_BATCH, arguments.per_device_train_batch_size)
+        arguments.per_device_eval_batch_size = _even(held_out, arguments.world_size, most)
+    return arguments
 
 
 def given_of(settings: TrainSettings) -> dict[str, Any]:
-    """The Trainer's arguments that were given, in their types.
+    """The given arguments of the Trainer, in their types.
 
     Raises:
         TrainingError: if one is none of the Trainer's, or has a wrong value.
@@ -78,19 +85,19 @@ def given_of(settings: TrainSettings) -> dict[str, Any]:
 
 
 def metric_of(settings: TrainSettings) -> str:
-    """What the best step is best in: the loss as sharing would give it, where that is another."""
+    """The metric of the best step: the loss that sharing would give, where that differs from the model's."""
     return "eval_shared_loss" if settings.method is TrainingMethod.POSTSHARE else "eval_loss"
 
 
 def _even(windows: int, processes: int, most: int) -> int:
-    """The largest batch that leaves all processes whole ones: else windows would be repeated, and count twice."""
+    """The largest batch that leaves no process a part of one: else windows would be repeated and count twice."""
     if processes == 1:
         return most
     return next((size for size in range(most, 1, -1) if windows % (size * processes) == 0), 1)
 
 
 def _typed(name: str, value: Any) -> Any:
-    """A value as the Trainer means it; YAML takes some numbers, such as 1e-4, for text."""
+    """A value in the type of its argument; YAML takes some numbers, such as 1e-4, for text."""
     if isinstance(value, str):
         return trainer_arguments([f"--{name}={value}"]).get(name, value)
     if name not in _types():
@@ -122,12 +129,12 @@ def trainer_arguments(words: Sequence[str]) -> Mapping[str, Any]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that what is found is what was given
     try:
-        found, left = parser.parse_known_args(list(words))
+        known, left = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise _refused(error) from None
     if left:
         raise TrainingError(f"neither headshare nor the Trainer has an option {left[0]}. See headshare train --help.")
-    given: Mapping[str, Any] = vars(found)
+    given: Mapping[str, Any] = vars(known)
     return given
 
 

@@ -19,7 +19,7 @@ from headshare.training.trainer import SharingTrainer
 
 
 def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
-    """The plan that is trained into or with.
+    """The plan of this training: the one to pull pairs together by, or the one to train with.
 
     Raises:
         TrainingError: if the method is not for this model or plan.
@@ -28,6 +28,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         raise TrainingError(
             f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
         )
+    # a shared model brings its plan
     if settings.method is TrainingMethod.RECOVER:
         if source.plan is None:
             raise TrainingError(
@@ -38,6 +39,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         return open_shared(source).plan
     if source.plan is not None:
         raise TrainingError(f"{source.name} is shared already. Train it with --method recover.")
+    # all other methods begin with a dense model
     source.require_dense("train it")
     chosen = settings.sharing
     if settings.method is TrainingMethod.DENSE:
@@ -50,6 +52,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         scores = score_units(source, chosen.match, chosen.parts)
         plan = make_plan(scores, chosen.ratio, parts=chosen.parts, mode=chosen.mode)
     fit_plan(plan, source)
+    # the penalty compares equal parts of pairs, so ties are all that it can pull together
     if settings.method is TrainingMethod.POSTSHARE:
         if not plan.only_ties or settings.learning.lora:
             what = (
@@ -64,10 +67,10 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
 
 
 def check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
-    """Refuse what an engine would only fail at when all is trained.
+    """Refuse settings at which an engine would fail only after training.
 
     Raises:
-        TrainingError: saying what to set.
+        TrainingError: naming what to set.
     """
     state = trainer.accelerator.state
     folder = str(trainer.args.output_dir)
@@ -92,7 +95,7 @@ def check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:
 
 @contextmanager
 def explained_set_up() -> Iterator[None]:
-    """What the Trainer finds wrong with its arguments, or misses, is one error."""
+    """Turn the Trainer's complaints about its arguments, or about missing packages, into one error."""
     try:
         yield
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -103,7 +106,7 @@ def explained_set_up() -> Iterator[None]:
 
 
 def try_optimizer(trainer: SharingTrainer) -> None:
-    """Make the optimiser of one number: what is wrong with its arguments comes out before anything is trained."""
+    """Make the optimiser for a single number, so that wrong arguments come out before anything is trained."""
     if not trainer.is_deepspeed_enabled:
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         if "params" not in options and "model" not in options and "optimizer_dict" not in options:
@@ -112,7 +115,7 @@ def try_optimizer(trainer: SharingTrainer) -> None:
 
 @contextmanager
 def enough_room() -> Iterator[None]:
-    """Memory that is too small is an error that says what to lower."""
+    """Turn failures for want of memory into an error that says what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -127,4 +130,4 @@ def enough_room() -> Iterator[None]:
 
 def _is_full(error: BaseException) -> bool:
     words = ("not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in words)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

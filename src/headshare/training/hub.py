@@ -1,4 +1,4 @@
-"""Push what was written to the hub: the checkpoint, once it is whole, and none of the Trainer's states."""
+"""Push the output to the hub: the whole checkpoint, without the Trainer's own files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ HUB_ARGUMENTS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revisio
 
 @dataclass(frozen=True)
 class Hub:
-    """Where to push to, by the Trainer's arguments of these names."""
+    """The place to push to, as the Trainer's arguments name it."""
 
     repository: str
     private: bool | None
@@ -25,11 +25,12 @@ class Hub:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], out: Path) -> "Hub | None":
-        """The place that `push_to_hub` asks for, which is called as the output is unless `hub_model_id` says otherwise;
-        None where it does not ask.
+        """The place to push to, or None without `push_to_hub`.
+
+        The repository has the name of the output unless `hub_model_id` names another.
 
         Raises:
-            TrainingError: if a repository cannot be called so, or a token is given, which would be written down.
+            TrainingError: if no repository can have this name, or a token is given, which would be written down.
         """
         if arguments.get("hub_token"):
             raise TrainingError("hub_token would be kept with the settings. Log in (hf auth login), or set HF_TOKEN.")
@@ -40,7 +41,7 @@ class Hub:
             validate_repo_id(name)
         except HFValidationError as error:
             raise TrainingError(f"nothing can be pushed to {name!r:.100}: {error} Use --hub_model_id.") from None
-        return cls(name, *(arguments.get(one) for one in ("hub_private_repo", "hub_revision")))
+        return cls(name, *(arguments.get(option) for option in ("hub_private_repo", "hub_revision")))
 
     def push(self, folder: Path) -> None:
         """Make the repository if it is not there, and upload the folder.

@@ -1,10 +1,10 @@
-"""How far the two ends of every tie lie apart, as a penalty that a loss can carry (equation 4 of the paper).
+"""The mean distance between the two ends of a plan's ties, as a penalty in a loss (equation 4 of the paper).
 
     penalty = 1/N sum_n sum_part |W_part[recipient of n] - W_part[donor of n]|
 
 over N ties, with the Frobenius norm, not squared (Cao, Yang and Zhao, arXiv 2402.11819). Units are compared where they
-stand in the model's weights, all ties in one call; the derivative goes straight into one gradient a weight. So a step
-needs room for the differences of tied units and for nothing else, and no unit is ever copied by itself.
+stand in the model's weights, all ties in one call. The derivative goes straight into one gradient per weight. So a step
+needs memory for the differences of tied units and for nothing else, and no unit is ever copied by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,16 @@ from headshare.plan.layout import Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import HeadUnit
 
+# keeps a cosine of zeros finite
 SMALLEST = 1e-12
 
 
 class Distance(StrEnum):
-    """How the two ends of a tie are compared, part by part: the Frobenius norm of their difference (the paper's), its
-    square, or one less the cosine of the flattened parts (what units are matched by)."""
+    """The distance between the two ends of a tie, part by part.
+
+    It is the Frobenius norm of their difference (the paper's), its square, or 1 - cosine of the flattened parts (which
+    units are matched by).
+    """
 
     FROBENIUS = "frobenius"
     SQUARED = "squared"
@@ -39,7 +43,7 @@ class Distance(StrEnum):
 
 @dataclass(frozen=True)
 class _End:
-    """Where one part of one unit stands: the weight's number, the axis, the first index along it and how many."""
+    """The place of a unit's part: the weight's number, the axis, and the first index along it with their count."""
 
     weight: int
     axis: int
@@ -55,7 +59,7 @@ class _End:
 
 @dataclass(frozen=True)
 class _Ends:
-    """One part of one tie: the recipient's and the donor's end, and the number of the tie."""
+    """The two ends of a tie in one part, the recipient's and the donor's, with the number of the tie."""
 
     recipient: _End
     donor: _End
@@ -63,9 +67,9 @@ class _Ends:
 
 
 class TiePenalty:
-    """The penalty of a plan's ties in a stock model, dense, whose parameters it looks up by the checkpoint's names.
+    """The penalty of a plan's ties in a dense stock model, whose parameters it looks up by the checkpoint's names.
 
-    Call it for a scalar that can be added to a loss; `distances` for what each tie contributes.
+    Calling it gives a scalar that can be added to a loss. `distances` gives the contribution of each tie.
 
     Raises:
         PlanError: if the plan ties nothing, or the model has no such weights.
@@ -89,24 +93,24 @@ class TiePenalty:
 
     @torch.no_grad()
     def distances(self) -> Float[Tensor, " ties"]:
-        """What each of `ties` contributes: the sum over its parts."""
+        """The contribution of each of `ties`: the sum over its parts."""
         with gathered(self.parameters()):
             values = self._measured(self._weights())
-        numbers = torch.tensor([one.tie for one in self._ends], device=values.device)
-        found: Tensor = values.new_zeros(len(self.ties)).index_add_(0, numbers, values)
-        return found
+        numbers = torch.tensor([ends.tie for ends in self._ends], device=values.device)
+        sums: Tensor = values.new_zeros(len(self.ties)).index_add_(0, numbers, values)
+        return sums
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Within, recipients hold their donors' numbers; after that, their own again."""
+        """Give recipients their donors' numbers within this block, and their own again after it."""
         parameters = self.parameters()
-        taken = sorted({one.recipient.weight for one in self._ends})
+        taken = sorted({ends.recipient.weight for ends in self._ends})
         with torch.no_grad(), gathered(parameters, write=True):
             weights = self._weights()
             kept = {at: parameters[at].detach().clone() for at in taken}
             after = {at: weights[at].detach().clone() for at in taken}
-            for one in self._ends:
-                one.recipient.of_one(after[one.recipient.weight]).copy_(one.donor.of(weights))
+            for ends in self._ends:
+                ends.recipient.of_one(after[ends.recipient.weight]).copy_(ends.donor.of(weights))
             for at in taken:
                 parameters[at].copy_(like(after[at], parameters[at]))
             del weights, after  # measuring takes long, and of FSDP these are whole matrices
@@ -119,8 +123,10 @@ class TiePenalty:
 
     @torch.no_grad()
     def derivatives(self) -> tuple[Float[Tensor, ""], list[Tensor]]:
-        """The penalty, and its derivative by each of `parameters`, for an engine whose gradients autograd cannot add
-        to."""
+        """The penalty and its derivative by each of `parameters`.
+
+        They are for an engine to whose gradients autograd cannot add.
+        """
         with gathered(self.parameters()):
             weights = self._weights()
             values = self._measured(weights)
@@ -128,7 +134,7 @@ class TiePenalty:
             return values.sum() * scale, self._derivatives(weights, values, scale)
 
     def parameters(self) -> list[Tensor]:
-        """The model's parameters that the ties are in, as they are now: training may have put others in their place."""
+        """Parameters of the model that have tied units, looked up anew: training may have replaced them."""
         return [module.get_parameter("weight") for module in self._modules]
 
     # ---- where units stand
@@ -147,20 +153,21 @@ class TiePenalty:
         return _End(weight, place.axis, first, last - first)
 
     def _weights(self) -> list[Tensor]:
-        """The weights whole. Those that FSDP2 keeps in parts are put together; their derivatives go back in parts."""
+        """The whole weights; autograd takes the derivatives of those that FSDP2 shards back to their shards."""
         return [whole(parameter) for parameter in self.parameters()]
 
     # ---- values and derivatives
 
     def _sides(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of all recipients' parts and of their donors'."""
-        return [one.recipient.of(weights) for one in self._ends], [one.donor.of(weights) for one in self._ends]
+        """Views of all recipients' parts, and of their donors' parts."""
+        return [ends.recipient.of(weights) for ends in self._ends], [ends.donor.of(weights) for ends in self._ends]
 
     def _measured(self, weights: Sequence[Tensor]) -> Float[Tensor, " parts"]:
         """The distance of each part of each tie."""
         recipients, donors = self._sides(weights)
         if self.distance is Distance.COSINE:
-            sizes, others = _norms(recipients), _norms(donors)
+            sizes = _norms(recipients)
+            others = _norms(donors)
             return 1 - _products(recipients, donors) / (sizes * others).clamp(min=SMALLEST)
         norms = _norms(torch._foreach_sub(recipients, donors))
         return norms if self.distance is Distance.FROBENIUS else norms.square()
@@ -168,37 +175,45 @@ class TiePenalty:
     def _derivatives(
         self, weights: Sequence[Tensor], values: Float[Tensor, " parts"], scale: Float[Tensor, ""]
     ) -> list[Tensor]:
-        """What each weight's gradient is for these distances, times `scale`. At a distance of zero it is zero."""
-        found = [torch.zeros_like(weight) for weight in weights]
+        """The gradient of each weight for these distances, times `scale`; it is zero at a distance of zero."""
+        # views of the gradients, at the places of the parts: what is added to a view is added to the gradient
+        gradients = [torch.zeros_like(weight) for weight in weights]
         recipients, donors = self._sides(weights)
-        into, taken = self._sides(found)
+        into, taken = self._sides(gradients)
         if self.distance is Distance.COSINE:
-            sizes, others = _norms(recipients), _norms(donors)
-            both, cosines = (sizes * others).clamp(min=SMALLEST), 1 - values
+            # d(1 - cos(a, b)) / da = cos(a, b) a / |a|^2 - b / (|a| |b|), and likewise for b
+            sizes = _norms(recipients)
+            others = _norms(donors)
+            both = (sizes * others).clamp(min=SMALLEST)
+            cosines = 1 - values
             for own, other, size, targets in (
                 (recipients, donors, sizes, into),
                 (donors, recipients, others, taken),
             ):
                 self._add(targets, other, -scale / both)
                 self._add(targets, own, scale * cosines / size.square().clamp(min=SMALLEST))
-            return found
+            return gradients
+        # the ends of a difference have opposite derivatives: (a - b) / |a - b|, or 2 (a - b) for the square
         apart = torch._foreach_sub(recipients, donors)
         factors = 2 * scale.expand_as(values) if self.distance is Distance.SQUARED else scale / values
         factors = torch.where(values > 0, factors, 0.0)
         self._add(into, apart, factors)
         self._add(taken, apart, -factors)
-        return found
+        return gradients
 
     def _add(self, targets: Sequence[Tensor], terms: Sequence[Tensor], factors: Float[Tensor, " parts"]) -> None:
-        """Add each term, times its factor, to its target. A donor's numbers are a target several times, each time in
-        another round: what one call adds to may not overlap."""
+        """Add each term, times its factor, to its target.
+
+        The targets of one call may not overlap, and a donor's numbers are a target once for each of its recipients. So
+        terms are added in rounds.
+        """
         scaled = torch._foreach_mul(list(terms), factors.tolist())
         for some in self._rounds:
             torch._foreach_add_([targets[at] for at in some], [scaled[at] for at in some])
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over ties of what their parts add up to."""
+    """The mean over ties of the sum over their parts, with its derivative."""
 
     @staticmethod
     def forward(ctx: Any, penalty: TiePenalty, *weights: Tensor) -> Tensor:
@@ -216,7 +231,7 @@ class _Mean(torch.autograd.Function):
 
 @contextmanager
 def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Within, parameters that ZeRO-3 keeps in parts are whole on every process. With `write`, what is written stays."""
+    """Gather parameters that ZeRO-3 shards, on every process, within this block. With `write`, changes to them stay."""
     if not any(in_zero_parts(parameter) for parameter in parameters):
         yield
         return
@@ -227,24 +242,24 @@ def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[N
 
 
 def in_zero_parts(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 keeps this parameter."""
+    """Whether ZeRO-3 shards this parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter with all its numbers, whichever process holds them."""
+    """The whole parameter, whichever processes hold its shards."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in the parts that the parameter has."""
+    """A whole tensor, sharded as the parameter is."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
 
 
 def _wide(parts: Sequence[Tensor]) -> torch.dtype:
-    """What sums over these are kept in: float32 or better."""
+    """The type that sums over these parts are kept in: float32 or better."""
     return torch.promote_types(parts[0].dtype, torch.float32)
 
 
@@ -253,19 +268,19 @@ def _norms(parts: Sequence[Tensor]) -> Float[Tensor, " parts"]:
 
 
 def _products(some: Sequence[Tensor], others: Sequence[Tensor]) -> Float[Tensor, " parts"]:
-    """The inner product of each two."""
+    """Inner products of the parts, pair by pair."""
     products = torch._foreach_mul(list(some), list(others))
     return torch.stack([product.sum(dtype=_wide(some)) for product in products])
 
 
 def _rounds(ends: Sequence[_Ends]) -> list[list[int]]:
-    """The parts of ties, such that no two of a round have the same donor's numbers."""
-    found: list[list[int]] = []
+    """Rounds of ends, by their indices, none of which has the same donor's numbers twice."""
+    rounds: list[list[int]] = []
     times: dict[_End, int] = {}
-    for at, one in enumerate(ends):
-        nth = times.get(one.donor, 0)
-        times[one.donor] = nth + 1
-        if nth == len(found):
-            found.append([])
-        found[nth].append(at)
-    return found
+    for at, pair in enumerate(ends):
+        nth = times.get(pair.donor, 0)
+        times[pair.donor] = nth + 1
+        if nth == len(rounds):
+            rounds.append([])
+        rounds[nth].append(at)
+    return rounds

@@ -1,4 +1,4 @@
-"""What a training run did, as one value: printed, compared, kept beside the weights."""
+"""The result of a training run as one value: printed, compared, kept beside the weights."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from headshare.training.settings import TrainingMethod, TrainSettings
 
 @dataclass(frozen=True)
 class Closed:
-    """How far the two ends of a tie lay apart before training and after, summed over parts."""
+    """The distance between the two ends of a tie before training and after, summed over parts."""
 
     tie: Tie
     before: float
@@ -20,11 +20,12 @@ class Closed:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run did. Losses are nats a token on the text held out.
+    """The result of a training run. Losses are in nats per token on the text held out.
 
-    `loss_before` and `loss_after` are the trained model's, before the first step and at the best; for PostShare,
-    `shared_before` and `shared_after` are the same with the plan's ties closed: what sharing gives without training,
-    and with it. `best_step` is 0 where no step was better than none. `curve` has all that was logged.
+    `loss_before` and `loss_after` are those of the trained model before the first step and at the best step. For
+    PostShare, `shared_before` and `shared_after` are the losses at these steps once the plan's recipients hold their
+    donors' numbers, which is what sharing gives without training and with it. `best_step` is 0 where no step was better
+    than none. `curve` has all that was logged.
     """
 
     method: TrainingMethod
@@ -40,11 +41,11 @@ class Trained:
     settings: TrainSettings
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
+        """The result as JSON holds it."""
         return {**asdict(self), "settings": self.settings.model_dump(mode="json")}
 
     def in_words(self) -> str:
-        """For the person at the keyboard."""
+        """The result in lines of text, for the person at the keyboard."""
         lines = [f"{self.steps} steps; the best on the text held out is {self.best_step}"]
         lines.append(f"perplexity before training {_exp(self.loss_before)}, at that step {_exp(self.loss_after)}")
         if self.shared_before is not None and self.shared_after is not None:
@@ -53,7 +54,7 @@ class Trained:
             )
         lines.extend(self._on_tasks())
         if self.ties:
-            left = sorted(one.after / one.before if one.before else 1.0 for one in self.ties)
+            left = sorted(tie.after / tie.before if tie.before else 1.0 for tie in self.ties)
             lines.append(
                 f"{len(left)} ties: left of their distance {left[len(left) // 2]:.1%} in the middle, "
                 f"{left[0]:.1%} to {left[-1]:.1%}"
@@ -63,8 +64,9 @@ class Trained:
         return "\n".join(lines)
 
     def _on_tasks(self) -> Iterator[str]:
-        rows = [one for one in self.curve if "eval_loss" in one]
-        first, best = rows[0], next(one for one in rows if one["step"] == self.best_step)
+        rows = [row for row in self.curve if "eval_loss" in row]
+        first = rows[0]
+        best = next(row for row in rows if row["step"] == self.best_step)
         for name in (key for key in best if f"{key}_error" in best and not key.endswith("_acc_norm")):
             after = f"{best[name]:.3f} ({best[f'{name}_error']:.3f}) at that step"
             yield f"{name.removeprefix('eval_')} {first[name]:.3f} before training, {after}"

@@ -1,4 +1,4 @@
-"""Train and share, or share and train: from a folder to a folder, gone on with after a kill.
+"""Train and share, or share and train, from a folder to a folder; a run that was stopped goes on.
 
 The Trainer's own folder (checkpoints with optimiser states) lies beside the output until that is written.
 """
@@ -47,6 +47,7 @@ from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
 from headshare.training.windows import Packed, Streamed, training_windows
 
+# arguments that may change when a run goes on: how fast it learns and in what pieces, and what is logged, kept, pushed
 CHANGEABLE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "gradient_checkpointing", "activation_checkpointing", "bf16", "logging_steps", "dataloader_num_workers",
@@ -63,11 +64,13 @@ def train(
     restart: bool = False,
     revision: str | None = None,
 ) -> Trained:
-    """Train a model by these settings, and write what comes of it: a shared checkpoint, or a dense one by the method
-    dense. Stopped at any moment, the same call goes on from the last of the Trainer's checkpoints; `restart` throws
-    that away. `revision` is of a hub id.
+    """Train a model by these settings, and write the result.
 
-    Under `accelerate launch` every process calls this; the first one writes.
+    The output is a shared checkpoint, or a dense one by the method dense. If a run was stopped at any moment, the same
+    call goes on from the last of the Trainer's checkpoints; `restart` throws those away. `revision` is that of a model
+    on the hub.
+
+    Under `accelerate launch` every process calls this function. The first process writes.
 
     Raises:
         TrainingError: if the text, the settings or the model cannot be trained on, the folder is of another run, the
@@ -85,19 +88,19 @@ def train(
         with trainer_run(run.work, run.identity(), restart=restart) if first else nullcontext() as resumable:
             processes.wait_for_everyone()
             with enough_room():
-                found = run.trained(begun)
+                result = run.trained(begun)
             if resumable is not None:
                 resumable.mark_committing(target, holds=RECORD)
-                run.write(found, overwrite=overwrite)
+                run.write(result, overwrite=overwrite)
         if first and run.hub:
             run.hub.push(target)
         processes.wait_for_everyone()
-    return found
+    return result
 
 
 @dataclass(frozen=True)
 class _TrainingRun:
-    """A run that may begin: what is trained, by which plan, on what, and where its state lies."""
+    """A checked run: the model, the plan, the windows, the Trainer's arguments and the places to write to."""
 
     source: Checkpoint
     plan: SharePlan
@@ -120,7 +123,10 @@ class _TrainingRun:
         return cls(source, plan, windows, held_out, target, settings, arguments, tasks, hub)
 
     def identity(self) -> dict[str, str]:
-        """What makes it this run. Arguments that say how fast it learns, and in what pieces, may change on the way."""
+        """All that makes it this run: a folder with other values is that of another.
+
+        Arguments that may change when a run goes on are left out.
+        """
         learning = self.settings.learning
         kept = {name: value for name, value in learning.arguments.items() if name not in CHANGEABLE}
         settings = self.settings.model_copy(update={"learning": learning.model_copy(update={"arguments": kept})})
@@ -140,21 +146,23 @@ class _TrainingRun:
 
     @property
     def pulls(self) -> bool:
-        """Whether the dense model is trained, its pairs pulled together."""
+        """Whether a dense model is trained, with the penalty that pulls its pairs together."""
         return self.settings.method is TrainingMethod.POSTSHARE
 
     # ---- training
 
     def trained(self, begun: float) -> Trained:
-        """Train from where the state is to the end, and keep the best in the Trainer's folder."""
+        """Train to the end, from the last checkpoint if there is one; keep the best step in the Trainer's folder."""
         loss = self.settings.loss
         set_seed(self.settings.seed)  # adapters are drawn before the Trainer is made
         model = self._model()
+        # distances before training stand in the result beside those after it
         penalty = TiePenalty(model, self.plan, loss.distance) if self.pulls else None
         apart = [] if penalty is None else penalty.distances().tolist()
         callbacks = [EarlyStoppingCallback(patience)] if (patience := self.settings.learning.patience) else []
         adapted = with_adapters(model, self.settings.learning.lora) if self.settings.learning.lora else model
         teacher = self._teacher()
+        # what cannot work is refused before the first step
         with explained_set_up():
             trainer = SharingTrainer(
                 model=adapted,
@@ -170,6 +178,7 @@ class _TrainingRun:
             )
             try_optimizer(trainer)
         check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
+        # a run that goes on has measured the beginning already
         last = next(checkpoints(self.work), None)
         trainer.args.eval_on_start = last is None
         with quiet():
@@ -191,12 +200,12 @@ class _TrainingRun:
         )
 
     def _measured(self, trainer: SharingTrainer) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """What was measured before the first step, and at the best, whose weights the Trainer has loaded again."""
+        """Measurements before the first step and at the best step, whose weights the Trainer has loaded again."""
         key = metric_of(self.settings)
-        measured = [one for one in trainer.state.log_history if math.isfinite(one.get(key, math.nan))]
+        measured = [row for row in trainer.state.log_history if math.isfinite(row.get(key, math.nan))]
         if not measured or measured[0]["step"]:
             raise TrainingError("the loss is no number before the first step. Train in float32.")
-        best = min(measured, key=lambda one: one[key])
+        best = min(measured, key=lambda row: row[key])
         kept = Path(trainer.state.best_model_checkpoint or "").name
         if best["step"] and kept != f"checkpoint-{best['step']}":
             raise TrainingError(
@@ -235,14 +244,14 @@ class _TrainingRun:
         if is_deepspeed_zero3_enabled():
             raise TrainingError("ZeRO-3 would take the teacher apart too. Distil with FSDP2, ZeRO-2 or DDP.")
         dense = open_checkpoint(name)
-        words = [text_config(one.config).get("vocab_size") for one in (self.source, dense)]
+        words = [text_config(model.config).get("vocab_size") for model in (self.source, dense)]
         if words[0] != words[1]:
             raise TrainingError(f"the teacher {name} has {words[1]} words and the model {words[0]}; name another.")
         teacher: nn.Module = load_model(dense, dtype=getattr(torch, self.settings.dtype))
         return teacher
 
     def _save(self, trainer: SharingTrainer) -> None:
-        """What was trained, as a checkpoint in the Trainer's folder."""
+        """Write the trained model as a checkpoint in the Trainer's folder."""
         folder = self.work / "trained"
         with quiet():
             if self.settings.learning.lora:
@@ -256,18 +265,19 @@ class _TrainingRun:
 
     # ---- the end
 
-    def write(self, found: Trained, *, overwrite: bool) -> None:
-        """The output: what was trained, shared, in the type that most of the model's numbers came in."""
+    def write(self, result: Trained, *, overwrite: bool) -> None:
+        """Write the output: the trained model, shared, in the type that most of the model's numbers came in."""
         numbers = dict.fromkeys(OUTPUT_DTYPES, 0)
         for info in self.source.tensors.values():
             for name, code in OUTPUT_DTYPES.items():
                 numbers[name] += math.prod(info.shape) * (info.dtype == code)
         dtype = max(numbers, key=numbers.__getitem__)
-        notes = {RECORD: found.to_dict()}
+        notes = {RECORD: result.to_dict()}
         with open_checkpoint(self.work / "trained") as saved:
             shared_first = self.settings.method is TrainingMethod.BOTH
             before = open_checkpoint(self.work / "shared") if shared_first else self.source
-            trained = _named_as(before, saved) if found.best_step else before
+            # where no step was better than none, the weights from before training are written
+            trained = _named_as(before, saved) if result.best_step else before
             if self.pulls:
                 share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite, notes=notes)
                 return
@@ -276,8 +286,10 @@ class _TrainingRun:
 
 
 def _named_as(before: Checkpoint, trained: Checkpoint) -> Checkpoint:
-    """The trained checkpoint under the names and with the configuration that it had before: transformers saves a base
-    model's tensors with a prefix, and configurations as its own version writes them."""
+    """The trained checkpoint with the tensors' names and the configuration that it had before.
+
+    transformers saves a base model's tensors with a prefix, and configurations as its own version writes them.
+    """
     tensors = {}
     for name, info in trained.tensors.items():
         _, _, short = name.partition(".")
@@ -291,11 +303,11 @@ def _digest(windows: Int[Tensor, "windows context"]) -> str:
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Every setting by its place, such as text.context."""
-    found: dict[str, str] = {}
+    """Every setting, by its place, such as text.context."""
+    flat: dict[str, str] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": json.dumps(value)}
-    return found
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": json.dumps(value)}
+    return flat
 
 
 def _closed(penalty: TiePenalty, before: list[float], *, moved: bool) -> tuple[Closed, ...]:

@@ -1,4 +1,4 @@
-"""What a training run is asked for, as one value: from Python, from YAML, or from the command line."""
+"""Settings of a training run as one value, from Python, from YAML, or from the command line."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -11,6 +11,7 @@ from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
 from headshare.training.penalty import Distance
 
+# the Trainer's arguments unless they are given: the paper's, but for the batch, which is that of one device
 RECIPE: Mapping[str, Any] = {
     "learning_rate": 5e-5,
     "adam_beta1": 0.9,
@@ -20,13 +21,15 @@ RECIPE: Mapping[str, Any] = {
     "lr_scheduler_type": "cosine",
     "report_to": "none",
 }
-"""What the Trainer's own arguments are unless they are given: the paper's, but for the batch, which is one device's."""
 
 
 class TrainingMethod(StrEnum):
-    """postshare: pull the pairs of a dense model together, then share it. recover: train a model that is shared. both:
-    share first, then train, in one run. dense: train a dense model as it is, which is what the others are held against,
-    and what can be shared afterwards."""
+    """The order of training and sharing.
+
+    postshare: pull the pairs of a dense model together, then share it. recover: train a shared model. both: share
+    first, then train, in one run. dense: train a dense model as it is, which the others are compared with, and which
+    can be shared afterwards.
+    """
 
     POSTSHARE = "postshare"
     RECOVER = "recover"
@@ -39,7 +42,7 @@ class _Settings(BaseModel):
 
 
 class Sharing(_Settings):
-    """The plan: a file, or how to choose one by the weights."""
+    """The plan: a file, or settings by which one is chosen from the weights."""
 
     plan: Path | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -49,10 +52,11 @@ class Sharing(_Settings):
 
 
 class TrainingText(_Settings):
-    """What is trained on: files or data sets, packed to windows of `context` tokens; and what is held out of it.
+    """The text to train on, packed to windows of `context` tokens, and the text held out to measure on.
 
-    `held_out` windows are taken from the end (of a stream, from the beginning), unless `held_out_data` names another
-    text. `limit` bounds the windows that are trained on. `stream` reads while training, and needs `max_steps`.
+    `data` names a file or a data set. `held_out` windows are taken from its end (of a stream, from its beginning),
+    unless `held_out_data` names another text. `limit` bounds the windows that are trained on. `stream` reads the text
+    while training, and needs `max_steps`.
     """
 
     data: str
@@ -65,11 +69,13 @@ class TrainingText(_Settings):
 
 
 class Loss(_Settings):
-    """What is minimised: lm x language-model loss + gamma x distance of the tied pairs (equation 5 of the paper, where
-    lm is 1; the authors' code has 0.5 and 0.5).
+    """The loss: lm x language-model loss + gamma x distance of the tied pairs.
 
-    With `distill`, that part of the language-model loss is the divergence from the dense model's predictions, at
-    `temperature`. The dense model is the one that is trained or that the shared one names, unless `teacher` does.
+    This is equation 5 of the paper, where lm is 1; the authors' code has 0.5 and 0.5.
+
+    `distill` is the part of the language-model loss that is replaced by the divergence from the dense model's
+    predictions, at `temperature`. `teacher` names the dense model. Without it, that is the model that is trained, or
+    the model that a shared one came from.
     """
 
     gamma: Annotated[float, Field(ge=0)] = 0.5
@@ -81,8 +87,11 @@ class Loss(_Settings):
 
 
 class Learning(_Settings):
-    """How it is minimised: the Trainer's arguments by their names, the rank of LoRA (of shared models; 0: in full), and
-    after how many evaluations without a better one training stops."""
+    """Settings of learning: the Trainer's arguments by their names, adapters, and when to stop.
+
+    `lora` is the rank of LoRA, for shared models; 0 trains in full. Training stops after `patience` evaluations without
+    a better one.
+    """
 
     arguments: Mapping[str, Any] = {}
     lora: Annotated[int, Field(ge=0)] = 0
@@ -90,8 +99,11 @@ class Learning(_Settings):
 
 
 class Tasks(_Settings):
-    """What is measured beside the loss, each time: tasks of `headshare eval` by their names, ours from files in the
-    folder `data_dir`, the first `limit` questions of each (None: all)."""
+    """Tasks of `headshare eval`, by their names, that every evaluation measures beside the loss.
+
+    Tasks of ours are read from files in the folder `data_dir`. The first `limit` questions of each are asked; None asks
+    all.
+    """
 
     names: tuple[str, ...] = ()
     data_dir: Path | None = None
@@ -99,7 +111,7 @@ class Tasks(_Settings):
 
 
 class TrainSettings(_Settings):
-    """One training run, but for the model and the place to write to."""
+    """Settings of a training run: all but the model and the place to write to."""
 
     method: TrainingMethod
     text: TrainingText
@@ -115,7 +127,7 @@ class TrainSettings(_Settings):
         """Settings from a YAML file.
 
         Raises:
-            TrainingError: if it cannot be read, or says what no setting is.
+            TrainingError: if it cannot be read, or holds what is no setting.
         """
         return cls.made(read_yaml(Path(path), TrainingError), str(path))
 

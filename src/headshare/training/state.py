@@ -1,4 +1,4 @@
-"""The Trainer's folder: where it lies, when it is worth keeping, and which checkpoint to go on from."""
+"""The Trainer's folder: its place, and the checkpoints that a run can go on from."""
 
 import json
 import shutil
@@ -21,8 +21,9 @@ def work_of(target: Path) -> Path:
 
 @contextmanager
 def trainer_run(folder: Path, identity: Mapping[str, str], *, restart: bool) -> Iterator[ResumableRun]:
-    """The run that has this folder, with the checkpoints that it can go on from and no others. A folder in which the
-    Trainer saved nothing yet is made anew.
+    """The run that has this folder, with the checkpoints that it can go on from and no others.
+
+    A folder in which the Trainer saved nothing yet is made anew.
 
     Raises:
         TrainingError: if the folder is of another run, naming what differs, or of none.
@@ -34,7 +35,7 @@ def trainer_run(folder: Path, identity: Mapping[str, str], *, restart: bool) -> 
 
 
 def is_trained(out: Path) -> bool:
-    """Whether a training run has written this output. What it left when it was stopped then goes."""
+    """Whether a training run has written this output. States of runs that were stopped after that are removed."""
     discard_committed(out)
     return (out / RECORD).is_file()
 
@@ -44,17 +45,19 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The Trainer's checkpoints to go on from, with their steps, the last first. A checkpoint that is not whole, that
-    was made after the last step, or when patience was at its end, is none of them."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda one: -int(one.name.removeprefix("checkpoint-"))):
+    """The Trainer's checkpoints that a run can go on from, with their steps, the last first.
+
+    A checkpoint is left out if it is not whole, if it was made after the last step, or if patience was at its end.
+    """
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         state = _read(path / _STATE)
         if state is not None and int(state["global_step"]) < int(state["max_steps"]) and not _impatient(state):
             yield int(state["global_step"]), path
 
 
 def _impatient(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's measurements had not improved for as long as was to be waited."""
+    """Whether patience was at its end at this checkpoint: so many evaluations were no better."""
     stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
     if not isinstance(stopping, dict):
         return False
@@ -63,8 +66,11 @@ def _impatient(state: Mapping[str, Any]) -> bool:
 
 
 def remove_useless(folder: Path) -> None:
-    """Remove the checkpoints that cannot be gone on from: the Trainer fails at one that is half-written, and trains
-    beyond the last step from one that was made after it. The steps before such a one are taken again."""
+    """Remove the checkpoints that a run cannot go on from.
+
+    The Trainer fails at a half-written checkpoint, and trains beyond the last step from one that was made after it.
+    The steps since the last useful checkpoint are taken again.
+    """
     useful = {path for _, path in checkpoints(folder)}
     for path in folder.glob("checkpoint-*"):
         if path not in useful:
@@ -73,7 +79,7 @@ def remove_useless(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
+        state = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return state if isinstance(state, dict) else None

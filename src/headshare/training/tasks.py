@@ -18,7 +18,7 @@ from headshare.training.settings import Tasks
 
 @dataclass(frozen=True)
 class MeasuredTasks:
-    """Tasks that a model in training is asked, as `headshare eval` asks them."""
+    """Tasks that a model is measured on while it is trained, as `headshare eval` measures them."""
 
     name: str
     tokenizer: Any
@@ -28,7 +28,7 @@ class MeasuredTasks:
 
     @classmethod
     def of(cls, source: Checkpoint, asked: Tasks) -> "MeasuredTasks":
-        """What is asked of this model, found before anything is trained.
+        """The tasks that are asked for, found before anything is trained.
 
         Raises:
             EvaluationError: if there is no such task, or a file of ours cannot be used.
@@ -38,27 +38,29 @@ class MeasuredTasks:
         return cls(source.name, load_tokenizer(source), longest, tasks, Settings(limit=asked.limit))
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Each metric and its standard error, by task. What is drawn at random afterwards is what would have been.
+        """Metrics and their standard errors, by task. Random draws after it are as they would have been without it.
 
         Raises:
             EvaluationError: if the harness cannot run a task, or a likelihood is not finite.
         """
-        runner, found = Runner(self.name, model, self.tokenizer, self.longest, self.settings), {}
+        runner = Runner(self.name, model, self.tokenizer, self.longest, self.settings)
+        metrics = {}
         with _same_draws():
             for task in self.tasks:
                 for name, metric in runner.run(task, key="").metrics.items():
                     if metric.value is None:
                         continue
-                    found[f"{task.name}_{name}"] = metric.value
+                    metrics[f"{task.name}_{name}"] = metric.value
                     if metric.error is not None:
-                        found[f"{task.name}_{name}_error"] = metric.error
-        return found
+                        metrics[f"{task.name}_{name}_error"] = metric.error
+        return metrics
 
 
 @contextmanager
 def _same_draws() -> Iterator[None]:
-    """The harness seeds every generator; each goes on from where it was."""
-    python, numbers = random.getstate(), np.random.get_state()
+    """Put every random generator back after this block, as the harness seeds them all."""
+    python = random.getstate()
+    numbers = np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with what sharing adds: the penalty, distillation, and the loss as the shared model has it.
+"""The Hugging Face Trainer with what sharing adds: the penalty, distillation, and the loss of the shared model.
 
 Everything else is the Trainer's: its arguments, logging, resuming, mixed precision and engines.
 """
@@ -26,12 +26,15 @@ SHARED = "shared"
 
 
 class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """Minimises lm x language-model loss + gamma x penalty (equation 5; Cao, Yang and Zhao, arXiv 2402.11819).
+    """The Trainer that minimises lm x language-model loss + gamma x penalty.
 
-    `penalty` is of the model that is trained; without one, the language-model loss alone is left. `teacher` is asked
-    for what `loss.distill` needs, and stays as it is. Evaluation measures the plain language-model loss, and with a
-    penalty also the loss with recipients' numbers overwritten by their donors': `eval_shared_loss`, what sharing at
-    this step would give. `tasks` is asked what else to measure, of the same numbers, on the first process.
+    This is equation 5 of the paper (Cao, Yang and Zhao, arXiv 2402.11819). `penalty` is that of the model that is
+    trained; without one, the language-model loss alone is left. `teacher` gives the predictions that `loss.distill`
+    needs, and is not trained.
+
+    Evaluation measures the plain language-model loss. With a penalty it also measures `eval_shared_loss`, the loss that
+    sharing at this step would give: recipients' numbers are overwritten by their donors'. `tasks` measures the model
+    with these weights too, on the first process.
 
     The penalty is added once an optimiser step, at its last batch, times the batches that the Trainer divides by.
     """
@@ -49,7 +52,9 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         self.tasks = tasks
         self.model_accepts_loss_kwargs = False  # every window has as many tokens: batches count by their windows
         self._windows = 0
-        self.penalty, self.loss, self.teacher = penalty, loss or Loss(), teacher
+        self.penalty = penalty
+        self.loss = loss or Loss()
+        self.teacher = teacher
         self._hooks: list[Any] = []
         if teacher is not None:
             self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
@@ -59,10 +64,10 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         self.add_callback(_LogWhereSaved())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimiser step, whose windows are counted."""
-        found = super().get_batch_samples(*args, **kwargs)
-        self._windows = sum(len(batch["input_ids"]) for batch in found[0])
-        return found
+        """Batches of an optimiser step, whose windows are counted."""
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._windows = sum(len(batch["input_ids"]) for batch in samples[0])
+        return samples
 
     def compute_loss(
         self,
@@ -71,13 +76,14 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002 - the Trainer's own signature
     ) -> Any:
-        """What is minimised while training; the plain language-model loss otherwise."""
+        """The loss that is minimised, while training; the plain language-model loss otherwise."""
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training:
             if self.teacher is not None and self.loss.distill:
                 apart = self._divergence(inputs["input_ids"], outputs["logits"])
                 loss = (1 - self.loss.distill) * loss + self.loss.distill * apart
+            # the Trainer divides by the batches of a step: undone here, so that every window of the step counts alike
             batches = getattr(self, "current_gradient_accumulation_steps", 1)
             windows = len(inputs["input_ids"])
             loss = self.loss.lm * loss * (batches * windows / (self._windows or windows))
@@ -87,7 +93,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One batch, forward and backward."""
+        """Run one batch forward and backward, then remove the hooks of the penalty."""
         try:
             return super().training_step(*args, **kwargs)
         finally:
@@ -96,8 +102,11 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             self._hooks = []
 
     def _pulled(self, penalty: TiePenalty) -> Float[Tensor, ""]:
-        """The penalty. ZeRO-3 takes parameters apart after each module, so that autograd has nothing to add to: there,
-        hooks add the derivative to the gradients as they come."""
+        """The penalty, ready for the backward pass.
+
+        ZeRO-3 shards parameters again after each module, so that autograd has nothing to add to. There, hooks add the
+        derivative to the gradients as they come.
+        """
         parameters = penalty.parameters()
         if not in_zero_parts(parameters[0]):
             return penalty()
@@ -110,16 +119,20 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         return value
 
     def _divergence(self, tokens: Tensor, logits: Float[Tensor, "batch context words"]) -> Float[Tensor, ""]:
-        """KL(teacher | model) of the next token, nats times the temperature's square (Hinton, Vinyals and Dean,
-        "Distilling the knowledge in a neural network", 2015)."""
+        """KL(teacher | model) of the next token, in nats times the square of the temperature.
+
+        The factor keeps gradients at one scale (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural
+        network", 2015).
+        """
         assert self.teacher is not None
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits
         heat = self.loss.temperature
-        found, wanted = (
-            (one[:, :-1].float() / heat).log_softmax(dim=-1).flatten(0, 1) for one in (logits, wanted.to(logits.device))
+        own, wanted = (
+            (each[:, :-1].float() / heat).log_softmax(dim=-1).flatten(0, 1)
+            for each in (logits, wanted.to(logits.device))
         )
-        return heat**2 * functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        return heat**2 * functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
     def _check(self, loss: Tensor) -> None:
         if not bool(torch.isfinite(loss.detach())):
@@ -130,7 +143,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The state that is gone on from, with the learning rate that is asked for now."""
+        """Load the state of a checkpoint, with the learning rate that is asked for now."""
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         before = max(getattr(schedule, "base_lrs", None) or [0.0])
@@ -145,7 +158,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
                 group["initial_lr"] *= change
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
-        """Save what the engine put together, of shared models too."""
+        """Save the weights that the engine put together, for shared models too."""
         model = self.accelerator.unwrap_model(self.model)
         quantizer = getattr(model, "hf_quantizer", None)
         with (
@@ -157,8 +170,9 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     # ---- measuring
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """All windows, whatever is dropped in training."""
-        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        """The loader of all windows, whatever is dropped in training."""
+        dropped = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
@@ -172,22 +186,25 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The loss, and with a penalty the one that sharing would give, and how far ties lie apart; and tasks, as the
-        shared model does them."""
-        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        self._check_measured(found.metrics[f"{metric_key_prefix}_loss"])
+        """The loss and the metrics of tasks.
+
+        With a penalty they include the loss that sharing would give and the mean distance of ties, and tasks are
+        measured as the shared model does them.
+        """
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._check_measured(output.metrics[f"{metric_key_prefix}_loss"])
         if self.penalty is None:
-            found.metrics.update(self._on_tasks(metric_key_prefix))
-            return found
+            output.metrics.update(self._on_tasks(metric_key_prefix))
+            return output
         with self.penalty.closed():
             shared = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            found.metrics.update(self._on_tasks(metric_key_prefix))
-        found.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
-        found.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
-        return found
+            output.metrics.update(self._on_tasks(metric_key_prefix))
+        output.metrics[f"{metric_key_prefix}_{SHARED}_loss"] = shared.metrics[f"{metric_key_prefix}_loss"]
+        output.metrics[f"{metric_key_prefix}_distance"] = self.penalty.distances().mean().item()
+        return output
 
     def _check_measured(self, loss: float) -> None:
-        """Weights that give no number are not saved: measuring comes first."""
+        """Refuse a loss that is not finite; measuring comes before saving, so such weights are not saved."""
         step = self.state.global_step
         if math.isfinite(loss):
             return
@@ -207,8 +224,10 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
 
 @contextmanager
 def _as_loaded(model: Any) -> Iterator[None]:
-    """Within, `save_pretrained` keeps the names and shapes that modules have, which is how the Trainer loads its own
-    checkpoints again: of experts, a file's are others."""
+    """Let `save_pretrained` keep the names and shapes of modules within this block.
+
+    The Trainer loads its own checkpoints in these. Files of models with experts have others.
+    """
     if not isinstance(model, PreTrainedModel):
         yield
         return
@@ -220,15 +239,18 @@ def _as_loaded(model: Any) -> Iterator[None]:
 
 
 class _LogWhereSaved(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Logs before each checkpoint. The Trainer keeps no sum of losses in those, so that a run which goes on from one
-    would log another mean at its next line."""
+    """A callback that logs before each checkpoint.
+
+    The Trainer keeps no sum of losses in checkpoints. Without this, a run that goes on from one would log another mean
+    at its next line.
+    """
 
     def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
         control.should_log = control.should_log or control.should_save
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """A line on standard error for every log, from one process."""
+    """A callback that writes a line on standard error for every log, from one process."""
 
     def on_log(self, _: Any, state: Any, *__: Any, logs: Mapping[str, float] | None = None, **___: Any) -> None:
         shown = {key: value for key, value in (logs or {}).items() if not key.endswith(_SPEEDS)}

@@ -1,4 +1,4 @@
-"""Windows to train on: documents packed end to end, each window as the model is measured, with its first token."""
+"""Windows to train on: documents packed end to end. A window has its opening token, as in measuring."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -18,13 +18,14 @@ from headshare.text.windows import check_vocabulary, check_window, ids_of, longe
 from headshare.training.settings import TrainingText
 
 PIECE = 2**20  # characters that are tokenized together
+# endings of files that are not plain text
 NO_TEXTS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".xz", ".zst", ".zip")
 
 Window = Int[Tensor, " context"]
 
 
 class Packed(Dataset[dict[str, Tensor]]):
-    """Windows in memory."""
+    """Windows that lie in memory."""
 
     def __init__(self, tokens: Int[Tensor, "windows context"]) -> None:
         self.tokens = tokens
@@ -37,8 +38,11 @@ class Packed(Dataset[dict[str, Tensor]]):
 
 
 class Streamed(IterableDataset[dict[str, Tensor]]):
-    """Windows that are read over and over, in their order, without the first few, which are held out. It has no end,
-    so that a run which goes on finds its place by counting. `beginning` is what tells this text from others."""
+    """Windows that are read over and over, in their order, without the first few, which are held out.
+
+    They have no end, so that a run which goes on finds its place by counting. `beginning` has the first windows, by
+    which this text is told from others.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,9 @@ class Streamed(IterableDataset[dict[str, Tensor]]):
         beginning: Int[Tensor, "windows context"],
     ) -> None:
         self.beginning = beginning
-        self.windows, self.first, self.last = windows, held_out, None if limit is None else held_out + limit
+        self.windows = windows
+        self.first = held_out
+        self.last = None if limit is None else held_out + limit
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -70,26 +76,30 @@ def training_windows(checkpoint: Checkpoint, text: TrainingText) -> tuple[Packed
     try:
         check_window(text.context, longest_window(checkpoint.config), "--context")
         read = _reader(checkpoint, text, text.data)
+        # windows are held out from the beginning of a stream, as it has no known end; else from the end
         if text.stream:
             apart = 0 if text.held_out_data else text.held_out
             first = _first(read(), apart + 1, text.data)
-            kept, found = Streamed(read, apart, text.limit, first), first[:apart]
+            kept = Streamed(read, apart, text.limit, first)
+            held_out = first[:apart]
         else:
             more = 0 if text.held_out_data else text.held_out
             tokens = _first(read(), None if text.limit is None else text.limit + more, text.data, least=1)
             apart = 0 if text.held_out_data else _held_out(len(tokens), text)
-            kept, found = Packed(tokens[: len(tokens) - apart][: text.limit]), tokens[len(tokens) - apart :]
+            kept = Packed(tokens[: len(tokens) - apart][: text.limit])
+            held_out = tokens[len(tokens) - apart :]
         if text.held_out_data:
-            found = _first(_reader(checkpoint, text, text.held_out_data)(), text.held_out, text.held_out_data, least=1)
-        for tokens in (found, kept.beginning if isinstance(kept, Streamed) else kept.tokens):
+            other = _reader(checkpoint, text, text.held_out_data)
+            held_out = _first(other(), text.held_out, text.held_out_data, least=1)
+        for tokens in (held_out, kept.beginning if isinstance(kept, Streamed) else kept.tokens):
             check_vocabulary(checkpoint.config, tokens)
     except (EvaluationError, CalibrationError) as error:
         raise TrainingError(str(error)) from error
-    return kept, Packed(found)
+    return kept, Packed(held_out)
 
 
 def _held_out(windows: int, text: TrainingText) -> int:
-    """How many of these windows are held out: as many as asked, and an eighth at most."""
+    """The number of windows that are held out: as many as asked, but an eighth at most."""
     if windows < 2:
         raise TrainingError(
             f"{text.data} gives {windows} window of {text.context} tokens; training needs one and another held out. "
@@ -101,18 +111,18 @@ def _held_out(windows: int, text: TrainingText) -> int:
 def _first(
     windows: Iterator[Window], most: int | None, source: str, *, least: int | None = None
 ) -> Int[Tensor, "windows context"]:
-    found = list(islice(windows, most))
+    first = list(islice(windows, most))
     needed = most or 1 if least is None else least
-    if len(found) < needed:
+    if len(first) < needed:
         raise TrainingError(
-            f"{source} gives {len(found)} whole windows, and {needed} are needed at least. Use a longer text or a "
+            f"{source} gives {len(first)} whole windows, and {needed} are needed at least. Use a longer text or a "
             "shorter context."
         )
-    return torch.stack(found)
+    return torch.stack(first)
 
 
 def _reader(checkpoint: Checkpoint, text: TrainingText, source: str) -> Callable[[], Iterator[Window]]:
-    """What reads the windows of a source, from its beginning each time."""
+    """A function that reads the windows of a source, from its beginning each time."""
     tokenizer = load_tokenizer(checkpoint)
     first = opening_token(tokenizer, None)
     path = None if source.startswith(DATA_SET) else Path(source)
@@ -130,9 +140,10 @@ def _reader(checkpoint: Checkpoint, text: TrainingText, source: str) -> Callable
 
 
 def _windows(pieces: Iterator[list[int]], context: int, first: int | None) -> Iterator[Window]:
-    """All whole windows of these tokens, one after the other."""
+    """The whole windows of these tokens, one after the other."""
     opening = [] if first is None else [first]
-    body, waiting = context - len(opening), list[int]()
+    body = context - len(opening)
+    waiting = list[int]()
     for piece in pieces:
         waiting += piece
         whole = len(waiting) // body * body
@@ -142,7 +153,7 @@ def _windows(pieces: Iterator[list[int]], context: int, first: int | None) -> It
 
 
 def _ids(source: str, tokenizer: Any, field: str | None) -> Iterator[list[int]]:
-    """The tokens of all documents, each ended by the end-of-text token, or by a line's end where there is none."""
+    """Tokens of all documents, each ended by the end-of-text token, or by a line's end where there is none."""
     last = tokenizer.eos_token_id
     end = ids_of(tokenizer, "\n") if last is None else [last]
     if not source.startswith(DATA_SET) and Path(source).suffix != ".jsonl":
@@ -157,7 +168,7 @@ def _ids(source: str, tokenizer: Any, field: str | None) -> Iterator[list[int]]:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces that end where lines do."""
+    """Pieces of a text file, which end where lines do."""
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(PIECE):
