@@ -102,8 +102,8 @@ def _linear_with(dense: nn.Module, tensor: TensorPlan) -> Linear:
     """
     weight = getattr(dense, "weight", None)
     if weight is None or tuple(weight.shape) != tensor.shape:
-        found = "none" if weight is None else tuple(weight.shape)
-        raise PlanError(f"the model's {tensor.name} has shape {found}; the plan says {tensor.shape}.")
+        shape = "none" if weight is None else tuple(weight.shape)
+        raise PlanError(f"the model's {tensor.name} has shape {shape}; the plan says {tensor.shape}.")
     linear = linear_of(dense)
     if linear is None:
         raise PlanError(
