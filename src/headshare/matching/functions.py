@@ -1,6 +1,6 @@
-"""Match functions: two stacks of units in, one number per pair out; higher means more alike.
+"""Match functions: scores of all pairs of units from their inner products. Higher means more alike.
 
-A match function sees the units' inner products, part by part, never their weights: all cosines follow from those.
+A match function gets the inner products part by part, and never the weights: all cosines follow from the products.
 To add one, decorate a function and give it a test and a line in the docs.
 """
 

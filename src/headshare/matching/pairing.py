@@ -105,7 +105,7 @@ def _tables_for(scores: Scores, kind: Sublayer, tied: tuple[Part, ...]) -> list[
 
 
 def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], layout: Layout) -> None:
-    """Refuse parts whose ties no table chooses. A feed-forward without a gate needs none for it.
+    """Refuse parts whose ties no table chooses. A feed-forward without a gate needs no table for it.
 
     Raises:
         PlanError: naming the parts that are left.

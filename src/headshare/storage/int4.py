@@ -67,7 +67,7 @@ class PackedLinear(nn.Module):
         self._donors = tuple(modules[name] for name in names)
 
     def forward(self, x: Tensor | None = None, *, lend: Spans = ()) -> Tensor | tuple[Tensor, ...]:
-        """The projection of x; or, for a recipient that calls with `lend` alone, what it borrows.
+        """The projection of x; or, for a recipient that calls with `lend` alone, the rows that it borrows.
 
         That is a view of each of these spans of the packed rows, each followed by a view of their scales.
         """
@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
 
 
 def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
-    """Replace every linear module that is not ignored by a `PackedLinear`, and link borrowers to their donors.
+    """Put a `PackedLinear` in place of every linear module that is not ignored, and link borrowers to donors.
 
     `modules` has the modules of the tensors that a plan touches.
 

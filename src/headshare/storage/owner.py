@@ -81,7 +81,7 @@ class OwnerProjection(SharedProjection):
         biases: Sequence[Tensor | None] = (),
         into: Sequence[Tensor] = (),
     ) -> Tensor | tuple[Tensor, ...]:
-        """The projection of x; or, for a recipient that calls with `lend`, what it needs of the stored weight.
+        """The projection of x; or, for a recipient that calls with `lend`, the lent rows or products with them.
 
         Without x, that is a copy of each of these spans, put `into` the recipient's tensors where it gives some. With
         x, it is the product of x with each of these spans of rows, each with a bias of the recipient's.

@@ -65,7 +65,7 @@ def turned(tensor: TensorPlan, rows: Tensor) -> Tensor:
 
 
 def placed_on(devices: Set[str]) -> str:
-    """The sentence for the log that names a model's devices. `devices` are kinds: cpu, cuda, disk."""
+    """The clause, for logs and refusals, that names a model's devices. `devices` are kinds: cpu, cuda, disk."""
     words = {"cpu": "this machine's CPU", "cuda": "CUDA devices"}
     only = next(iter(devices)) if len(devices) == 1 else None
     return f"the model is placed on {words.get(only or '') or ', '.join(sorted(devices))}"

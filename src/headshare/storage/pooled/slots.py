@@ -33,7 +33,7 @@ class TensorBlocks:
 
     @property
     def borrows(self) -> bool:
-        """Whether its whole weight is anything but its own slots, in order."""
+        """Whether its whole weight differs from its own slots in order."""
         return self.runs != (BlockRun(0, self.name, 0, self.count),)
 
     @property

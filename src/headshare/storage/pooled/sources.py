@@ -35,7 +35,7 @@ class InFile(NamedTuple):
 
 
 class MappedFiles:
-    """The files that this process has mapped. They are looked up at the first question, and anew after `close`."""
+    """The files that this process has mapped. They are looked up at first use, and anew after `close`."""
 
     def __init__(self) -> None:
         self._ranges: list[Range] = []
