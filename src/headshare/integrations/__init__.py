@@ -1,1 +1,1 @@
-"""Integrations: shared checkpoints in other libraries."""
+"""Integrations of shared checkpoints into other libraries."""

@@ -1,1 +1,1 @@
-"""Pairs chosen by weights: match functions, scores, and the pairing of DirectShare."""
+"""Pairs of units chosen by their weights: match functions, scores, and the pairing of DirectShare."""

@@ -1,4 +1,4 @@
-"""Exact sizes of a wish: a ratio and a match function, before any plan."""
+"""Exact sizes of a shared checkpoint, from a ratio and a match function alone, before any plan is made."""
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
@@ -25,7 +25,7 @@ def estimate(
     """The bytes that `share` will leave of a checkpoint under a plan, or at a ratio of units.
 
     Reads names and shapes only. A ratio stands for the plan that `make_plan` makes in mode star or root, by the `match`
-    function and in the `parts` that are named; a plan says all that itself.
+    function and in the `parts` that are named. A plan says all of this itself.
 
     Raises:
         ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
@@ -33,15 +33,19 @@ def estimate(
     if isinstance(wish, SharePlan):
         return estimate_plan(checkpoint, wish, dtype=dtype)
     checkpoint.require_dense("estimate the saving of")
+    # Bytes depend on how many units are shared and in which parts, never on which units they are. So any ties do, and
+    # no weight is read.
     wanted = Parts.parse(parts)
     selections: list[Selection] = []
     for layout in layouts_of(checkpoint, wanted, ffn_groups):
         share = ratio_of(layout.kind, wish, ffn_ratio)
         function = match_for(layout, match)
+        # refuse what `share` would refuse: parts that no table covers, and ratios that cannot be met
         tables = tied_together(function, layout)
         asked = wanted.of(layout.kind)
         check_covered(asked, tables, layout)
         ties = _any_ties(layout, checked_recipients(layout, share))
+        # one selection for each set of parts that is tied together, as in the real plan
         choice = Choice(match=function.name, ratio=share)
         for table in tables:
             tied = tuple(part for part in asked if part in table)
@@ -51,6 +55,6 @@ def estimate(
 
 
 def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:
-    """Ties enough to count bytes: all to layer 0, whose units never give anything up."""
+    """Ties that suffice to count bytes: all to layer 0, whose units never give anything up."""
     first = HeadUnit(0, 0)
     return tuple(Tie(layout.unit(layout.groups + index), first) for index in range(count))

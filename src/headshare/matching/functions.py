@@ -1,6 +1,6 @@
-"""Match functions: two stacks of units in, one number per pair out; higher means more alike.
+"""Match functions: scores of all pairs of units from their inner products. Higher means more alike.
 
-A match function sees the units' inner products, part by part, never their weights: all cosines follow from those.
+A match function gets the inner products part by part, and never the weights: all cosines follow from the products.
 To add one, decorate a function and give it a test and a line in the docs.
 """
 
@@ -61,43 +61,43 @@ def cosine(products: Products, *parts: Part) -> MatchingScores:
 
 @match_function("qk", Part.Q, Part.K)
 def qk(products: Products) -> MatchingScores:
-    """The paper's choice: what decides where a head looks."""
+    """Cosine of queries and keys, the parts that decide where a head looks: the paper's choice."""
     return cosine(products, Part.Q, Part.K)
 
 
 @match_function("q", Part.Q)
 def q(products: Products) -> MatchingScores:
-    """Queries alone."""
+    """Cosine of the queries alone."""
     return cosine(products, Part.Q)
 
 
 @match_function("k", Part.K)
 def k(products: Products) -> MatchingScores:
-    """Keys alone."""
+    """Cosine of the keys alone."""
     return cosine(products, Part.K)
 
 
 @match_function("v", Part.V)
 def v(products: Products) -> MatchingScores:
-    """Values alone."""
+    """Cosine of the values alone."""
     return cosine(products, Part.V)
 
 
 @match_function("qkv", Part.Q, Part.K, Part.V)
 def qkv(products: Products) -> MatchingScores:
-    """All that a unit reads from the residual stream."""
+    """Cosine of queries, keys and values: all that a head reads from the hidden states."""
     return cosine(products, Part.Q, Part.K, Part.V)
 
 
 @match_function("separate", Part.Q, Part.K, Part.V, separate=True)
 def separate(products: Products) -> MatchingScores:
-    """Each of q, k and v by itself: called once for each, with that part's products only."""
+    """Cosine of a single part. It is called once for each of q, k and v, with that part's products only."""
     return cosine(products, *products)
 
 
 @match_function("ffn", *FFN_PARTS, kind=Sublayer.FFN)
 def ffn(products: Products) -> MatchingScores:
-    """The feed-forward's features: gate and up where both are there, else up."""
+    """Cosine of the feed-forward's input weights: gate and up where both are there, else up."""
     return cosine(products, *(part for part in (Part.GATE, Part.UP) if part in products))
 
 

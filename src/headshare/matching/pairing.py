@@ -1,4 +1,7 @@
-"""From scores to a plan: which recipients give up their weights, and to whom they are tied. Never sees a weight."""
+"""The pairing of units: a plan from scores. Chooses the recipients and the donors that they are tied to.
+
+Never sees a weight.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ ScoreMatrix = Float[Tensor, "units units"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a mode is asked for: this many recipients, none of them in a protected layer."""
+    """The request to a mode: so many recipients, none of them in a protected layer."""
 
     layout: Layout
     scores: ScoreMatrix
@@ -31,7 +34,7 @@ class Request:
     protected: frozenset[int]
 
     def candidates(self) -> list[int]:
-        """The units that may become recipients, in order: not in layer 0, not protected."""
+        """Units that may become recipients, in order: all outside layer 0 and protected layers."""
         layers = [layer for layer in range(1, self.layout.layers) if layer not in self.protected]
         return [self.layout.index(HeadUnit(layer, group)) for layer in layers for group in range(self.layout.groups)]
 
@@ -47,12 +50,12 @@ def mode(function: Mode) -> Mode:
 
 
 def units_at(ratio: float, units: int) -> int:
-    """How many recipients a ratio means: int(ratio x units), with the ratio taken as the decimal it was written as."""
+    """The number of recipients at a ratio: int(ratio x units), with the ratio taken as the decimal that was written."""
     return int(Fraction(str(ratio)) * units)
 
 
 def ratio_of(kind: Sublayer, ratio: float, ffn_ratio: float | None) -> float:
-    """The ratio for this kind of unit: the feed-forward's own, where it has one."""
+    """The ratio for this sublayer: `ffn_ratio` for the feed-forward where it is given, else `ratio`."""
     return ffn_ratio if kind is Sublayer.FFN and ffn_ratio is not None else ratio
 
 
@@ -79,7 +82,9 @@ def make_plan(
     digest = scores.digest
     selections = []
     for kind in Sublayer:
-        tied, share = wanted.of(kind), ratio_of(kind, ratio, ffn_ratio)
+        tied = wanted.of(kind)
+        share = ratio_of(kind, ratio, ffn_ratio)
+        # Tables of one sublayer are paired apart: where parts are matched separately, each finds donors of its own.
         for table in _tables_for(scores, kind, tied):
             shared = tuple(part for part in tied if part in table.parts)
             recipients = checked_recipients(table.layout, share, protect)
@@ -100,7 +105,11 @@ def _tables_for(scores: Scores, kind: Sublayer, tied: tuple[Part, ...]) -> list[
 
 
 def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], layout: Layout) -> None:
-    """Raise PlanError unless some table chooses the ties of each part; a feed-forward without gate needs none."""
+    """Refuse parts whose ties no table chooses. A feed-forward without a gate needs no table for it.
+
+    Raises:
+        PlanError: naming the parts that are left.
+    """
     covered = {part for parts in tables for part in parts}
     absent = {Part.GATE} if layout.kind is Sublayer.FFN and len(tied) > 1 and Part.GATE not in layout.parts else set()
     missing = [part for part in tied if part not in covered | absent]
@@ -112,7 +121,7 @@ def check_covered(tied: tuple[Part, ...], tables: Sequence[tuple[Part, ...]], la
 
 
 def checked_recipients(layout: Layout, ratio: float, protected: Collection[int] = ()) -> int:
-    """The number of recipients that a ratio means for this grid.
+    """The number of recipients at a ratio in this grid.
 
     Raises:
         PlanError: if the ratio is not a number from 0 to what layers that may give up units allow, or a protected
@@ -132,7 +141,7 @@ def checked_recipients(layout: Layout, ratio: float, protected: Collection[int] 
 
 
 def _ratio_for(recipients: int, units: int) -> str:
-    """The shortest decimal, of four digits or more, that means this many recipients."""
+    """The shortest decimal, of four digits or more, that is a ratio of so many recipients."""
     for digits in range(4, 12):
         ratio = Fraction(-(-recipients * 10**digits // units), 10**digits)
         if int(ratio * units) == recipients:
@@ -142,12 +151,14 @@ def _ratio_for(recipients: int, units: int) -> str:
 
 @mode
 def star(request: Request) -> list[Tie]:
-    """Take pairs from the best score down, with donors only among kept units: exactly N units saved, one hop.
+    """Take pairs from the best score down, with donors only among kept units. Saves exactly N units.
 
-    A pair is passed over if its recipient already lends, its donor is already given up, or it would keep one unit
-    more than N recipients leave room for; so the last recipient can always be tied to layer 0.
+    No donor borrows itself, so that every tie is direct. A pair is passed over if its recipient already lends, if its
+    donor is already given up, or if it would keep one unit more than N recipients leave room for. So the last
+    recipient can always be tied to layer 0.
     """
     layout = request.layout
+    # `spare` counts the candidates that may still become donors, and so be kept, before too few are left to give up.
     candidates = request.candidates()
     spare = len(candidates) - request.recipients
     donor_of: dict[int, int] = {}
@@ -156,7 +167,7 @@ def star(request: Request) -> list[Tie]:
         if len(donor_of) == request.recipients:
             break
         if recipient in donor_of or recipient in kept or donor in donor_of:
-            continue
+            continue  # already tied, already lending, or given up
         if donor not in kept:
             if spare == 0:
                 continue
@@ -168,7 +179,10 @@ def star(request: Request) -> list[Tie]:
 
 @mode
 def root(request: Request) -> list[Tie]:
-    """The paper's pairs (each recipient's best donor, best N kept), with chains followed to their root: N saved."""
+    """Take the paper's pairs (each recipient's best donor, the best N of them), and follow chains to their root.
+
+    Saves exactly N units.
+    """
     donor_of = _best_pairs(request)
 
     def follow(unit: int) -> int:
@@ -181,10 +195,10 @@ def root(request: Request) -> list[Tie]:
 
 @mode
 def published(request: Request) -> list[Tie]:
-    """What the authors' release does with the paper's pairs, kept for comparison.
+    """Tie the paper's pairs as the authors' release does, for comparison.
 
-    There, tying a recipient to a donor gives the donor back its own weights even if it was a recipient itself,
-    so only recipients that no other pair uses as a donor change: fewer than N.
+    There, tying a recipient to a donor gives the donor its own weights back, even if it was a recipient itself. So only
+    those recipients change that no other pair uses as a donor: fewer than N.
     """
     donor_of = _best_pairs(request)
     donors = set(donor_of.values())
@@ -193,7 +207,7 @@ def published(request: Request) -> list[Tie]:
 
 @dataclass(frozen=True)
 class PublishedCount:
-    """The authors' release, counted: pairs chosen, heads whose weights change, heads' worth of storage saved."""
+    """Counts of the authors' release: pairs chosen, heads whose weights change, heads' worth of storage saved."""
 
     pairs: int
     changed: int
@@ -201,18 +215,20 @@ class PublishedCount:
 
 
 def published_count(pairs: Sequence[tuple[int, int]]) -> PublishedCount:
-    """Count what the release does with these (recipient, donor) pairs.
+    """The counts of the authors' release for these (recipient, donor) pairs.
 
-    It stores one copy for each pair, and every unit in no pair once; so it saves the units in some pair less the pairs.
+    It stores a copy for each pair, and every unit that is in no pair once. So the saving is the number of units that
+    are in some pair, less the number of pairs.
     """
-    recipients, donors = {r for r, _ in pairs}, {d for _, d in pairs}
+    recipients = {r for r, _ in pairs}
+    donors = {d for _, d in pairs}
     return PublishedCount(
         pairs=len(pairs), changed=len(recipients - donors), saved=len(recipients | donors) - len(pairs)
     )
 
 
 def best_pairs(layout: Layout, scores: ScoreMatrix, recipients: int, protected: Collection[int] = ()) -> dict[int, int]:
-    """Algorithm 1: each unit's best donor among strictly earlier layers, and the best `recipients` of those pairs.
+    """The pairs of Algorithm 1: each unit's best donor in strictly earlier layers, and the best `recipients` of these.
 
     Equal scores go to the lowest layer, then the lowest unit, for donors and for recipients alike.
     """
@@ -220,7 +236,8 @@ def best_pairs(layout: Layout, scores: ScoreMatrix, recipients: int, protected: 
 
 
 def _best_pairs(request: Request) -> dict[int, int]:
-    groups, scores = request.layout.groups, request.scores.numpy()
+    groups = request.layout.groups
+    scores = request.scores.numpy()
     best: list[tuple[float, int, int]] = []
     for recipient in request.candidates():
         row = scores[recipient, : recipient // groups * groups]

@@ -26,7 +26,7 @@ Scratch = dict[torch.dtype, Tensor]
 def unit_products(
     checkpoint: Checkpoint, layout: Layout, parts: tuple[Part, ...]
 ) -> dict[Part, Float[Tensor, "units units"]]:
-    """Inner products of all pairs of units, for each of these parts, in float64. Reads each weight once.
+    """Inner products of all pairs of units, for each of these parts, in float64. Each weight is read once.
 
     Raises:
         CheckpointError: if a weight is NaN or infinite, or so large or small that its square is.
@@ -47,7 +47,7 @@ def unit_products(
 
 
 def _read_together(layout: Layout, parts: tuple[Part, ...]) -> list[tuple[Part, ...]]:
-    """Parts that lie in the same rows of the same tensor, and so come from the same reads."""
+    """Groups of parts that lie in the same rows of the same tensor, and so come from the same reads."""
     groups: dict[tuple[str, int], list[Part]] = {}
     for part in parts:
         place = layout.parts[part]
@@ -58,11 +58,13 @@ def _read_together(layout: Layout, parts: tuple[Part, ...]) -> list[tuple[Part, 
 def _streamed(
     checkpoint: Checkpoint, layout: Layout, parts: tuple[Part, ...]
 ) -> Iterator[tuple[Part, Float[Tensor, "units slice"]]]:
-    """The same slice of every unit, for each part, slice after slice, as stored. Parts of one call share rows.
+    """Slices of all units, part by part, in the type of number in which they are stored. The parts share rows.
 
-    A slice is valid until the next is asked for: while some are multiplied, the next are read into the other of two
-    buffers. They are read many at a time, and handed out few enough at a time to stay in the processor's cache.
+    Each slice covers the same numbers of every unit. It is valid until the next is asked for: while one is multiplied,
+    the next is read into the other of two buffers. Reads are large, and a slice is handed out in chunks that stay in
+    the processor's cache.
     """
+    # A line is a row of one unit where units are rows of the tensor, else a row of the tensor, which crosses all units.
     place = layout.parts[parts[0]]
     dtype = checkpoint.tensors[place.name(0)].torch_dtype
     lines = place.rows if place.axis == 0 else place.shape[0]
@@ -70,6 +72,7 @@ def _streamed(
     per_line = sum(widths.values())
     step = max(1, min(SLICE_BYTES // (layout.units * dtype.itemsize), SLICE_NUMBERS) // per_line)
     starts = range(0, lines, min(step, lines))
+    # Two buffers serve in turn, so that reading the next slice overlaps the arithmetic on this one.
     buffers = [
         {part: torch.empty(layout.units, starts.step * widths[part], dtype=dtype) for part in parts}
         for _ in range(min(2, len(starts)))
@@ -82,6 +85,7 @@ def _streamed(
             _read_layer(checkpoint, layout, layer, starts[nth], stop, slices)
         return slices
 
+    # The reader is always one slice ahead; chunks bound what the products touch at once.
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, 0)
         for nth in track(range(len(starts)), f"matching {','.join(parts)}", len(starts)):
@@ -114,12 +118,12 @@ def _read_layer(
 
 
 def is_exact(layout: Layout, part: Part) -> bool:
-    """Whether products of this part are few enough to be computed in float64."""
+    """Whether the products of this part are few enough to be computed in float64."""
     return layout.units**2 * layout.parts[part].numel <= EXACT_PRODUCTS
 
 
 def _room(scratch: Scratch, like: Float[Tensor, "units slice"], dtype: torch.dtype) -> Shaped[Tensor, "units slice"]:
-    """Memory of this shape, the same whenever it is large enough: fresh memory costs more than the arithmetic."""
+    """Scratch memory of this shape, reused whenever it is large enough: fresh memory costs more than the arithmetic."""
     if dtype not in scratch or scratch[dtype].numel() < like.numel():
         scratch[dtype] = torch.empty(like.numel(), dtype=dtype)
     return scratch[dtype][: like.numel()].view(like.shape)
@@ -133,10 +137,10 @@ def _accumulate(
     *,
     exact: bool,
 ) -> Float[Tensor, " units"] | None:
-    """Add one slice's products; where that took care with extreme numbers, each unit's largest magnitude.
+    """Add the products of a slice to `products`. Returns each unit's largest magnitude if numbers were extreme.
 
-    Where numbers are so large or small that a product could over- or underflow, which the units' own products tell,
-    every unit is first divided by a power of two near its largest number; that is exact, and undone in float64.
+    Numbers are extreme where a product could over- or underflow. The products of units with themselves show it. Every
+    unit is then first divided by a power of two near its largest number, which is exact, and is undone in float64.
     """
     numbers = _room(scratch, units, torch.float64 if exact else torch.float32).copy_(units)
     blocks = _blocks(numbers, groups, stored=units.dtype)
@@ -145,6 +149,7 @@ def _accumulate(
         for start, product in blocks:
             products[start : start + len(product), : product.shape[1]] += product
         return None
+    # the careful way: divide by powers of two, multiply, and multiply back where there is range enough
     largest = numbers.abs().amax(dim=1)
     exponents = torch.frexp(largest).exponent
     scales = torch.ldexp(torch.ones(len(units), dtype=torch.float64), exponents)
@@ -157,9 +162,9 @@ def _accumulate(
 def _blocks(
     numbers: Float[Tensor, "units slice"], groups: int, *, stored: torch.dtype
 ) -> list[tuple[int, Float[Tensor, "rows columns"]]]:
-    """Products of all units with all, block row by block row up to each block's own diagonal: (first row, product).
+    """Products of all units with all, in block rows that end at the block's own diagonal: (first row, product).
 
-    Numbers that are `stored` as bfloat16 lose nothing in short products, whose sums are float32 too; all others are
+    Numbers that are `stored` as bfloat16 lose nothing in short products, whose sums are in float32 too. All others are
     multiplied in full.
     """
     height = max(groups, BLOCK_UNITS // groups * groups)
@@ -179,8 +184,9 @@ def _not_finite(largest: Float[Tensor, " units"], checkpoint: Checkpoint, layout
 
 
 def read_unit(checkpoint: Checkpoint, layout: Layout, part: Part, index: int) -> Float[Tensor, " numel"]:
-    """One part of one unit, flattened, as stored."""
-    unit, place = layout.unit(index), layout.parts[part]
+    """The numbers of a part of a unit, flattened, in the type of number in which they are stored."""
+    unit = layout.unit(index)
+    place = layout.parts[part]
     first, last = place.span(unit.group)
     if place.axis == 0:
         return checkpoint.read(place.name(unit.layer), first, last).flatten()

@@ -1,4 +1,4 @@
-"""Matching scores of all pairs of units as a value, and its file. Knows nothing of how they were computed."""
+"""Matching scores of all pairs of units, as a value and as a file. Knows nothing of how they were computed."""
 
 import hashlib
 import json
@@ -20,8 +20,11 @@ from headshare.plan.units import Part
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Matching scores of all pairs in one grid of units. Row: recipient, column: donor; meaningful below the diagonal
-    of layers, zero elsewhere. `parts` are those whose ties this table chooses (all, unless matched separately)."""
+    """Matching scores of all pairs of units in one grid.
+
+    Rows are recipients and columns are donors. Only pairs whose donor lies in an earlier layer have a score; all others
+    are zero. `parts` are the parts whose ties this table chooses: all, unless each is matched separately.
+    """
 
     layout: Layout
     match: str
@@ -31,7 +34,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score_units` found: one table for each grid, or one for each part when matched separately."""
+    """The result of `score_units`: one table for each grid of units, or one for each part when matched separately."""
 
     model_type: str
     tables: tuple[ScoreTable, ...]
@@ -43,7 +46,7 @@ class Scores:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over layouts and scores, so that a plan can say what it was made from."""
+        """The SHA-256 of layouts and scores, by which a plan names the scores that it was made from."""
         digest = hashlib.sha256(self._header().encode())
         for table in self.tables:
             digest.update(table.scores.contiguous().numpy().tobytes())
@@ -57,7 +60,7 @@ class Scores:
         return json.dumps({"format": 1, "model_type": self.model_type, "tables": tables}, sort_keys=True)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: one float64 matrix a table, everything else in its metadata.
+        """Write a safetensors file: a float64 matrix for each table, and everything else in its metadata.
 
         Raises:
             OutputError: if it cannot be written; nothing is left behind.
@@ -67,7 +70,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
-        """Read what `save` wrote.
+        """Read scores that `save` wrote.
 
         Raises:
             PlanError: if the file is missing or is not a scores file.

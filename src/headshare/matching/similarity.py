@@ -1,4 +1,4 @@
-"""Score all pairs of units from one streamed product: each weight is read once, and only one slice is in memory."""
+"""Scores of all pairs of units, from one streamed product: each weight is read once, a slice of it at a time."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,10 +21,10 @@ GRID = 2.0**-40
 
 
 def match_for(layout: Layout, match: str) -> MatchFunction:
-    """The match function for this grid: the one asked for, or for feed-forward units `ffn`.
+    """The match function for this grid: the requested one for attention, `ffn` for feed-forward units.
 
     Raises:
-        OptionError: if there is none of that name, or it is for another kind of unit.
+        OptionError: if no match function has that name, or it is for another kind of unit.
     """
     asked = get_match_function(match)
     if layout.kind is Sublayer.FFN:
@@ -44,8 +44,8 @@ def score_units(
 ) -> Scores:
     """Score every pair of units with this match function (feed-forward units with `ffn`).
 
-    Products are accumulated in float64; each slice is multiplied in float64 for small models and in float32 for
-    large ones, and pairs too close to call are then computed again in float64. Ties are therefore exact.
+    Products are accumulated in float64. Each slice is multiplied in float64 for small models, and in float32 for large
+    ones. Pairs that are then too close to call are computed again in float64. Ties are therefore exact.
 
     Raises:
         OptionError: if the match function is not known, or is not for these parts.
@@ -79,16 +79,20 @@ def _decided(
     function: MatchFunction,
     parts: tuple[Part, ...],
 ) -> Float[Tensor, "units units"]:
-    """Keep pairs with strictly earlier layers, and make exact those that are too close to call.
+    """The scores of pairs whose donor lies in a strictly earlier layer, exact wherever they are too close to call.
 
-    Too close are donors near their recipient's best, and recipients whose bests are near one another's. All scores
-    are then rounded to GRID, far below what weights can mean, so that equal units have equal scores. Where more than
-    MOST_RECHECKED pairs are too close (a model of copies), all are rounded to what is close instead.
+    Two kinds of pairs are too close: donors whose score is near their recipient's best, and recipients whose best
+    scores are near one another. All scores are then rounded to GRID, far below any difference that weights can mean, so
+    that equal units have equal scores. Where more than MOST_RECHECKED pairs are too close (in a model of copies), all
+    scores are rounded to the width of "close" instead.
     """
+    # Only a donor of an earlier layer can be chosen, so only such pairs can be close calls.
     layer_of = torch.arange(layout.units) // layout.groups
     allowed = layer_of[:, None] > layer_of[None, :]
     masked = scores.masked_fill(~allowed, float("-inf"))
     best = masked.amax(dim=1)
+    # A pair can decide a tie if rounding could make it the best of its recipient. It matters only where there are
+    # several such pairs, or where the order of two recipients is open as well.
     near = _near(best, layout, parts)
     close = allowed & (masked >= (best - near)[:, None])
     undecided = (close.sum(dim=1) > 1) | _has_neighbour(best, near)
@@ -97,6 +101,7 @@ def _decided(
     if len(pairs) > MOST_RECHECKED:
         step = float(near.max())
         return torch.round(result / step) * step
+    # Computing a pair again reads two units from disk, which is why there is a limit above.
     squares: dict[tuple[Part, int], float] = {}
     for recipient, donor in pairs.tolist():
         result[recipient, donor] = _exact_score(checkpoint, layout, function, parts, (recipient, donor), squares)
@@ -104,10 +109,10 @@ def _decided(
 
 
 def _near(best: Float[Tensor, " units"], layout: Layout, parts: tuple[Part, ...]) -> Float[Tensor, " units"]:
-    """How far from each of these scores another may be and still be as high, by the rounding of the products.
+    """The distance from each of these scores within which another may be as high, by the rounding of the products.
 
     Chunks are summed in float64, so that their errors average out. Measured over correlations of 0 to 0.99, chunks of
-    4,096 to 65,536 numbers and both ways of multiplying, errors stay below a quarter of this.
+    4,096 to 65,536 numbers and both ways of multiplying, errors stay below a quarter of this distance.
     """
     if all(is_exact(layout, part) for part in parts):
         return torch.full_like(best, NEAR_EXACT)
@@ -117,13 +122,13 @@ def _near(best: Float[Tensor, " units"], layout: Layout, parts: tuple[Part, ...]
 
 
 def _has_neighbour(best: Float[Tensor, " units"], near: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
-    """Whether another unit's best score is within `near` of this one's."""
+    """Whether another unit's best score is within `near` of a unit's own, for each unit."""
     ordered, order = best.sort()
     gap = ordered.diff() <= near[order][1:]
     side = torch.zeros(1, dtype=torch.bool)
-    found = torch.empty_like(best, dtype=torch.bool)
-    found[order] = torch.cat([gap, side]) | torch.cat([side, gap])
-    return found
+    has_neighbour = torch.empty_like(best, dtype=torch.bool)
+    has_neighbour[order] = torch.cat([gap, side]) | torch.cat([side, gap])
+    return has_neighbour
 
 
 def _exact_score(
@@ -134,13 +139,18 @@ def _exact_score(
     pair: tuple[int, int],
     squares: dict[tuple[Part, int], float],
 ) -> float:
-    """The score of one pair, alone, in float64: equal units get equal scores. `squares` keeps units' own products."""
+    """The score of a single pair, computed alone in float64, so that equal units get equal scores.
+
+    `squares` keeps the products of units with themselves from one call to the next.
+    """
     products: dict[Part, Tensor] = {}
     for part in parts:
         a, b = (read_unit(checkpoint, layout, part, index).double() for index in pair)
         for index, unit in zip(pair, (a, b), strict=True):
             if (part, index) not in squares:
                 squares[part, index] = float(unit.dot(unit))
-        aa, ab, bb = squares[part, pair[0]], float(a.dot(b)), squares[part, pair[1]]
+        aa = squares[part, pair[0]]
+        ab = float(a.dot(b))
+        bb = squares[part, pair[1]]
         products[part] = torch.tensor([[aa, ab], [ab, bb]], dtype=torch.float64)
     return float(function.score(products)[0, 1])

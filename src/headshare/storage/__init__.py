@@ -1,1 +1,1 @@
-"""Storages: the ways in which a loaded model holds shared weights."""
+"""Storages: ways in which a loaded model holds shared weights."""

@@ -1,7 +1,7 @@
 """Module changes: modules of a loaded model that sections of a plan replace, beside any storage of weights.
 
-A section names what it changes (`ModuleChange`); the functions here build the new modules. Such a module loads its
-tensors under their own names, has ordinary parameters, and stands beside the modules of every storage.
+A section names the modules that it changes (`ModuleChange`), and the functions here build the new ones. A new module
+loads its tensors under their own names, has ordinary parameters, and stands beside the modules of every storage.
 """
 
 from collections.abc import Mapping
@@ -24,16 +24,18 @@ class Build(Protocol):
     """A function that makes the new module from the stock one."""
 
     def __call__(self, stock: nn.Module, tensor: TensorPlan | None, section: Section) -> nn.Module:
-        """The module that stands in for `stock`, on the same device (meta). `tensor` is what the plan makes of the
-        tensor that names the module, in the coordinates of a model from which removed units are gone."""
+        """The module that stands in for `stock`, on the same device (meta).
+
+        `tensor` is the tensor plan of the tensor that names the module. It counts without removed units.
+        """
 
 
 @runtime_checkable
 class Replaceable(Protocol):
-    """A changed module that a stock one can take the place of again."""
+    """A changed module that a stock module can replace again."""
 
     def stock_module(self, like: nn.Module) -> nn.Module:
-        """This empty stock module, filled with weights that compute the same."""
+        """Fill the empty stock module `like` with weights that compute the same. Returns `like`."""
 
 
 def _low_rank(stock: nn.Module, tensor: TensorPlan | None, section: Section) -> nn.Module:
@@ -41,12 +43,12 @@ def _low_rank(stock: nn.Module, tensor: TensorPlan | None, section: Section) -> 
     return LowRankProjection(stock, tensor)
 
 
-# by the kind that a section's changes name
+# Functions by the kind of change that a section names.
 MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank}
 
 
 def changed_tensors(plan: SharePlan) -> list[str]:
-    """The tensors that name the modules which the plan's sections change."""
+    """Names of the tensors whose modules the plan's sections change."""
     return [change.tensor for section in plan.sections for change in section.modules()]
 
 
@@ -64,6 +66,7 @@ def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> Non
         for change in section.modules():
             if change.kind not in MODULE_CHANGES:
                 raise StorageError(f"the plan holds {change.tensor} as {change.kind!r}, which this headshare cannot.")
+            # a change may replace a module around the one that holds the tensor
             path = module_to_change(paths[change.tensor], change.above)
             whole = tensors.get(change.tensor)
             reduced = None if whole is None else whole.reduced(tensors)
@@ -73,13 +76,15 @@ def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> Non
 
 
 def module_to_change(path: str, above: int) -> str:
-    """The path of the module so many steps above this one."""
+    """The path of the module that lies `above` steps above this one."""
     return ".".join(path.split(".")[: -above or None])
 
 
 def stock_modules(model: nn.Module, stock: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Stock modules, filled, for all of a model's modules that hold weights another way, by path. `stock` has an empty
-    one for each path that `changed_paths` lists."""
+    """Stock modules, filled, for all of a model's modules that hold weights in another way, by path.
+
+    `stock` has an empty module for each path that `changed_paths` lists.
+    """
     filled: dict[str, nn.Module] = {}
     for path in changed_paths(model):
         module = model.get_submodule(path)
@@ -91,5 +96,5 @@ def stock_modules(model: nn.Module, stock: Mapping[str, nn.Module]) -> dict[str,
 
 
 def changed_paths(model: nn.Module) -> list[str]:
-    """The paths of the modules that hold weights another way than stock ones."""
+    """Paths of the modules that hold weights in another way than stock ones."""
     return [path for path, module in model.named_modules() if isinstance(module, SharedProjection | Replaceable)]

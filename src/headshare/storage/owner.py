@@ -1,7 +1,7 @@
 """Storage `owner`: each module keeps the rows it owns, and a recipient calls its donors' modules for the rest.
 
-Calling the donor, rather than holding its parameter, is what lets hooks do their work: offload loads the donor's
-weight for the call, FSDP gathers it, and autograd sums the gradients of all its users in the one copy.
+A recipient calls its donor rather than hold the donor's parameter, so that hooks do their work: offload loads the
+donor's weight for the call, FSDP gathers it, and autograd sums the gradients of all users in the only copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,17 @@ from headshare.architecture.modules import ModuleMap
 from headshare.plan.tensors import TensorPlan
 from headshare.storage.projection import SharedProjection
 
+# The most tokens for which a product for each run of rows is faster than putting the whole weight together.
 FEW_TOKENS = 3
 
 Spans = tuple[tuple[int, int], ...]
 
-
+# The number of the module itself, where donors are numbered from 0.
 OWN = -1
 
 
 class Slot(NamedTuple):
-    """The next rows of a whole weight: the n-th span that a donor lends, or (OWN) that the module has itself."""
+    """The source of the next rows of a whole weight: the n-th span that a donor lends, or (OWN) the module stores."""
 
     donor: int
     nth: int
@@ -34,8 +35,10 @@ class Slot(NamedTuple):
 def borrowed(
     tensor: TensorPlan, tensors: Mapping[str, TensorPlan]
 ) -> tuple[list[str], dict[int, Spans], tuple[Slot, ...]]:
-    """What a whole weight is put together from: its donors, the stored spans that each of them lends and (OWN) that it
-    has itself, and the order in which they stand."""
+    """The composition of a whole weight: its donors, the spans of rows that each source gives, and their order.
+
+    Sources are numbered: donors by their place in the list, and the tensor itself by OWN. Spans count stored rows.
+    """
     names = list(dict.fromkeys(gap.donor for gap in tensor.gaps))
     spans: dict[int, list[tuple[int, int]]] = {number: [] for number in range(OWN, len(names))}
     slots = []
@@ -44,13 +47,13 @@ def borrowed(
         donor = OWN if source == tensor.name else names.index(source)
         slots.append(Slot(donor, len(spans[donor])))
         spans[donor].append((first, first + stop - start))
-    return names, {number: tuple(some) for number, some in spans.items()}, tuple(slots)
+    return names, {number: tuple(lent) for number, lent in spans.items()}, tuple(slots)
 
 
 class OwnerProjection(SharedProjection):
     """A projection that stores the rows (or columns) it owns, and borrows the others from donors when it runs.
 
-    The result equals the dense module's with the borrowed rows written in, bit for bit.
+    Its result equals, bit for bit, that of the dense module with the borrowed rows written in.
     """
 
     def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
@@ -62,7 +65,7 @@ class OwnerProjection(SharedProjection):
         self._slots: tuple[Slot, ...] = ()
 
     def link(self, tensor: TensorPlan, tensors: Mapping[str, TensorPlan], modules: Mapping[str, nn.Module]) -> None:
-        """Say whose rows this module borrows, and in which order they stand. Donors do not become submodules."""
+        """Set the donors of this module, and the order of the rows that they lend. Donors do not become submodules."""
         if not tensor.gaps:
             return
         names, spans, self._slots = borrowed(tensor, tensors)
@@ -78,9 +81,10 @@ class OwnerProjection(SharedProjection):
         biases: Sequence[Tensor | None] = (),
         into: Sequence[Tensor] = (),
     ) -> Tensor | tuple[Tensor, ...]:
-        """The projection of x. For a recipient that calls, with `lend`: copies of these spans of the stored weight, put
-        `into` tensors of its own where it has some; or, given x too, its products with them (rows only), each with a
-        bias of the recipient's.
+        """The projection of x; or, for a recipient that calls with `lend`, the lent rows or products with them.
+
+        Without x, that is a copy of each of these spans, put `into` the recipient's tensors where it gives some. With
+        x, it is the product of x with each of these spans of rows, each with a bias of the recipient's.
         """
         if x is None:
             assert lend is not None
@@ -96,8 +100,11 @@ class OwnerProjection(SharedProjection):
         return self.multiply(x, self.whole_weight())
 
     def _multiplies_by_runs(self, x: Tensor) -> bool:
-        """Whether one product for each run of rows is worth it: for few tokens it is faster than putting rows together,
-        and the same bit for bit; for more tokens the library may round the narrower products in another way."""
+        """Whether to multiply by each run of rows on its own, rather than put the whole weight together first.
+
+        For few tokens that is faster, and equal bit for bit. For more tokens the library may round the narrower
+        products in another way.
+        """
         return (
             bool(self._slots)
             and not self.in_out
@@ -136,9 +143,10 @@ class OwnerProjection(SharedProjection):
         return torch.cat([own[nth] if donor < 0 else lent[donor][nth] for donor, nth in self._slots], dim=self.axis)
 
     def _copied_together(self) -> Float[Tensor, "rows columns"]:
-        """The same without gradients: every row copied once, to where it is to stand."""
+        """The dense weight, put together without gradients: every row is copied once, to its final place."""
         whole = self.weight.new_empty(self._shape)
         spans = {OWN: self._own, **dict(enumerate(self._spans))}
+        # Every source writes straight into the whole weight, so that no row is copied twice.
         lengths = [stop - start for donor, nth in self._slots for start, stop in spans[donor][nth : nth + 1]]
         into: dict[int, list[Tensor]] = {donor: [] for donor in spans}
         for slot, target in zip(self._slots, torch.split(whole, lengths, dim=self.axis), strict=True):
@@ -151,7 +159,7 @@ class OwnerProjection(SharedProjection):
 
 
 class OwnerStorage:
-    """Install `OwnerProjection` wherever a plan gives or takes."""
+    """The storage that installs an `OwnerProjection` wherever a plan lends or borrows."""
 
     name: ClassVar[str] = "owner"
     trains: ClassVar[bool] = True
@@ -160,15 +168,15 @@ class OwnerStorage:
     brings_memory: ClassVar[bool] = False
 
     def __init__(self, devices: Mapping[str, str]) -> None:
-        """Tensors may be on any devices: hooks bring what is called to where it is needed."""
+        """Take tensors on any devices: hooks bring a donor's rows to where they are needed."""
 
     @classmethod
     def refusal(cls, *_: object) -> None:
-        """Owners hold everything, everywhere."""
+        """None: owners hold all tensors, on all devices."""
         return
 
     def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
-        """Replace first, link afterwards: a donor must be in place before its recipients name it.
+        """Replace all modules first and link them afterwards: a donor must be in place before its recipients name it.
 
         Raises:
             StorageError: if a module holds several tensors.

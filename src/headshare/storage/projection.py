@@ -1,4 +1,4 @@
-"""A projection that holds its weight in another way than a stock module, and multiplies exactly as that module does."""
+"""Projections that hold their weights in another way than stock modules, and multiply exactly as those do."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,10 +14,11 @@ from headshare.plan.tensors import TensorPlan
 
 
 class SharedProjection(nn.Module):
-    """Drop-in for the linear modules of every family: the same parameter names and the same arithmetic.
+    """A drop-in for the linear modules of every family, with the same parameter names and the same arithmetic.
 
-    `weight` is what this module stores, `whole_weight()` the dense weight. `tie_scale` multiplies the input channels
-    of scaled ties. Abstract: a storage says in `forward` and `whole_weight` where the borrowed rows come from.
+    `weight` holds the rows that this module stores, and `whole_weight()` gives the dense weight. `tie_scale` multiplies
+    the input channels of scaled ties. Abstract: a storage implements `forward` and `whole_weight`, which
+    bring the borrowed rows in.
     """
 
     def __init__(self, dense: nn.Module, tensor: TensorPlan) -> None:
@@ -39,7 +40,7 @@ class SharedProjection(nn.Module):
         raise NotImplementedError
 
     def multiply(self, x: Tensor, weight: Float[Tensor, "rows columns"]) -> Tensor:
-        """What the stock module gives for x and this whole weight, with scaled ties' channels scaled first."""
+        """The stock module's product of x and this whole weight. Channels of scaled ties are scaled first."""
         if self.tie_scale is not None:
             x = x * self.channel_scale(self.tie_scale)
         if self.in_out:
@@ -52,15 +53,18 @@ class SharedProjection(nn.Module):
         return functional.linear(x, weight, self.bias)
 
     def channel_scale(self, tie_scale: Float[Tensor, " scaled"]) -> Float[Tensor, " channels"]:
-        """One factor for each input channel: the tie's where it is scaled, else 1."""
-        pieces, used, at = [], 0, 0
+        """Factors of all input channels: the tie's where it is scaled, else 1."""
+        pieces: list[Tensor] = []
+        used = 0
+        at = 0
         for start, stop in self.scaled:
             pieces += [tie_scale.new_ones(start - at), tie_scale[used : used + stop - start]]
-            used, at = used + stop - start, stop
+            used += stop - start
+            at = stop
         return torch.cat([*pieces, tie_scale.new_ones(self.in_features - at)])
 
     def extra_repr(self) -> str:
-        """What prints show beside the class's name."""
+        """The text that prints show beside the class's name."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"stored={tuple(self.weight.shape)}"
@@ -68,7 +72,7 @@ class SharedProjection(nn.Module):
 
 
 def dense_module(shared: SharedProjection, like: nn.Module) -> nn.Module:
-    """Fill a stock module with the shared one's whole weight, scale folded in, and bias. Returns `like`."""
+    """Fill the stock module `like` with a shared one's bias and whole weight, scale folded in. Returns `like`."""
     with torch.no_grad():
         weight = shared.whole_weight().clone(memory_format=torch.contiguous_format)
         if shared.tie_scale is not None:
@@ -81,26 +85,25 @@ def dense_module(shared: SharedProjection, like: nn.Module) -> nn.Module:
 
 
 def shared_projections(model: nn.Module) -> Sequence[tuple[str, SharedProjection]]:
-    """Every shared projection of a model, with its path."""
+    """All shared projections of a model, with their paths."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SharedProjection)]
 
 
 def stored_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
-    """The types of number that these modules' weights are to have."""
+    """The types of number of these modules' weights."""
     return {_parameter(module, "weight").dtype for module in modules}
 
 
 def _linear_with(dense: nn.Module, tensor: TensorPlan) -> Linear:
-    """The way in which the stock module that holds this tensor multiplies.
+    """The kind of linear module that holds this tensor: it says how the module multiplies.
 
     Raises:
-        PlanError: if its weight has another shape than the plan says.
-        StorageError: if it is of a kind that we do not know.
+        PlanError: if its weight has another shape than the plan says, or headshare does not know its kind.
     """
     weight = getattr(dense, "weight", None)
     if weight is None or tuple(weight.shape) != tensor.shape:
-        found = "none" if weight is None else tuple(weight.shape)
-        raise PlanError(f"the model's {tensor.name} has shape {found}; the plan says {tensor.shape}.")
+        shape = "none" if weight is None else tuple(weight.shape)
+        raise PlanError(f"the model's {tensor.name} has shape {shape}; the plan says {tensor.shape}.")
     linear = linear_of(dense)
     if linear is None:
         raise StorageError(

@@ -1,8 +1,8 @@
-"""How a shared model holds its weights in memory: one interface, several realisations.
+"""The table of storages: ways in which a shared model holds its weights in memory, behind a single interface.
 
 A storage replaces the modules that a plan touches, before any weight is loaded. The modules keep their names and
-load the checkpoint's tensors as they are stored. A storage says of itself all that others need to know; nobody but this
-table knows one by its name. `storage="auto"` takes the first that has nothing against it, and says so in the log.
+load the checkpoint's tensors as they are stored. A storage describes itself completely: no other module knows one by
+its name. `storage="auto"` takes the first that does not refuse, and says so in the log.
 """
 
 import logging
@@ -27,14 +27,14 @@ AUTO = "auto"
 
 @runtime_checkable
 class Storage(Protocol):
-    """A realisation, made for tensors on these devices: names of tensors to names of devices (cpu, cuda:0, disk).
+    """A storage for tensors on these devices. `devices` maps names of tensors to names of devices (cpu, cuda:0, disk).
 
     Attributes:
-        name: what it is asked for by.
-        trains: its weights are ordinary parameters, which train, change and move like those of any model.
-        packs: matrices of four bits are held in its way, `storage.int4`.
-        replicates: a unit that two devices use is held on both.
-        brings_memory: its weights take no memory from torch's allocator, so that none is to be set aside for them.
+        name: the name by which users ask for it.
+        trains: True if its weights are ordinary parameters, which train, change and move like those of any model.
+        packs: True if matrices rounded to 4 bits are held in its way, by `storage.int4`.
+        replicates: True if it holds a unit that two devices use on both.
+        brings_memory: True if its weights take no memory from torch's allocator, which then must reserve none.
     """
 
     name: ClassVar[str]
@@ -49,38 +49,40 @@ class Storage(Protocol):
     def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
         """The reason why it cannot hold these tensors here, or not well; None if there is none.
 
-        `auto` asks for it. `devices` are kinds: cpu, cuda, disk. Who names a storage gets it all the same, unless
-        `install` refuses.
+        `auto` asks for it. `devices` are kinds: cpu, cuda, disk. A user who names a storage gets it all the same,
+        unless `install` refuses.
         """
 
     def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
         """Replace the modules that hold these tensors.
 
         Raises:
-            StorageError: if the tensors cannot be held so.
+            StorageError: if the storage cannot hold the tensors.
         """
 
 
-# In the order in which `auto` asks them. One that comes after a storage that holds everything is for those who name it.
+# Storages in the order in which `auto` asks them. Any that follows one that never refuses must be asked for by name.
 STORAGES: dict[str, type[Storage]] = {
     storage.name: storage for storage in (AliasStorage, IndirectStorage, OwnerStorage, VmmStorage)
 }
-# What a model is loaded with that is to be trained, or changed in any other way.
+# The storage for a model that is to be trained, or changed in any other way.
 TRAINABLE = next(name for name, storage in STORAGES.items() if storage.trains)
 
 
 def check_storage(name: str) -> None:
-    """Refuse a name that is none.
+    """Refuse a name that no storage has.
 
     Raises:
-        StorageError: naming those that exist.
+        StorageError: naming the storages that exist.
     """
     if name != AUTO and name not in STORAGES:
         raise StorageError(f"there is no storage '{name}'. There are: {AUTO}, {', '.join(STORAGES)}.")
 
 
 def choose_storage(name: str, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str:
-    """The storage to use; `auto` decides from the types of numbers and of devices (cpu, cuda, disk), and logs why.
+    """The name of the storage to use. `auto` takes the first that does not refuse, and logs why.
+
+    `dtypes` are types of numbers, and `devices` kinds of devices (cpu, cuda, disk).
 
     Raises:
         StorageError: if there is no storage of that name.

@@ -1,4 +1,4 @@
-"""The quantization_config of a shared checkpoint, as transformers sees it."""
+"""The quantization_config of a shared checkpoint, in the class that transformers expects."""
 
 import copy
 from typing import Any
@@ -15,11 +15,11 @@ from headshare.storage.registry import AUTO, STORAGES, check_storage
 class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """The entry of a shared checkpoint, `sharing`, and the storage that is to hold it in memory.
 
-    transformers makes one from the fields of the entry in config.json, and of `storage`.
+    transformers makes it from the fields of the entry in config.json, and from `storage`.
 
     Raises:
         CheckpointError: if the entry is not valid; it is untrusted until it has passed here.
-        StorageError: if there is no such storage, or it does not hold such matrices.
+        StorageError: if there is no such storage, or it does not hold matrices that are rounded to 4 bits.
     """
 
     def __init__(self, storage: str = "auto", **entry: Any) -> None:
@@ -33,11 +33,11 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         self.storage = storage
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as config.json holds it; how a model was held in memory is not part of it."""
+        """The entry as config.json holds it. The storage of a loaded model is not part of it."""
         return self.sharing.to_config()
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same: a plan has no defaults to leave out."""
+        """The entry as `to_dict` gives it: a plan has no defaults to leave out."""
         return self.to_dict()
 
     def __deepcopy__(self, _: dict[int, Any]) -> "HeadshareConfig":

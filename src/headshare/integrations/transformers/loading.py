@@ -1,4 +1,4 @@
-"""Load a checkpoint, dense or shared, as a transformers model and tokenizer, running no code it brings along."""
+"""Loading of a checkpoint, dense or shared, as a transformers model and tokenizer. Runs no code of the checkpoint."""
 
 import logging
 import warnings
@@ -23,8 +23,8 @@ from headshare.errors import CheckpointError, EvaluationError
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
     """The transformers model in a folder or under a hub id, dense or shared, in evaluation mode.
 
-    `storage` says how a shared model holds its weights: `auto`, or a name of `storage.registry.STORAGES`.
-    `options` go to `from_pretrained`: dtype, device_map and the like.
+    `storage` names the way in which a shared model holds its weights: `auto`, or a name in
+    `storage.registry.STORAGES`. `options` go to `from_pretrained`: dtype, device_map and the like.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or transformers cannot load it.
@@ -35,9 +35,9 @@ def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
 
 
 def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any) -> Any:
-    """The model class that config.json names, if the checkpoint has all its weights; else the bare encoder or decoder.
+    """The model of a checkpoint: of the class that config.json names, or the bare model if its head has no weights.
 
-    `storage` says how a shared model holds its weights; `options` go to `from_pretrained`.
+    `storage` names the way in which a shared model holds its weights. `options` go to `from_pretrained`.
 
     Raises:
         CheckpointError: if transformers has no such class, the model needs code of its own, the weights of the bare
@@ -48,6 +48,7 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     check_model_code(checkpoint)
     if checkpoint.plan is not None:
         options = {**options, "config": _config_with(checkpoint, storage)}
+    # A base checkpoint can name a class whose head it has no weights for. Then the bare model is what it holds.
     for model_class in (*_named_class(checkpoint), transformers.AutoModel):
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
@@ -63,7 +64,7 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """The stock model that config.json names, or the bare one where it names none, with no weights.
+    """The stock model that config.json names, or the bare model where it names none, without weights.
 
     Raises:
         CheckpointError: if transformers has no such class, or the model needs code of its own.
@@ -81,14 +82,14 @@ def empty_model(checkpoint: Checkpoint) -> Any:
 
 
 def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
-    """The model's configuration, asking for this storage."""
+    """The model's configuration, with a request for this storage."""
     config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     config.quantization_config = {**config.quantization_config, "storage": storage}
     return config
 
 
 def _named_class(checkpoint: Checkpoint) -> list[Any]:
-    """The model class that config.json names first, where it names one that transformers has."""
+    """The first model class that config.json names, as a list; empty where it names none."""
     names = checkpoint.config.get("architectures") or []
     if not isinstance(names, list):
         raise CheckpointError(
@@ -115,7 +116,7 @@ def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> t
 
 
 def _check_device(name: str) -> None:
-    """Refuse a device that torch does not know, or that is not there; `auto` and other names are accelerate's."""
+    """Refuse a device that torch does not know, or that is not there. `auto` and the like are left to accelerate."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -130,7 +131,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer.
 
     Raises:
-        EvaluationError: if the folder has none.
+        EvaluationError: if the folder has none that transformers can load.
         CheckpointError: if it, or the model beside it, needs code of its own.
     """
     check_model_code(checkpoint)

@@ -1,4 +1,4 @@
-"""Load and save shared checkpoints with transformers: `import headshare`, then `from_pretrained` as for any model.
+"""The quantizer that loads and saves shared checkpoints in transformers, by `from_pretrained` as for any model.
 
 To transformers, sharing is a quantisation method: config.json names it, and its quantizer replaces the modules that
 the plan touches while the model is still on the meta device. Weights then load under their own names.
@@ -36,7 +36,7 @@ LOGGER = logging.getLogger("headshare")
 
 @register_quantizer(METHOD)
 class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
-    """Builds the shared modules before weights load, and gives back dense ones on `model.dequantize()`."""
+    """The quantizer that builds shared modules before weights load, and dense ones on `model.dequantize()`."""
 
     requires_calibration = False
     _frozen = False
@@ -47,10 +47,15 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        """Removed units go first, then readouts get their factors, and what remains is shared. A device map that is
-        still to be worked out is worked out on the storage that trains, which has the sizes of all."""
+        """Replace the modules that the plan touches: take removed units out, add low-rank modules, then share.
+
+        A device map that is still to be worked out is worked out on the storage that trains, whose parameters have the
+        sizes of all stored tensors.
+        """
         entry = self.quantization_config.sharing
-        plan, packing = entry.plan, entry.packing
+        plan = entry.plan
+        packing = entry.packing
+        # Matrices that are rounded to 4 bits have modules of their own, and plans for them only share rows.
         if packing is not None:
             tensors = tensor_plans(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
@@ -58,6 +63,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                 check_types((info.name, info.dtype) for info in read_header(Path(file)))
             install_packed(model, packing, tensors, ModuleMap.of(model, tensors))
             return
+        # From here on tensors count without removed units, so these must be gone before anything else is placed.
         if plan.removals:
             shrink(model, plan, ModuleMap.of(model, shrunk_of(plan)))
         change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
@@ -65,13 +71,14 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._modules = ModuleMap.of(model, self._tensors)
         self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
         self._model = model
+        # transformers measures modules to make a map of a name like "auto": a second call then installs for good
         if isinstance(device_map, str):
             STORAGES[TRAINABLE]({}).install(model, self._tensors, self._modules)
         else:
             self._install(model, device_map)
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """transformers calls this again once it has worked out a device map."""
+        """Install anew once transformers has worked a device map out: it then calls this for a second time."""
         if self._model is not None and isinstance(device_map, dict):
             _put_back(self._model, self._stock)
             self._install(self._model, device_map)
@@ -91,16 +98,19 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
         paths = self._modules.paths()
         itemsizes = {name: next(self._stock[path].parameters()).itemsize for name, path in paths.items()}
-        found = held_again(self.quantization_config.sharing.plan, devices, itemsizes)
-        units, nbytes = sum(pair.units for pair in found), sum(pair.nbytes for pair in found)
+        pairs = held_again(self.quantization_config.sharing.plan, devices, itemsizes)
+        units = sum(pair.units for pair in pairs)
+        nbytes = sum(pair.nbytes for pair in pairs)
         LOGGER.info("%d units, %d bytes, are held more than once: on each device that uses them", units, nbytes)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> int:  # noqa: ARG002
-        """Bytes of one number, as transformers reserves memory before it loads: mapped weights bring their own."""
+        """Bytes per number that transformers reserves before it loads. Mapped weights bring their own memory."""
         return 0 if param_name in self._mapped else param.element_size()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        self._model, self._stock, self._tensors = None, {}, {}
+        self._model = None
+        self._stock = {}
+        self._tensors = {}
         for path, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(path)
@@ -111,11 +121,12 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         plan = self.quantization_config.sharing.plan
         if self.quantization_config.sharing.packing is not None:
             number: Any = model.dtype
-            packed = [(path, one) for path, one in model.named_modules() if isinstance(one, PackedLinear)]
+            packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]
             _put_back(model, {path: unpacked(module, number) for path, module in packed})
             return _converted(model, dtype)
         if plan.no_stock_equivalent is not None:
             raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
+        # in the reverse of the order on loading: shared modules become dense, then removed units come back as zeros
         removed = ModuleMap.of(model, shrunk_of(plan))
         stock = _stock_modules(model, {*changed_paths(model), *removed.paths().values()})
         _put_back(model, stock_modules(model, stock))
@@ -124,8 +135,11 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     @contextmanager
     def saving(self, state_dict: Mapping[str, Any] | None) -> Iterator[None]:
-        """Within, `save_pretrained` saves these tensors: put together by an engine that keeps parameters in parts, and
-        which transformers would pass by for a model with a quantizer."""
+        """Let `save_pretrained` save these tensors, within this context.
+
+        An engine that keeps parameters in parts has put them together. transformers would ignore them for a model with
+        a quantizer.
+        """
         self._gathered = state_dict
         try:
             yield
@@ -133,11 +147,11 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._gathered = None
 
     def get_state_dict_and_metadata(self, _: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
-        """transformers asks this before it saves; None stands for the model's own."""
+        """Tensors and metadata for transformers to save; None stands for the model's own tensors."""
         return self._gathered, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """A shared model saves as it was loaded."""
+        """True: a shared model is saved as it was loaded."""
         return True
 
     @property
@@ -145,7 +159,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         """Whether every stored number is an ordinary parameter.
 
         Raises:
-            StorageError: if shared weights are read-only. The Trainer asks, and would otherwise train only the others.
+            StorageError: if shared weights are read-only or rounded to 4 bits. The Trainer asks, and would otherwise
+                train only the others.
         """
         if self.quantization_config.sharing.packing is not None:
             raise StorageError("this model's matrices are rounded to 4 bits, which are not trained. Train it before.")
@@ -155,18 +170,20 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The Trainer asks this before it trains a quantised model in full."""
+        """True: the Trainer, which asks before it trains a quantised model in full, may do so."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """torch.compile sees plain tensor operations."""
+        """True: torch.compile sees plain tensor operations."""
         return True
 
 
 def _converted(model: nn.Module, dtype: Any) -> nn.Module:
-    """The model with its weights in this type. Buffers keep theirs: frequencies of rotary embeddings are in float32,
-    whatever the weights are."""
+    """The model with its weights in this type of number.
+
+    Buffers keep their type: frequencies of rotary embeddings are in float32, whatever the weights are.
+    """
     if isinstance(dtype, torch.dtype):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -179,14 +196,14 @@ def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def device_of(path: str, device_map: Any) -> str:
-    """Where a module is to be, by the longest of the map's keys that it lies under; numbers are CUDA devices."""
+    """The device of a module, by the longest of the map's keys that it lies under. Numbers are CUDA devices."""
     places = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
     above = [key for key in places if not key or path == key or path.startswith(f"{key}.")]
     return _device_name(places[max(above, key=len)] if above else "cpu")
 
 
 def _device_types(device_map: Any) -> set[str]:
-    """cpu, cuda, disk and the like, from a device map as transformers resolves it; numbers are accelerators."""
+    """Kinds of devices (cpu, cuda, disk) in a device map that transformers has resolved. Numbers are CUDA devices."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
     return {_device_name(place).partition(":")[0] for place in places}
 
@@ -196,7 +213,7 @@ def _device_name(place: Any) -> str:
 
 
 def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """Dense modules, empty, of the kinds this model would have without sharing, by path."""
+    """Empty dense modules by path, of the classes that this model would have without sharing."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

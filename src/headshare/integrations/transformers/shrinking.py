@@ -1,7 +1,7 @@
 """Take removed units out of a stock model before its weights load, and put zeros in their places afterwards.
 
-A module that loses rows or columns stays what it is, only smaller. Attention that counts its heads is told their
-number: the names of what it counts by are data, in `families`.
+A module that loses rows or columns keeps its class, and only becomes smaller. Attention that counts its heads is told
+their new number. The attributes that it counts them by are data, in `families`.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ from headshare.plan.units import Part, Sublayer
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What a plan removes from one module: some of its weight, and of its bias where it has one."""
+    """The removals of a plan in a single module: in its weight, and in its bias where it has one."""
 
     weight: TensorPlan
     bias: TensorPlan | None
 
 
 class FewerHeads:
-    """A model's configuration as one layer's attention sees it: some numbers are its own, all else is the model's."""
+    """The configuration that the attention of a single layer sees: some numbers are its own, the others the model's."""
 
     def __init__(self, config: Any, own: Mapping[str, int]) -> None:
         self.whole = config
@@ -45,7 +45,7 @@ class FewerHeads:
 
 
 def shrunk_of(plan: SharePlan) -> dict[str, Shrunk]:
-    """What the plan removes from the module of each of these tensors."""
+    """The removals of a plan, module by module, under the names of their tensors."""
     biases = bias_plans(plan)
     return {
         name: Shrunk(tensor, biases.get(bias_name(name)))
@@ -62,8 +62,10 @@ def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
         StorageError: if it has modules of other shapes or kinds, or one that holds several tensors.
         ArchitectureError: if it counts its attention in a way that the plan's groups do not divide.
     """
+    # refuse the plan before any module is changed
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     check_removals(plan, ModelLayouts(text_config(model.config.to_dict()), shapes))
+    # matrices first, then the numbers by which attention splits what they give into heads
     for name, shrunk in shrunk_of(plan).items():
         _shrink_module(modules.module(model, name), shrunk)
     for attention, counts, numbers in _counted(model, plan, modules):
@@ -75,8 +77,8 @@ def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
 
 
 def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any, Counts, tuple[int, int]]]:
-    """Every attention module that loses units, what it counts them by, and how many it keeps, of how many."""
-    found = []
+    """Attention modules that lose units, with the attributes that count them and the numbers (kept, all)."""
+    counted = []
     for removal in plan.removals:
         if removal.layout.kind is Sublayer.ATTENTION:
             counts = counts_of(str(model.config.model_type))
@@ -84,8 +86,8 @@ def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any,
             groups = removal.layout.groups
             for layer, spans in removal.removed.items():
                 path = modules.path(removal.layout.parts[Part.Q].name(layer)).rpartition(".")[0]
-                found.append((model.get_submodule(path), counts, (groups - length(spans), groups)))
-    return found
+                counted.append((model.get_submodule(path), counts, (groups - length(spans), groups)))
+    return counted
 
 
 def _scaled(number: Any, kept: int, groups: int) -> int:
@@ -97,7 +99,8 @@ def _scaled(number: Any, kept: int, groups: int) -> int:
 
 
 def _shrink_module(module: Any, shrunk: Shrunk) -> None:
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight = module.weight
+    bias = getattr(module, "bias", None)
     linear = linear_of(module)
     if tuple(weight.shape) != shrunk.weight.shape or linear is None:
         raise StorageError(
@@ -112,9 +115,9 @@ def _shrink_module(module: Any, shrunk: Shrunk) -> None:
 
 
 def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules: ModuleMap) -> None:
-    """Put whole modules, with zeros where units were removed, in place of smaller ones. The inverse of `shrink`.
+    """Put modules of full size, with zeros where units were removed, in place of smaller ones. Undoes `shrink`.
 
-    `stock` holds an empty module of the whole size for each path.
+    `stock` holds an empty module of full size for each path.
     """
     for attention, counts, (kept, groups) in _counted(model, plan, modules):
         for name in counts.attributes:

@@ -1,10 +1,11 @@
-"""Storage `alias`: each unit once in memory, and every projection's weight one contiguous range of addresses over them.
+"""Storage `alias`: each unit stands once in memory, and every weight is one range of addresses over its units.
 
-The product is the stock module's own, on an ordinary tensor; what is shared is only where its pages lie. For
-inference on a CPU under Linux. Weights are read-only: to train, hold the model by `owner`.
+The product is the stock module's own, on an ordinary tensor whose pages are shared with others. It is for inference on
+a CPU under Linux. Weights are read-only: to train, hold the model by `owner`.
 
-Pages come from the checkpoint's own file where the rows stand there as the product needs them (the type of numbers
-asked for, at a page's boundary: `share` writes them so), else from an arena that they are copied to once.
+Pages come from the checkpoint's own file where the rows stand there as the product needs them: in the type of number
+that is asked for, and at a page's boundary, as `share` writes them. Otherwise they come from an arena, to which the
+rows are copied once.
 """
 
 from collections.abc import Mapping, Set
@@ -24,11 +25,12 @@ from headshare.storage.pooled.shelves import placed_on, turned
 from headshare.storage.pooled.slots import BlockLayout, racks_of
 from headshare.storage.pooled.sources import MappedFiles
 
+# The share that a model may take of the mappings that the process may still make.
 SPARE_MAPPINGS = 0.5
 
 
 class Backing(NamedTuple):
-    """Where a tensor's stored rows are: an open file, the offset there, bytes per row, and a view of them."""
+    """The place of a tensor's stored rows: an open file, the offset there, bytes per row, and a view of the rows."""
 
     descriptor: int
     offset: int
@@ -37,7 +39,7 @@ class Backing(NamedTuple):
 
 
 class AliasBank(BlockPool):
-    """Stored rows in files and arenas (one for each type of number); sealed, wholes are laid over them."""
+    """The bank of rows in files and in arenas, one for each type. Once sealed, whole weights are laid over them."""
 
     def __init__(self, tensors: Mapping[str, TensorPlan]) -> None:
         super().__init__(tensors)
@@ -48,7 +50,7 @@ class AliasBank(BlockPool):
         self._files = MappedFiles()
 
     def put(self, name: str, stored: Tensor) -> Tensor:
-        """Find a tensor's stored rows in the file they were loaded from, or copy them to the arena.
+        """Find a tensor's stored rows in the file that they were loaded from, or copy them to the arena.
 
         Raises:
             StorageError: if the rows are not in this machine's own memory, or the system gives no more of it.
@@ -59,10 +61,10 @@ class AliasBank(BlockPool):
         return turned(self.tensors[name], self._backing[name].stored)
 
     def seal(self) -> dict[str, PooledTensor]:
-        """Make all of it read-only, and lay every whole weight over the slots of its rows.
+        """Make the bank read-only, and lay every whole weight over its slots. Returns the place of each tensor.
 
         Raises:
-            StorageError: if the system gives no more mappings, or a tie's two ends came in different types.
+            StorageError: if the system gives no more mappings, or tied tensors came in different types of number.
         """
         held = {name: self._hold(name) for name in self._backing}
         for arena in self._arenas.values():
@@ -71,22 +73,26 @@ class AliasBank(BlockPool):
         return held
 
     def _in_file(self, name: str, stored: Tensor) -> Backing | None:
-        rack, row = self._rack_of[name], stored.shape[1] * stored.dtype.itemsize
+        rack = self._rack_of[name]
+        row = stored.shape[1] * stored.dtype.itemsize
         if self.tensors[name].axis == 1 or row != stride_of(rack, stored.dtype):
             return None
-        found = self._files.behind(stored)
-        if found is None or found.offset % PAGE:
+        place = self._files.behind(stored)
+        if place is None or place.offset % PAGE:
             return None
         # a mapping of its own: when a page is read the system maps its neighbours, as far as the mapping goes
-        rows = mapped([Piece(0, found.descriptor, found.offset, stored.nbytes)], stored.nbytes)
-        return Backing(found.descriptor, found.offset, row, rows.view(stored.dtype).view(stored.shape))
+        rows = mapped([Piece(0, place.descriptor, place.offset, stored.nbytes)], stored.nbytes)
+        return Backing(place.descriptor, place.offset, row, rows.view(stored.dtype).view(stored.shape))
 
     def _in_arena(self, name: str, stored: Tensor) -> Backing:
-        arena, rack = self._arena(stored.dtype), self._rack_of[name]
-        placed, stride = rack.placed[name], stride_of(rack, stored.dtype)
+        arena = self._arena(stored.dtype)
+        rack = self._rack_of[name]
+        placed = rack.placed[name]
+        stride = stride_of(rack, stored.dtype)
         offset = self._offset(rack, stored.dtype) + placed.first * rack.height * stride
         region = arena.region(offset, placed.count * rack.height * stride)
         rows = _rows(region, stored.dtype, rack.width, stride)
+        # Rows that stand in the file as in the arena are read straight into it; padded or transposed ones are copied.
         across = self.tensors[name].axis == 1
         if across or not rows.is_contiguous():
             rows.copy_(self._files.read(stored).T if across else self._files.read(stored))
@@ -95,17 +101,20 @@ class AliasBank(BlockPool):
         return Backing(arena.descriptor, offset, stride, rows)
 
     def _hold(self, name: str) -> PooledTensor:
-        rack, own = self._rack_of[name], self._backing[name]
-        placed, slot = rack.placed[name], rack.height * own.stride
+        rack = self._rack_of[name]
+        own = self._backing[name]
+        placed = rack.placed[name]
+        slot = rack.height * own.stride
         if not placed.borrows:
             return PooledTensor(turned(self.tensors[name], own.stored), turned(self.tensors[name], own.stored))
+        # each run of slots is one piece of the file or arena that holds its donor
         pieces = []
         for position, source, start, count in placed.runs:
             donor = self._backing.get(source)
             if donor is None or donor.stored.dtype != own.stored.dtype:
-                found = "did not load" if donor is None else f"is {donor.stored.dtype}"
+                state = "did not load" if donor is None else f"is {donor.stored.dtype}"
                 raise StorageError(
-                    f"{name} is {own.stored.dtype} and uses rows of {source}, which {found}. {OTHERWISE}"
+                    f"{name} is {own.stored.dtype} and uses rows of {source}, which {state}. {OTHERWISE}"
                 )
             pieces.append(Piece(position * slot, donor.descriptor, donor.offset + start * slot, count * slot))
         whole = _rows(mapped(pieces, placed.size * slot), own.stored.dtype, rack.width, own.stride)
@@ -121,31 +130,32 @@ class AliasBank(BlockPool):
 
 
 def _rows(region: Tensor, dtype: torch.dtype, width: int, stride: int) -> Tensor:
-    """Rows of `width` numbers, `stride` bytes apart. Shape: rows x width."""
+    """Rows of `width` numbers in this memory, `stride` bytes apart. Shape: rows x width."""
     return region.view(dtype).view(-1, stride // dtype.itemsize)[:, :width]
 
 
 def stride_of(rack: BlockLayout, dtype: torch.dtype) -> int:
-    """Bytes from one row to the next: as few as make a slot a multiple of the page size."""
+    """Bytes from one row to the next: the fewest that make a slot a multiple of the page size."""
     step = PAGE // gcd(PAGE, rack.height)
     return -(-rack.width * dtype.itemsize // step) * step
 
 
 def arena_bytes(racks: list[BlockLayout], dtype: torch.dtype) -> int:
-    """What these racks take in memory, padding included."""
+    """Bytes that these layouts take in memory, padding included."""
     return sum(rack.slots * rack.height * stride_of(rack, dtype) for rack in racks)
 
 
 def mappings_needed(racks: list[BlockLayout]) -> int:
-    """How many mappings all stored rows and whole weights take, at most."""
+    """The number of mappings that all stored rows and whole weights take, at most."""
     return sum(3 + len(placed.runs) * placed.borrows for rack in racks for placed in rack.placed.values())
 
 
 def _impossible(racks: list[BlockLayout]) -> str | None:
-    """The reason why these racks cannot be held by aliases, or None."""
+    """The reason why these layouts cannot be held by aliases, or None."""
     if not supported():
         return "this system cannot map one piece of memory at several addresses"
-    needed, left = mappings_needed(racks), mappings_left()
+    needed = mappings_needed(racks)
+    left = mappings_left()
     if left is not None and needed > left * SPARE_MAPPINGS:
         return f"it would take {needed} mappings, of {left} that vm.max_map_count still allows"
     return None
@@ -162,7 +172,7 @@ def _wasteful(racks: list[BlockLayout], tensors: Mapping[str, TensorPlan], dtype
 
 
 class AliasStorage:
-    """Install projections that multiply with aliased weights. `devices` says where each tensor's module is."""
+    """The storage of projections that multiply with aliased weights. `devices` maps tensors to their devices."""
 
     name: ClassVar[str] = "alias"
     trains: ClassVar[bool] = False
@@ -172,7 +182,7 @@ class AliasStorage:
 
     @classmethod
     def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
-        """Aliases are for a CPU whose system has mappings enough, and for rows that need little padding."""
+        """The reason why aliases do not fit: they need a CPU, enough mappings, and rows that need little padding."""
         if devices != {"cpu"}:
             return placed_on(devices)
         racks = racks_of(tensors)
@@ -182,7 +192,7 @@ class AliasStorage:
         self.devices = devices
 
     def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
-        """Replace the modules; their weights go to one bank as they load. Padding, however much, is allowed.
+        """Replace the modules. As their weights load, these all go to one bank. Any amount of padding is allowed.
 
         Raises:
             StorageError: if a module is not on the CPU or holds several tensors, or this system, or its limit on

@@ -1,7 +1,7 @@
 """Memory that can appear at several addresses at once (Linux): a memfd, and contiguous views laid over its pieces.
 
-A view is an ordinary tensor whose consecutive pages are pages of the arena in any order, the same one as often as
-asked. Nothing is copied: physical memory is what the arena holds, however many views there are.
+A view is an ordinary tensor whose consecutive pages are pages of the arena, in any order and with any repetition.
+Nothing is copied: the arena takes the same physical memory however many views there are.
 """
 
 import ctypes
@@ -21,17 +21,26 @@ from torch import Tensor
 
 from headshare.errors import StorageError
 
+# Sizes of pages, and flags that libc's mmap, mprotect and madvise take.
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
-PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
-MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
-MADV_RANDOM, MADV_DONTNEED, MADV_HUGEPAGE = 1, 4, 14
+PROT_NONE = 0
+PROT_READ = 1
+PROT_WRITE = 2
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_FIXED = 0x10
+MAP_ANONYMOUS = 0x20
+MAP_NORESERVE = 0x4000
+MADV_RANDOM = 1
+MADV_DONTNEED = 4
+MADV_HUGEPAGE = 14
 
 OTHERWISE = 'Load the model with storage="owner".'
 
 
 class Piece(NamedTuple):
-    """Bytes of an open file that stand at `position` in a view. Positions, offsets and lengths are whole pages."""
+    """Bytes of an open file, to stand at `position` in a view. Positions, offsets and lengths are whole pages."""
 
     position: int
     descriptor: int
@@ -40,12 +49,12 @@ class Piece(NamedTuple):
 
 
 def supported() -> bool:
-    """Whether this system can lay one piece of memory under several addresses."""
+    """Whether this system can map one piece of memory at several addresses."""
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
 class Arena:
-    """`nbytes` of memory that can be mapped in pieces. Writable until `seal`; freed with the last tensor on it.
+    """Memory of `nbytes` that can be mapped in pieces. It is writable until `seal`, and freed with its last tensor.
 
     Raises:
         StorageError: if the system refuses the memory.
@@ -69,20 +78,21 @@ class Arena:
         _libc().madvise(self._base.address, self.nbytes, MADV_HUGEPAGE)  # a wish: less work in filling it
 
     def region(self, offset: int, nbytes: int) -> Tensor:
-        """Bytes [offset, offset + nbytes) as a tensor of uint8 with a storage of its own, writable until `seal`."""
+        """Bytes [offset, offset + nbytes) as a uint8 tensor with a torch storage of its own, writable until `seal`."""
         return self._base.tensor(offset, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
     def seal(self) -> None:
-        """Make the arena read-only for good: a stray write now stops the process instead of changing weights."""
+        """Make the arena read-only for good. From now on a stray write stops the process and changes no weight."""
         if self.nbytes and _libc().mprotect(self._base.address, self._base.nbytes, PROT_READ):
             raise StorageError(f"the system cannot protect memory: {os.strerror(ctypes.get_errno())}.")
 
 
 class _Mapping:
-    """A range of addresses, given back when the last tensor on it is gone."""
+    """A range of addresses, which is given back when the last tensor on it is gone."""
 
     def __init__(self, address: int, nbytes: int) -> None:
-        self.address, self.nbytes = address, nbytes
+        self.address = address
+        self.nbytes = nbytes
         weakref.finalize(self, _libc().munmap, address, nbytes).atexit = False
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
@@ -92,7 +102,7 @@ class _Mapping:
 
 
 def mapped(pieces: Sequence[Piece], nbytes: int) -> Tensor:
-    """A read-only tensor of uint8 laid over these pieces of files.
+    """A read-only uint8 tensor that is laid over these pieces of files.
 
     Raises:
         StorageError: if the system refuses one more mapping.
@@ -104,15 +114,17 @@ def _map(pieces: Sequence[Piece], nbytes: int, protection: int) -> _Mapping:
     """Reserve one range of addresses, then lay the pieces over it."""
     libc = _libc()
     nbytes = -(-nbytes // PAGE) * PAGE
+    # Large pages of the arena stay large here if both lie alike within large pages. So reserve more, and cut both ends.
     room = nbytes + HUGE_PAGE
     reserved = libc.mmap(None, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     if reserved == _failed():
         raise _refused()
-    start = reserved + (pieces[0].offset - reserved) % HUGE_PAGE  # so that large pages of the arena stay large here
+    start = reserved + (pieces[0].offset - reserved) % HUGE_PAGE
     if start > reserved:
         libc.munmap(reserved, start - reserved)
     if reserved + room > start + nbytes:
         libc.munmap(start + nbytes, reserved + room - start - nbytes)
+    # MAP_FIXED replaces pages of the reservation, so that no other thread can get these addresses in between.
     for position, descriptor, offset, length in pieces:
         flags = MAP_SHARED | MAP_FIXED
         if libc.mmap(start + position, length, protection, flags, descriptor, offset) == _failed():
@@ -127,10 +139,10 @@ def _refused() -> StorageError:
 
 
 def set_apart(address: int, nbytes: int) -> None:
-    """Drop the whole pages of this mapped, unchanged piece of a file, and bring none in but those that are read.
+    """Drop the whole pages of this mapped, unchanged piece of a file, and keep out all pages that are not read.
 
     When a page of a file is read, the system maps its neighbours too. A loader's view whose bytes we hold elsewhere
-    lies among others that will be read: set apart, it takes no memory.
+    lies among others that will be read. Once set apart, it takes no memory.
     """
     start, stop = -(-address // PAGE) * PAGE, (address + nbytes) // PAGE * PAGE
     if start < stop:
@@ -139,7 +151,7 @@ def set_apart(address: int, nbytes: int) -> None:
 
 
 def unchanged(address: int, nbytes: int) -> bool:
-    """Whether the pages of this private mapping of a file still are the file's: none was written and so copied."""
+    """Whether the pages of this private mapping of a file are still the file's: none was written, and so copied."""
     first, last = address // PAGE, (address + nbytes - 1) // PAGE
     try:
         with Path("/proc/self/pagemap").open("rb") as pagemap:
@@ -152,7 +164,7 @@ def unchanged(address: int, nbytes: int) -> bool:
 
 
 def mappings_left() -> int | None:
-    """How many more mappings this process may make; None where the system does not say."""
+    """The number of mappings that this process may still make; None where the system does not say."""
     try:
         limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
         with Path("/proc/self/maps").open("rb") as lines:
@@ -165,7 +177,8 @@ def mappings_left() -> int | None:
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    size = ctypes.c_size_t
+    pointer = ctypes.c_void_p
     libc.mmap.argtypes = [pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     libc.munmap.argtypes = [pointer, size]
     libc.mprotect.argtypes = [pointer, size, ctypes.c_int]

@@ -1,7 +1,7 @@
-"""Banks: the one copy of all shared weights, and its guards against copies.
+"""Block pools, or banks: the only copy of all shared weights, and its guards against copies.
 
-Knows tensors by name and what a plan makes of them. Knows no model, no module and no library of models: how a weight
-is multiplied with is for those who read it here, which need not be `storage.pooled.frozen`.
+Knows tensors by name, and their tensor plans. Knows no model, no module and no library of models. Modules that read a
+bank, such as those of `storage.pooled.frozen`, do the multiplication.
 """
 
 import logging
@@ -22,9 +22,9 @@ LOGGER = logging.getLogger("headshare")
 
 
 class PooledTensor(NamedTuple):
-    """A tensor in a bank: its stored rows in the stock module's orientation, and what the product reads.
+    """A tensor in a bank: its stored rows in the stock module's orientation, and the whole weight for the product.
 
-    That is the whole weight, in the same orientation, or the slots of its rows.
+    The whole weight is a tensor in the same orientation, or the table of the slots that hold its rows.
     """
 
     stored: Tensor
@@ -32,7 +32,7 @@ class PooledTensor(NamedTuple):
 
 
 class BlockPool(ABC):
-    """The one copy of every unit that some projections read. Filled tensor by tensor, then sealed."""
+    """The only copy of every unit that some projections read. It is filled tensor by tensor, then sealed."""
 
     def __init__(self, tensors: Mapping[str, TensorPlan]) -> None:
         self.tensors = tensors
@@ -42,36 +42,36 @@ class BlockPool(ABC):
 
     @abstractmethod
     def put(self, name: str, stored: Tensor) -> Tensor:
-        """Take a tensor's stored rows in. Returns the view of them that its module shows."""
+        """Take in a tensor's stored rows. Returns the view of them that its module shows."""
 
     @abstractmethod
     def seal(self) -> dict[str, PooledTensor]:
-        """Make what is in it read-only, and say where everything is."""
+        """Make the bank read-only. Returns the place of each of its tensors."""
 
     @classmethod
     def on(cls, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> "BlockPool":  # noqa: ARG003
-        """An empty bank for tensors that are on these devices; a bank that knows but one place needs no more."""
+        """An empty bank for tensors on these devices. A bank in CPU memory need not override this."""
         return cls(tensors)
 
     def held(self, name: str) -> PooledTensor:
-        """Where a tensor is, in a bank that is filled; the first to ask seals it."""
+        """The place of a tensor in a bank that is filled. The first call seals the bank."""
         if not self._held:
             self._held = self.seal()
         return self._held[name]
 
     def say_once_that_it_will_not_train(self) -> None:
-        """One warning, however many modules read this bank."""
+        """Warn that the weights will not train, once for all modules that read this bank."""
         if not self._will_not_train_was_said:
             self._will_not_train_was_said = True
             LOGGER.warning("the shared weights of this model are read-only and will not train. %s", HOW_TO_TRAIN)
 
     def converted(self, dtype: torch.dtype) -> "BlockPool":
-        """The same weights in another type of number: one bank, however many modules ask for it."""
-        found = self._converted.get(dtype)
-        if found is None:
+        """The bank of these weights in another type of number, the same for all modules that ask for it."""
+        bank = self._converted.get(dtype)
+        if bank is None:
             stored = {name: held.stored.to(dtype) for name, held in self._held.items()}
-            found = self._converted[dtype] = rebuilt(type(self), self.tensors, stored)
-        return found
+            bank = self._converted[dtype] = rebuilt(type(self), self.tensors, stored)
+        return bank
 
     def __init_subclass__(cls) -> None:
         ForkingPickler.register(cls, _reduced_for_a_process)
@@ -83,7 +83,10 @@ class BlockPool(ABC):
 
 
 def _reduced_for_a_process(bank: BlockPool) -> tuple[Any, ...]:
-    """The same for another process, as bytes: tensors would be handed over by descriptors that must be kept alive."""
+    """The pickle of a bank for another process, with tensors as bytes.
+
+    Tensors as such would be handed over by descriptors, which the sender must keep alive.
+    """
     _, (kind, tensors, stored, empty) = bank.__reduce__()
     sent = {
         name: (rows.cpu().flatten().view(torch.uint8).numpy(), rows.dtype, rows.device) for name, rows in stored.items()
@@ -105,7 +108,7 @@ def _received(
 
 
 def rebuilt(kind: type[BlockPool], tensors: Mapping[str, TensorPlan], stored: Mapping[str, Tensor]) -> BlockPool:
-    """A bank of these stored rows, on the devices that they are on."""
+    """A bank of this kind that holds these stored rows, on their devices."""
     bank = kind.on(tensors, {name: rows.device for name, rows in stored.items()})
     for name, rows in stored.items():
         bank.put(name, rows)

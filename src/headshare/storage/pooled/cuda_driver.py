@@ -1,4 +1,4 @@
-"""CUDA's virtual memory: reserved addresses, physical blocks and their mapping."""
+"""Virtual memory of CUDA devices: reserved addresses, physical blocks, and mappings between the two."""
 
 import weakref
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ OTHERWISE = 'Load the model with storage="indirect".'
 
 @runtime_checkable
 class Driver(Protocol):
-    """One device's physical memory, its addresses, and what is mapped where. Methods raise StorageError."""
+    """The driver of a device: its physical memory, its addresses, and their mappings. Methods raise StorageError."""
 
     granularity: int
 
     def create(self, nbytes: int) -> Any:
-        """Physical memory; a handle."""
+        """The handle of new physical memory."""
 
     def release(self, handle: Any) -> None:
         """Free physical memory, once nothing maps it."""
@@ -43,14 +43,14 @@ class Driver(Protocol):
         """Let the device read and write there."""
 
     def tensor(self, span: "AddressSpan") -> Tensor:
-        """Bytes at these addresses. The tensor keeps the span alive."""
+        """The bytes at these addresses as a tensor, which keeps the span alive."""
 
     def finish(self) -> None:
         """Wait for all work on the device."""
 
 
 class Block:
-    """Physical memory of one slot. The driver keeps it for as long as this, or anything mapped over it, lives."""
+    """Physical memory of one slot. The driver keeps it for as long as this object, or a mapping of it, lives."""
 
     def __init__(self, driver: Driver, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -59,15 +59,16 @@ class Block:
 
 
 class AddressSpan:
-    """A range of addresses laid over blocks; given back when the last tensor on it is gone.
+    """A range of addresses over blocks, which is given back when the last tensor on it is gone.
 
     Raises:
-        StorageError: if the driver refuses; what was mapped by then is unmapped.
+        StorageError: if the driver refuses. Blocks that were mapped by then are unmapped.
     """
 
     def __init__(self, driver: Driver, blocks: Sequence[Block]) -> None:
         self.nbytes = sum(block.nbytes for block in blocks)
         self.address = driver.reserve(self.nbytes)
+        # filled as blocks are mapped, so that a refusal half-way gives back exactly what there is
         mapped: list[tuple[int, int]] = []
         give_back = weakref.finalize(self, _give_back, driver, self.address, self.nbytes, mapped)
         give_back.atexit = False
@@ -84,7 +85,7 @@ class AddressSpan:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """How torch finds the memory, and keeps this object."""
+        """The description by which torch finds the memory, and keeps this object."""
         return {"version": 3, "shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "strides": None}
 
 
@@ -101,10 +102,10 @@ def driver_installed() -> bool:
 
 
 class CudaDriver:
-    """A CUDA device, through cuda-bindings.
+    """The driver of a CUDA device, called through cuda-bindings.
 
     Raises:
-        StorageError: if there is no such device, or no cuda-bindings.
+        StorageError: if there is no such device, or cuda-bindings is not installed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -122,7 +123,7 @@ class CudaDriver:
         self.granularity = int(self._done(driver.cuMemGetAllocationGranularity(self._properties, minimum)))
 
     def create(self, nbytes: int) -> Any:
-        """Physical memory on the device; a handle."""
+        """The handle of new physical memory on the device."""
         return self._done(self._cuda.cuMemCreate(nbytes, self._properties, 0))
 
     def release(self, handle: Any) -> None:
@@ -151,7 +152,7 @@ class CudaDriver:
         self._done(self._cuda.cuMemSetAccess(self._cuda.CUdeviceptr(address), nbytes, [access], 1))
 
     def tensor(self, span: AddressSpan) -> Tensor:
-        """Bytes at these addresses."""
+        """The bytes at these addresses as a tensor, which keeps the span alive."""
         return torch.as_tensor(span, device=self.device)
 
     def finish(self) -> None:
@@ -167,12 +168,12 @@ class CudaDriver:
 
 @cache
 def cuda_driver(device: torch.device) -> Driver:
-    """The driver of a device, the same for all who ask."""
+    """The driver of a device, the same object at every call."""
     return CudaDriver(device)
 
 
 def allocation(driver: Any, index: int) -> Any:
-    """What is asked of physical memory: that it is the device's own."""
+    """The request for physical memory: that it is the device's own."""
     properties = driver.CUmemAllocationProp()
     properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE

@@ -1,7 +1,8 @@
-"""Projections whose weights several modules read at once and nobody may write, and the bank that holds them.
+"""Projections that read their weights in a bank, which several modules read at once and none may write.
 
-Whatever would make such a module own a copy of its weight, silently, is stopped or done rightly here: conversion
-rebuilds the bank, copies refer to the same one, pickles carry each unit once, writes and training are refused.
+Many operations would silently give such a module a copy of its weight. They are done rightly here, or refused:
+conversion rebuilds the bank, copies refer to the same bank, and pickles carry each unit once. Writes and training are
+refused.
 """
 
 import copy
@@ -20,9 +21,9 @@ from headshare.storage.projection import SharedProjection
 
 
 class FrozenProjection(SharedProjection):
-    """A projection that reads a bank. `weight` shows its stored rows, read-only; biases and scales are its own.
+    """A projection that reads a bank. `weight` shows its stored rows, read-only. Biases and scales are its own.
 
-    Abstract: a storage says in `forward` how it multiplies with what the bank holds.
+    Abstract: a storage implements `forward`, the product with the whole weight in the bank.
     """
 
     _whole: Tensor | BlockTable
@@ -34,7 +35,7 @@ class FrozenProjection(SharedProjection):
         self.bank = bank
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Loading sets `weight`: the bank takes in what it sets, and the parameter stands on the bank's memory."""
+        """Set an attribute. A `weight` that loading sets goes to the bank, and a read-only view of it stands here."""
         if name == "weight" and "_shown" in self.__dict__:
             raise StorageError(f"this weight is read-only, and cannot be replaced either. {HOW_TO_TRAIN}")
         if name == "weight" and "bank" in self.__dict__ and isinstance(value, Tensor) and not value.is_meta:
@@ -44,18 +45,19 @@ class FrozenProjection(SharedProjection):
             super().__setattr__(name, value)
 
     def read_bank(self) -> None:
-        """Look up where the bank, which is filled by now, holds this module's weight."""
+        """Look this module's weight up in the bank, which is filled by now."""
         held = self.bank.held(self.name)
         self.__dict__["_whole"] = held.whole
         self._parameters["weight"] = self.__dict__["_shown"] = ReadOnlyParameter(held.stored)
         _keep_still(held.whole)
 
     def check_weight(self) -> None:
-        """Refuse to run when something has put another weight here, which the product would not read; or when inductor
-        is to freeze weights, which gives every layer a copy of its own.
+        """Refuse to run with a replaced weight, which the product would not read, or with inductor's freezing.
+
+        Freezing would give every layer a copy of its weight.
 
         Raises:
-            StorageError: saying so.
+            StorageError: saying which of the two it is.
         """
         if torch.compiler.is_compiling():
             if torch._inductor.config.freezing:
@@ -80,7 +82,8 @@ class FrozenProjection(SharedProjection):
             destination[prefix + "weight"] = weight.contiguous()  # savers take nothing else
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenProjection":
-        """Conversion to another type of number rebuilds the bank once; another device or other numbers are refused."""
+        """Convert to another type of number, by a bank rebuilt once. Other devices and other numbers are refused."""
+        # The effect of fn is learnt from a few numbers. The weight itself is kept from fn, which would copy it.
         weight = self._parameters["weight"]
         assert weight is not None
         dtype = weight.dtype if weight.is_meta else _converts_to(fn, weight)
@@ -95,13 +98,13 @@ class FrozenProjection(SharedProjection):
         return self
 
     def train(self, mode: bool = True) -> "FrozenProjection":
-        """Dropout and the like may be switched on; the shared weights stay as they are, and that is said once."""
+        """Switch dropout and the like on or off. Shared weights do not train, and one warning says so."""
         if mode and not self.training:
             self.bank.say_once_that_it_will_not_train()
         return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenProjection":
-        """A twin with biases of its own that reads the same bank."""
+        """A copy with biases of its own that reads the same bank."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         held = {key: self.__dict__.get(key) for key in ("bank", "_whole", "_shown") if key in self.__dict__}
         weight = self._parameters["weight"]
@@ -112,7 +115,7 @@ class FrozenProjection(SharedProjection):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without weight: a pickled model carries its bank, which carries each unit once."""
+        """The state without the weight: a pickled model carries its bank, which carries each unit once."""
         state = self.__dict__.copy()
         for key in ("_whole", "_shown"):
             state.pop(key, None)
@@ -122,17 +125,18 @@ class FrozenProjection(SharedProjection):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Read the bank that came along."""
+        """Restore the state, and look the weight up in the bank that came along."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._parameters["weight"] is None:
             self.read_bank()
 
 
+# Numbers that every floating-point type holds exactly, to learn what a function does to a weight.
 PROBE = (1.0, -2.0, 0.5, 0.0)
 
 
 class MappedProjection(FrozenProjection):
-    """A projection whose whole weight is one ordinary tensor over the bank's memory: the stock product as it is."""
+    """A projection whose whole weight is an ordinary tensor over the bank's memory, for the stock product."""
 
     _whole: Tensor
 
@@ -142,27 +146,27 @@ class MappedProjection(FrozenProjection):
         return self.multiply(x, self._whole)
 
     def whole_weight(self) -> Tensor:
-        """The dense weight as the bank shows it; read-only."""
+        """The dense weight, a read-only view of the bank."""
         return read_only(self._whole)
 
 
 def _converts_to(fn: Callable[[Tensor], Tensor], weight: Tensor) -> torch.dtype:
-    """The type of number that fn converts this weight to, by what it does to a few numbers.
+    """The type of number that fn converts this weight to, learnt from a few numbers.
 
     Raises:
-        StorageError: if it moves them to another device, or changes them.
+        StorageError: if fn moves the numbers to another device, or changes them.
     """
     numbers = torch.tensor(PROBE, dtype=weight.dtype, device=weight.device)
-    found = fn(numbers.clone())
-    if found.device != weight.device:
+    converted = fn(numbers.clone())
+    if converted.device != weight.device:
         raise StorageError(
-            f"this model's shared weights are held on {weight.device} and cannot be moved to {found.device}: each "
-            "module would get a copy of its own. Load the model for that device (device_map=), or "
+            f"this model's shared weights are held on {weight.device} and cannot be moved to {converted.device}: "
+            "each module would get a copy of its own. Load the model for that device (device_map=), or "
             'with storage="owner".'
         )
-    if found.shape != numbers.shape or not torch.equal(found, numbers.to(found.dtype)):
+    if converted.shape != numbers.shape or not torch.equal(converted, numbers.to(converted.dtype)):
         raise StorageError(f"this function would change shared weights, which are read-only. {HOW_TO_TRAIN}")
-    return found.dtype
+    return converted.dtype
 
 
 def install_frozen(
@@ -178,7 +182,7 @@ def install_frozen(
 
 
 def read_banks(model: nn.Module) -> bool:
-    """Once all weights are loaded: seal the banks and let every module find its weight. False if there are none."""
+    """Seal the banks and let every module find its weight, once all are loaded. False if no module reads a bank."""
     frozen = [module for module in model.modules() if isinstance(module, FrozenProjection)]
     for module in frozen:
         module.read_bank()
@@ -186,7 +190,7 @@ def read_banks(model: nn.Module) -> bool:
 
 
 def _keep_still(whole: Tensor | BlockTable) -> None:
-    """Tell torch.compile that these tensors stay where they are: graphs then read them there, not a copy."""
+    """Tell torch.compile that these tensors never move, so that graphs read them in place instead of a copy."""
     for tensor in whole if isinstance(whole, BlockTable) else (whole,):
         if tensor.is_cuda:
             torch._dynamo.mark_static_address(tensor)

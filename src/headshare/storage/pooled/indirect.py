@@ -1,4 +1,4 @@
-"""Storage `indirect`: each unit once in a bank, and kernels that find a projection's rows there by a table of slots.
+"""Storage `indirect`: each unit stands once in a bank, and kernels find a projection's rows by a table of slots.
 
 For inference on CUDA devices. The bank of a device is one tensor for each width of weights, made when the first weight
 arrives and never again. Weights are read-only: to train, hold the model by `owner`.
@@ -26,7 +26,7 @@ ROWS_OF_TILE = 16
 
 
 class IndirectBank(BlockPool):
-    """The slots of every device. A tensor's own are one run there; those it borrows from another device are copies."""
+    """The bank of all devices' slots. A tensor's own are one run; those borrowed from another device are copies."""
 
     def __init__(self, tensors: Mapping[str, TensorPlan], devices: Mapping[str, torch.device]) -> None:
         super().__init__(tensors)
@@ -41,17 +41,18 @@ class IndirectBank(BlockPool):
         return cls(tensors, devices)
 
     def put(self, name: str, stored: Tensor) -> Tensor:
-        """Copy a tensor's rows to its own slots, and to the replicas of them on other devices.
+        """Copy a tensor's rows to its own slots, and to the replicas of these on other devices.
 
         Raises:
-            StorageError: if they are of another type of number than those that came before.
+            StorageError: if the rows are of another type of number than those that came before.
         """
         rack = self._shelves[self._home[name]].rack
         slots = in_slots(self.tensors[name], rack, stored)
         for n, shelf in enumerate(self._shelves):
             if shelf.rack is not rack:
                 continue
-            memory, (own, positions) = self._room(n, shelf, stored.dtype, name), shelf.wanted(name)
+            memory = self._room(n, shelf, stored.dtype, name)
+            own, positions = shelf.wanted(name)
             if name in shelf.names and own:
                 memory[positions[0] : positions[0] + len(own)].copy_(slots)
             elif own:
@@ -60,7 +61,7 @@ class IndirectBank(BlockPool):
         return self._shown(name)
 
     def seal(self) -> dict[str, PooledTensor]:
-        """Make the table of every whole weight.
+        """Make the table of every whole weight. Returns the place of each tensor.
 
         Raises:
             StorageError: if some tensor has not arrived.
@@ -82,20 +83,22 @@ class IndirectBank(BlockPool):
         return self._memory[n]
 
     def _shown(self, name: str) -> Tensor:
-        """A tensor's own rows. As a storage of its own, so that savers see that it shares memory with nobody."""
-        shelf, memory = self._shelves[self._home[name]], self._memory[self._home[name]]
+        """A view of a tensor's own rows, as a torch storage of its own: savers then see that no other shares it."""
+        shelf = self._shelves[self._home[name]]
+        memory = self._memory[self._home[name]]
         placed = shelf.rack.placed[name]
         first = shelf.positions[placed.first] if placed.count else 0
         rows = from_dlpack(memory[first : first + placed.count].flatten(0, 1))
         return turned(self.tensors[name], rows)
 
     def _slots(self, name: str) -> BlockTable:
-        shelf, memory = self._shelves[self._home[name]], self._memory[self._home[name]]
+        shelf = self._shelves[self._home[name]]
+        memory = self._memory[self._home[name]]
         return BlockTable(memory, torch.tensor(shelf.table(name), dtype=torch.int32, device=memory.device))
 
 
 class IndirectProjection(FrozenProjection):
-    """A projection whose product finds its rows in the bank."""
+    """A projection whose product reads the rows of its weight in the bank, by their slots."""
 
     _whole: BlockTable
 
@@ -118,7 +121,7 @@ class IndirectProjection(FrozenProjection):
 
 
 class IndirectStorage:
-    """Install projections that multiply with the slots of a bank. `devices` says where each tensor's module is."""
+    """The storage of projections that multiply with slots of a bank. `devices` maps tensors to their devices."""
 
     name: ClassVar[str] = "indirect"
     trains: ClassVar[bool] = False
@@ -128,7 +131,7 @@ class IndirectStorage:
 
     @classmethod
     def refusal(cls, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str | None:
-        """Kernels are for CUDA devices, and for the types and the blocks of rows that they can take."""
+        """The reason why kernels do not fit: other devices, no triton, or types or blocks that they cannot take."""
         if devices != {"cuda"}:
             return placed_on(devices)
         if not kernels_installed():
@@ -148,7 +151,7 @@ class IndirectStorage:
         self.devices = devices
 
     def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
-        """Replace the modules; their weights go to one bank as they load.
+        """Replace the modules. As their weights load, these all go to one bank.
 
         Raises:
             StorageError: if the modules are on devices of several kinds or hold several tensors, or kernels are needed

@@ -1,8 +1,8 @@
 """Triton kernels that multiply with a weight whose rows stand in slots of a bank. Needs the package triton.
 
-A tile looks its slots up once (with output rows in slots) or once a step (with input channels in slots), and from there
-on reads rows as a dense product does. One kernel for a single token, where memory is the limit; one on tensor cores.
-Which tile sizes are fastest is measured on the device at first use, for each shape, and remembered.
+A tile looks its slots up once where these hold rows of outputs, and once a step where they hold input channels. From
+there on it reads rows as a dense product does. One kernel is for a single token, where memory is the limit. The other
+runs on tensor cores. The fastest sizes of tiles are measured on the device at first use of a shape, and remembered.
 
 `no_type_check` keeps run-time type checkers, which the test suite switches on, away from what triton compiles.
 """
@@ -26,7 +26,7 @@ _TILES_HIGH = tl.constexpr(8)
 @triton.jit
 @no_type_check
 def _bank_rows(table, first, COUNT: tl.constexpr, TOTAL: tl.constexpr, HEIGHT: tl.constexpr):
-    """Where COUNT rows of a whole weight of TOTAL, from `first` on, stand in its bank. int64, shape COUNT."""
+    """Rows of the bank that hold COUNT rows, from `first` on, of a whole weight of TOTAL. int64, shape COUNT."""
     steps = tl.arange(0, COUNT)
     if HEIGHT % COUNT == 0:  # all of them in one slot
         slot = tl.load(table + first // HEIGHT).to(tl.int64)
@@ -41,7 +41,7 @@ def _bank_rows(table, first, COUNT: tl.constexpr, TOTAL: tl.constexpr, HEIGHT: t
 @triton.jit
 @no_type_check
 def _inside(index, TOTAL: tl.constexpr, STEP: tl.constexpr):
-    """Which indices are below TOTAL: all, and known to the compiler, where whole steps fill it."""
+    """The mask of indices below TOTAL. The compiler knows it to be all of them where whole steps fill TOTAL."""
     return (index < TOTAL) | (TOTAL % STEP == 0)
 
 
@@ -60,7 +60,7 @@ def _weights(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The weights from input channels [first, first + BK) to outputs n; `rows` is where those are. Shape: BK x BN."""
+    """The weights from input channels [first, first + BK) to outputs n, in `rows` of the bank. Shape: BK x BN."""
     k = first + tl.arange(0, BK)
     inside = _inside(k, K, BK)[:, None] & _inside(n, N, BN)[None, :]
     if ACROSS:
@@ -85,9 +85,10 @@ def _vector_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tile of BN outputs of the only token, summed in float32."""
+    """Compute a tile of BN outputs of the only token, summed in float32."""
     first_n = tl.program_id(0) * BN
     n = first_n + tl.arange(0, BN)
+    # where slots hold rows of outputs, all steps read the same rows: they are looked up once
     rows = n if ACROSS else _bank_rows(table, first_n, BN, N, HEIGHT)
     products = tl.zeros((BK, BN), tl.float32)
     for first in range(0, K, BK):
@@ -95,6 +96,7 @@ def _vector_product(
         inputs = tl.load(x + k, mask=_inside(k, K, BK), other=0.0).to(tl.float32)
         weights = _weights(bank, table, rows, n, first, N, K, HEIGHT, ACROSS, BN, BK)
         products += inputs[:, None] * weights.to(tl.float32)
+    # threads sum among each other only once, after the last step
     total = tl.sum(products, axis=0)
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
@@ -119,13 +121,15 @@ def _matrix_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tile of BM tokens by BN outputs, summed in float32."""
+    """Compute a tile of BM tokens by BN outputs, summed in float32."""
+    # neighbouring programs work on neighbouring tiles, so that they find each other's weights in the cache
     tiles_n = tl.cdiv(N, BN)
     at = tl.program_id(0)
     tile_m, tile_n = tl.swizzle2d(at // tiles_n, at % tiles_n, tl.cdiv(tokens, BM), tiles_n, _TILES_HIGH)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     rows = n if ACROSS else _bank_rows(table, tile_n * BN, BN, N, HEIGHT)
+    # tokens beyond the last read the last one, and are masked when the tile is stored
     tokens_at = x + tl.minimum(m, tokens - 1).to(tl.int64)[:, None] * K
     total = tl.zeros((BM, BN), tl.float32)
     for first in range(0, K, BK):
@@ -133,7 +137,8 @@ def _matrix_product(
         inputs = tl.load(tokens_at + k[None, :], mask=_inside(k, K, BK)[None, :], other=0.0)
         weights = _weights(bank, table, rows, n, first, N, K, HEIGHT, ACROSS, BN, BK)
         if WIDEN:  # triton's interpreter cannot multiply matrices of bfloat16
-            inputs, weights = inputs.to(tl.float32), weights.to(tl.float32)
+            inputs = inputs.to(tl.float32)
+            weights = weights.to(tl.float32)
         total = tl.dot(inputs, weights, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -142,7 +147,7 @@ def _matrix_product(
 
 
 class Shape(NamedTuple):
-    """What the choice of tiles depends on: a bucket of token counts, the product's sizes, its type of number."""
+    """The key for the choice of tiles: a bucket of token counts, the product's sizes, and its type of number."""
 
     tokens: int
     outputs: int
@@ -156,15 +161,16 @@ class Shape(NamedTuple):
 def shape_of(
     x: Float[Tensor, "... inputs"], bank: Float[Tensor, "slots height width"], table: Int[Tensor, " n"], across: bool
 ) -> Shape:
-    """The shape of this product. Token counts fall into buckets; the last is open."""
+    """The shape of this product. Token counts fall into buckets, of which the last is open."""
     _, height, width = bank.shape
-    rows, inputs = table.numel() * height, x.shape[-1]
+    rows = table.numel() * height
+    inputs = x.shape[-1]
     tokens = x.numel() // inputs
     bucket = next((most for most in BUCKETS if tokens <= most), BUCKETS[-1])
     return Shape(bucket, width if across else rows, inputs, height, across, x.dtype, x.device)
 
 
-# (BM, BN, BK, warps, stages): tokens, outputs and input channels of a tile; the best guess first
+# Tiles as (BM, BN, BK, warps, stages): tokens, outputs and input channels. The best guess comes first.
 Tiles = tuple[int, int, int, int, int]
 _VECTOR: tuple[Tiles, ...] = (
     *((1, 4, 1024, 4, 1), (1, 8, 512, 4, 1), (1, 2, 2048, 4, 1), (1, 4, 2048, 8, 1), (1, 16, 256, 4, 1)),
@@ -182,7 +188,7 @@ _MATRIX: dict[int, tuple[Tiles, ...]] = {
 
 
 def candidates(shape: Shape) -> list[triton.Config]:
-    """Tile sizes worth trying for this shape, the best guess first; no tile is larger than the product."""
+    """Sizes of tiles that are worth trying for this shape, the best guess first. None is larger than the product."""
     tiles = _MATRIX[shape.tokens] if shape.tokens > 1 else _VECTOR_ACROSS if shape.across else _VECTOR
     largest = 128 * 128 if shape.dtype == torch.float32 else 128 * 256  # what registers hold
     configs = [_config(shape, *sizes) for sizes in tiles if sizes[0] * sizes[1] <= largest]
@@ -190,7 +196,10 @@ def candidates(shape: Shape) -> list[triton.Config]:
 
 
 def _config(shape: Shape, bm: int, bn: int, bk: int, warps: int, stages: int) -> triton.Config:
-    """These tiles, cut to the product's sizes; float32 takes half the depth, to fit the same shared memory."""
+    """The configuration of these tiles, cut to the product's sizes.
+
+    float32 takes half the depth, to fit into the same shared memory.
+    """
     depth = bk // 2 if shape.dtype == torch.float32 else bk
     least = 1 if shape.tokens == 1 else 16
     sizes = {
@@ -213,9 +222,10 @@ def product(
     table: Int[Tensor, " n"],
     bias: Float[Tensor, " outputs"] | None,
 ) -> Float[Tensor, "... outputs"]:
-    """x times the whole weight, plus bias. On a device the tiles are measured at first use of the shape.
+    """The product of x and the whole weight, plus bias. Tiles are measured on the device at first use of the shape.
 
-    While a CUDA graph is recorded nothing is measured: the best guess does until the shape is next used without.
+    Nothing is measured while a CUDA graph is recorded. The best guess then serves until the shape is next used outside
+    of a recording.
     """
     flat = x.reshape(-1, shape.inputs).contiguous()
     y = flat.new_empty(flat.shape[0], shape.outputs)
@@ -251,5 +261,5 @@ def _quantiles(call: Callable[[], object], quantiles: tuple[float, ...]) -> Any:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """The median time of this call on the present device, with a cold cache."""
+    """The median time of this call on the current device, with a cold cache."""
     return float(_quantiles(call, (0.5, 0.2, 0.8))[0])

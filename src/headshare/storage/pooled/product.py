@@ -1,10 +1,10 @@
-"""x times a weight whose rows stand in slots of a bank, as one torch operator with a derivative.
+"""The product of x and a weight whose rows stand in slots of a bank, as a torch operator with a derivative.
 
-Two ways lead to the same product. A kernel reads the rows where they stand; or the rows are gathered into a whole
-weight first, for a stock product. The kernel saves a copy of the weight; the stock product is the faster one where
-many tokens share the cost of that copy. Which is faster is measured once on the device, for each shape and bucket of
-token counts, at first use. It is not measured while a CUDA graph is recorded, which would fail: then kernels are used
-up to 1024 tokens. (An estimate: there, a copy of 4096 x 4096 costs a third of the product's own time on an H200.)
+There are two ways to compute it. A kernel reads the rows in their slots, which saves a copy of the weight. Or the rows
+are first gathered into a whole weight, for a stock product, which is faster where many tokens share the cost of that
+copy. The faster way is measured on the device at first use, for each shape and bucket of token counts. A measurement
+while a CUDA graph is recorded would fail; then kernels are used up to 1024 tokens. (An estimate: at that number, a copy
+of 4096 x 4096 costs a third of the product's own time on an H200.)
 
 On a CPU the rows are always gathered, unless triton interprets its kernels (TRITON_INTERPRET=1, for tests).
 """
@@ -22,12 +22,13 @@ from torch.nn import functional
 from headshare.errors import StorageError
 
 KERNEL_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+# The most tokens for which a kernel is used where its speed cannot be measured.
 UNMEASURED_MOST = 1024
 INSTALL = 'pip install "headshare[kernels]"'
 
 
 class BlockTable(NamedTuple):
-    """A whole weight by reference: a bank, and the slots of it that hold the weight's rows, in order."""
+    """A whole weight by reference: a bank, and its slots that hold the weight's rows, in order."""
 
     bank: Float[Tensor, "slots height width"]
     table: Int[Tensor, " n"]
@@ -40,7 +41,7 @@ class BlockTable(NamedTuple):
 def slot_linear(
     x: Float[Tensor, "... inputs"], slots: BlockTable, bias: Float[Tensor, " outputs"] | None, *, across: bool
 ) -> Float[Tensor, "... outputs"]:
-    """x W^T + bias, where W is the weight of these slots; with `across`, x W + bias. The bank gets no gradient.
+    """The product x W^T + bias, or x W + bias with `across`. W is the weight in these slots, and gets no gradient.
 
     Raises:
         StorageError: if x is of another type of number than the bank.
@@ -48,7 +49,7 @@ def slot_linear(
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         product: Tensor = _operator(x, *slots, bias, across)
         return product
-    return _product(x, *slots, bias, across)  # the same, without the dispatcher's time
+    return _product(x, *slots, bias, across)  # the same product, without the dispatcher's time
 
 
 def kernels_installed() -> bool:
@@ -58,7 +59,7 @@ def kernels_installed() -> bool:
 
 @cache
 def kernels() -> Any:
-    """The module of kernels.
+    """The module of kernels, imported at first use.
 
     Raises:
         StorageError: if triton is not installed.
@@ -130,8 +131,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noq
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
-    """The gradient of x is the other product with the same slots."""
-    wanted, bias_wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    """Gradients of x and of the bias. That of x is the other product (`across` or not) with the same slots."""
+    wanted = ctx.needs_input_grad[0]
+    bias_wanted = ctx.needs_input_grad[3]
     x = _operator(gradient, *ctx.saved_tensors, None, not ctx.across) if wanted else None
     bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if bias_wanted else None
     return x, None, None, bias, None

@@ -1,8 +1,8 @@
-"""Tensors that refuse to be written: what users see of weights that several layers read at once.
+"""Tensors that refuse to be written: the view that users get of weights that several layers read at once.
 
 The guard stands on the parameter, never in the product: modules multiply with a plain tensor on the same memory.
-Operators say in their schemas what they write, and are stopped where that is guarded; what never becomes an operator
-(assigning attributes, handing memory to other libraries) is stopped by name.
+Operators say in their schemas which arguments they write, and are stopped where one of these is guarded. Actions that
+never become an operator (assigning attributes, handing memory to other libraries) are stopped by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from headshare.errors import StorageError
 
+# Methods that end in _ and yet write no numbers.
 HARMLESS = ("requires_grad_", "share_memory_", "detach_", "retain_grad")
+# Attributes that may be set.
 SETTABLE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks", "requires_grad")
-UNMARKED = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # write statistics, and do not say so
+# Operators that write (running statistics) and do not say so in their schemas.
+UNMARKED = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 
 
 class ReadOnlyTensor(Tensor):
-    """A tensor, or a view of one, whose memory several layers share. Reading is free; writing raises StorageError."""
+    """A tensor, or a view of one, whose memory several layers share. It can be read; writing raises StorageError."""
 
     @classmethod
     def __torch_function__(
@@ -28,6 +31,7 @@ class ReadOnlyTensor(Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         _refuse_by_name(func, args, kwargs)
+        # Memory that leaves torch cannot be guarded: other libraries get a copy, or an array marked as read-only.
         with torch._C.DisableTorchFunctionSubclass():
             if func in (Tensor.share_memory_, Tensor.detach_):
                 return args[0]
@@ -42,6 +46,7 @@ class ReadOnlyTensor(Tensor):
         cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        # every argument that the operator writes, by its schema
         written = [
             kwargs.get(argument.name, args[n] if n < len(args) else None)
             for n, argument in enumerate(func._schema.arguments)
@@ -56,11 +61,11 @@ class ReadOnlyTensor(Tensor):
         return _guarded(result, _guarded_in([*args, *kwargs.values()]))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickled as the plain tensor of its numbers."""
+        """The pickle of a plain tensor with the same numbers."""
         return _plain_copy(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A copy is plain, writable memory of its own."""
+        """A plain copy, with writable memory of its own."""
         copied: Tensor = memo.setdefault(id(self), _plain_copy(self))
         return copied
 
@@ -72,7 +77,9 @@ class ReadOnlyParameter(ReadOnlyTensor, nn.Parameter):
     """A parameter that no optimizer and no initialiser can change."""
 
     def __new__(cls, data: Tensor, requires_grad: bool | None = None) -> "ReadOnlyParameter":
-        """Stand on the memory of `data`; nothing is copied. Who says whether it trains wants to replace one by another.
+        """A parameter on the memory of `data`, which is not copied.
+
+        A caller that passes `requires_grad` wants to replace one parameter by another, which is refused.
 
         Raises:
             StorageError: if asked for `requires_grad`.
@@ -82,22 +89,22 @@ class ReadOnlyParameter(ReadOnlyTensor, nn.Parameter):
         return Tensor._make_subclass(cls, data, False)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickled as the plain parameter of its numbers."""
+        """The pickle of a plain parameter with the same numbers."""
         return nn.Parameter(_plain_copy(self), requires_grad=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A copy is plain, writable memory of its own."""
+        """A plain copy, with writable memory of its own."""
         copied: Tensor = memo.setdefault(id(self), nn.Parameter(_plain_copy(self), requires_grad=False))
         return copied
 
 
 def read_only(tensor: Tensor) -> ReadOnlyTensor:
-    """The same memory, guarded."""
+    """A guarded tensor on the same memory."""
     return tensor.as_subclass(ReadOnlyTensor)
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The same memory without a guard."""
+    """A plain tensor on the same memory, without a guard."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         return tensor.as_subclass(Tensor).detach()
 
@@ -106,10 +113,10 @@ def _plain_copy(tensor: Tensor) -> Tensor:
     return _plain(tensor).clone(memory_format=torch.contiguous_format)
 
 
-def _not_writeable(found: Any) -> Any:
-    if isinstance(found, np.ndarray):
-        found.flags.writeable = False
-    return found
+def _not_writeable(result: Any) -> Any:
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False
+    return result
 
 
 def _refuse_by_name(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -133,17 +140,17 @@ def _refusal(what: str) -> StorageError:
 
 
 def _guarded_in(values: Iterable[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    guarded: list[Tensor] = []
     for value in values:
         if isinstance(value, ReadOnlyTensor):
-            found.append(value)
+            guarded.append(value)
         elif isinstance(value, tuple | list):
-            found += _guarded_in(value)
-    return found
+            guarded += _guarded_in(value)
+    return guarded
 
 
 def _guarded(result: Any, sources: list[Tensor]) -> Any:
-    """The same result, with tensors that stand on guarded memory guarded too."""
+    """The result of an operator, with tensors that stand on guarded memory guarded too."""
     if type(result) in (tuple, list):
         return type(result)(_guarded(item, sources) for item in result)
     if not isinstance(result, Tensor) or isinstance(result, ReadOnlyTensor) or result.layout is not torch.strided:

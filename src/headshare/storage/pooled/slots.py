@@ -1,7 +1,8 @@
-"""Where each tensor's rows stand in a bank: slots of equal height, and for each tensor the slots of its whole weight.
+"""Layouts of a block pool: slots of equal height, and for each tensor the slots of its whole weight.
 
-Knows names, shapes and gaps only. Rows here run along the axis in which units lie, so a tensor whose units are columns
-stands transposed. Every storage that keeps weights once, and refers to them by place, works from this.
+Knows names, shapes and borrowed ranges only. Rows here run along the axis in which units lie, so that a tensor whose
+units are columns stands transposed. Every storage that keeps weights once, and refers to them by place, uses these
+layouts.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from headshare.plan.tensors import TensorPlan
 
 
 class BlockRun(NamedTuple):
-    """`slots` slots of a whole weight from `position` on: those of `source` from its own `start` on."""
+    """A run of `slots` slots of a whole weight, from `position` on. They are those of `source` from its `start` on."""
 
     position: int
     source: str
@@ -23,7 +24,7 @@ class BlockRun(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorBlocks:
-    """One tensor in a bank: its own slots are [first, first + count); its whole weight is these runs, in order."""
+    """The slots of a tensor. Its own are [first, first + count), and its whole weight is these runs, in order."""
 
     name: str
     first: int
@@ -32,18 +33,18 @@ class TensorBlocks:
 
     @property
     def borrows(self) -> bool:
-        """Whether its whole weight is anything but its own slots in order."""
+        """Whether its whole weight differs from its own slots in order."""
         return self.runs != (BlockRun(0, self.name, 0, self.count),)
 
     @property
     def size(self) -> int:
-        """Slots of the whole weight."""
+        """The number of slots of the whole weight."""
         return sum(run.slots for run in self.runs)
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """All tensors of one width: `slots` slots of `height` rows of `width` numbers."""
+    """The layout of all tensors of one width: `slots` slots of `height` rows of `width` numbers."""
 
     width: int
     height: int
@@ -57,7 +58,7 @@ class BlockLayout:
 
 
 def racks_of(tensors: Mapping[str, TensorPlan]) -> list[BlockLayout]:
-    """One rack for each width. Slots are as high as all boundaries allow: their greatest common divisor."""
+    """Layouts of these tensors, one for each width. The height of slots is the greatest that divides all boundaries."""
     by_width: dict[int, list[TensorPlan]] = {}
     for tensor in tensors.values():
         by_width.setdefault(tensor.shape[1 - tensor.axis], []).append(tensor)
@@ -65,6 +66,7 @@ def racks_of(tensors: Mapping[str, TensorPlan]) -> list[BlockLayout]:
 
 
 def _rack(width: int, chosen: list[TensorPlan], tensors: Mapping[str, TensorPlan]) -> BlockLayout:
+    # the whole weight of each tensor, as runs of rows: (source, first stored row there, rows)
     wholes = {
         tensor.name: [
             (source, tensors[source].stored_index(start), stop - start) for source, start, stop in tensor.whole()
@@ -73,7 +75,9 @@ def _rack(width: int, chosen: list[TensorPlan], tensors: Mapping[str, TensorPlan
     }
     lengths = [length for tensor in chosen for length in (tensor.size, tensor.stored_shape[tensor.axis])]
     height = gcd(*lengths, *(edge for runs in wholes.values() for _, *edges in runs for edge in edges)) or 1
-    placed, first = {}, 0
+    # tensors stand one after the other, each with the slots that it stores itself
+    placed = {}
+    first = 0
     for tensor in chosen:
         count = tensor.stored_shape[tensor.axis] // height
         placed[tensor.name] = TensorBlocks(tensor.name, first, count, _runs(wholes[tensor.name], height))
@@ -82,7 +86,8 @@ def _rack(width: int, chosen: list[TensorPlan], tensors: Mapping[str, TensorPlan
 
 
 def _runs(whole: list[tuple[str, int, int]], height: int) -> tuple[BlockRun, ...]:
-    runs, position = [], 0
+    runs = []
+    position = 0
     for source, start, length in whole:
         runs.append(BlockRun(position, source, start // height, length // height))
         position += length // height

@@ -1,7 +1,7 @@
-"""Read a tensor that a loader has mapped from a file, from the file itself.
+"""Files behind tensors that a loader has mapped, for reading the tensors from the files themselves.
 
 Loaders map a checkpoint's files and hand out views of them. Touching a view keeps its pages in this process for as long
-as any tensor of that file lives; reading the file leaves them alone, so that no byte is in memory twice.
+as any tensor of that file lives. Reading the file leaves these pages alone, so that no byte is in memory twice.
 """
 
 import os
@@ -18,7 +18,7 @@ from headshare.storage.pooled.arena import set_apart, unchanged
 
 
 class Range(NamedTuple):
-    """Addresses [start, stop) on which a file lies, from `offset` on."""
+    """Addresses [start, stop) at which a file is mapped, from its byte `offset` on."""
 
     start: int
     stop: int
@@ -28,14 +28,14 @@ class Range(NamedTuple):
 
 
 class InFile(NamedTuple):
-    """An offset in an open file."""
+    """A place in an open file: its descriptor and an offset."""
 
     descriptor: int
     offset: int
 
 
 class MappedFiles:
-    """The files that this process has mapped. Looked up again when an address is not among those it knows."""
+    """The files that this process has mapped. They are looked up at first use, and anew after `close`."""
 
     def __init__(self) -> None:
         self._ranges: list[Range] = []
@@ -43,22 +43,22 @@ class MappedFiles:
         weakref.finalize(self, _close_all, self._open)
 
     def behind(self, tensor: Tensor) -> InFile | None:
-        """Where in which open file this tensor's bytes are; None where it is in no file, or was changed since."""
+        """The place of this tensor's bytes in an open file; None where it is in no file, or was changed since."""
         if not tensor.is_contiguous() or not tensor.numel():
             return None
-        found = self._find(tensor.data_ptr(), tensor.nbytes)
-        descriptor = self._descriptor(found) if found else None
-        if found is None or descriptor is None or not unchanged(tensor.data_ptr(), tensor.nbytes):
+        mapping = self._find(tensor.data_ptr(), tensor.nbytes)
+        descriptor = self._descriptor(mapping) if mapping else None
+        if mapping is None or descriptor is None or not unchanged(tensor.data_ptr(), tensor.nbytes):
             return None
-        return InFile(descriptor, found.offset + tensor.data_ptr() - found.start)
+        return InFile(descriptor, mapping.offset + tensor.data_ptr() - mapping.start)
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The same numbers, read from the file behind the tensor; the tensor itself where there is none to read."""
+        """A copy of the tensor, read from the file behind it; the tensor itself where there is no such file."""
         copy = torch.empty_like(tensor)
         return copy if self.read_into(copy.flatten().view(torch.uint8), tensor) else tensor
 
     def read_into(self, target: Tensor, tensor: Tensor) -> bool:
-        """Fill the target (uint8) with this tensor's bytes from the file behind it; False where there is none."""
+        """Fill the target (uint8) with this tensor's bytes from the file behind it; False where there is no file."""
         place = self.behind(tensor)
         if place is None or not read_at(place.descriptor, target.numpy().data, place.offset):
             return False
@@ -66,7 +66,7 @@ class MappedFiles:
         return True
 
     def close(self) -> None:
-        """Close the files that were read, and forget what was mapped."""
+        """Close the files that were read, and forget all mappings."""
         _close_all(self._open)
         self._ranges = []
 
@@ -80,10 +80,10 @@ class MappedFiles:
             self._ranges = _mapped_ranges()
         return None
 
-    def _descriptor(self, found: Range) -> int | None:
-        key = (found.path, found.inode)
+    def _descriptor(self, mapping: Range) -> int | None:
+        key = (mapping.path, mapping.inode)
         if key not in self._open:
-            self._open[key] = _open_same(found)
+            self._open[key] = _open_same(mapping)
         return self._open[key]
 
 
@@ -94,19 +94,19 @@ def _close_all(opened: dict[tuple[str, int], int | None]) -> None:
             os.close(descriptor)
 
 
-def _open_same(found: Range) -> int | None:
+def _open_same(mapping: Range) -> int | None:
     try:
-        descriptor = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(mapping.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    if os.fstat(descriptor).st_ino == found.inode:
+    if os.fstat(descriptor).st_ino == mapping.inode:
         return descriptor
     os.close(descriptor)
     return None
 
 
 def _mapped_ranges() -> list[Range]:
-    """Every private, readable mapping of a file, by address."""
+    """All private, readable mappings of files, by address."""
     ranges = []
     try:
         with Path("/proc/self/maps").open("rb") as lines:  # as bytes: names may hold what text takes for a line's end

@@ -1,8 +1,8 @@
-"""Storage `vmm`: each unit once on a CUDA device, and every weight one range of addresses over the units it uses.
+"""Storage `vmm`: each unit stands once on a CUDA device, and every weight is one range of addresses over its units.
 
-What `alias` is on a CPU, through the driver's virtual memory management: the product is the stock module's own, on an
-ordinary tensor. The driver maps whole granules (2 MiB), so that slots must be multiples of them. Weights are
-read-only: to train, hold the model by `owner`.
+It is the counterpart of `alias`, which is for CPUs, and uses the driver's virtual memory management. The product is the
+stock module's own, on an ordinary tensor. The driver maps whole granules (2 MiB), so that slots must be multiples of
+them. Weights are read-only: to train, hold the model by `owner`.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -22,7 +22,7 @@ from headshare.storage.pooled.slots import racks_of
 
 
 class VmmBank(BlockPool):
-    """Blocks on every device, one for each slot. Once sealed, whole weights are laid over them."""
+    """The bank of the blocks of all devices, one for each slot. Once sealed, whole weights are laid over them."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class VmmBank(BlockPool):
         return cls(tensors, devices, cuda_driver)
 
     def put(self, name: str, stored: Tensor) -> Tensor:
-        """Copy a tensor's rows to blocks of its own, and to replicas of those that other devices use.
+        """Copy a tensor's rows to blocks of its own, and to replicas of the blocks that other devices use.
 
         Raises:
             StorageError: if a slot is not a multiple of the device's granularity, or there is no memory for it.
@@ -59,7 +59,9 @@ class VmmBank(BlockPool):
         return turned(self.tensors[name], self._own[name])
 
     def seal(self) -> dict[str, PooledTensor]:
-        """Lay every whole weight over its blocks. From then on the mappings alone keep the memory.
+        """Lay every whole weight over its blocks. Returns the place of each tensor.
+
+        From then on only the mappings keep the memory.
 
         Raises:
             StorageError: if a tensor did not load, or two that are tied are of different types of number.
@@ -71,7 +73,7 @@ class VmmBank(BlockPool):
         return held
 
     def _filled(self, n: int, shelf: DeviceBlocks, name: str, positions: list[int], slots: Tensor) -> Tensor:
-        """New blocks for these positions, holding these slots. Shape: as the slots."""
+        """A view of new blocks at these positions, filled with these slots. Shape: that of the slots."""
         driver = self._drivers(shelf.device)
         if not positions:
             return torch.empty(0, *slots.shape[1:], dtype=slots.dtype, device=shelf.device)
@@ -88,14 +90,17 @@ class VmmBank(BlockPool):
         return memory
 
     def _hold(self, name: str) -> PooledTensor:
+        # Replicas are filled when their tensors load, so a missing block means that a tensor did not load.
         n = self._home[name]
-        shelf, own = self._shelves[n], self._own.get(name)
+        shelf = self._shelves[n]
+        own = self._own.get(name)
         blocks = [self._blocks.get((n, position)) for position in shelf.table(name)]
         if own is None or None in blocks:
             raise StorageError(f"{name}, or a tensor whose rows it uses, did not load. Check the checkpoint's files.")
         stored = turned(self.tensors[name], own)
         if not shelf.rack.placed[name].borrows:
             return PooledTensor(stored, stored)
+        # Blocks of another size hold another type of number, and so cannot be mapped as rows of this weight.
         slot = shelf.rack.height * shelf.rack.width * own.dtype.itemsize
         known = [block for block in blocks if block is not None]
         if any(block.nbytes != slot for block in known):
@@ -106,7 +111,7 @@ class VmmBank(BlockPool):
 
 
 class VmmStorage:
-    """Install projections whose weights are mapped. `devices` says where each tensor's module is."""
+    """The storage of projections whose weights are CUDA mappings. `devices` maps tensors to their devices."""
 
     name: ClassVar[str] = "vmm"
     trains: ClassVar[bool] = False
@@ -121,7 +126,7 @@ class VmmStorage:
         dtypes: Set[torch.dtype],  # noqa: ARG003
         devices: Set[str],
     ) -> str | None:
-        """Mappings of the driver are for CUDA devices, where cuda-bindings is installed."""
+        """The reason why mappings do not fit: they need CUDA devices, and cuda-bindings."""
         if devices != {"cuda"}:
             return placed_on(devices)
         return None if driver_installed() else "cuda-bindings is not installed"
@@ -131,7 +136,7 @@ class VmmStorage:
         self.drivers = drivers
 
     def install(self, model: nn.Module, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
-        """Replace the modules; their weights go to one bank as they load.
+        """Replace the modules. As their weights load, these all go to one bank.
 
         Raises:
             StorageError: if the modules are not on CUDA devices or hold several tensors, or the driver cannot be
