@@ -129,7 +129,7 @@ class Calibration:
         return digest.hexdigest()
 
     def mixed(self) -> "Calibration":
-        """The calibration with its windows in an order drawn by the seed, so that the first ones represent all the text."""
+        """The calibration with its windows in an order drawn by the seed, so that the first ones represent it all."""
         return replace(self, tokens=self.tokens[_shuffled(len(self.tokens), self.seed)])
 
     def split(self, held_out: float = 0.125) -> tuple["Calibration", "Calibration"]:
