@@ -1,7 +1,7 @@
-"""Choices of what to give up, made from prices over all layers, for a number of units or of bytes. Sees no weight.
+"""Allocation of a budget of units or of bytes over all layers, by their cost curves. Sees no weight.
 
-A path can only be followed from its beginning, and of each half of each layer only one path at all; so a choice says
-which, and how many steps to take along it.
+A cost curve can only be followed from its beginning, and a plan follows one curve of each sublayer. So a choice names
+the curve of every sublayer, and the number of steps to take along it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,18 +16,19 @@ from headshare.errors import PlanError
 from headshare.plan.section import Choice
 from headshare.plan.units import Sublayer
 
+# For each sublayer, the index of the end that is chosen.
 Taken = list[int]
 
 
 def plan_for_units(prices: CostCurves, units: int, *, choice: Choice | None = None) -> Budgeted:
-    """The plan that gives up exactly this many units, at the least sum of the steps' prices that there is.
+    """The plan that gives up exactly this many units at the least possible cost, which is the sum over its steps.
 
-    Units are attention's, and groups of neurons where those are tied. Single neurons are none, and are all kept.
-    A multiple-choice knapsack, by dynamic programming over halves of layers (Kellerer, Pferschy and Pisinger, "Knapsack
-    Problems", 2004, section 11.5).
+    Units are attention units, and groups of neurons where those are tied. Single neurons do not count as units, and are
+    all kept. This is a multiple-choice knapsack, solved by dynamic programming over sublayers (Kellerer, Pferschy and
+    Pisinger, "Knapsack Problems", 2004, section 11.5).
 
     Raises:
-        PlanError: if fewer can be given up.
+        PlanError: if so many units cannot be given up.
     """
     halves = [_Half.of(paths) for paths in _by_half(path for path in prices.paths if not path.is_of_neurons)]
     most = sum(half.most_steps for half in halves)
@@ -37,32 +38,35 @@ def plan_for_units(prices: CostCurves, units: int, *, choice: Choice | None = No
 
 
 def plan_for_bytes(prices: CostCurves, saved: int, *, choice: Choice | None = None) -> Budgeted:
-    """The plan that saves at least this many bytes, at the least sum of the steps' prices that a greedy choice finds.
+    """The plan that saves at least this many bytes, at the least cost that a greedy search finds.
 
-    Each turn goes on in one half of a layer, by one step or several, or along another of its paths, where that is
-    cheapest for what it saves; so a dear step does not hide the cheap ones behind it. Of all ways to complete one of
-    the turns by going on in one half, the cheapest is taken, less every step that turns out not to be needed. The same
-    is tried with each action of each half of the layers alone: a mix is chosen only where it costs less than those.
+    Each turn goes on in the sublayer where that is cheapest for the bytes that it saves. A turn takes one step or
+    several, or changes to another curve of the sublayer, so a dear step does not hide the cheap ones behind it. Before
+    each turn, the cheapest way to reach the budget by going on in one sublayer is noted. The cheapest of these ways is
+    taken, without the steps that turn out not to be needed. The search is repeated with each set of actions alone, so a
+    mix of actions is chosen only where it costs less than those.
 
     Raises:
-        PlanError: if less can be saved.
+        PlanError: if so many bytes cannot be saved.
     """
+    # Nothing is searched for where even the end of every curve saves too little.
     most = sum(_most_saved(paths) for paths in _by_half(prices.paths))
     if not 0 <= saved <= most:
         raise PlanError(f"{saved} bytes cannot be saved; what was priced can save {most}. Ask for less, or allow more.")
+
     # The greedy choice can be led astray by a mix, and donors that give something up make their ties dearer than was
-    # priced: so the plans are compared as they are, not the choices.
+    # predicted: so the plans are compared as they are, not the choices.
     able = (paths for paths in _alternatives(prices.paths) if sum(map(_most_saved, _by_half(paths))) >= saved)
-    return min((budgeted(prices, _saving(paths, saved), choice) for paths in able), key=lambda found: found.price)
+    return min((budgeted(prices, _saving(paths, saved), choice) for paths in able), key=lambda plan: plan.price)
 
 
 def _most_saved(paths: Sequence[CostCurve]) -> int:
-    """The bytes that one half of a layer saves on the path that saves most."""
+    """The bytes that a sublayer saves on the curve that saves most."""
     return max(sum(step.saved_bytes for step in path.steps) for path in paths)
 
 
 def _alternatives(paths: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
-    """All of them, and those of each set of actions of each half of the layers alone."""
+    """Selections of the curves: all of them, then those of each kind of sublayer and each set of actions alone."""
     yield paths
     kinds = sorted({(path.kind, tuple(sorted(path.actions))) for path in paths})
     if len(kinds) > 1:
@@ -71,18 +75,21 @@ def _alternatives(paths: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
 
 
 def _saving(paths: Sequence[CostCurve], wanted: int) -> list[End]:
-    """The ends to which these are followed to save this much."""
+    """The ends to which these curves are followed to save so many bytes."""
     halves = [_Half.of(some).worth_having() for some in _by_half(paths)]
     return _ends(halves, _trimmed(halves, _greedy(halves, wanted), wanted))
 
 
-# ---- how far to follow which path
+# ---- how far to follow which curve
 
 
 @dataclass(frozen=True)
 class _Half:
-    """All that one half of one layer could do: nothing, or the first steps of one of its paths. `ends` says which and
-    how many, by saved bytes; `price` and `saved` are sums over all the steps."""
+    """All choices that one sublayer has: to give nothing up, or the first steps of one of its cost curves.
+
+    Each of the `ends` is a curve with a number of steps; they are sorted by saved bytes. `price` and `saved` are the
+    sums over these steps.
+    """
 
     ends: tuple[End, ...]
     price: NDArray[np.float64]
@@ -90,24 +97,24 @@ class _Half:
 
     @classmethod
     def of(cls, paths: Sequence[CostCurve]) -> "_Half":
-        """All beginnings of these paths; the one that has none stands for all of their empty ones."""
-        found = [(0, 0.0, paths[0], 0)]
+        """The choices that these curves of one sublayer give. Giving nothing up is one choice, whatever the curve."""
+        ends = [(0, 0.0, paths[0], 0)]
         for path in paths:
             price = 0.0
             saved = 0
             for end, step in enumerate(path.steps, 1):
                 price += step.price
                 saved += step.saved_bytes
-                found.append((saved, price, path, end))
-        found.sort(key=lambda one: one[:2])
+                ends.append((saved, price, path, end))
+        ends.sort(key=lambda choice: choice[:2])
         return cls(
-            tuple((path, end) for _, _, path, end in found),
-            np.array([price for _, price, _, _ in found]),
-            np.array([saved for saved, _, _, _ in found], dtype=np.int64),
+            tuple((path, end) for _, _, path, end in ends),
+            np.array([price for _, price, _, _ in ends]),
+            np.array([saved for saved, _, _, _ in ends], dtype=np.int64),
         )
 
     def worth_having(self) -> "_Half":
-        """The same without beginnings that cost something, save no more than another and cost no less."""
+        """The choices without those that cost something, save no more than another and cost no less."""
         # Ends come by saved bytes. Each drops those before it that cost as much or more, unless they cost nothing; it
         # stays if it saves more than the last that is left.
         kept = [0]
@@ -120,16 +127,16 @@ class _Half:
 
     @property
     def most_steps(self) -> int:
-        """The steps of the longest path."""
+        """The number of steps of the longest curve."""
         return max(end for _, end in self.ends)
 
     def beyond(self, at: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The price and the saved bytes of going on from here to each of those that save more."""
+        """The cost and the saved bytes of going on from this end to each of those after it."""
         return self.price[at + 1 :] - self.price[at], self.saved[at + 1 :] - self.saved[at]
 
 
 def _by_half(paths: Iterable[CostCurve]) -> list[list[CostCurve]]:
-    """The paths of each half of each layer together, in order of appearance."""
+    """The curves of each sublayer together, in order of appearance."""
     halves: dict[tuple[Sublayer, int], list[CostCurve]] = {}
     for path in paths:
         halves.setdefault((path.kind, path.layer), []).append(path)
@@ -137,48 +144,49 @@ def _by_half(paths: Iterable[CostCurve]) -> list[list[CostCurve]]:
 
 
 def _ends(halves: Sequence[_Half], taken: Taken) -> list[End]:
+    """The curve and the number of steps that each sublayer takes."""
     return [half.ends[at] for half, at in zip(halves, taken, strict=True)]
 
 
 def _cheapest(halves: Sequence[_Half], units: int) -> list[End]:
-    """The beginnings of least price that have this many steps in all. Of equals, later halves give less up."""
-    # `best` is the least price of every number of steps in the halves so far: at first of none.
+    """The ends of least cost that have this many steps in all. Among equals, later sublayers give less up."""
+    # `best` is the least cost of every number of steps in the sublayers so far: at first there is no sublayer.
     best = np.full(units + 1, np.inf)
     best[0] = 0
     chosen = np.zeros((len(halves), units + 1), dtype=np.int64)
     for number, half in enumerate(halves):
-        # A half takes one of its beginnings at most, so each is put on top of what was best without this half.
+        # A sublayer takes one of its ends, so each is put on top of what was best without this sublayer.
         before = best
         best = best.copy()
         for at, (_, steps) in enumerate(half.ends):
             if 0 < steps <= units:
-                found = before[: units + 1 - steps] + half.price[at]
-                better = found < best[steps:]
-                best[steps:][better] = found[better]
+                costs = before[: units + 1 - steps] + half.price[at]
+                better = costs < best[steps:]
+                best[steps:][better] = costs[better]
                 chosen[number, steps:][better] = at
     return _followed_back(halves, chosen, units)
 
 
 def _followed_back(halves: Sequence[_Half], chosen: NDArray[np.int64], units: int) -> list[End]:
-    """Each half's part in the best choice of this many units, last half first and then turned round."""
+    """The end of each sublayer in the best choice of this many units, traced back from the last sublayer."""
     taken = []
     for half, row in zip(halves[::-1], chosen[::-1], strict=True):
-        # A half without part in it takes the first of its ends, at 0, which is nothing.
+        # A sublayer without part in the choice takes the first of its ends, at 0, which gives nothing up.
         taken.append(half.ends[int(row[units])])
         units -= taken[-1][1]
     return taken[::-1]
 
 
 def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
-    """The cheapest choice that saves this much, of all that lie one turn beyond where a greedy one passes."""
+    """The cheapest choice that saves so many bytes, among those one turn away from a state of the greedy search."""
     taken = [0] * len(halves)
     price = 0.0
     left = wanted
     best = list(taken)
     least = np.inf if wanted else 0.0
     while left > 0:
-        # In each half: the turn that is cheapest for its bytes, of which no more count than are still wanted; and the
-        # cheapest one that saves all of those at once.
+        # In each sublayer: the turn that is cheapest for its bytes, of which no more count than are still wanted; and
+        # the cheapest turn that saves all of those at once.
         extensions = []
         completions = []
         for number, half in enumerate(halves):
@@ -193,6 +201,7 @@ def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
         if cost < least:
             best = _followed(taken, number, further)
             least = cost
+        # The search itself goes on by the best rate, until enough is saved.
         _, number, further = min(extensions)
         more, saved = halves[number].beyond(taken[number])
         taken = _followed(taken, number, further)
@@ -202,15 +211,15 @@ def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
 
 
 def _followed(taken: Taken, number: int, further: int) -> Taken:
-    """The same with that half one further on, and as many more."""
-    return [at + 1 + further if one == number else at for one, at in enumerate(taken)]
+    """The choice with sublayer `number` moved on by one end, and by `further` more."""
+    return [at + 1 + further if position == number else at for position, at in enumerate(taken)]
 
 
 def _trimmed(halves: Sequence[_Half], taken: Taken, wanted: int) -> Taken:
-    """The same without what costs something and is not needed, the dearest first."""
+    """The choice without steps that cost something and are not needed; the dearest go first."""
     spare = sum(int(half.saved[at]) for half, at in zip(halves, taken, strict=True)) - wanted
     while True:
-        # The ways to go back in one half that bring something and still leave enough saved.
+        # The ways to go back in one sublayer that lower the cost and still leave enough saved.
         shorter = [
             (half.price[at] - half.price[end], number, end)
             for number, (half, at) in enumerate(zip(halves, taken, strict=True))
@@ -221,4 +230,4 @@ def _trimmed(halves: Sequence[_Half], taken: Taken, wanted: int) -> Taken:
             return taken
         _, number, end = max(shorter)
         spare -= int(halves[number].saved[taken[number]] - halves[number].saved[end])
-        taken = [end if one == number else at for one, at in enumerate(taken)]
+        taken = [end if position == number else at for position, at in enumerate(taken)]

@@ -1,4 +1,4 @@
-"""Budgets: numbers of bytes or units that a plan is to save, and the actions that it may do that by."""
+"""Budgets: the number of bytes or of units that a plan is to save, and the actions that it may use."""
 
 import re
 from collections.abc import Collection
@@ -17,7 +17,10 @@ from headshare.sharing.size import parameter_infos
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount to be given up: units by one action, or bytes by whichever of several actions cost least."""
+    """An amount that a plan is to give up: units by one action, or bytes by the cheapest of several actions.
+
+    `ffn_groups` is the number of groups of neurons in a layer. Layers in `protect` give nothing up.
+    """
 
     actions: tuple[Action, ...]
     units: int | None = None
@@ -37,21 +40,25 @@ class Budget:
         ffn_groups: int = 1,
         protect: Collection[int] = (),
     ) -> "Budget":
-        """The budget that a person asks for.
+        """The budget that these options describe.
 
         `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
-        units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action that
-        is to `allow`) or of ranks, the budget is as many bytes as sharing q, k and v at this ratio would save.
+        units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
+        `allow`) or of ranks, the budget is the number of bytes that sharing q, k and v at this ratio would save.
 
         Raises:
-            OptionError: if a word is not known, or the amount to save is none.
+            OptionError: if a word is not known, or `save` is not an amount.
             PlanError: if the budget cannot be met by any plan.
         """
         dense.require_dense("plan for it")
         actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
+
+        # The units are counted in any case, so that a ratio or protected layers that do not fit are refused.
         words = "gateup" if actions[0].sublayer is Sublayer.FFN else "qk"
         layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
         units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
+
+        # Different actions save different numbers of bytes a unit, so only bytes compare them.
         saved: int | None = None
         if save is not None:
             saved = _bytes_of(dense, save)
@@ -61,6 +68,7 @@ class Budget:
 
 
 def _actions_of(parts: str) -> list[Action]:
+    """The actions that share these parts, which are words joined by +."""
     known = {name: (action,) for name, action in ACTIONS.items() if not action.removes} | {AUTO: AUTO_ACTIONS}
     words = [word.strip() for word in parts.split("+")]
     unknown = [word for word in words if word not in known]
@@ -73,6 +81,7 @@ def _actions_of(parts: str) -> list[Action]:
 
 
 def _allowed(word: str) -> Action:
+    """The action of this name, which shares nothing."""
     known = {name: action for name, action in ACTIONS.items() if action.removes}
     if word not in known:
         raise OptionError(
@@ -82,11 +91,12 @@ def _allowed(word: str) -> Action:
 
 
 def _bytes_of(dense: Checkpoint, save: str) -> int:
+    """The number of bytes that `save` asks for: a share of the model's, or the number itself."""
     whole = sum(info.nbytes for info in parameter_infos(dense).values())
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
-    if found is None:
+    amount = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
+    if amount is None:
         raise OptionError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
-    wanted = Fraction(found[1]) * (Fraction(whole, 100) if found[2] else 1)
+    wanted = Fraction(amount[1]) * (Fraction(whole, 100) if amount[2] else 1)
     if not 1 <= wanted < whole:
         raise PlanError(f"{save} of a model of {whole:,} bytes cannot be saved; ask for more than 0 and less than all.")
     return int(wanted)

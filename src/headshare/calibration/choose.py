@@ -1,4 +1,4 @@
-"""A plan for a budget, chosen on calibration text."""
+"""Plans for a budget, chosen on calibration text."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -29,9 +29,9 @@ def plan_by_output(
     device: str = "cpu",
     **wanted: Any,
 ) -> SharePlan:
-    """The plan that costs the model's output least on the calibration text.
+    """The plan that changes the model's output least on the calibration text.
 
-    The budget is given, or made of the words that `Budget.parse` takes: `save="10%"`, `allow=["remove"]` and the like.
+    The budget is given, or made of the options that `Budget.parse` takes, such as `save="10%"` or `allow=["remove"]`.
 
     Raises:
         PlanError: if the budget cannot be met, or is given twice.
@@ -53,12 +53,14 @@ def plan_on(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> Budgeted:
-    """The plan that gives up least, by what every unit does to its layer's output on the calibration text and, with
-    `probe`, by what that does to the predictions of a model that makes any.
+    """The plan that meets this budget at the least cost on the calibration text.
+
+    The cost of a unit is the change of its layer's output. With `probe`, it is the change of the model's next-token
+    predictions, if the model makes any.
 
     Raises:
         PlanError: if the budget cannot be met.
-        CalibrationError: if the text is too short to probe with.
+        CalibrationError: if the text is too short to measure predictions on.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     prices = prices_on(
@@ -89,22 +91,27 @@ def prices_on(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> CostCurves:
-    """The prices of all that these halves of all layers could give up by these actions: `price_units`, and with
-    `probe` `probe_prices`, where the model predicts anything.
+    """Cost curves of all sublayers of these kinds, by these actions.
+
+    They are made by `price_units`. With `probe`, `probe_prices` then measures them, if the model predicts tokens.
 
     Raises:
         PlanError: if the model can have none of the actions.
-        CalibrationError: if the text is too short to probe with.
+        CalibrationError: if the text is too short to measure predictions on.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     dense.require_dense("plan")
     probe = probe and predicts(dense)
     if probe:
         check_windows(calibration)  # before hours of work
+
+    # Output errors are found for all sublayers, so that runs that differ in `kinds` alone can share them.
     what = tuple(map(str, actions)), ffn_groups, protect
     done = _saved_paths(workspace, *what)
     prices = price_units(dense, calibration, actions, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
     prices = replace(prices, paths=tuple(path for path in prices.paths if path.kind in kinds))
+
+    # Measured costs replace the output errors; they are kept apart, as other runs may want either.
     if probe:
         known = _saved_paths(workspace, "probed", sorted(kinds), *what)
         prices = probe_prices(dense, calibration, prices, device=device, done=known)
@@ -112,7 +119,7 @@ def prices_on(
 
 
 def _saved_paths(workspace: Workspace | None, *what: object) -> SavedCurves | None:
-    """The paths that an earlier run priced under this key, all read once; None where nothing is kept."""
+    """Cost curves that an earlier run saved under this key, all read once to check them; None without a workspace."""
     if workspace is None:
         return None
     saved = SavedCurves(workspace, joint_digest(*what))

@@ -1,8 +1,8 @@
-"""Round a model's matrices to few bits by GPTQ, each shared unit once, on what all its users give it.
+"""Round a model's matrices to 4 bits by GPTQ. Each shared unit is rounded once, on the inputs of all its users.
 
 GPTQ (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: accurate post-training quantization", 2022) rounds each row of a
-matrix by itself, given the products of its inputs. So the rows of one tensor that have the same users are one matrix,
-whose inputs are those of all the users; gptqmodel does the rounding.
+matrix by itself, given the Gram matrix of its inputs. So the rows of one tensor that have the same users form one
+matrix, whose inputs are those of all the users. The library gptqmodel does the rounding.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from headshare.text.tokens import Calibration
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A checkpoint, and its layers' matrices rounded, whole, by name: what `save` will write."""
+    """A checkpoint, and its layers' whole matrices by name, rounded to 4 bits, as `save` writes them."""
 
     checkpoint: Checkpoint
     packing: Packing
@@ -50,22 +50,24 @@ class QuantizedModel:
 def round_by_gptq(
     checkpoint: Checkpoint, calibration: Calibration, *, group: int | None = None, device: str = "cpu"
 ) -> QuantizedModel:
-    """Round a dense or a shared checkpoint's matrices to four bits, all on the inputs that they have before any is
-    rounded, with a scale for each `group` of inputs (default: the largest of 128, 64, 32, 16 and 8 that fits all).
+    """Round the matrices of a dense or a shared checkpoint to 4 bits.
 
-    In memory are one layer and the hidden states at a time, the products of the inputs of shared rows until their last
-    user has been walked, and what is rounded, packed.
+    Each `group` of inputs has a scale (default: the largest of 128, 64, 32, 16 and 8 that fits all matrices). All
+    matrices are rounded on the inputs that they have before any is rounded. Memory holds one layer, the hidden states,
+    the packed results, and the Gram matrices of shared rows until the last user of the rows has run.
 
     Raises:
-        CheckpointError: if gptqmodel is not there, the model's matrices stand the other way round (GPT-2's), it has
-            experts, no such group fits it, it is rounded already, or it cannot be walked layer by layer.
-        OptionError: if the group does not fill whole words.
+        CheckpointError: if gptqmodel is not installed, the model stores its matrices as (input, output) as GPT-2 does,
+            it has experts, no such group fits it, it is rounded already, or it cannot be walked layer by layer.
+        OptionError: if the group does not fill whole 32-bit words.
         PlanError: if the plan does more than share rows (of q, k, v, gate and up).
     """
+    # Models and plans whose matrices are no rows to be rounded are refused before any layer runs.
     if checkpoint.plan is None:
         checkpoint.require_dense("round it")
     whole = ExpandedTensors.of(checkpoint)
-    tensors, shapes = whole.files.tensors, checkpoint.dense_shapes
+    tensors = whole.files.tensors
+    shapes = checkpoint.dense_shapes
     if any(tensor.axis or tensor.removed for tensor in tensors.values()):
         raise PlanError(
             "only ties of q, k and v (and of gate and up) can be rounded to few bits; this plan has others."
@@ -75,6 +77,8 @@ def round_by_gptq(
         raise CheckpointError(f"{checkpoint.name} holds its matrices as (input, output), which are not rounded yet.")
     if layers.ffn is None:
         raise CheckpointError(f"{checkpoint.name} has experts, which are not rounded yet.")
+
+    # Rows are sorted by their users, so that a layer's inputs reach every row that it computes with, also a donor's.
     names = [layers.tensors_of(layer) for layer in range(layers.count)]
     packing = _packing(checkpoint, [name for layer in names for name in layer], shapes, group)
     make = _maker(packing.group)
@@ -83,7 +87,9 @@ def round_by_gptq(
     for piece in pieces:
         for user in piece.users:
             users.setdefault(user, []).append(piece)
-    found = {name: _empty(shapes[name], packing.group) for layer in names for name in layer}
+    matrices = {name: _empty(shapes[name], packing.group) for layer in names for name in layer}
+
+    # The layers run one after the other, unrounded. Rows are rounded once their last user has given its inputs.
     stream = layers.start(calibration.tokens)
     for layer, by_name in track(list(enumerate(names)), "rounding", len(names)):
         module = layers.build(layer)
@@ -95,23 +101,27 @@ def round_by_gptq(
                     piece.task(make, whole, layers.device).add_batch(seen.inputs[path], None)
         for name in by_name:
             for piece in dict.fromkeys(piece for piece in users[name] if piece.users[-1] == name):
-                piece.put(found[piece.name])
+                piece.put(matrices[piece.name])
+
+    # The results are whole matrices, so borrowed rows are copied from their donors, all of which are rounded by now.
     for name, tensor in tensors.items():
-        for gap in (gap for gap in tensor.gaps if name in found):
-            mine, theirs, span = found[name], found[gap.donor], gap.stop - gap.start
+        for gap in (gap for gap in tensor.gaps if name in matrices):
+            mine = matrices[name]
+            theirs = matrices[gap.donor]
+            span = gap.stop - gap.start
             mine.packed[gap.start : gap.stop] = theirs.packed.narrow(0, gap.donor_start, span)
             mine.scale[gap.start : gap.stop] = theirs.scale.narrow(0, gap.donor_start, span)
-    return QuantizedModel(checkpoint, packing, found)
+    return QuantizedModel(checkpoint, packing, matrices)
 
 
 def _packing(
     checkpoint: Checkpoint, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], group: int | None
 ) -> Packing:
-    """How these matrices are packed; every other linear module of the model is left as it is.
+    """The packing of these matrices. Every other linear module of the model is left as it is.
 
     Raises:
-        OptionError: if the group does not fill whole words.
-        CheckpointError: if it does not fit a matrix.
+        OptionError: if the group does not fill whole 32-bit words.
+        CheckpointError: if the group does not fit a matrix.
     """
     inputs = {shapes[name][1] for name in names}
     fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
@@ -120,6 +130,8 @@ def _packing(
     if (group is None and not fitting) or (group is not None and any(count % group for count in inputs)):
         sizes = ", ".join(map(str, sorted(inputs)))
         raise CheckpointError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
+
+    # Loaders must be told which linear modules have plain weights, by their paths in the model.
     model = empty_model(checkpoint)
     rounded = set(ModuleMap.of(model, names).paths().values())
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -127,6 +139,7 @@ def _packing(
 
 
 def _empty(shape: tuple[int, ...], group: int) -> PackedMatrix:
+    """A matrix of this shape whose rows are yet to be filled."""
     rows, inputs = shape
     packed = torch.zeros(rows, inputs // A_WORD, dtype=torch.int32)
     return PackedMatrix(packed, torch.zeros(rows, inputs // group, dtype=SCALE_DTYPE))
@@ -134,8 +147,11 @@ def _empty(shape: tuple[int, ...], group: int) -> PackedMatrix:
 
 @dataclass(eq=False)
 class _Piece:
-    """Rows of one tensor that have the same users: tensors, in the order in which layers use them, its own first. A
-    tensor that uses them several times is there as often, and so are its inputs."""
+    """Rows of one tensor that have the same users, which are rounded as one matrix.
+
+    `users` are names of tensors in the order in which layers use them, the rows' own tensor first. A tensor that uses
+    the rows several times is there as often, and so are its inputs.
+    """
 
     name: str
     rows: Int[Tensor, " rows"]
@@ -143,7 +159,7 @@ class _Piece:
     _task: Any = None
 
     def task(self, make: Any, whole: ExpandedTensors, device: torch.device) -> Any:
-        """GPTQ of these rows."""
+        """The GPTQ task of these rows, which is made when it is first asked for."""
         if self._task is None:
             weight = whole.read(self.name)[self.rows]
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device)
@@ -151,15 +167,15 @@ class _Piece:
             self._task = make(linear)
         return self._task
 
-    def put(self, found: PackedMatrix) -> None:
-        """Round, and put the rows into their matrix."""
+    def put(self, matrix: PackedMatrix) -> None:
+        """Round the rows and put them into their matrix."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 weight, scale, zero, _, _, loss, *_ = self._task.quantize()
-            # of what GPTQ cannot round it rounds each number to the nearest, and tells by the loss alone
+            # Rows that GPTQ cannot solve for are rounded to the nearest numbers, which only the loss tells.
             finite = isinstance(loss, float) and math.isfinite(loss)
             finite = finite and bool(torch.isfinite(weight).all() and torch.isfinite(scale).all())
-        except ValueError:  # no rounding of finite loss
+        except ValueError:  # no rounding has a finite loss
             finite = False
         self._task = None
         if not finite:
@@ -167,35 +183,41 @@ class _Piece:
                 f"GPTQ cannot round a matrix: {self.name} has numbers that are not finite, or its inputs have, or they "
                 "are too large to be multiplied. Nothing is rounded."
             )
+
+        # Weights over scales are integers again, which are stored packed.
         assert bool((zero == OFFSET).all())
         wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-        found.packed[self.rows] = pack((weight / wide).round().cpu())
-        found.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
+        matrix.packed[self.rows] = pack((weight / wide).round().cpu())
+        matrix.scale[self.rows] = scale.detach().to(SCALE_DTYPE).cpu()
 
 
 def _pieces(name: str, tensors: Mapping[str, TensorPlan], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Piece]:
-    """The rows that a tensor stores, by their users."""
+    """Pieces of the rows that a tensor stores, one for each combination of users."""
+    # For each row, its own tensor and then those that borrow it, in the order of their layers.
     users: list[tuple[str, ...]] = [(name,)] * shapes[name][0]
-    for other in sorted(tensors.values(), key=lambda one: _layer_of(one.name)):
+    for other in sorted(tensors.values(), key=lambda tensor: _layer_of(tensor.name)):
         for gap in (gap for gap in other.gaps if gap.donor == name):
             for row in range(gap.donor_start, gap.donor_start + gap.stop - gap.start):
                 users[row] = (*users[row], other.name)
+
+    # Rows that are borrowed themselves are pieces of their donor, and are left out here.
     stored = torch.full((len(users),), name not in tensors)
     if name in tensors:
         for start, stop in tensors[name].kept():
             stored[start:stop] = True
     for same in dict.fromkeys(users):
-        rows = torch.tensor([row for row, one in enumerate(users) if one == same and stored[row]], dtype=torch.long)
+        rows = torch.tensor([row for row, its in enumerate(users) if its == same and stored[row]], dtype=torch.long)
         if len(rows):
             yield _Piece(name, rows, same)
 
 
 def _layer_of(name: str) -> int:
+    """The number of the layer that this tensor is in, which its name holds."""
     return next(int(step) for step in name.split(".") if step.isdigit())
 
 
 def _maker(group: int) -> Any:
-    """Makes gptqmodel's GPTQ of a linear module.
+    """A function that makes gptqmodel's GPTQ task of a linear module.
 
     Raises:
         CheckpointError: if gptqmodel is not installed.

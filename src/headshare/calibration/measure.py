@@ -1,4 +1,4 @@
-"""Perplexity on held-out calibration text, before and after."""
+"""Perplexity on held-out calibration text, of the dense and of the shared model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from headshare.text.windows import Windows, finite_or_null, is_causal
 
 @dataclass(frozen=True)
 class HeldOutPerplexity:
-    """Perplexity of the dense and of the shared model on held-out calibration windows; None, with a note that says why,
-    where a model has none."""
+    """Perplexity of the dense and of the shared model on held-out calibration windows.
+
+    Both are None where a model has no perplexity, or it could not be measured; `note` then says why.
+    """
 
     dense: float | None
     shared: float | None
@@ -25,11 +27,11 @@ class HeldOutPerplexity:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints; a perplexity past any float is null."""
+        """The perplexities under the names that `--json` prints; one that is not finite is null."""
         return finite_or_null(asdict(self))
 
     def in_words(self) -> str:
-        """One line for the person at the keyboard."""
+        """A line of text for the command line's report."""
         if self.dense is None or self.shared is None:
             return f"perplexity not measured: {self.note}"
         where = f"{self.tokens} held-out calibration tokens in windows of {self.window}"
@@ -37,10 +39,14 @@ class HeldOutPerplexity:
 
 
 def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: str = "cpu") -> HeldOutPerplexity:
-    """Perplexity of both models. What hinders measuring is noted, not raised: the work before it is done."""
+    """Measure the perplexity of both models on the windows held out.
+
+    An error is noted, not raised, as the work before the measurement is done.
+    """
     windows = Windows(held_out.tokens, held_out.bos)
     window = windows.length
     options = {} if device == "cpu" else {"device_map": device}
+    # One model is in memory at a time.
     try:
         model = load_model(dense, **options)
         if not is_causal(model):

@@ -1,4 +1,4 @@
-"""Requests for a calibrated run, and what it reports."""
+"""Requests for a calibrated run, and the results that it reports."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,39 +12,42 @@ from headshare.sharing.share import SharedCheckpoint
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with what it saves and what was predicted for it, and what was measured of it, if that was asked for."""
+    """A plan with its savings and its predicted cost, and the measured perplexities if they were asked for."""
 
     chosen: Budgeted
     measured: HeldOutPerplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same under the names that `--json` prints, without the plan."""
+        """The savings, the predicted cost and the measurement under the names that `--json` prints."""
         measured = None if self.measured is None else self.measured.to_dict()
         return {"saved_bytes": self.chosen.saved_bytes, **_predicted(self.chosen), "measured": measured}
 
     def in_words(self) -> str:
-        """Predicted beside measured."""
+        """Lines for the command line's report: the prediction, then the measurement."""
         lines = [f"{self.chosen.saved_bytes:,} bytes saved; {self.chosen.in_words()}"]
         return "\n".join(lines + ([self.measured.in_words()] if self.measured else []))
 
 
 def _predicted(chosen: Budgeted | None) -> dict[str, Any]:
-    """The names under which `--json` prints what was predicted; null where nothing was."""
+    """The predicted cost and its unit under the names that `--json` prints; null where nothing was predicted."""
     unit = None if chosen is None else "nats" if chosen.in_nats else "relative error"
     return {"price": None if chosen is None else chosen.price, "price_unit": unit}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A shared checkpoint as it was written, its plan with what was predicted for it if it was chosen by output, and
-    what was measured if that was asked for."""
+    """A shared checkpoint as it was written.
+
+    `chosen` is its plan with the predicted cost, if the plan was chosen by output. `measured` are the perplexities, if
+    they were asked for.
+    """
 
     shared: SharedCheckpoint
     chosen: Budgeted | None = None
     measured: HeldOutPerplexity | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `share --json` prints beside the bytes."""
+        """The fields that `share --json` prints beside the bytes."""
         return {
             "plan_digest": self.shared.plan.digest,
             **_predicted(self.chosen),
@@ -53,7 +56,7 @@ class Outcome:
         }
 
     def in_words(self) -> list[str]:
-        """A line for each thing that was done."""
+        """Lines for the command line's report: the choice, the refit and the measurement, as far as they were made."""
         lines = [] if self.chosen is None else [self.chosen.in_words()]
         lines += [self.shared.refit.in_words()] if self.shared.refit else []
         return lines + ([self.measured.in_words()] if self.measured else [])
@@ -61,8 +64,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ShareRequest:
-    """What is to be done with calibration: a plan, or a budget to choose one under; a refit of it, with gradient
-    `steps` a layer after it; a measurement."""
+    """A request for a shared checkpoint: a plan, or a budget to choose a plan for, and the stages that follow.
+
+    With `refit` the output projections are refitted, those of the feed-forward only with `ffn`. This many gradient
+    `steps` a layer follow. With `measure` the perplexity is measured. `dtype` is the type of the weights that are
+    written.
+    """
 
     plan: SharePlan | Budget
     refit: bool = True

@@ -1,6 +1,6 @@
 """Calibrated runs from a request to files: text, plan under a budget, refit, output, measurement.
 
-A run that is stopped anywhere is gone on with by the same call.
+The same call goes on with a run that was stopped anywhere.
 """
 
 import re
@@ -34,20 +34,20 @@ from headshare.sharing.share import SharedCheckpoint, share
 from headshare.text.tokens import TOKENS, Calibration
 from headshare.text.windows import WINDOW, longest_window
 
-# the name, in a run's identity, of the checkpoint that the run refits and may replace
+# The name, in a run's identity, of the checkpoint that the run refits and may replace.
 _SHARED = "shared model"
 
 
 def device_named(name: str) -> str:
-    """A device that is there, by its name; `auto` is the GPU, where there is one.
+    """The name of a device that this machine has; `auto` becomes the GPU, where there is one.
 
     Raises:
         CalibrationError: if there is no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    if found is None or (name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count()):
+    device = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if device is None or (name != "cpu" and int(device[1] or 0) >= torch.cuda.device_count()):
         raise CalibrationError(f"there is no device {name!r:.40} here to calibrate on. Use cpu, cuda, or auto.")
     return name
 
@@ -57,8 +57,10 @@ def device_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """The options of a calibrated run: the calibration text, the device, whether the state of a stopped run is thrown
-    away, and whether plans are priced by measured predictions."""
+    """The options of a calibrated run: its calibration text, its device and its way of choosing.
+
+    With `restart` the state of a stopped run is thrown away. With `probe` costs are measured on predictions.
+    """
 
     source: str
     tokens: int = TOKENS
@@ -71,7 +73,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class CalibratedRun:
-    """A calibrated run on its way: the dense model, the tokens, the device, and the state to go on from."""
+    """A calibrated run in progress: the dense model, the tokens, the device, and the state to go on from."""
 
     dense: Checkpoint
     calibration: Calibration
@@ -80,30 +82,33 @@ class CalibratedRun:
     probe: bool
 
     def plan(self, budget: Budget) -> Budgeted:
-        """`plan_on` this run's tokens."""
+        """The plan for this budget, chosen by `plan_on` on the run's tokens."""
         work = self.resumable.workspace
         return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=work)
 
     def refit(self, shared: SharedCheckpoint, *, ffn: bool = True, steps: int = 0) -> SharedCheckpoint:
-        """`refit` this run's tokens."""
+        """The checkpoint refitted by `refit` to the run's tokens."""
         work = self.resumable.workspace
         return refit(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
 
     def measure(self, shared: Path) -> "HeldOutPerplexity":
-        """Perplexity of the dense model and of the shared one in this folder, on the windows held out of the fits."""
+        """Measure the dense model and the shared one in this folder, on the windows that the fits hold out."""
         return measure(self.dense, shared, self.calibration.split()[1], device=self.device)
 
 
 @contextmanager
 def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[CalibratedRun]:
-    """A calibrated run to this output. Its state is removed when the block ends, and stays when the block fails. The
-    next run to this output must then have the same model, text, setting and `more`, or it is refused.
+    """A calibrated run to this output, as a block.
+
+    The state of the run is removed when the block ends, and stays when the block fails. The next run to this output
+    must then have the same model, text, setting and `more`, or it is refused.
 
     Raises:
-        CalibrationError: if the text cannot be had or split, there is no such device, or the state is of another run.
+        CalibrationError: if the text cannot be read or split, there is no such device, or the state is of another run.
         CheckpointError: if the model is not dense.
         OutputError: if the state cannot be kept, or another run has this output.
     """
+    # A model, a device or a text that cannot be used is refused before anything is kept.
     dense.require_dense("calibrate it")
     device = device_named(setting.device)
     longest = longest_window(dense.config)
@@ -115,12 +120,14 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
     text = Calibration.load(
         setting.source, dense, tokens=setting.tokens, window=setting.window, seed=setting.seed, device=device
     )
-    text.split()  # before anything is kept
+    text.split()
+
+    # A stopped run is only gone on with where nothing that its state depends on has changed.
     identity = {
         "headshare": version("headshare"),
         "model": fingerprint(dense),
         "text": text.digest,
-        "seed": str(text.seed),  # of the held-out windows too, which the text's digest does not tell
+        "seed": str(text.seed),  # it also chooses the windows held out, which are no part of the text's digest
         "device": device,
         **more,
     }
@@ -132,22 +139,23 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
 def plan_calibrated(
     dense: Checkpoint, budget: Budget, setting: Setting, out: Path, *, measured: bool = True
 ) -> Planned:
-    """Choose a plan by output and save it as a file. With `measured`, refit it and measure the model that it gives,
-    which is written beside the plan for that time.
+    """Choose a plan by output and save it as a file.
+
+    With `measured`, the plan's model is also refitted and measured. It is written among the state files for that time.
 
     Raises:
         HeadshareError: if a step fails; the state stays.
     """
     with calibrated_run(dense, out, setting) as run:
         chosen = run.plan(budget)
-        found = _measured_for_a_time(run, chosen.plan) if measured else None
+        perplexities = _measured_for_a_time(run, chosen.plan) if measured else None
         run.resumable.mark_committing(out)
         chosen.plan.save(out)
-    return Planned(chosen, found)
+    return Planned(chosen, perplexities)
 
 
 def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexity:
-    """The measurement of a plan's refitted model, which is written among the state files until it is measured."""
+    """Measure a plan's refitted model, which is written among the state files until it is measured."""
     folder = run.resumable.workspace.folder / "measured"
     shutil.rmtree(folder, ignore_errors=True)
     run.refit(share(run.dense, plan)).save(folder)
@@ -160,7 +168,7 @@ def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexi
 def share_calibrated(
     dense: Checkpoint, wanted: ShareRequest, setting: Setting, out: Path, *, overwrite: bool = False
 ) -> Outcome:
-    """Plan, unless there is a plan, share, refit and write.
+    """Share a model by calibration: choose a plan unless one is given, share, refit, write and measure.
 
     Raises:
         HeadshareError: if a step fails; the state stays, so that the same call goes on from there.
@@ -168,6 +176,7 @@ def share_calibrated(
     if isinstance(wanted.plan, SharePlan):
         share(dense, wanted.plan)  # a plan of another model is refused before anything is kept
     with calibrated_run(dense, out, setting) as run:
+        # Each stage keeps its state, so a run that is stopped loses little.
         chosen = run.plan(wanted.plan) if isinstance(wanted.plan, Budget) else None
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
         shared = share(dense, plan, dtype=wanted.dtype)
@@ -188,25 +197,30 @@ def refit_checkpoint(
     steps: int = 0,
     overwrite: bool = False,
 ) -> RefitRecord:
-    """Refit a checkpoint that was shared before, whatever became of its other weights since, and write it to `out`,
-    which may be its own folder: that is replaced when the new one is whole.
+    """Refit a shared checkpoint, whose other weights may have been trained since, and write it to `out`.
+
+    The output may be the checkpoint's own folder, which is replaced when the new one is whole.
 
     Raises:
         PlanError: if the dense model is not the one that the plan is for.
         CheckpointError, ArchitectureError: if either cannot be used.
         OutputError: if it cannot be written.
     """
+    # What cannot be refitted or written is refused before hours of work.
     plan = open_shared(shared).plan
     entry = shared.require_sharing()
     dense.require_dense("refit to")
     fit_plan(plan, dense)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
-    # the shared model is part of the identity: layers that were fitted to other weights are of no use
+
+    # The shared model is part of the identity: layers that were fitted to other weights are of no use.
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
     with calibrated_run(dense, out, setting, **more) as run:
         if entry.refit and _has_replaced(run.resumable):
             return entry.refit  # a second refit would start from the first one's weights
+
+        # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
@@ -217,5 +231,5 @@ def refit_checkpoint(
 
 
 def _has_replaced(run: ResumableRun) -> bool:
-    """Whether a run that was stopped had refitted and replaced the same folder: all but the shared model was as now."""
+    """True if a stopped run has replaced this folder already: its identity differs in the shared model at most."""
     return run.committed is not None and {**run.committed, _SHARED: ""} == {**run.identity, _SHARED: ""}

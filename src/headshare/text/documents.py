@@ -1,4 +1,4 @@
-"""Documents, one after the other, of a text file, a .jsonl file or a data set, with what is wrong where it is wrong."""
+"""Documents of a text file, a .jsonl file or a data set, one after the other. Errors name the line or the row."""
 
 import codecs
 import io
@@ -17,17 +17,19 @@ SOURCES = (
 )
 ROW_BYTES = 64 * 2**20
 
-Where = Callable[[], str]  # says which row this is; counting lines takes time, so only an error asks
+# The name of a row. Counting lines takes time, so only an error asks for it.
+Where = Callable[[], str]
 
 
 def text_of(path: Path, start: int, stop: int) -> str:
-    """The characters that are whole in this stretch."""
+    """The characters that lie whole between these two bytes of a file."""
     with path.open("rb") as file:
         file.seek(start)
         raw = file.read(stop - start)
         ends = not file.read(1)
     if start:
-        raw = raw.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that began before
+        # Continuation bytes at the beginning are the rest of a character that began before.
+        raw = raw.lstrip(bytes(range(0x80, 0xC0)))
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     try:
         return decoder.decode(raw, final=ends)
@@ -36,10 +38,14 @@ def text_of(path: Path, start: int, stop: int) -> str:
 
 
 def json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Where, Any]]:
-    """The rows that begin in this stretch; where none does, the first that begins before `end`."""
+    """The rows of a .jsonl file that begin between these two bytes.
+
+    Where none does, it is the first row that begins before `end`.
+    """
     with path.open("rb") as file:
         file.seek(max(start - 1, 0))
-        if start:  # the rest of a row that began before
+        if start:
+            # The rest of a row that began before belongs to the stretch before.
             _line(file, partial(_line_name, path, start - 1))
         while (place := file.tell()) < end:
             where = partial(_line_name, path, place)
@@ -52,6 +58,7 @@ def json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Whe
             except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"{where()} is not JSON: {error}. Correct or remove the line.") from None
             yield where, row
+            # Once a row was found, only those of the stretch itself follow.
             end = stop
 
 
@@ -63,7 +70,7 @@ def _line(file: BinaryIO, where: Where) -> bytes:
 
 
 def _line_name(path: Path, place: int) -> str:
-    """The line that this byte is in, by its number."""
+    """The name of the line that this byte is in: its number and its file."""
     number = 1
     with path.open("rb") as file:
         while place > 0 and (block := file.read(min(place, 2**20))):
@@ -73,7 +80,7 @@ def _line_name(path: Path, place: int) -> str:
 
 
 def data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
-    """Rows of a data set, in its order."""
+    """Rows of a Hugging Face data set, in its order, each with its name."""
     name, config, split, *rest = *source.removeprefix(DATA_SET).split(":"), "", ""
     if not name or any(rest):
         raise CalibrationError(f"{source!r:.300} names no data set; write hf:NAME, hf:NAME:CONFIG or hf:NAME::SPLIT.")
@@ -95,10 +102,10 @@ def data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
 
 
 def documents_of(rows: Iterable[tuple[Where, Any]], field: str | None) -> Iterator[str]:
-    """Each row's text, under `field` or else under the one field that it can be.
+    """The text of each row, found under `field`, or else under the only field that can hold it.
 
     Raises:
-        CalibrationError: if a row has none, naming the row.
+        CalibrationError: if a row has no text; the error names the row.
     """
     for where, row in rows:
         if not isinstance(row, dict):
@@ -106,8 +113,8 @@ def documents_of(rows: Iterable[tuple[Where, Any]], field: str | None) -> Iterat
         field = field or _text_field(row, where)
         text = row.get(field)
         if not isinstance(text, str):
-            found = f"{text!r:.60} under" if field in row else "no field"
-            raise CalibrationError(f"{where()} has {found} {field!r} and no text there; its fields are {_names(row)}.")
+            value = f"{text!r:.60} under" if field in row else "no field"
+            raise CalibrationError(f"{where()} has {value} {field!r} and no text there; its fields are {_names(row)}.")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -1,9 +1,9 @@
 """Calibration tokens in equal windows: from a text, from rows of documents, or written by the model itself.
 
-However large a file or a data set is, what is read of it stays in proportion to the tokens that are asked for: at most
-`BYTES_PER_TOKEN` for each, but whole rows. A larger file is read in stretches that lie spread over all of it, one at a
-random place in each of as many equal parts as windows are asked for; a document that reaches over many parts gives more
-of its beginning. A data set is read from its first document on.
+The part of a source that is read is in proportion to the tokens that are asked for, however large the source is: at
+most `BYTES_PER_TOKEN` bytes for each token, but whole rows. A larger file is cut into as many equal parts as windows
+are asked for, and one stretch at a random place in each part is read. A document that reaches over many parts gives
+more of its beginning. A data set is read from its first document on.
 """
 
 import hashlib
@@ -39,15 +39,16 @@ from headshare.text.windows import (
 LOGGER = logging.getLogger("headshare")
 TOKENS = 32_768
 SELF = "self"
-BYTES_PER_TOKEN = 16  # about four times what English takes, so that there are windows to choose from
+# About four times what English takes, so that there are windows to choose from.
+BYTES_PER_TOKEN = 16
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration tokens in equal windows, each opened by the beginning-of-text token where `bos` says so.
+    """Calibration tokens in equal windows, each opened by the beginning-of-text token if `bos` is true.
 
-    `source` says in words what they came from; `seed` is the one that chose them.
+    `source` describes the text that they came from; `seed` is the one that chose them.
     """
 
     tokens: Int[Tensor, "windows window"]
@@ -68,15 +69,15 @@ class Calibration:
         bos: bool | None = None,
         device: str | None = None,
     ) -> "Calibration":
-        """The calibration tokens of a source: `tokens // window` windows, or as many as it has.
+        """Load the calibration tokens of a source: `tokens // window` windows, or all that it has if there are fewer.
 
         Sources:
             a text file in UTF-8;
             a .jsonl file with a document a line, its text under `field` (default: `text`, else the only field that is
                 a string);
             `self`: text that the model writes, sampled at temperature 1 from the beginning-of-text token, or from a
-                random token where there is none, past every end of text; `device` says where the model runs (default:
-                where it loads);
+                random token where there is none; the model goes on past every end of text, and runs on `device`
+                (default: where it loads);
             `hf:NAME[:CONFIG][:SPLIT]`: the first documents of a data set (default: of `train`), read through the
                 `datasets` library; no code that a data set brings along is run.
 
@@ -91,6 +92,7 @@ class Calibration:
             CheckpointError: if the model cannot be loaded to write.
         """
         try:
+            # Options that do not fit are refused before the tokenizer or the model is loaded.
             check_window(window, longest_window(checkpoint.config), "--calibration-window")
             if tokens < window:
                 raise CalibrationError(
@@ -102,32 +104,38 @@ class Calibration:
                 )
             tokenizer = load_tokenizer(checkpoint)
             first = opening_token(tokenizer, bos)
+            # The model writes as many windows as are asked for; of a text, windows are chosen among those it has.
             if source == SELF:
                 starts = _starts(checkpoint, tokenizer, first, tokens // window, seed)
-                found, name = _written(checkpoint, starts, window, seed, device), f"text written by {checkpoint.name}"
+                windows = _written(checkpoint, starts, window, seed, device)
+                name = f"text written by {checkpoint.name}"
             else:
                 runs = _runs(source, tokenizer, tokens // window, window, field, seed)
-                found, name = _chosen(runs, str(source), tokens // window, window, first, seed), str(source)
-            check_vocabulary(checkpoint.config, found)
-        except EvaluationError as error:  # what hinders measuring on a text hinders calibrating on it
+                windows = _chosen(runs, str(source), tokens // window, window, first, seed)
+                name = str(source)
+            check_vocabulary(checkpoint.config, windows)
+        except EvaluationError as error:  # a text that hinders measuring hinders calibrating
             raise CalibrationError(str(error)) from error
-        return cls(found, first is not None, name, seed)
+        return cls(windows, first is not None, name, seed)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the shape, of `bos` and of the tokens as 64-bit integers, lowest byte first: the same for the same
-        text, wherever it came from."""
-        found = hashlib.sha256(f"{tuple(self.tokens.shape)} {self.bos}".encode())
-        found.update(self.tokens.cpu().numpy().astype("<i8").tobytes())
-        return found.hexdigest()
+        """SHA-256 of the shape, of `bos` and of the tokens as 64-bit integers, lowest byte first.
+
+        Equal tokens have equal digests, whatever source they came from.
+        """
+        digest = hashlib.sha256(f"{tuple(self.tokens.shape)} {self.bos}".encode())
+        digest.update(self.tokens.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def mixed(self) -> "Calibration":
-        """The same windows in an order that the seed draws, so that some of them stand for all of the text."""
+        """The calibration with its windows in an order drawn by the seed, so that the first ones represent it all."""
         return replace(self, tokens=self.tokens[_shuffled(len(self.tokens), self.seed)])
 
     def split(self, held_out: float = 0.125) -> tuple["Calibration", "Calibration"]:
-        """Windows to fit on, and that share of the windows held out, chosen by the seed; both in text order, neither
-        empty.
+        """Two calibrations: the windows to fit on, and the share `held_out` of all windows.
+
+        The seed chooses the windows held out. Both parts are in text order, and neither is empty.
 
         Raises:
             CalibrationError: if there are fewer than two windows, or the share is not between 0 and 1.
@@ -153,35 +161,36 @@ def _has_rows(source: str | Path) -> bool:
 
 
 def _choice(count: int, among: int, seed: int) -> Int[Tensor, " count"]:
-    """So many different indices, in order."""
+    """Different indices, this many of `among`, drawn by the seed and sorted."""
     return _shuffled(among, seed)[:count].sort().values
 
 
 def _shuffled(count: int, seed: int) -> Int[Tensor, " count"]:
-    """All indices, in an order that the seed draws."""
+    """The indices from 0 on, in an order that the seed draws."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _chosen(
     runs: Iterable[list[int]], source: str, count: int, window: int, first: int | None, seed: int
 ) -> Int[Tensor, "windows window"]:
-    """Windows of these runs of tokens; none reaches over the end of a run."""
-    total, pieces = 0, []
+    """Windows chosen at random from these runs of tokens, in order. No window reaches over the end of a run."""
+    total = 0
+    pieces = []
     for run in runs:
         total += len(run)
         pieces.append(cut(run, window, first))
-    found = torch.cat(pieces)
-    if len(found) == 0:
+    windows = torch.cat(pieces)
+    if len(windows) == 0:
         raise CalibrationError(
             f"{source} gives {total} tokens, less than one window of {window}. Use a longer text or a smaller window."
         )
-    if len(found) < count:
+    if len(windows) < count:
         LOGGER.warning(
             "%s gives %d windows of %d tokens (%d tokens); %d windows were asked for. All of them are used.",
-            *(source, len(found), window, found.numel(), count),
+            *(source, len(windows), window, windows.numel(), count),
         )
-        return found
-    return found[_choice(count, len(found), seed)]
+        return windows
+    return windows[_choice(count, len(windows), seed)]
 
 
 # ---- reading
@@ -190,7 +199,7 @@ def _chosen(
 def _runs(
     source: str | Path, tokenizer: Any, count: int, window: int, field: str | None, seed: int
 ) -> Iterator[list[int]]:
-    """Tokens that stand together: of one stretch of a file, or of a data set."""
+    """Runs of consecutive tokens: one for each stretch of a file, or one for a whole data set."""
     length = window * BYTES_PER_TOKEN
     if str(source).startswith(DATA_SET):
         yield _joined(documents_of(data_set_rows(str(source)), field), tokenizer, count * length)[0]
@@ -210,8 +219,10 @@ def _runs(
 
 
 def _stretches(size: int, length: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """The whole file; or of a larger one, a stretch of `length` bytes in each of `count` equal parts. The first is the
-    file's beginning."""
+    """Stretches of a file, as (start, stop) in bytes: all of it, or `length` bytes in each of `count` equal parts.
+
+    The first stretch of a larger file is its beginning; the others lie at random places of their parts.
+    """
     if size <= length * count:
         return [(0, size)]
     part = size / count
@@ -223,9 +234,14 @@ def _stretches(size: int, length: int, count: int, seed: int) -> list[tuple[int,
 def _runs_of_rows(
     path: Path, stretches: list[tuple[int, int]], tokenizer: Any, field: str | None
 ) -> Iterator[list[int]]:
-    """Tokens of the documents in each stretch. Going backwards, what a stretch within a document does not use up is
-    left to the stretch that the document begins in."""
-    runs, limit, end = [], 0, path.stat().st_size
+    """Runs of the tokens of the documents in each stretch.
+
+    Stretches are read backwards: characters that a stretch inside a long document cannot use are left to the stretch in
+    which that document begins.
+    """
+    runs = []
+    limit = 0
+    end = path.stat().st_size
     for start, stop in reversed(stretches):
         rows = json_rows(path, start, stop, end)
         run, limit = _joined(documents_of(rows, field), tokenizer, limit + stop - start)
@@ -235,7 +251,7 @@ def _runs_of_rows(
 
 
 def _joined(documents: Iterable[str], tokenizer: Any, limit: int) -> tuple[list[int], int]:
-    """Tokens of the documents up to so many characters, joined by what ends a text; and how many are left."""
+    """Tokens of the documents up to `limit` characters, joined by the end-of-text token; and the characters left."""
     last = tokenizer.eos_token_id
     separator = ids_of(tokenizer, "\n") if last is None else [last]
     run: list[int] = []
@@ -254,7 +270,7 @@ def _joined(documents: Iterable[str], tokenizer: Any, limit: int) -> tuple[list[
 def _starts(
     checkpoint: Checkpoint, tokenizer: Any, first: int | None, count: int, seed: int
 ) -> Int[Tensor, "windows 1"]:
-    """The token that each window begins with: the beginning-of-text token, or random ones with a meaning."""
+    """The first token of each window: the beginning-of-text token, or random tokens that are not special."""
     if first is not None:
         return torch.full((count, 1), first)
     size = min(text_config(checkpoint.config).get("vocab_size") or len(tokenizer), len(tokenizer))
@@ -266,7 +282,10 @@ def _starts(
 def _written(
     checkpoint: Checkpoint, starts: Int[Tensor, "windows 1"], window: int, seed: int, device: str | None
 ) -> Int[Tensor, "windows window"]:
-    """What the model writes after each start, drawn from its own distribution; the global random state stays."""
+    """Windows that the model writes from these first tokens, drawn from its own distribution.
+
+    The global random state stays as it is.
+    """
     model = load_model(checkpoint, **({} if device is None else {"device_map": device}))
     if not is_causal(model):
         raise CalibrationError(
@@ -274,9 +293,12 @@ def _written(
             "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
         )
     check_finite(model(input_ids=starts[:1].to(model.device), use_cache=False).logits)
+
     # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
     model.generation_config = GenerationConfig()
     drawn = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - 1)
+
+    # Batches share one seed, so their order is part of the result.
     batches = torch.split(starts.to(model.device), BATCH)
     cards = [model.device] if model.device.type == "cuda" else []
     with quiet(), torch.random.fork_rng(devices=cards):

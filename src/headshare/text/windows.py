@@ -1,4 +1,4 @@
-"""Windows of tokens cut from a text."""
+"""Windows of tokens cut from a text, and the checks that a model can read them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Windows:
-    """A text's tokens in equal windows, and whether each is opened by the beginning-of-text token."""
+    """Tokens of a text in equal windows; `bos` is true if each is opened by the beginning-of-text token."""
 
     tokens: Int[Tensor, "windows window"]
     bos: bool
 
     @property
     def length(self) -> int:
-        """Tokens in one window."""
+        """The number of tokens in one window."""
         return self.tokens.shape[1]
 
 
 def finite_or_null(data: dict[str, Any]) -> dict[str, Any]:
-    """The same with None for every number that JSON cannot hold."""
+    """A copy of the data with None for every number that JSON cannot hold."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()
     }
@@ -58,9 +58,10 @@ def read_text(path: str | Path) -> str:
 def windows_of(
     tokenizer: Any, text: str, *, window: int = WINDOW, limit: int | None = None, bos: bool | None = None
 ) -> Windows:
-    """The text's tokens cut into equal windows, each opened by the beginning-of-text token where the model has one.
+    """The tokens of a text in equal windows, each opened by the beginning-of-text token where the model has one.
 
-    The last, shorter piece is left out. `limit` bounds the tokens of text; `bos` overrides that.
+    The last, shorter piece is left out. `limit` bounds the tokens of text. `bos` opens the windows, or leaves them as
+    they are, whatever the model has.
 
     Raises:
         EvaluationError: if the text is shorter than one window, or a beginning-of-text token is asked for and absent.
@@ -80,13 +81,15 @@ def windows_of(
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The text's tokens, none added."""
+    """The tokens of a text, without special tokens."""
     with quiet():
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def opening_token(tokenizer: Any, bos: bool | None) -> int | None:
-    """The beginning-of-text token that is to open each window; None where none is. `bos` None: if the model has one.
+    """The beginning-of-text token that opens each window, or None.
+
+    With `bos` None, windows are opened if the tokenizer has such a token.
 
     Raises:
         EvaluationError: if one is asked for and absent.
@@ -98,17 +101,19 @@ def opening_token(tokenizer: Any, bos: bool | None) -> int | None:
 
 
 def cut(ids: Sequence[int], window: int, first: int | None) -> Int[Tensor, "windows window"]:
-    """The tokens in whole windows, in order, each opened by `first` where there is one; the rest is left out."""
+    """The tokens in whole windows, in order, each opened by `first` unless that is None. The rest is left out."""
     body = window - (first is not None)
     tokens = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
     return tokens if first is None else functional.pad(tokens, (1, 0), value=first)
 
 
 def check_window(window: int, longest: int | None = None, option: str = "--window") -> None:
-    """Refuse windows that predict nothing, or that are longer than the model reads. `option` is what says how long.
+    """Refuse windows that predict nothing, or that are longer than the model can read.
+
+    `option` is the command line's option for the length, which errors name.
 
     Raises:
-        EvaluationError: in these cases.
+        EvaluationError: if the windows are too short or too long.
     """
     if window < 2:
         raise EvaluationError(f"a window of {window} tokens predicts nothing; use {option} 2 or more.")
@@ -119,10 +124,10 @@ def check_window(window: int, longest: int | None = None, option: str = "--windo
 
 
 def check_vocabulary(config: Mapping[str, Any], tokens: Tensor) -> None:
-    """Refuse tokens that the model with this config.json does not have.
+    """Refuse tokens that are not in the vocabulary of the model with this config.json.
 
     Raises:
-        EvaluationError: if there is one.
+        EvaluationError: if there is such a token.
     """
     vocabulary = text_config(config).get("vocab_size")
     if isinstance(vocabulary, int) and tokens.max() >= vocabulary:
@@ -133,10 +138,10 @@ def check_vocabulary(config: Mapping[str, Any], tokens: Tensor) -> None:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits that say nothing.
+    """Refuse logits that are not finite.
 
     Raises:
-        EvaluationError: if one is NaN or infinite.
+        EvaluationError: if a logit is NaN or infinite.
     """
     if not torch.isfinite(logits).all():
         raise EvaluationError("the model's logits are NaN or infinite; its weights are damaged or overflow this dtype.")
@@ -156,7 +161,7 @@ def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def longest_window(config: Mapping[str, Any]) -> int | None:
-    """How many tokens the model with this config.json can take at once; None where it does not say."""
+    """The number of tokens that the model with this config.json can read at once; None where it does not say."""
     settings = text_config(config)
     positions = settings.get("max_position_embeddings")
     if not isinstance(positions, int):

@@ -1,8 +1,9 @@
-"""Actions: what can be done to a unit, a row of a table each. Decides nothing and measures nothing.
+"""Actions: the ways in which a unit can be given up, a row of a table each. Decides nothing and measures nothing.
 
-A row's traits say what a unit shares, what becomes of its columns of the output projection, and in which order units
-go; the cost curves, the plan and the command line ask the traits and never the name. An action that the traits do not
-describe brings functions of its own: `costs` for its cost curves, `sections` for its part of a plan.
+The traits of a row say what a unit shares, what becomes of its columns of the output projection, and in which order
+units are given up. The cost curves, the plan and the command line ask for the traits, never for the name. An action
+that the traits cannot describe brings functions of its own: `costs` for its cost curves, `sections` for its part of a
+plan.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Part, Sub
 
 # The word for a choice among several actions, which is no action's name.
 AUTO = "auto"
+
+# The parts that an action can share, by its sublayer.
 _SHARED: Mapping[Sublayer | None, tuple[Part, ...]] = {
     Sublayer.ATTENTION: ATTENTION_PARTS,
     Sublayer.FFN: tuple(part for part in FFN_PARTS if part is not Part.DOWN),
@@ -30,10 +33,10 @@ _SHARED: Mapping[Sublayer | None, tuple[Part, ...]] = {
 
 
 class Output(StrEnum):
-    """Treatments of a unit's columns of the output projection (W_o, W_down), which read out what the unit makes.
+    """Treatments of a unit's columns of the output projection (W_o, W_down).
 
-    The unit keeps columns of its own, takes its donor's with one scale for each channel, or has a product of small rank
-    in their place; or they are gone, and the unit with them.
+    `OWN`: the unit keeps columns of its own. `SCALED`: it takes its donor's, with one scale for each channel.
+    `LOW_RANK`: a low-rank product stands in their place. `NONE`: the columns are gone, and the unit with them.
     """
 
     OWN = "own"
@@ -43,15 +46,18 @@ class Output(StrEnum):
 
 
 class Order(StrEnum):
-    """Orders in which a layer gives its units up: the cheapest for its bytes first; or, wherever units can be removed,
-    in the order in which `remove` gives them up, so that both are compared on the same units."""
+    """Orders in which a layer gives its units up.
+
+    `OWN`: the cheapest for its bytes first. `REMOVAL`: wherever units can be removed, the order in which `remove` gives
+    them up, so that both actions are compared on the same units.
+    """
 
     OWN = "own"
     REMOVAL = "removal"
 
 
 class GivenUp(NamedTuple):
-    """One step of a cost curve that an action makes itself, with the fields of a curve's `Step`."""
+    """A step of a cost curve that an action makes itself. The fields are those of `CurveStep`."""
 
     groups: tuple[int, ...]
     price: float
@@ -65,14 +71,14 @@ Costs = Callable[[SublayerData], Iterable[GivenUp]]
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One thing that can be done to a unit.
+    """A way in which a unit can be given up.
 
-    `name` is its word on the command line and in saved cost curves. `sublayer` is the half of a layer that it is for;
-    None means both, of the feed-forward single neurons. A unit takes the parts that it `shares` from a donor, where its
-    layers have them: a feed-forward without gate shares up. `lasting` is, for an action in the order of removal, the
-    part of what it makes up for in its layer that later layers' refits would not, measured on held-out text. `costs`
-    gives the units up in an order and at prices of its own, instead of the descent's; `sections` build its part of a
-    plan.
+    `name` is its word on the command line and in saved cost curves. `sublayer` is the sublayer that it is for; None
+    means both, and in the feed-forward single neurons. A unit takes the parts that it `shares` from a donor, where its
+    layers have them: a feed-forward without gate shares up. `lasting` is for an action in the order of removal. It is
+    the part of what the action makes up for in its layer that the refits of later layers would not, measured on
+    held-out text. `costs` makes a cost curve in an order and at costs of its own, instead of the descent's. `sections`
+    build the action's part of a plan.
 
     Raises:
         PlanError: if the traits contradict each other.
@@ -106,11 +112,11 @@ class Action:
 
     @property
     def removes(self) -> bool:
-        """Whether the unit is gone altogether, so that only models that can go without units have this action."""
+        """True if the unit is gone altogether. Only models that can go without units have such an action."""
         return self.output is Output.NONE
 
     def saved_bytes(self, sizes: UnitSizes, rank: int = 0) -> int:
-        """Bytes that one unit of these sizes saves, as `sharing.size.estimate_plan` counts them."""
+        """The bytes that giving up one unit of these sizes saves, as `sharing.size.estimate_plan` counts them."""
         shared = sum(size for part, size in sizes.parts.items() if part in self.shares)
         match self.output:
             case Output.OWN:
@@ -127,10 +133,10 @@ ACTIONS: dict[str, Action] = {}
 
 
 def register_action(action: Action) -> Action:
-    """The action, which its name stands for from now on.
+    """Add an action to the table, and return it.
 
     Raises:
-        PlanError: if the name stands for something else.
+        PlanError: if its name is taken.
     """
     if action.name == AUTO or action.name in ACTIONS:
         raise PlanError(f"there is an action '{action}' already. Choose another name.")
@@ -142,7 +148,7 @@ def registered(actions: Iterable[Action]) -> tuple[Action, ...]:
     """The actions in the order of the table, each once.
 
     Raises:
-        PlanError: if one is not in the table, so that saved cost curves could not name it.
+        PlanError: if an action is not in the table, so that saved cost curves could not name it.
     """
     wanted = set(actions)
     unknown = wanted - set(ACTIONS.values())
@@ -170,5 +176,5 @@ LOW_RANK = register_action(
 GATEUP = register_action(Action("gateup", Sublayer.FFN, (Part.GATE, Part.UP), Output.OWN))
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
 
-# The actions that `auto` chooses among; removals are priced along with these.
+# The actions that `auto` chooses among; the cost curves of removals are made along with these.
 AUTO_ACTIONS = (QKVO, LOW_RANK)

@@ -1,5 +1,7 @@
-"""Cost curves as values, which are printed, compared and kept as JSON: units that layers could give up, in which order
-and at what price."""
+"""Cost curves: for each sublayer, the order in which its units could be given up, and the cost of each step.
+
+They are plain values, which are printed, compared and kept as JSON.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +17,7 @@ from headshare.plan.units import HeadUnit, Sublayer
 
 
 def _named(name: object) -> Action:
+    """The action of this name, for pydantic."""
     if not isinstance(name, str) or name not in ACTIONS:
         raise ValueError(f"there is no action {name!r:.50}; there are {', '.join(ACTIONS)}")
     return ACTIONS[name]
@@ -25,15 +28,16 @@ Named = Annotated[Action, PlainValidator(_named), PlainSerializer(str, return_ty
 
 @dataclass(frozen=True)
 class CurveStep:
-    """One unit given up, or several neurons, with what that adds to the layer's error and what it saves.
+    """A step of a cost curve: one unit or several neurons that are given up, with the cost and the bytes saved.
 
-    `groups` are the units. `price` is with the steps before it taken, and with the best donor; it can be below zero,
-    where donors make up for what earlier steps lost. `donors` are those the unit could have, best first, with the
-    price of each: exact for the first few, estimated and no less than theirs for the others. A removal has none.
-    `rank` is that of the product that stands for the unit's columns of o. JSON calls the action `form`.
+    `groups` are the units. `price` is what the step adds to the layer's error after all steps before it, with the best
+    donor. It can be below zero, where donors make up for what earlier steps lost. `donors` are all that the unit could
+    have, best first, each with its price: exact for the first few, estimated and no less than theirs for the others. A
+    removal has no donors. `rank` is that of the low-rank product which stands for the unit's columns of o. JSON calls
+    the action `form`.
 
     Raises:
-        PlanError: if there is no such step.
+        PlanError: if the fields contradict each other.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -60,10 +64,12 @@ class CurveStep:
 
 @dataclass(frozen=True)
 class CostCurve:
-    """The order in which one half of one layer gives units up. Neurons are removed, or groups of them tied, not both.
+    """The order in which one sublayer of one layer gives units up, step by step.
+
+    A feed-forward either removes single neurons or ties groups of them, not both.
 
     Raises:
-        PlanError: if a unit is given up twice, an action is for the other half, or a donor is in no earlier layer.
+        PlanError: if a unit is given up twice, an action is for the other sublayer, or a donor is in no earlier layer.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -88,24 +94,25 @@ class CostCurve:
 
     @property
     def actions(self) -> frozenset[Action]:
-        """The actions of its steps."""
+        """The actions of the curve's steps."""
         return frozenset(step.action for step in self.steps)
 
     @property
     def is_of_neurons(self) -> bool:
-        """Whether this path's units are single neurons."""
+        """True if the curve's units are single neurons."""
         return self.kind is Sublayer.FFN and any(action.removes for action in self.actions)
 
 
 @dataclass(frozen=True)
 class CostCurves:
-    """All paths of a model, the layouts that their units are of, and the layout of single neurons, which are removed.
-    Of several paths of the same half of a layer, a plan follows one. `in_nats` says that prices are what predictions
-    lose, nats a token, instead of squared errors relative to the hidden state.
+    """The cost curves of a model, the layouts of their units, and the layout of single neurons, which are removed.
+
+    A sublayer can have several curves, of which a plan follows one. With `in_nats`, costs are the divergence of the
+    model's predictions in nats a token; otherwise they are squared errors relative to the hidden state.
 
     Raises:
-        PlanError: if a path reaches outside its layout or empties a layer, or paths of the feed-forward are of neurons
-            in one layer and of groups in another.
+        PlanError: if a curve reaches outside its layout or empties a layer, or curves of the feed-forward are of
+            neurons in one layer and of groups in another.
     """
 
     model_type: str
@@ -121,14 +128,14 @@ class CostCurves:
             self._check(path)
 
     def only(self, actions: Collection[Action]) -> "CostCurves":
-        """The same without paths that have other actions."""
+        """The curves that have no actions but these."""
         return replace(self, paths=tuple(path for path in self.paths if path.actions <= set(actions)))
 
     def layout_of(self, path: CostCurve) -> Layout:
-        """The layout that this path's units are of.
+        """The layout of this curve's units.
 
         Raises:
-            PlanError: if there is none.
+            PlanError: if the model has none.
         """
         layout = self.neurons if path.is_of_neurons else self.layouts.get(path.kind)
         if layout is None:
@@ -136,6 +143,7 @@ class CostCurves:
         return layout
 
     def _check(self, path: CostCurve) -> None:
+        """Refuse a curve whose units or donors are not in its layout, or that removes all units."""
         layout = self.layout_of(path)
         groups = [group for step in path.steps for group in step.groups]
         groups += [donor.group for step in path.steps for donor, _ in step.donors]
@@ -152,15 +160,15 @@ _PATHS: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])
 
 
 def curves_to_json(paths: Sequence[CostCurve]) -> str:
-    """One layer's paths as JSON, exact to the last bit; the inverse of `curves_from_json`."""
+    """The curves of one layer as JSON, exact to the last bit; the inverse of `curves_from_json`."""
     return _PATHS.dump_json(list(paths), by_alias=True).decode()
 
 
 def curves_from_json(text: str | bytes) -> list[CostCurve]:
-    """Read and check paths that were written earlier.
+    """Read and check curves that were written earlier.
 
     Raises:
-        PlanError: if they are not JSON, or not paths.
+        PlanError: if they are not JSON, or not cost curves.
     """
     try:
         return _PATHS.validate_json(text, strict=True)

@@ -1,4 +1,4 @@
-"""The paths of one half of a layer: the units that it would give up, step by step, the cheapest for its bytes first."""
+"""Cost curves of one sublayer: the units that it gives up, step by step, the cheapest for its bytes first."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -16,18 +16,24 @@ from headshare.calibration.costs.least_squares import Columns, Fit, Inputs, Lost
 from headshare.calibration.costs.sublayer import SublayerData
 from headshare.plan.units import HeadUnit
 
-CHUNKS = 64
+# The ranks of low-rank products, each of which has a cost curve.
 RANKS = (1, 2, 4, 8)
+
+# The number of chunks of neurons in a layer, and the largest part of the neurons that is removed.
+CHUNKS = 64
 MOST_NEURONS = 0.75
 
 
 def unit_path(half: SublayerData, actions: Sequence[Action], *, donors: int) -> CostCurve:
-    """The order in which units are given up, by any of these actions. With a tie among them layer 0 gives nothing up:
-    its units are the donors that are always left. Removal leaves one unit at least.
+    """The cost curve on which units are given up by any of these actions, the cheapest for its bytes first.
 
-    Greedy and lazy (Minoux, "Accelerated greedy algorithms", 1978): of all units and actions, only the one that is the
-    cheapest for its bytes is priced again after a step, until it stays the cheapest. That finds what pricing all of
-    them would find where prices only grow as more is given up, as they nearly always do; prices are exact in any case.
+    With a tie among the actions, layer 0 gives nothing up: its units are the donors that are always left. Removal
+    leaves one unit at least.
+
+    The descent is greedy and lazy (Minoux, "Accelerated greedy algorithms", 1978). After a step, only the unit and
+    action that were the cheapest for their bytes are costed again, until the cheapest stays the cheapest. The order is
+    that of costing all of them, as long as costs only grow as more is given up, as they nearly always do. Costs are
+    exact in any case.
     """
     number = half.dense.number
     if number == 0 and any(action.shares for action in actions):
@@ -38,9 +44,11 @@ def unit_path(half: SublayerData, actions: Sequence[Action], *, donors: int) -> 
 def paths_beside(
     half: SublayerData, removal: CostCurve, actions: Sequence[Action], *, donors: int
 ) -> Iterator[CostCurve]:
-    """The units that a path removes, in its order, each tied to a donor instead by one of these actions: a path for
-    each action, and of products one for each of `RANKS` that saves bytes. So the effect of a tie can be told from that
-    of giving the unit up."""
+    """Cost curves on which the units of a removal curve are tied to donors instead, in the same order.
+
+    Each action has a curve; one with low-rank products has a curve for each of `RANKS` that saves bytes. So the effect
+    of a tie can be told from that of giving the unit up.
+    """
     first = _Descent(half, actions, donors)
     order = [group for step in removal.steps for group in step.groups]
     for action in actions:
@@ -52,7 +60,7 @@ def paths_beside(
 
 
 def own_path(half: SublayerData, action: Action) -> CostCurve:
-    """The path that an action with costs of its own makes of this half."""
+    """The cost curve that an action with costs of its own makes for this sublayer."""
     assert action.costs is not None
     steps = tuple(CurveStep(action, *given) for given in action.costs(half))
     return CostCurve(half.layout.kind, half.dense.number, steps)
@@ -60,8 +68,10 @@ def own_path(half: SublayerData, action: Action) -> CostCurve:
 
 @dataclass(frozen=True)
 class _Offer:
-    """One unit by one action as things stand: the price, the donors it could have then, and the best of them with its
-    features. `product`, of this rank, reads these out where no columns do."""
+    """The cost of giving up one unit by one action as things stand, with the donors that it could have.
+
+    `best` is the best donor with its features. `product`, of this rank, reads these out where no columns do.
+    """
 
     price: float
     donors: tuple[tuple[HeadUnit, float], ...] = ()
@@ -71,7 +81,7 @@ class _Offer:
 
 
 class _HeldOut:
-    """A half's held-out tokens, as they are after each step: fits on the others are judged by these."""
+    """Held-out tokens of a sublayer, as they are after each step. They judge the fits on the other tokens."""
 
     def __init__(self, half: SublayerData) -> None:
         self.inputs = half.inputs[half.fitted :].double()
@@ -81,7 +91,7 @@ class _HeldOut:
         self.share = len(self.inputs) / len(half.inputs)
 
     def taken(self, columns: Columns, offer: _Offer) -> None:
-        """Do to these tokens what a step does."""
+        """Apply a step to these tokens."""
         if offer.best is None:
             return
         features = offer.best.features[self.tokens :].double()
@@ -93,26 +103,28 @@ class _HeldOut:
             self.inputs = self.inputs.index_copy(1, columns, features)
 
     def error(self, left: Remainder) -> float:
-        """The squared error on these tokens, as if all tokens were such."""
+        """The squared error on these tokens, scaled to the number of all tokens."""
         if not self.share:
             return left.error
         return float((self.target - left.predicted(self.inputs, self.scaled)).square().sum()) / self.share
 
 
 class _Descent:
-    """One half on its way down: what is left of it, and what it has given up."""
+    """A sublayer that gives units up: the fit that is left, and the units that are gone."""
 
     def __init__(self, half: SublayerData, actions: Sequence[Action], donors: int) -> None:
         self.half = half
         fit = Fit.of(half.inputs[: half.fitted], half.weight)
         self.left = Remainder.of(fit)
         self.held = _HeldOut(half)
+
         # A product of full rank would take more bytes than the columns; columns of one channel have no smaller rank.
         most_rank = min(len(half.columns[0]), len(half.weight)) - 1
         self.ranks = tuple(rank for rank in RANKS if rank <= most_rank)
         self.actions = [action for action in actions if action.output is not Output.LOW_RANK or most_rank]
         self.missed = self.held.error(self.left)
-        # The price of each unit's removal while all others are there: gains of donors are parts of it.
+
+        # The cost of each unit's removal while all others are there. Gains of donors are parts of it.
         self.whole = fit.lost(half.columns).costs.tolist()
         ties = [action for action in self.actions if action.shares]
         self.donors = find_donors(half, fit, ties, donors) if ties else [{} for _ in self.whole]
@@ -121,7 +133,7 @@ class _Descent:
         self.may_remove = half.layout.groups - 1
 
     def of_rank(self, rank: int) -> "_Descent":
-        """Another descent from here, with products of this rank alone."""
+        """A descent that goes on from here with products of this rank alone, and leaves this one as it is."""
         other = copy.copy(self)
         other.ranks = (rank,)
         other.held = copy.copy(self.held)
@@ -130,38 +142,43 @@ class _Descent:
         return other
 
     def follow(self, order: Sequence[int], action: Action) -> Iterator[CurveStep]:
-        """Tie these units by this action, one after the other."""
+        """Steps that tie these units by this action, in this order."""
         for group in order:
             yield self.take(group, action, self.offer(group, action))
 
     def steps(self) -> Iterator[CurveStep]:
-        """All steps, the cheapest for its bytes first."""
-        # At first each unit is priced by each action, while nothing is given up.
+        """Steps of the descent, the cheapest for its bytes first."""
+        # At first each unit is costed by each action, while nothing is given up.
         units = range(len(self.whole))
         offers = {(group, action): self.offer(group, action) for group in units for action in self.actions}
         queue = [(self.rate(offer, action), 0, group, action) for (group, action), offer in offers.items()]
         heapify(queue)
+
+        # Each entry has the number of units that were gone when it was costed.
         while queue:
             _, turn, group, action = heappop(queue)
             if group in self.given or (action.removes and not self.may_remove):
                 continue
             if turn == len(self.given):
-                # The price is of this turn and still the lowest, so no other unit need be priced again.
+                # The cost is of this turn and still the lowest, so no other unit need be costed again.
                 yield self.take(group, action, offers[group, action])
             else:
-                # It was the cheapest before the last steps; priced again, it goes back to its new place.
+                # It was the cheapest before the last steps; costed again, it goes back to its new place.
                 offers[group, action] = offer = self.offer(group, action)
                 heappush(queue, (self.rate(offer, action), len(self.given), group, action))
 
     def rate(self, offer: _Offer, action: Action) -> float:
-        """Price per byte. What columns of their own gain on the tokens they are fitted to is less on others: by 2 p / T
-        of the error, p the inputs that are added and T the tokens (Mallows, "Some comments on Cp", 1973)."""
+        """The cost per byte, corrected for columns that were fitted.
+
+        The gain of fitted columns is less on other tokens, by 2 p / T of the error, with p the inputs that are added
+        and T the tokens (Mallows, "Some comments on Cp", 1973).
+        """
         added = len(self.half.columns[0]) if action.output is Output.OWN else offer.rank
         optimism = 2 * added / self.half.fitted * (self.left.error + offer.price)
         return (offer.price + optimism) / action.saved_bytes(self.half.sizes, offer.rank)
 
     def take(self, group: int, action: Action, offer: _Offer) -> CurveStep:
-        """Give the unit up."""
+        """Give the unit up, and return the step."""
         # The fit goes on without the unit, and with what comes in its place.
         columns = self.half.columns[group]
         self.left = self.after(offer, columns)
@@ -169,8 +186,9 @@ class _Descent:
         self.given.add(group)
         self.lost.clear()
         self.may_remove -= action.removes
-        # The step costs what held-out tokens lose by it. Donors were compared on the fitted tokens, which are fewer
-        # than all: their prices are scaled to as many.
+
+        # The cost of the step is the error that it adds on held-out tokens. Donors were compared on the fitted tokens,
+        # which are fewer than all, so their costs are scaled to as many.
         before = self.missed
         self.missed = self.held.error(self.left)
         fitted = 1 - self.held.share
@@ -179,7 +197,7 @@ class _Descent:
         return CurveStep(action, (group,), self.missed - before, saved, donors, offer.rank)
 
     def after(self, offer: _Offer, columns: Columns) -> Remainder:
-        """The readout that is left once this is taken."""
+        """The output projection that is left once this offer is taken."""
         if offer.best is None:
             return self.left.without(columns)
         features = self.features(offer.best)
@@ -188,12 +206,12 @@ class _Descent:
         return self.left.without(columns, features, offer.best.readout)
 
     def features(self, candidate: Candidate) -> Inputs:
-        """The donor's features of the tokens that are fitted."""
+        """The donor's features on the tokens that are fitted."""
         return candidate.features[: self.half.fitted]
 
     def offer(self, group: int, action: Action) -> _Offer:
-        """Price this unit by this action as things stand."""
-        # What the unit's channels are worth beside the others changes only when a unit is given up.
+        """The cost of giving this unit up by this action as things stand."""
+        # The worth of the unit's channels beside the others changes only when a unit is given up.
         if group not in self.lost:
             self.lost[group] = self.left.fit.lost(self.half.columns[group, None])
         removal = self.left.price(self.lost[group])
@@ -206,53 +224,56 @@ class _Descent:
                 return self.tied(group, action, removal)
 
     def tied(self, group: int, action: Action, removal: float) -> _Offer:
-        """The donor that costs least, its features read out by columns of their own or by its scaled ones."""
+        """The offer of the donor that costs least, read out by columns of its own or by the donor's scaled ones."""
         donors = self.donors[group][action]
-        # While nothing is given up, a donor's gain is what was found when it was ranked.
+        # While nothing is given up, a donor's gain is the one by which it was ranked.
         prices = [
-            self.left.price(self.lost[group], self.features(one), one.readout)
+            self.left.price(self.lost[group], self.features(donor), donor.readout)
             if self.given
-            else self.whole[group] - one.gain
-            for one in donors.best
+            else self.whole[group] - donor.gain
+            for donor in donors.best
         ]
         ranked = sorted(zip(prices, donors.best, strict=True), key=lambda pair: pair[0])
-        listed = [(one.unit, price) for price, one in ranked]
+        listed = [(donor.unit, price) for price, donor in ranked]
         others = self.estimates(group, donors, removal, ranked[-1][0])
         return _Offer(ranked[0][0], (*listed, *others), ranked[0][1])
 
     def low_rank(self, group: int, action: Action, removal: float) -> _Offer:
-        """The donor and the rank that cost least for their bytes."""
+        """The offer of the donor and the rank that cost least for their bytes."""
         donors = self.donors[group][action]
-        found = []
-        for one in donors.best:
+        offers = []
+        for donor in donors.best:
             # One factorisation has the best products of all ranks.
-            products = self.left.fit.products(self.half.columns[group], self.features(one))
+            products = self.left.fit.products(self.half.columns[group], self.features(donor))
             for rank in self.ranks:
                 price = removal - float(products.gains[rank - 1])
                 rate = price / action.saved_bytes(self.half.sizes, rank)
-                found.append((rate, price, one, rank, products))
-        _, price, best, rank, products = min(found, key=lambda offer: offer[0])
-        # Other donors are listed with their prices at the rank that is taken.
-        listed = sorted(((one.unit, p) for _, p, one, r, _ in found if r == rank), key=lambda pair: pair[1])
+                offers.append((rate, price, donor, rank, products))
+        _, price, best, rank, products = min(offers, key=lambda offer: offer[0])
+
+        # Other donors are listed with their costs at the rank that is taken.
+        listed = sorted(((donor.unit, p) for _, p, donor, r, _ in offers if r == rank), key=lambda pair: pair[1])
         others = self.estimates(group, donors, removal, listed[-1][1])
         return _Offer(price, (*listed, *others), best, products.product(rank), rank)
 
     def estimates(self, group: int, donors: Donors, removal: float, least: float) -> Iterator[tuple[HeadUnit, float]]:
-        """The donors that are not priced again: each makes up for the same part of the removal's price as at first."""
+        """Estimated costs of the other donors: each makes up for the same part of the removal's cost as at first."""
         for unit, gain in donors.others:
             lasting = 1 - gain / self.whole[group] if self.whole[group] > 0 else 1.0
             yield unit, max(removal * lasting, least)
 
 
 def neuron_path(half: SublayerData, removal: Action) -> CostCurve:
-    """The order in which single neurons, the half's units, are removed, 1/64 of them in a step, up to three quarters.
+    """The cost curve on which single neurons are removed, 1/64 of them in a step, up to three quarters.
 
-    Each step takes the neurons whose own removal costs least as things stand, and is priced as one.
+    Each step takes the neurons whose own removal costs least as things stand. Its cost is that of removing all of them.
     """
     fit = Fit.of(half.inputs[: half.fitted], half.weight)
     # Held-out tokens only enter by their Gram matrix, scaled as if all tokens were such.
     held = half.inputs[half.fitted :].double()
     gram = held.T @ held * (len(half.inputs) / max(1, len(held)))
+
+    # Removing neurons one by one would cost as many fits, so each step removes a chunk of them.
     neurons = half.layout.groups
     chunk = max(1, neurons // CHUNKS)
     saved = removal.saved_bytes(half.sizes) * chunk
@@ -269,7 +290,7 @@ def neuron_path(half: SublayerData, removal: Action) -> CostCurve:
 
 
 def _cheapest(fit: Fit, count: int) -> Int[Tensor, " count"]:
-    """The channels whose removal, each alone, costs least: |W_n|^2 / Q_nn, of those that are left."""
+    """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
     inverse = fit.inverse.diagonal()
     costs = fit.weight.square().sum(dim=0) / inverse
     costs[inverse == 0] = torch.inf

@@ -1,7 +1,7 @@
-"""Donors that could stand in for each unit of a layer, best first: every unit of every earlier layer is looked at.
+"""Donors that could stand in for each unit of a layer, best first, among all units of all earlier layers.
 
-A donor's gain is how much of what removing the unit costs it makes up for, nothing else being given up. What a donor
-makes of this layer's input is computed once, and kept only while it is among the few best of some unit.
+A donor's gain is the part of the cost of removing the unit that the donor makes up for, while nothing else is given up.
+A donor's features, computed from this layer's input, are kept only while it is among the few best of some unit.
 """
 
 from bisect import insort
@@ -19,7 +19,7 @@ from headshare.plan.units import HeadUnit
 
 @dataclass(frozen=True)
 class Candidate:
-    """A donor for one unit: its features in the unit's place and, where its part of the readout is shared, that."""
+    """A donor for one unit: its gain, its features in the unit's place, and its readout columns if those are shared."""
 
     unit: HeadUnit
     gain: float
@@ -29,29 +29,30 @@ class Candidate:
 
 @dataclass
 class Donors:
-    """All donors that one unit could have by one action: the few best, and the others with their gains, best first."""
+    """Donors that one unit could have by one action: the few best, and the others with their gains, best first."""
 
     few: int
     best: list[Candidate] = field(default_factory=list)
     others: list[tuple[HeadUnit, float]] = field(default_factory=list)
 
     def offer(self, candidate: Candidate) -> None:
-        """Keep this one among the best, or only its gain. Of equals, the one that was offered first is ahead."""
+        """Keep a candidate among the best, or only its gain. Among equals, the one that was offered first is ahead."""
         insort(self.best, candidate, key=_rank)
         if len(self.best) > self.few:
             last = self.best.pop()
-            insort(self.others, (last.unit, last.gain), key=lambda one: -one[1])
+            insort(self.others, (last.unit, last.gain), key=lambda other: -other[1])
 
 
 def _rank(candidate: Candidate) -> float:
+    """The key by which candidates are sorted, the largest gain first."""
     return -candidate.gain
 
 
 def find_donors(half: SublayerData, fit: Fit, actions: Sequence[Action], few: int) -> list[dict[Action, Donors]]:
-    """The donors of each group by each of these actions, all of which share parts.
+    """Find the donors of each group by each of these actions, all of which share parts.
 
-    Where a recipient keeps a part that makes features, such as its own v, donors are ranked by what they would do with
-    their own in its place; the few best of those are then looked at with the recipient's.
+    An action can leave a recipient a part that makes features, such as its own v. Donors are then ranked with all parts
+    of their own, and only the few best are looked at again with the recipient's part.
     """
     search = _Search(half, fit.lost(half.columns), fit, actions, few)
     for layer in range(half.dense.number):
@@ -63,7 +64,7 @@ def find_donors(half: SublayerData, fit: Fit, actions: Sequence[Action], few: in
 
 
 class _Search:
-    """The donors found so far for the units of one half of a layer."""
+    """A search for donors of the units of one sublayer. `found` holds the donors of each group, by action."""
 
     def __init__(self, half: SublayerData, lost: Lost, fit: Fit, actions: Sequence[Action], few: int) -> None:
         self.half = half
@@ -75,6 +76,7 @@ class _Search:
 
     def look_at(self, layer: int) -> None:
         """Offer every unit of this layer to every unit of the recipients' layer."""
+        # An action with scaled columns needs the donors' output projection, which the others do not.
         scaled = any(action.output is Output.SCALED for action in self.actions)
         readout = self.half.readout_of(layer) if scaled else None
         for shift in self.half.shifts:
@@ -89,6 +91,7 @@ class _Search:
     def _offer(
         self, donor: HeadUnit, features: Inputs, recipients: range, readout: Float[Tensor, "hidden all"] | None
     ) -> None:
+        """Offer a donor with these features to these recipients, by every action."""
         beside = self.fit.beside(features[: self.half.fitted])
         lost = self.lost.only(recipients)
         own = None if readout is None else readout[:, self.half.columns[donor.group]]
@@ -103,10 +106,12 @@ class _Search:
         # Each pass over the layer serves all groups whose donors are as many groups away.
         wanted: dict[tuple[int, int], list[tuple[int, HeadUnit, Readout | None]]] = {}
         for group, donors in enumerate(self.found):
-            for one in donors[action].best:
-                key = one.unit.layer, (one.unit.group - group) % self.groups
-                wanted.setdefault(key, []).append((group, one.unit, one.readout))
+            for candidate in donors[action].best:
+                key = candidate.unit.layer, (candidate.unit.group - group) % self.groups
+                wanted.setdefault(key, []).append((group, candidate.unit, candidate.readout))
             donors[action].best = []
+
+        # The best donors are ranked again by what they do beside the recipient's own part.
         parts = tuple(part for part in self.half.parts if part in action.shares)
         for (layer, shift), pairs in wanted.items():
             features = self.half.features(layer, parts, shift)
@@ -118,5 +123,5 @@ class _Search:
 
 
 def _gains(beside: Beside, lost: Lost, readout: Readout | None) -> Float[Tensor, " units"]:
-    """The gains of features for each lost unit: read out by columns of its own, or by scaled ones of the donor's."""
+    """The gains of features for each lost unit, read out by columns of its own or by scaled ones of the donor."""
     return beside.gains_for(lost) if readout is None else beside.scaled_gains_for(lost, readout)

@@ -1,9 +1,10 @@
-"""Errors of a readout's output that gives channels up, after the best refit: least squares in float64, block by block.
+"""Errors of an output projection that gives channels up, after the best refit: least squares in float64, in blocks.
 
-The readout starts as the dense layer's and is refitted, against the dense layer's output, whenever something is given
-up: ridge regression towards where it started, the ridge `RIDGE` times the inputs' mean square. What comes in place of
-lost channels has a ridge of its own, as large a part of its own mean square: however often the same comes again, sums
-stay well conditioned. Errors are squared and summed over rows. Knows no model and no plan.
+The output projection (here: readout) starts as the dense layer's. It is refitted against the dense layer's output
+whenever channels are given up, by ridge regression towards where it started, with a ridge of `RIDGE` times the inputs'
+mean square. Features in the place of lost channels have a ridge of their own, the same part of their own mean square.
+So sums stay well conditioned, however often the same features come again. Errors are squared and summed over rows.
+Knows no model and no plan.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ Columns = Int[Tensor, " columns"]
 class Fit:
     """A readout fitted to give the dense layer's output from the inputs that are left. Exact at every step.
 
-    `weight` is the refitted readout over all channels, zero where one is gone; `inverse` is the inverse of the inputs'
-    Gram matrix with its ridge, likewise; `error` is what fitted outputs miss of `target`, squared, ridge included.
-    Channels go by the formula of optimal brain surgery (Hassibi and Stork, 1993) in blocks: with Q the inverse Gram
-    matrix, removing block r costs tr(W_r Q_rr^-1 W_r^T), and W_k becomes W_k - W_r Q_rr^-1 Q_rk.
+    `weight` is the refitted readout over all channels, zero where a channel is gone. `inverse` is the inverse of the
+    inputs' Gram matrix with its ridge, zero likewise. `error` is the squared difference of the fitted outputs from
+    `target`, ridge included. Channels are removed by the formula of optimal brain surgery (Hassibi and Stork, 1993) in
+    blocks: with Q the inverse Gram matrix, removing block r costs tr(W_r Q_rr^-1 W_r^T), and W_k becomes
+    W_k - W_r Q_rr^-1 Q_rk.
     """
 
     inputs: Inputs
@@ -40,7 +42,7 @@ class Fit:
 
     @classmethod
     def of(cls, inputs: Inputs, weight: Readout) -> "Fit":
-        """The fit of a dense readout to its own outputs, which misses nothing."""
+        """The fit of a dense readout to its own outputs, whose error is zero."""
         inputs = inputs.double()
         weight = weight.double()
         gram = inputs.T @ inputs
@@ -74,18 +76,19 @@ class Fit:
         return Fit(inputs, self.target, inverse, weight, self.error - float((new * added.missed).sum()))
 
     def beside(self, features: Inputs) -> "Beside":
-        """These features, and how they stand to what is left."""
+        """The features as they stand beside this fit: the part of them that its inputs do not explain."""
         features = features.double()
         cross = features.T @ self.inputs
         known = cross @ self.inverse
         missed = cross.new_zeros(len(cross), len(self.weight))
-        if self.error:  # else nothing is missed, and the largest product is saved
+        if self.error:
+            # A fit without error misses nothing, which saves the largest product.
             missed = features.T @ self.target - cross @ self.weight.T
         gram = features.T @ features
         return Beside(features, cross, known, gram.diagonal(), gram - known @ cross.T, missed)
 
     def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Fit":
-        """The fit without channels, and with features that are read out by this product, which stays as it is."""
+        """The fit without these channels, and with features read out by a product that stays as it is."""
         left = self.without(columns)
         added = left.beside(features)
         weight = left.weight - product @ added.known
@@ -93,7 +96,7 @@ class Fit:
         return Fit(left.inputs, left.target - added.features @ product.T, left.inverse, weight, error)
 
     def products(self, columns: Columns, features: Inputs) -> Products:
-        """What features would do in the place of these channels if their columns were a product of small rank."""
+        """The best low-rank products that read features out in the place of these channels."""
         return self.without(columns).beside(features).products()
 
     def cost_of(self, columns: Columns) -> float:
@@ -101,15 +104,18 @@ class Fit:
         return float(self.lost(columns[None]).costs)
 
     def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
-        """Some units' channels, each unit's on its own beside all others, ready to be compared with many features."""
+        """Channels of several units, each unit given up alone, ready to be compared with many features."""
         gram = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
         return Lost(columns, gram, self.weight[:, columns].movedim(1, 0))
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Channels of several units, each unit on its way out alone: what other channels do not explain of them, as a Gram
-    matrix, and the columns they have in the readout."""
+    """Channels of several units, each of which is given up alone.
+
+    `gram` is the Gram matrix of the part of a unit's channels that no other channel explains. `weight` holds the unit's
+    columns of the readout.
+    """
 
     columns: Int[Tensor, "units columns"]
     gram: Float[Tensor, "units columns columns"]
@@ -117,7 +123,7 @@ class Lost:
 
     @cached_property
     def weight_gram(self) -> Float[Tensor, "units columns columns"]:
-        """Products of the columns with each other."""
+        """The Gram matrix of each unit's columns of the readout."""
         return self.weight.mT @ self.weight
 
     @property
@@ -126,15 +132,19 @@ class Lost:
         return (self.gram * self.weight_gram).sum(dim=(1, 2))
 
     def only(self, units: range) -> "Lost":
-        """Some of the units."""
+        """The channels of this range of the units."""
         some = slice(units.start, units.stop)
         return Lost(self.columns[some], self.gram[some], self.weight[some])
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Features beside a fit: their products with its inputs, the coefficients by which those explain them, sums of
-    their squares, the Gram matrix of what is not explained, and products with what the fit misses of the target."""
+    """Features beside a fit, as sums over tokens.
+
+    `cross` are their products with the fit's inputs, and `known` the coefficients by which these inputs explain them.
+    `squares` are the sums of their squares. `gram` is the Gram matrix of the part of them that is not explained.
+    `missed` are their products with the part of the target that the fit misses.
+    """
 
     features: Float[Tensor, "tokens features"]
     cross: Float[Tensor, "features channels"]
@@ -156,25 +166,25 @@ class Beside:
         )
 
     def gains_for(self, lost: Lost) -> Float[Tensor, " units"]:
-        """The drop of the error with these features, read out by columns of their own, from that without each unit.
+        """The drop of the error with these features, read out by columns of their own, in place of each lost unit.
 
-        Only beside a fit that misses nothing.
+        It holds only beside a fit without error.
         """
         gram, across = self._without(lost)
         explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram, self.squares), across)
         return (explained * lost.weight_gram).sum(dim=(1, 2))
 
     def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
-        """The drop where they are read out by a donor's columns, each behind one scale."""
+        """The drop of the error with these features, read out by a donor's columns, each behind one scale."""
         gram, across = self._without(lost)
         missed = (across * (donor.double().T @ lost.weight)).sum(dim=2)
         return (missed * _scales(gram, self.squares, missed, donor.double())).sum(dim=1)
 
     def gain(self, donor: Float[Tensor, "hidden scaled"], lost: Lost | None = None) -> float:
-        """The drop of the error with these features, in any fit; in the fit without a lost unit if there is one.
+        """The drop of the error with these features beside any fit; if a unit is lost, beside the fit without it.
 
-        The first features are read out by the donor's columns, as many as those are, each behind one scale; those after
-        them by columns of their own. All are solved for together with the fit's columns.
+        The first features are read out by the donor's columns, as many as there are, each behind one scale. The
+        features after them are read out by columns of their own. All are solved for together with the fit's columns.
         """
         gram = self.gram
         missed = self.missed
@@ -183,7 +193,8 @@ class Beside:
             grams, across = self._without(lost)
             gram = grams[0]
             missed = missed + across[0] @ lost.weight[0].T
-        # Columns of their own are eliminated first; what these leave is for the scales.
+
+        # Columns of their own are eliminated first; the scales explain the rest.
         between = gram[:count, count:]
         wanted = missed[count:]
         own = _ridged(gram[count:, count:], self.squares[count:])
@@ -200,7 +211,7 @@ class Beside:
     def _without(
         self, lost: Lost
     ) -> tuple[Float[Tensor, "units features features"], Float[Tensor, "units features lost"]]:
-        """The features' Gram matrix beside what is left without each unit, and their products with that unit."""
+        """The features' Gram matrix beside the fit without each unit, and their products with that unit's channels."""
         coefficients = self.known[:, lost.columns].movedim(1, 0)
         across = coefficients @ lost.gram
         return self.gram + across @ coefficients.mT, across
@@ -208,8 +219,11 @@ class Beside:
 
 @dataclass(frozen=True)
 class Remainder:
-    """The rest of a readout: a fit of the columns it stores, and features that it reads out by a donor's columns,
-    each behind one scale. Columns and scales are fitted jointly."""
+    """The rest of a readout that gives units up.
+
+    It is a fit of the columns that the readout stores, with `scaled` features that it reads out by a donor's columns,
+    each behind one scale. Columns and scales are fitted jointly.
+    """
 
     fit: Fit
     scaled: Beside
@@ -217,7 +231,7 @@ class Remainder:
 
     @classmethod
     def of(cls, fit: Fit) -> "Remainder":
-        """All of it stored."""
+        """The rest while nothing is given up: all columns are stored."""
         return cls(fit, fit.beside(fit.inputs[:, :0]), fit.weight[:, :0])
 
     @cached_property
@@ -226,8 +240,11 @@ class Remainder:
         return self.fit.error - self.scaled.gain(self.donor)
 
     def price(self, lost: Lost, features: Inputs | None = None, donor: Readout | None = None) -> float:
-        """The error that giving one unit's channels up adds: for nothing; for features that columns of their own read
-        out; or for features that a donor's columns read out, behind scales."""
+        """The error that giving up one unit's channels adds.
+
+        Without features nothing comes in their place. Features are read out by columns of their own or, with a donor,
+        by the donor's columns behind scales.
+        """
         new = self.scaled if features is None else self.scaled.joined(self.fit.beside(features))
         donors = self.donor if donor is None else torch.cat([self.donor, donor.double()], dim=1)
         return self.fit.error + float(lost.costs) - new.gain(donors, lost) - self.error
@@ -239,17 +256,17 @@ class Remainder:
         return _scales(self.scaled.gram, self.scaled.squares, missed, self.donor)
 
     def predicted(self, inputs: Inputs, scaled: Float[Tensor, "tokens scaled"]) -> Float[Tensor, "tokens hidden"]:
-        """The output for other tokens' inputs and scaled features, less what fixed products make of theirs."""
+        """The output for other tokens' inputs and scaled features, without the part of fixed products."""
         product = self.donor * self.scales
         return inputs.double() @ (self.fit.weight - product @ self.scaled.known).T + scaled.double() @ product.T
 
     def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Remainder":
-        """The rest with features, in the place of these channels, that are read out by this product as it is."""
+        """The rest with features in the place of these channels, read out by a product that stays as it is."""
         fit = self.fit.with_fixed(columns, features, product)
         return Remainder(fit, fit.beside(self.scaled.features), self.donor)
 
     def without(self, columns: Columns, features: Inputs | None = None, donor: Readout | None = None) -> "Remainder":
-        """The rest once one unit's channels are given up, for the same as in `price`."""
+        """The rest once one unit's channels are given up, with features and a donor as in `price`."""
         fit = self.fit.without(columns)
         scaled = self.scaled.features
         donors = self.donor
@@ -264,6 +281,7 @@ class Remainder:
 def _ridged(
     gram: Float[Tensor, "*units size size"], squares: Float[Tensor, " size"]
 ) -> Float[Tensor, "*units size size"]:
+    """The Gram matrix with the ridge that these squares of the features give."""
     ridged = gram.clone()
     ridged.diagonal(dim1=-2, dim2=-1).add_(RIDGE * squares.mean() + torch.finfo(gram.dtype).tiny)
     return ridged
@@ -275,7 +293,7 @@ def _scales(
     missed: Float[Tensor, "*units size"],
     donor: Float[Tensor, "hidden size"],
 ) -> Float[Tensor, "*units size"]:
-    """The best scales. Their own Gram matrix is the features' times, number by number, that of the donor's columns."""
+    """The best scales. Their Gram matrix is the element-wise product of the features' and the donor columns'."""
     columns = donor.T @ donor
     inner = _ridged(gram * columns, squares * columns.diagonal())
     scales: Tensor = torch.linalg.solve(inner, missed[..., None])[..., 0]

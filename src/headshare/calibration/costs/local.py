@@ -1,10 +1,10 @@
-"""CostCurves of all that each layer could give up, on calibration text: which unit, by which action, with which donor.
+"""Cost curves of all layers on calibration text, by the error of each sublayer's output.
 
-One layer is looked at at a time, in the dense model's stream. Its *path* is the order in which it would give units up,
-each step priced with the earlier ones taken. Prices are squared errors of the output of W_o or W_down relative to the
-hidden state, |error|^2 / |h|^2, averaged over tokens, after the best refit of that readout; so prices of all layers and
-of both halves of a layer can be compared and added up. Where an output passes a norm before it is added, as in Gemma 2,
-they are relative to |h|^2 all the same. Chooses nothing across layers.
+One layer is looked at at a time, on the dense model's hidden states. Each step of a cost curve is measured with the
+earlier ones taken. Costs are squared errors of the output of W_o or W_down relative to the hidden state,
+|error|^2 / |h|^2, averaged over tokens, after the best refit of that output projection. So the costs of all layers and
+of both sublayers can be compared and added up. Where an output passes a norm before it is added, as in Gemma 2, they
+are relative to |h|^2 all the same. Chooses nothing across layers.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -24,8 +24,11 @@ from headshare.plan.units import Sublayer
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
+# The tokens that cost curves are made on, and the share of these that is held out from the fits.
 PRICED_TOKENS = 16_384
 HELD_OUT = 0.25
+
+# The donors of a unit whose costs are measured again after each step.
 DONORS = 4
 
 
@@ -42,24 +45,24 @@ def price_units(
     device: str = "cpu",
     done: MutableMapping[int, list[CostCurve]] | None = None,
 ) -> CostCurves:
-    """The paths of all layers, by whichever of these actions this model can have.
+    """The cost curves of all layers, by those of the actions that this model supports.
 
-    `tokens` are as many of the calibration's tokens, in whole windows drawn by its seed, as are looked at, of which the
-    share `held_out` (whole windows too) is not fitted to: prices are errors on those. `donors` says how many of a
-    unit's donors are priced again after each step; `ffn_groups` into how many groups `gateup` cuts a layer's neurons.
-    Layers in `protect` give nothing up, and may lend. Layers that are in `done` are not priced again; each that is
-    priced is put into it.
+    `tokens` is the number of calibration tokens that are looked at, in whole windows drawn by the calibration's seed.
+    The share `held_out` of these windows is not fitted to, and costs are errors on it. `donors` is the number of a
+    unit's donors whose costs are measured again after each step. `ffn_groups` is the number of groups into which
+    `gateup` cuts a layer's neurons. Layers in `protect` give nothing up, and may lend. Layers that are in `done` are
+    not looked at again; every other layer is put into it.
 
-    Up to three kinds of path come of each half: of ties that leave a unit columns of its own; of removals; and, where
-    units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`). So removals are
-    priced along with those. An action with costs of its own has a path of its own.
-    Layer 0 ties nothing, and no layer removes all: so there is always a donor.
-    The feed-forward either loses single neurons or ties groups of them, as a plan cannot mix the two: where both are
-    allowed it loses neurons, which did less harm for the same bytes wherever we measured it.
+    A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
+    units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`), along with which
+    removals are always measured. An action with costs of its own has a curve of its own.
+    Layer 0 ties nothing, and no layer removes all units. So there is always a donor.
+    The feed-forward either removes single neurons or ties groups of them, as a plan cannot mix the two. Where both are
+    allowed it removes neurons, which did less harm for the same bytes wherever we measured it.
 
     Raises:
-        OptionError: if there is no donor to be priced, or no token to be fitted to.
-        PlanError: if none of the actions can be had of this model, or not together, one is not registered, or `done` is
+        OptionError: if `donors` is below 1, or `held_out` is no share.
+        PlanError: if the model supports none of the actions, or not together, an action is not registered, or `done` is
             of another model.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
@@ -69,49 +72,53 @@ def price_units(
     if not 0 <= held_out < 1:
         raise OptionError(f"the share held out is {held_out}; it must be 0 or lie between 0 and 1, such as 0.25.")
     wanted = _wanted(dense, actions, ffn_groups)
-    found = {} if done is None else done
-    # Prices check their paths: those of another model are refused before any work is done.
-    wanted.prices(dense, found, protect)
-    pending = set(range(wanted.layouts[Sublayer.ATTENTION].layers)) - set(protect) - set(found)
+    curves = {} if done is None else done
+
+    # CostCurves checks its curves, so those of another model are refused before any work is done.
+    wanted.prices(dense, curves, protect)
+    pending = set(range(wanted.layouts[Sublayer.ATTENTION].layers)) - set(protect) - set(curves)
     if pending:
-        # The walk goes through every layer up to the last that is pending, as each gives the next its stream.
+        # The walk goes through every layer up to the last that is pending, as each gives the next its hidden states.
         fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
         walk = _walk(Layers(dense, device=device), dense, calibration.mixed(), tokens, tuple(wanted.actions))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                found[layer.number] = _paths(layer, seen, wanted, donors, fitted)
-    return wanted.prices(dense, found, protect)
+                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted)
+    return wanted.prices(dense, curves, protect)
 
 
 def looked_at(calibration: Calibration, tokens: int) -> int:
-    """The number of the calibration's windows that `price_units` looks at: as many whole ones as have this many tokens,
-    or one."""
+    """The number of windows that `price_units` looks at: those that this many tokens fill, but one at least."""
     windows, window = calibration.tokens.shape
     return min(windows, max(1, tokens // window))
 
 
 def fitted_windows(calibration: Calibration, tokens: int, held_out: float) -> int:
-    """The number of those that it fits to: the first ones, all but about this share, and but one at least if it is not
-    0."""
+    """The number of these windows that `price_units` fits to: the first ones, without about the share `held_out`.
+
+    At least one window is fitted to. If the share is not 0 and there are two windows, at least one is held out.
+    """
     windows = looked_at(calibration, tokens)
     return max(1, windows - max(int(windows * held_out), held_out > 0))
 
 
 @dataclass(frozen=True)
 class _SupportedActions:
-    """The actions that each half of this model's layers can have, and the layouts of its units and single neurons."""
+    """The actions that each sublayer of a model supports, and the layouts of its units and of single neurons."""
 
     actions: Mapping[Sublayer, tuple[Action, ...]]
     layouts: Mapping[Sublayer, Layout]
     neurons: Layout | None
 
-    def prices(self, dense: Checkpoint, found: Mapping[int, Sequence[CostCurve]], protect: Sequence[int]) -> CostCurves:
-        """The paths of all layers that are not protected."""
-        paths = tuple(path for number in sorted(set(found) - set(protect)) for path in found[number])
+    def prices(
+        self, dense: Checkpoint, curves: Mapping[int, Sequence[CostCurve]], protect: Sequence[int]
+    ) -> CostCurves:
+        """The curves of all layers that are not protected, with the model's layouts."""
+        paths = tuple(path for number in sorted(set(curves) - set(protect)) for path in curves[number])
         return CostCurves(str(dense.config.get("model_type", "unknown")), self.layouts, paths, self.neurons)
 
     def units(self, kind: Sublayer) -> Layout:
-        """The units that this half's actions are for: neurons are removed one by one, and tied in groups."""
+        """The layout of the units that this sublayer's actions are for: single neurons to remove, groups to tie."""
         if kind is Sublayer.FFN and any(action.removes for action in self.actions[kind]):
             assert self.neurons is not None
             return self.neurons
@@ -119,20 +126,23 @@ class _SupportedActions:
 
 
 def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _SupportedActions:
-    """The part of these actions that the model can have.
+    """The actions that the model supports, of these.
 
     Raises:
-        PlanError: if that is nothing.
+        PlanError: if it supports none of them.
     """
     layouts, neurons = _layouts(dense, ffn_groups)
     asked = {kind: _asked(kind, actions) for kind in layouts}
-    # Families differ in the halves that can go without units.
+
+    # Families differ in the sublayers that can go without units.
     removing = [kind for kind, some in asked.items() if any(action.removes for action in some)]
     refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in removing}
     if Sublayer.ATTENTION in refusals and layouts[Sublayer.ATTENTION].groups == 1:
         refusals[Sublayer.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
     allowed = {kind: _allowed(kind, some, kind in removable) for kind, some in asked.items()}
+
+    # A sublayer may be left without actions, but not both.
     if not any(allowed.values()):
         words = ", ".join(map(str, actions)) or "none"
         reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
@@ -141,7 +151,7 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _S
 
 
 def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
-    """The actions for this half of the layers, with removal where another follows its order."""
+    """The actions for this sublayer, with removal where another action follows its order."""
     mine = [action for action in actions if action.sublayer in (None, kind)]
     if any(action.order is Order.REMOVAL for action in mine):
         mine.append(REMOVE)
@@ -149,7 +159,7 @@ def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
 
 
 def _allowed(kind: Sublayer, asked: Sequence[Action], removable: bool) -> tuple[Action, ...]:
-    """The actions that are left where units can be removed or not; of neurons, removal alone if it can be had."""
+    """The actions that are left: without removals if units cannot be removed, else of the feed-forward these alone."""
     removals = tuple(action for action in asked if action.removes)
     if not removable:
         return tuple(action for action in asked if action not in removals)
@@ -157,7 +167,7 @@ def _allowed(kind: Sublayer, asked: Sequence[Action], removable: bool) -> tuple[
 
 
 def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Sublayer, Layout], Layout | None]:
-    """The units of both halves, and single neurons; nothing of the feed-forward where that is a mixture of experts."""
+    """The layouts of both sublayers' units and of single neurons. Experts have none for the feed-forward."""
     layouts = {Sublayer.ATTENTION: dense.layouts.attention}
     if dense.layouts.ffn is not None:
         layouts[Sublayer.FFN] = dense.layouts.ffn_in(ffn_groups)
@@ -167,7 +177,7 @@ def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Sublayer, Layout]
 def _walk(
     layers: Layers, dense: Checkpoint, calibration: Calibration, tokens: int, kinds: Sequence[Sublayer]
 ) -> Iterator[tuple[DenseLayer, Mapping[Sublayer, Weighted]]]:
-    """Each layer of the dense model with the stream that enters it, and what enters its readouts."""
+    """Each layer of the dense model with the hidden states that enter it, and the inputs of its output projections."""
     stream = layers.start(calibration.tokens[: looked_at(calibration, tokens)])
     for number in range(layers.count):
         layer = DenseLayer(dense, layers, number, layers.build(number), stream)
@@ -178,7 +188,7 @@ def _walk(
 def _paths(
     layer: DenseLayer, seen: Mapping[Sublayer, Weighted], wanted: _SupportedActions, donors: int, fitted: int
 ) -> list[CostCurve]:
-    """The paths of both halves of the layer."""
+    """The cost curves of both sublayers of a layer, without empty ones."""
     paths: list[CostCurve] = []
     for kind, actions in wanted.actions.items():
         half = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
@@ -187,15 +197,17 @@ def _paths(
 
 
 def _half_paths(half: SublayerData, actions: Sequence[Action], donors: int) -> Iterator[CostCurve]:
-    """The paths of one half: of ties; of removals; of actions in the order of removal; and of those with own costs."""
+    """The cost curves of a sublayer: of ties, removals, actions in the order of removal, and those with own costs."""
     described = [action for action in actions if action.costs is None]
     beside = tuple(action for action in described if action.order is Order.REMOVAL and REMOVE in actions)
     alone = [action for action in described if action not in beside]
+
     # Columns that units keep or take from donors are fitted together: each unit has the cheapest of these actions.
     together = tuple(action for action in alone if action.output in (Output.OWN, Output.SCALED))
     if together:
         yield unit_path(half, together, donors=donors)
-    # Products are not fitted again with scales, and removal is what all others are compared with: a path for each.
+
+    # Products are not fitted again with scales, and all others are compared with removal, so each has its own curve.
     for action in alone:
         if action.removes and half.layout.kind is Sublayer.FFN:
             yield neuron_path(half, action)
@@ -204,6 +216,8 @@ def _half_paths(half: SublayerData, actions: Sequence[Action], donors: int) -> I
             yield path
             if action is REMOVE and beside and half.dense.number > 0:
                 yield from paths_beside(half, path, beside, donors=donors)
+
+    # An action that its traits do not describe makes its curve itself.
     for action in actions:
         if action.costs is not None:
             yield own_path(half, action)

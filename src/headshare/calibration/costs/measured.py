@@ -1,10 +1,10 @@
-"""Prices of what layers could give up by what that does to the model's predictions, measured on held-out text.
+"""Cost curves by the change of the model's predictions, measured on held-out text.
 
 The same squared error costs predictions four times as much in one layer as in another (docs/experiments.md). So each
-path is followed a few steps at a time: its layer alone gives them up and is refitted, readouts of both halves, and the
-dense model's later layers go on from there. The price is then the Kullback-Leibler divergence of the dense model's
-next-token distribution from the changed one's, nats a token, averaged over windows that nothing was fitted to. Prices
-of steps add up to more than the loss: the refit of later layers makes up for part of it.
+cost curve is followed a few steps at a time. Its layer alone gives the units up, the output projections of both
+sublayers are refitted, and the dense model's later layers go on from there. The cost is then the Kullback-Leibler
+divergence of the dense model's next-token distribution from the changed one's, in nats a token, averaged over windows
+that nothing was fitted to. Costs of steps add up to more than the loss, as the refit of later layers makes up for part.
 """
 
 import math
@@ -28,6 +28,7 @@ from headshare.progress import track
 from headshare.text.tokens import Calibration
 from headshare.text.windows import predicts_next
 
+# The tokens that are run to measure, and one in how many of them has its predictions compared.
 PROBED_TOKENS = 8192
 EVERY = 4
 
@@ -44,40 +45,40 @@ def probe_prices(
     device: str = "cpu",
     done: MutableMapping[int, list[CostCurve]] | None = None,
 ) -> CostCurves:
-    """The same paths with prices in nats a token.
+    """Measure cost curves: the same curves with costs in nats a token.
 
-    Measured are the first 1, 2, 4, 8, ... steps of each path, and all of them; steps in between share what is measured
-    in proportion to the prices they had. Paths of ties that follow a removal are not measured, but priced beside it.
-    Refits are made on the windows that `price_units` fits to with the same `tokens` and `held_out`, with `ffn` of both
-    readouts; the predictions of every fourth token are compared, in as many other windows as have `probed` tokens.
-    Products are short ones where the machine has them. Layers that are in `done` are not measured again; each that is
-    measured is put into it.
+    The first 1, 2, 4, 8, ... steps of each curve are measured, and all steps together. Steps in between share the
+    measured cost in proportion to the costs that they had. Curves of ties that follow a removal are not measured; their
+    costs are derived from those of the removal. Refits are made on the windows that `price_units` fits to with the same
+    `tokens` and `held_out`, with `ffn` of both output projections. Predictions are compared for every fourth of the
+    `probed` tokens, in other windows. Products have reduced precision where the machine is faster with it. Layers that
+    are in `done` are not measured again; every other layer is put into it.
 
     Raises:
-        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer, or has no head.
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer, or predicts no next token.
         CalibrationError: if there are too few windows, or predictions are not finite.
     """
-    found = {} if done is None else done
+    curves = {} if done is None else done
     if not predicts(dense):
         raise ArchitectureError(
             f"{dense.name} predicts no next token, so that cannot be measured. Plan without probing."
         )
     layers = {path.layer for path in prices.paths}
-    if layers - set(found):
+    if layers - set(curves):
         with short_products(), torch.no_grad():
             fitted = check_windows(calibration, tokens=tokens, held_out=held_out)
             walk = _Walk(dense, calibration.mixed(), prices, fitted, probed, ffn, device)
-            for _ in track(walk.measure(found), "measuring", walk.layers.count):
+            for _ in track(walk.measure(curves), "measuring", walk.layers.count):
                 pass
-    paths = tuple(path for number in sorted(layers) for path in found[number])
+    paths = tuple(path for number in sorted(layers) for path in curves[number])
     return replace(prices, paths=paths, in_nats=True)
 
 
 def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held_out: float = HELD_OUT) -> int:
-    """The number of windows that are fitted to, where there are enough to measure on others.
+    """The number of windows that are fitted to.
 
     Raises:
-        CalibrationError: if there are too few.
+        CalibrationError: if there are too few windows to fit to, or none is left to measure on.
     """
     windows = len(calibration.tokens)
     fitted = fitted_windows(calibration, tokens, held_out)
@@ -90,14 +91,14 @@ def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held
 
 
 def predicts(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is of a model that predicts the next token, so that it can be probed."""
+    """True if the checkpoint is of a model that predicts the next token, so that predictions can be measured."""
     names = checkpoint.config.get("architectures")
     known = [str(name) for name in names] if isinstance(names, list) else []
     return any(predicts_next(name, checkpoint.config) and not name.endswith(WITH_IMAGES) for name in known)
 
 
 class _Walk:
-    """The dense model's stream of the windows to fit to and of those to measure on, from layer to layer."""
+    """A walk through the dense model, with the hidden states of the windows to fit to and of those to measure on."""
 
     def __init__(
         self,
@@ -116,32 +117,37 @@ class _Walk:
         self.device = device
         self.fit = replace(calibration, tokens=calibration.tokens[:fitted])
         self.layers = Layers(dense, device=device, head=True)
+
+        # The last windows are measured on; none of them is fitted to.
         measured = min(windows - fitted, max(1, probed // window))
         self.measured = self.layers.start(calibration.tokens[-measured:])
+
         # Every refit orders these windows alike: those that it fits to first, then those that it holds out.
         self.fitted = self.layers.start(self._refitter(prices.paths[0], 0).tokens)
+
         # The dense model's own last hidden states, which all predictions are compared with.
         self.last = self._through(range(self.layers.count), [self.measured.clone()])[0][:, ::EVERY]
 
-    def measure(self, found: MutableMapping[int, list[CostCurve]]) -> Iterator[int]:
-        """Price the paths of each layer that is not among those found, and put them there."""
+    def measure(self, done: MutableMapping[int, list[CostCurve]]) -> Iterator[int]:
+        """Measure the curves of each layer that is not in `done`, and put them there."""
         for layer in range(self.layers.count):
             paths = [path for path in self.prices.paths if path.layer == layer]
-            if paths and layer not in found:
-                found[layer] = self._priced(layer, paths)
-            # Later layers are measured on what the dense layer gives, whatever this one was found to cost.
+            if paths and layer not in done:
+                done[layer] = self._priced(layer, paths)
+            # Later layers are measured on the dense layer's output, whatever was measured for this layer.
             dense = self.layers.build(layer)
             for stream in (self.fitted, self.measured):
                 self.layers.run_over(dense, layer, stream)
             yield layer
 
     def _priced(self, layer: int, paths: Sequence[CostCurve]) -> list[CostCurve]:
-        """The paths of this layer with measured prices."""
-        # Ties in the order of removal are priced beside the removal; all other paths are measured at their marks.
+        """The curves of this layer with measured costs."""
+        # Ties in the order of removal follow the removal's costs; all other curves are measured at their marks.
         leaders = {path: leader for path in paths if (leader := leader_of(path, paths))}
         marks = [(path, steps) for path in paths if path not in leaders for steps in marked(len(path.steps))]
-        # The layer alone is changed and refitted. What it gives then goes through the dense layers after it, all
-        # changes together, so that each of those is built once.
+
+        # The layer alone is changed and refitted. Its output then goes through the dense layers after it, for all
+        # changes together, so that each of those layers is built once.
         streams = []
         for path, steps in marks:
             module = self._refitter(path, steps).refitted(layer, self.fitted)
@@ -149,7 +155,8 @@ class _Walk:
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
-        # Steps between two marks share what was measured; then those that follow a removal take its new prices.
+
+        # Steps between two marks share the measured cost. Curves that follow a removal then take its new costs.
         measured: dict[CostCurve, dict[int, float]] = {}
         for (path, steps), loss in zip(marks, lost, strict=True):
             measured.setdefault(path, {})[steps] = loss
@@ -157,13 +164,14 @@ class _Walk:
         return [beside(path, leaders[path], after[leaders[path]]) if path in leaders else after[path] for path in paths]
 
     def _refitter(self, path: CostCurve, steps: int) -> Refitter:
+        """A refit of the model that takes the first steps of this curve alone."""
         plan = plan_for_steps(self.prices, path, steps)
         return Refitter(self.dense, plan, self.fit, ffn=self.ffn, device=self.device, layers=self.layers)
 
     # ---- running
 
     def _through(self, layers: Sequence[int], streams: Sequence[Stream]) -> Sequence[Stream]:
-        """Turn streams that enter these dense layers into those that leave them, in place."""
+        """Run these dense layers over each of the streams of hidden states, in place."""
         for layer in layers:
             module = self.layers.build(layer)
             for stream in streams:
@@ -171,42 +179,50 @@ class _Walk:
         return streams
 
     def _divergences(self, streams: Sequence[Stream]) -> list[float]:
-        """KL(dense | changed) of each of these, nats a token: sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the
-        dense model's probabilities and z the changed one's logits. One window's logits are held at a time."""
+        """KL(dense | changed) of each stream of last hidden states, in nats a token.
+
+        It is sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the dense model's probabilities and z the changed
+        one's logits. The logits of one window are in memory at a time.
+        """
         totals = [0.0] * len(streams)
         for window, last in enumerate(self.last):
             expected = self.layers.logits(last[None]).log_softmax(dim=-1)
             probability = expected.exp()
             for number, stream in enumerate(streams):
-                found = self.layers.logits(stream[window, None, ::EVERY])
+                logits = self.layers.logits(stream[window, None, ::EVERY])
                 # The divergence is the same, and no exponential too large.
-                found -= found.amax(dim=-1, keepdim=True)
-                lost = (probability * (expected - found)).sum(dim=-1) + found.logsumexp(dim=-1)
+                logits -= logits.amax(dim=-1, keepdim=True)
+                lost = (probability * (expected - logits)).sum(dim=-1) + logits.logsumexp(dim=-1)
                 totals[number] += float(lost.double().sum())
         tokens = self.last.shape[0] * self.last.shape[1]
-        return [max(total / tokens, 0.0) for total in totals]  # rounding may say less than nothing; NaN stays
+        return [max(total / tokens, 0.0) for total in totals]  # rounding may give less than zero; NaN stays
 
 
 def marked(steps: int) -> list[int]:
-    """The numbers of steps after which a path is measured: 1, 2, 4, 8, ... and all."""
+    """The numbers of steps after which a curve is measured: 1, 2, 4, 8, ... and all."""
     if not steps:
         return []
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
 def leader_of(path: CostCurve, paths: Sequence[CostCurve]) -> CostCurve | None:
-    """The one of these paths that removes the units that this one ties, in the same order, by an action that follows
-    removals."""
+    """The removal curve that a curve of ties follows: it removes the same units in the same order.
+
+    None for a curve whose action does not follow removals, or if no such removal is among these curves.
+    """
     if len(path.actions) != 1 or any(action.order is not Order.REMOVAL for action in path.actions):
         return None
     order = [step.groups for step in path.steps]
-    removals = (one for one in paths if one.kind is path.kind and one.actions == {REMOVE})
-    return next((one for one in removals if [step.groups for step in one.steps[: len(order)]] == order), None)
+    removals = (other for other in paths if other.kind is path.kind and other.actions == {REMOVE})
+    return next((other for other in removals if [step.groups for step in other.steps[: len(order)]] == order), None)
 
 
 def beside(path: CostCurve, before: CostCurve, after: CostCurve) -> CostCurve:
-    """A path of ties, priced beside the removal of the same units, which had these prices before and has those after:
-    the part of the removal's error that ties make up for is the part of its price, as far as that is `lasting`."""
+    """A curve of ties with costs derived from the removal of the same units, before and after it was measured.
+
+    Ties make up for a part of the removal's error. They are taken to make up for the same part of its measured cost,
+    times the action's `lasting`.
+    """
     (action,) = path.actions
     measured: dict[int, float] = {}
     own = old = new = 0.0
@@ -219,7 +235,7 @@ def beside(path: CostCurve, before: CostCurve, after: CostCurve) -> CostCurve:
 
 
 def repriced(path: CostCurve, measured: dict[int, float]) -> CostCurve:
-    """The path with steps that add up to what was measured after some of them, the last included."""
+    """The curve with costs that add up to those measured after some of its steps, the last included."""
     steps: list[CurveStep] = []
     before = 0.0
     for end, lost in sorted(measured.items()):
@@ -229,9 +245,12 @@ def repriced(path: CostCurve, measured: dict[int, float]) -> CostCurve:
 
 
 def _sharing(steps: Sequence[CurveStep], cost: float) -> Iterator[CurveStep]:
-    """The steps between two measurements, with their shares of what they cost together: in proportion to their prices,
-    or to what they save where those do not add up to more than nothing. Donors keep their distance, in the new unit."""
-    # A price below zero is no proportion of what was measured; bytes always are.
+    """Steps between two measurements, each with its share of the cost of all of them together.
+
+    Shares are in proportion to the costs that the steps had, or to the bytes that they save where a cost is below zero
+    or all are zero. The costs of donors keep their distance, in the new unit.
+    """
+    # A cost below zero cannot be a proportion; bytes always can.
     old = [step.price for step in steps]
     if min(old) < 0 or not sum(old):
         old = [float(step.saved_bytes) for step in steps]

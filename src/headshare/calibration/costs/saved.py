@@ -1,15 +1,14 @@
-"""Cost curves kept on disk, so that a run that was stopped goes on with them."""
+"""Cost curves kept on disk, so that a run that was stopped can go on with them."""
 
 from collections.abc import Iterator, MutableMapping
 
-from headshare.calibration.costs.curves import CostCurve as PricedPath
-from headshare.calibration.costs.curves import curves_from_json, curves_to_json
+from headshare.calibration.costs.curves import CostCurve, curves_from_json, curves_to_json
 from headshare.errors import PlanError
 from headshare.files.state_files import Workspace
 
 
-class SavedCurves(MutableMapping[int, list[PricedPath]]):
-    """The paths of the layers priced so far, a file each."""
+class SavedCurves(MutableMapping[int, list[CostCurve]]):
+    """The cost curves of the layers done so far, a file for each layer."""
 
     def __init__(self, work: Workspace, key: str) -> None:
         self._work = work
@@ -18,7 +17,7 @@ class SavedCurves(MutableMapping[int, list[PricedPath]]):
     def _file(self, layer: int) -> str:
         return f"{self._prefix}{layer}.json"
 
-    def __getitem__(self, layer: int) -> list[PricedPath]:
+    def __getitem__(self, layer: int) -> list[CostCurve]:
         saved = self._work.read(self._file(layer))
         if saved is None:
             raise KeyError(layer)
@@ -27,7 +26,7 @@ class SavedCurves(MutableMapping[int, list[PricedPath]]):
         except PlanError as error:
             raise self._work.damaged(self._file(layer), str(error)) from None
 
-    def __setitem__(self, layer: int, given: list[PricedPath]) -> None:
+    def __setitem__(self, layer: int, given: list[CostCurve]) -> None:
         self._work.write(self._file(layer), curves_to_json(given).encode())
 
     def __delitem__(self, layer: int) -> None:

@@ -1,7 +1,7 @@
 """Sections of a plan, built from the units that it gives up: ties, removals and low-rank units.
 
-A builder sees all units of its actions at once, over all layers, and yields sections of any kind; so an action can
-bring a builder, and a kind of section, of its own. Knows no price and no weight.
+A builder sees all units of its actions at once, over all layers, and yields sections of any kind. So an action can
+bring a builder, and a kind of section, of its own. Knows no cost and no weight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,11 @@ from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 
 @dataclass(frozen=True)
 class Taken:
-    """One step that a plan takes: the units that it gives up, and the grid that they are in. `parts` are those of the
-    grid that the units share with the donor; `rank` is that of the product that stands for their own columns."""
+    """A step that a plan takes: the units that it gives up, and the layout that they are in.
+
+    `parts` are the parts that the units share with the donor. `rank` is that of the low-rank product which stands for
+    the units' own columns.
+    """
 
     layout: Layout
     units: tuple[HeadUnit, ...]
@@ -31,7 +34,7 @@ SectionBuilder = Callable[[Sequence[Taken], Choice], Iterator[Section]]
 
 
 def tie_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section]:
-    """Selections of all ties: parts with the same ties go together. Ties that share o have scales."""
+    """Selections of all ties. Parts with equal ties are one selection; ties that share o have scales."""
     for layout, mine in _by_grid(taken):
         # A plan names each part once, so the ties of all actions that share it are put together.
         ties: dict[Part, list[Tie]] = {}
@@ -39,6 +42,8 @@ def tie_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section]:
             assert step.donor is not None
             for part in step.parts:
                 ties.setdefault(part, []).extend(Tie(unit, step.donor) for unit in step.units)
+
+        # Parts whose ties are equal become one selection.
         together: dict[tuple[Tie, ...], list[Part]] = {}
         for part in layout.parts:
             if part in ties:
@@ -58,7 +63,7 @@ def removal_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section
 
 
 def low_rank_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section]:
-    """Attention units whose columns of o become products, with their ranks in the order of their groups."""
+    """Sections of low-rank units: attention units whose columns of o become products, with their ranks."""
     for layout, mine in _by_grid(taken):
         ranks = {unit: step.rank for step in mine for unit in step.units}
         ordered: dict[int, list[HeadUnit]] = {}
@@ -73,7 +78,7 @@ def low_rank_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Sectio
 
 
 def _by_grid(taken: Sequence[Taken]) -> Iterator[tuple[Layout, list[Taken]]]:
-    """The steps of each half of the layers together; all of one half are of the same grid."""
+    """The steps of each kind of sublayer together, which are all of one layout."""
     for kind in Sublayer:
         mine = [step for step in taken if step.layout.kind is kind]
         if mine:

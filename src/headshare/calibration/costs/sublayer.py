@@ -1,7 +1,7 @@
-"""One half of a dense layer on calibration text: its readout's inputs, as they are and with donors' weights in place.
+"""A sublayer of a dense layer on calibration text: the inputs of its output projection, also with donors' weights.
 
-Every token is weighted by 1 / (|h|^2 tokens), h the hidden state with that half's output added; so squared errors of
-the readout's output are relative to the hidden state and averaged over tokens.
+Every token is weighted by 1 / (|h|^2 tokens), where h is the hidden state with the sublayer's output added. So squared
+errors of the output projection are relative to the hidden state and averaged over tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from headshare.plan.tensors import bias_name
 from headshare.plan.units import Part, Sublayer
 
 READOUT = {Sublayer.ATTENTION: Part.O, Sublayer.FFN: Part.DOWN}
+# Units are alike in all places if moving them changes features by no more than this part of the largest.
 ALIKE = 1e-4
 
 Hidden = Float[Tensor, "batch window hidden"]
@@ -29,7 +30,7 @@ Hidden = Float[Tensor, "batch window hidden"]
 
 @dataclass(frozen=True)
 class Weighted:
-    """A readout's inputs, each token's times the square root of its weight, and those roots."""
+    """Inputs of an output projection, each token's times the square root of its weight, and these roots."""
 
     inputs: Inputs
     root: Float[Tensor, "tokens 1"]
@@ -44,7 +45,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer of the dense model, built, and the stream that enters it."""
+    """A built layer of the dense model, and the hidden states that enter it."""
 
     checkpoint: Checkpoint
     layers: Layers
@@ -53,24 +54,24 @@ class DenseLayer:
     stream: Stream
 
     def batches(self) -> Iterator[Hidden]:
-        """Windows of the stream that are run at once."""
+        """Batches of the windows, each run at once."""
         return (self.stream[at] for at in self.layers.batches(range(len(self.stream)), self.stream.shape[1]))
 
     def look(self, kinds: Sequence[Sublayer]) -> tuple[dict[Sublayer, Weighted], Stream]:
-        """The inputs of these halves' readouts, and the stream that leaves the layer."""
+        """Run the layer. Returns the inputs of these sublayers' output projections, and the layer's hidden states."""
         watched = [READOUT[kind] for kind in kinds] + [Part.UP] * (Sublayer.FFN in kinds)
-        found: dict[Sublayer, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
+        batches_of: dict[Sublayer, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
         leaving = []
         for entering in self.batches():
             left, seen = self.layers.run(self.module, self.number, entering, tuple(map(self.layers.path, watched)))
             leaving.append(left.cpu())
-            for kind, batches in found.items():
+            for kind, batches in batches_of.items():
                 inputs = seen.inputs[self.layers.path(READOUT[kind])]
                 batches.append((inputs, self._hidden(kind, entering, left, seen)))
-        return {kind: Weighted.of(batches) for kind, batches in found.items()}, torch.cat(leaving)
+        return {kind: Weighted.of(batches) for kind, batches in batches_of.items()}, torch.cat(leaving)
 
     def _hidden(self, kind: Sublayer, entering: Hidden, left: Hidden, seen: Seen) -> Hidden:
-        """The hidden state with this half's output added: before the norm, in layers whose halves end in one."""
+        """The hidden states with this sublayer's output added; before the norm where sublayers end in one."""
         if kind is Sublayer.ATTENTION:
             return entering.to(self.layers.device) + seen.outputs[self.layers.path(Part.O)]
         if self.layers.post_norm:
@@ -80,8 +81,11 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class UnitSizes:
-    """Bytes of one unit of a layer: its weights by part, and its entries of biases. `scales` are those of one number
-    for each channel of it that the readout reads, `rank` those of one more rank of a product for its columns there."""
+    """Bytes of one unit of a layer: its weights by part, and its entries of biases.
+
+    `scales` are the bytes of one scale for each channel that the output projection reads of the unit. `rank` are those
+    of one more rank of a low-rank product for the unit's columns there.
+    """
 
     parts: Mapping[Part, int]
     biases: int
@@ -90,7 +94,7 @@ class UnitSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layout: Layout, layer: int) -> "UnitSizes":
-        """Sizes as this layer of the checkpoint stores its weights."""
+        """The sizes of a unit as this layer of the checkpoint stores its weights."""
 
         def item(name: str) -> int:
             return checkpoint.tensors[name].torch_dtype.itemsize
@@ -107,10 +111,10 @@ class UnitSizes:
 
 
 class SublayerData:
-    """One half of a layer, its units those of the layout: its readout's inputs, and what donors would put there.
+    """A sublayer of a layer, in the units of a layout: the inputs of its output projection, also those of donors.
 
-    `columns` are the readout's inputs that belong to each group, `parts` those that make them. Fits look at the first
-    `fitted` tokens; the others are held out.
+    `readout` is the part that is the output projection, and `weight` its matrix. `columns` are the inputs that belong
+    to each group, and `parts` the parts that make them. Fits see the first `fitted` tokens; the others are held out.
     """
 
     def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, fitted: int) -> None:
@@ -132,10 +136,10 @@ class SublayerData:
 
     @cached_property
     def shifts(self) -> range:
-        """Numbers of groups by which donors have to be moved, each in turn, to see every donor in every place.
+        """The shifts, in groups, by which donors have to be moved so that every donor is seen in every place.
 
-        Not at all where a unit does the same in all places: not with biases, or positions that depend on the head.
-        Found by moving the layer's own units on by one.
+        It is 0 alone where a unit does the same in all places, which it does not with biases, or with positions that
+        depend on the head. To find out, the layer's own units are moved on by one group.
         """
         groups = self.layout.groups
         if groups == 1:
@@ -146,9 +150,10 @@ class SublayerData:
 
     @torch.no_grad()
     def features(self, donor_layer: int, parts: Sequence[Part], shift: int = 0) -> Inputs:
-        """The readout's weighted inputs if group g had these parts of the donor layer's group g + shift, modulo groups.
+        """The weighted inputs of the output projection with these parts of the donor layer's units in place.
 
-        Biases stay the recipients' own, as they do in a shared model; so do relative positions and norms.
+        Group g has the parts of the donor layer's group g + shift, modulo groups. Biases stay the recipients' own, as
+        they do in a shared model; so do relative positions and norms.
         """
         layers = self.dense.layers
         path = layers.path(self.readout)
@@ -160,7 +165,7 @@ class SublayerData:
         return torch.cat(seen) * self.root
 
     def readout_of(self, donor_layer: int) -> Readout:
-        """The whole readout of another layer."""
+        """The whole output projection of another layer, as a matrix (outputs, inputs)."""
         name = self.layout.parts[self.readout].name(donor_layer)
         return self._as_readout(self.dense.checkpoint.read(name).to(self.device, torch.float32))
 
@@ -169,10 +174,12 @@ class SublayerData:
 
     @contextmanager
     def _overwritten(self, donor_layer: int, parts: Sequence[Part], shift: int) -> Iterator[None]:
-        """Within this block the layer has these parts of the donor layer, moved by `shift` groups."""
+        """A block within which the layer has these parts of the donor layer, moved by `shift` groups."""
         paths = {part: self.dense.layers.path(part) for part in parts}
         weights = {path: _weight(self.dense.module.get_submodule(path)) for path in paths.values()}
         own = {path: weight.clone() for path, weight in weights.items()}
+
+        # Fused parts lie in one tensor, which is read once.
         donors: dict[str, Tensor] = {}
         for part, path in paths.items():
             place = self.layout.parts[part]
@@ -197,6 +204,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _columns(layout: Layout, readout: Part) -> Int[Tensor, "groups columns"]:
+    """The inputs of the output projection that belong to each group."""
     place = layout.parts[readout]
     starts = torch.tensor([place.span(group)[0] for group in range(layout.groups)])
     return starts[:, None] + torch.arange(place.rows)

@@ -1,4 +1,4 @@
-"""A plan made of the steps that were chosen on cost curves."""
+"""Plans made of the steps that were chosen on cost curves."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ from headshare.plan.units import HeadUnit, Sublayer
 
 @dataclass(frozen=True)
 class Budgeted:
-    """A plan, the bytes that it saves, and the sum of its steps' prices, each with the donor that it has in the plan:
-    squared errors relative to the hidden state, or nats a token if those were measured."""
+    """A plan with the bytes that it saves and its predicted cost.
+
+    `price` is the sum of the costs of all steps, each with the donor that it has in the plan. Costs are squared errors
+    relative to the hidden state, or nats a token with `in_nats`.
+    """
 
     plan: SharePlan
     saved_bytes: int
@@ -25,7 +28,7 @@ class Budgeted:
     in_nats: bool = False
 
     def in_words(self) -> str:
-        """The price, and where removal is cheaper than sharing, for the person at the keyboard."""
+        """A line for the command line's report: the predicted cost, and the units that are removed, not shared."""
         if not self.in_nats:
             return f"predicted price {self.price:.6g} (sum of squared relative errors){self._removals()}"
         return (
@@ -34,23 +37,28 @@ class Budgeted:
         )
 
     def _removals(self) -> str:
-        layers = {one.layout.kind: len(one.removed) for one in self.plan.removals if one.removed}
+        """The end of that line: in how many layers attention units or neurons are removed."""
+        layers = {removal.layout.kind: len(removal.removed) for removal in self.plan.removals if removal.removed}
         words = {Sublayer.ATTENTION: "attention units", Sublayer.FFN: "neurons"}
-        found = [f"{words[kind]} in {count} layer{'s'[: count != 1]}" for kind, count in layers.items()]
-        return f"; removal costs less than sharing for {' and for '.join(found)}" if found else ""
+        places = [f"{words[kind]} in {count} layer{'s'[: count != 1]}" for kind, count in layers.items()]
+        return f"; removal costs less than sharing for {' and for '.join(places)}" if places else ""
 
 
 def plan_for_steps(prices: CostCurves, path: CostCurve, steps: int) -> SharePlan:
-    """The plan that takes these first steps of one path, and nothing else."""
+    """The plan that takes the first `steps` of one cost curve, and nothing else."""
     return budgeted(prices, [(path, steps)], None).plan
 
 
+# A cost curve, and the number of its steps that are taken.
 End = tuple[CostCurve, int]
 
 
 @dataclass(frozen=True)
 class _Given:
-    """One step that the plan takes, by its action, and how much more it costs than with the step's best donor."""
+    """A step that the plan takes, by its action.
+
+    `dearer` is how much more it costs than with its best donor, which may be given up itself.
+    """
 
     action: Action
     taken: Taken
@@ -58,29 +66,31 @@ class _Given:
 
 
 def budgeted(prices: CostCurves, ends: Iterable[End], choice: Choice | None) -> Budgeted:
-    """The plan that takes every cost path up to its end, with what it saves and what it is predicted to cost."""
+    """The plan that follows every cost curve up to its end, with the bytes that it saves and its predicted cost."""
     steps = [(path, step) for path, end in ends for step in path.steps[:end]]
     given = _given(prices, steps)
     sections = _sections(given, choice or Choice(match="output", mode="greedy"))
     plan = SharePlan.of_sections(sections, prices.model_type)
-    price = sum((step.price for _, step in steps), sum((one.dearer for one in given), 0.0))
+    price = sum((step.price for _, step in steps), sum((step.dearer for step in given), 0.0))
     return Budgeted(plan, sum(step.saved_bytes for _, step in steps), price, prices.in_nats)
 
 
 def _sections(given: Sequence[_Given], choice: Choice) -> Iterator[Section]:
-    """The plan's sections: each builder sees all units of the actions that have it."""
-    for builder in dict.fromkeys(builder for one in given for builder in one.action.sections):
-        yield from builder([one.taken for one in given if builder in one.action.sections], choice)
+    """The sections of the plan. Each section builder sees all units of the actions that have it."""
+    for builder in dict.fromkeys(builder for step in given for builder in step.action.sections):
+        yield from builder([step.taken for step in given if builder in step.action.sections], choice)
 
 
 def _given(prices: CostCurves, steps: Sequence[tuple[CostCurve, CurveStep]]) -> list[_Given]:
-    """Every step with the best of its donors that is still there."""
-    # All actions of one half share a part with each other, so a unit that gives anything up lends nothing; and a
-    # readout with low-rank units lends no columns.
+    """Every step with the best of its donors that the plan does not give up."""
+    # Any two actions of a sublayer share a part, so a unit that gives anything up lends nothing. An output projection
+    # with low-rank units lends no columns.
     gone = {
         kind: {unit for path, step in steps if path.kind is kind for unit in _units(path, step)} for kind in Sublayer
     }
     mixed = {path.layer for path, step in steps if step.action.output is Output.LOW_RANK}
+
+    # The costs of donors are known, so a step whose best donor is gone becomes dearer by the difference.
     given = []
     for path, step in steps:
         layout = prices.layout_of(path)
@@ -97,17 +107,19 @@ def _given(prices: CostCurves, steps: Sequence[tuple[CostCurve, CurveStep]]) -> 
 
 
 def _units(path: CostCurve, step: CurveStep) -> tuple[HeadUnit, ...]:
+    """The units that this step of the curve gives up."""
     return tuple(HeadUnit(path.layer, group) for group in step.groups)
 
 
 def _donor(
     step: CurveStep, recipient: HeadUnit, gone: Collection[HeadUnit], never: Collection[int], layout: Layout
 ) -> tuple[HeadUnit, float]:
-    """The first of a step's donors that gives nothing up and is in none of the layers that `never` lend; or else the
-    first such unit of the model, as if it cost as much as the last donor.
+    """The donor that a step takes, with its cost: the first that is not `gone` and in no layer that can `never` lend.
+
+    Where no donor of the step is left, it is the first such unit of the model, at the cost of the last donor.
 
     Raises:
-        PlanError: if there is none in an earlier layer.
+        PlanError: if no earlier layer has such a unit.
     """
     earlier = (HeadUnit(layer, group) for layer in range(recipient.layer) for group in range(layout.groups))
     for donor, price in chain(step.donors, ((unit, step.donors[-1][1]) for unit in earlier)):
