@@ -120,6 +120,7 @@ def _qkv_places(
     for part, module in zip(rows, _modules(qkv), strict=True):
         name = f"{base}{module}.weight"
         shape = _common_shape(name, layers, shapes)
+        # in a fused matrix a part begins behind the parts before it, of all groups (stacked) or of one (interleaved)
         match qkv:
             case Separate():
                 expected = groups * rows[part]
@@ -249,7 +250,7 @@ def _is_whole(prefix: str, family: Family, layers: int, shapes: Shapes) -> bool:
 
 
 def _the_prefix(prefixes: list[str], config: Mapping[str, Any], shapes: Shapes, family: Family) -> str | None:
-    """The only prefix, or the only one whose first layer reads the configuration's hidden size and is not vision."""
+    """The only prefix, or the only one, vision aside, whose first layer reads the hidden size; else None."""
     if len(prefixes) <= 1:
         return prefixes[0] if prefixes else None
     first = f"{family.layer.replace('{layer}', '0')}.{_modules(family.qkv)[0]}.weight"

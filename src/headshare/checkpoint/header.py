@@ -52,7 +52,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     Raises:
         CheckpointError: if the header is damaged, or the file is shorter or longer than it says.
     """
-    # the length comes first and is not trusted before anything of that length is read
+    # the header's length is checked before so many bytes are read
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

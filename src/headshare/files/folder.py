@@ -95,7 +95,7 @@ def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator
             # the lock tells other runs that this folder is in use and not left behind
             cleanup.enter_context(locked(partial))
             yield partial
-            # all entries reach the disk before the rename, so that a whole output is whole after a power cut
+            # all entries reach the disk before the rename, so that an output in its place survives a power cut
             partial.chmod(0o777 & ~umask())
             for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
                 flush_folder(folder)

@@ -67,7 +67,7 @@ class Removal(Section):
             raise PlanError(f"the units of a removal lie along the other axis in {readout.tensor} than elsewhere.")
         if not all(place.tensor.endswith(".weight") for place in layout.parts.values()):
             raise PlanError("units can only be removed from tensors whose names end with .weight.")
-        # a layer without any unit would have no matrix to load
+        # every layer keeps a unit, so that no matrix becomes empty
         for layer, spans in self.removed.items():
             if length(spans) >= layout.groups:
                 raise PlanError(f"all {layout.groups} {layout.kind} units of layer {layer} are removed; keep one.")

@@ -58,7 +58,7 @@ class Made(Protocol):
 
     @property
     def stop(self) -> int:
-        """One past the last index."""
+        """The index one past the last."""
 
     @property
     def maker(self) -> str:

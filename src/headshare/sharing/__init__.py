@@ -1,1 +1,1 @@
-"""The shared format: share, expand and rewrite checkpoints, and their exact sizes."""
+"""The shared format: checkpoints shared, expanded and rewritten, and their exact sizes."""

@@ -1,4 +1,4 @@
-"""Where every output tensor's numbers come from, as a value; and one executor that streams them, slice by slice."""
+"""Assemblies: the sources of each output tensor's numbers as a value, and their stream, slice by slice."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,17 +10,19 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.plan.tensors import MADE, NOTHING, Source, TensorPlan
 
-SLICE_BYTES = 2 * 2**20  # stays in the cache, and in memory that is used again
+# a slice of this size stays in the cache, and in memory that is used again
+SLICE_BYTES = 2 * 2**20
+# bytes of a page of memory, on whose boundaries a file can be mapped
 PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """One output tensor: runs of stored indices along `axis`, each from some tensor of the source (or, from NOTHING,
-    zeros), laid end to end.
+    """The assembly of one output tensor from runs of stored indices along `axis`, laid end to end.
 
-    `dtype` is the safetensors name of the output's type; `file` is where the tensor goes. `shared` marks what a plan
-    touches: a loaded model maps it from the file, if it fills whole pages there.
+    Each run comes from a tensor of the source, or is zeros (NOTHING). `dtype` is the safetensors name of the output's
+    type; `file` is the file that the tensor goes into. `shared` marks a tensor that lends or borrows: a loaded model
+    maps it from the file, if it fills whole pages there.
     """
 
     name: str
@@ -33,12 +35,12 @@ class Assembly:
 
     @property
     def paged(self) -> bool:
-        """Whether the tensor is to begin at a page's boundary: it is shared, and ends at one too."""
+        """True if the tensor is to begin at a page's boundary: it is shared, and its size is whole pages."""
         return self.shared and self.axis == 0 and self.nbytes > 0 and self.nbytes % PAGE == 0
 
     @property
     def nbytes(self) -> int:
-        """Size in the output."""
+        """Bytes of the tensor in the output."""
         count = 1
         for number in self.shape:
             count *= number
@@ -46,29 +48,31 @@ class Assembly:
 
 
 def copied(info: TensorInfo, dtype: str | None = None) -> Assembly:
-    """The tensor as it is, stored as `dtype` if it is a floating-point weight."""
+    """The assembly of an unchanged tensor, stored as `dtype` if it is a floating-point weight."""
     length = info.shape[0] if info.shape else 1
     return Assembly(info.name, output_dtype(info, dtype), info.shape, info.file, 0, (Source(info.name, 0, length),))
 
 
 def kept_only(info: TensorInfo, tensor: TensorPlan, dtype: str | None = None, *, shared: bool = True) -> Assembly:
-    """What a dense tensor keeps under a plan. It is `shared` where others take from it, or it from them."""
+    """The assembly of what a dense tensor keeps under a plan. With `shared`, it lends or borrows."""
     runs = tuple(Source(info.name, start, stop) for start, stop in tensor.kept())
     return Assembly(info.name, output_dtype(info, dtype), tensor.stored_shape, info.file, tensor.axis, runs, shared)
 
 
 def overwritten(info: TensorInfo, tensor: TensorPlan) -> Assembly:
-    """A dense tensor with gaps filled from donors and zeros where units are removed, read from a dense checkpoint.
+    """The assembly, from a dense checkpoint, of a dense tensor with donors' indices for borrowed ones.
 
-    Columns that the plan stores as a product are left as the dense tensor has them.
+    Removed indices are zeros. Low-rank columns are left as the dense tensor has them.
     """
     runs = (run._replace(source=info.name) if run.source == MADE else run for run in tensor.whole())
     return Assembly(info.name, info.dtype, tensor.shape, info.file, tensor.axis, tuple(runs))
 
 
 def filled(info: TensorInfo, tensor: TensorPlan, tensors: Mapping[str, TensorPlan]) -> Assembly:
-    """The same, read from a shared checkpoint, where donors too hold only what they keep. There are zeros where the
-    tensor's own factors are to be multiplied out."""
+    """The assembly, from a shared checkpoint, of a dense tensor with donors' indices for borrowed ones.
+
+    Donors too hold only what they keep. Removed indices are zeros, and so are made ranges, which are computed later.
+    """
     runs = []
     for source, start, stop in tensor.whole():
         if source in (NOTHING, MADE):
@@ -80,12 +84,12 @@ def filled(info: TensorInfo, tensor: TensorPlan, tensors: Mapping[str, TensorPla
 
 
 def output_dtype(info: TensorInfo, dtype: str | None) -> str:
-    """The type this tensor is stored as when floating-point weights become `dtype`."""
+    """The type of this tensor in an output whose floating-point weights are stored as `dtype`."""
     return dtype if dtype is not None and info.torch_dtype.is_floating_point else info.dtype
 
 
 def stream(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
-    """The output tensor's numbers in order, as slices of at most about SLICE_BYTES."""
+    """The numbers of the output tensor in order, as slices of at most about SLICE_BYTES."""
     slices = _rows(assembly, source) if assembly.axis == 0 else _columns(assembly, source)
     dtype = DTYPES[assembly.dtype]
     for piece in slices:
@@ -113,10 +117,10 @@ def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     for first in range(0, assembly.shape[0], step):
         last = min(first + step, assembly.shape[0])
         rows = {name: source.read(name, first, last) for name in names}
-        some = next(iter(rows.values()))
+        like = next(iter(rows.values()))
         yield torch.cat(
             [
-                some.new_zeros(last - first, stop - start) if name == NOTHING else rows[name][:, start:stop]
+                like.new_zeros(last - first, stop - start) if name == NOTHING else rows[name][:, start:stop]
                 for name, start, stop in assembly.runs
             ],
             dim=1,

@@ -21,12 +21,12 @@ from headshare.sharing.writer import write_checkpoint
 def expand(
     shared: Checkpoint, out: str | Path, *, overwrite: bool = False, rounded: bool = True, unpacked: bool = False
 ) -> Path:
-    """Write a shared checkpoint back as a stock folder that any tool loads: every gap filled from its donor, and zeros
-    where units were removed, so that it computes the same.
+    """Write a shared checkpoint back as a stock folder that any tool loads and that computes the same.
 
-    Scales are multiplied into the columns of W_o that they belong to, and factors with each other. Such a W_o is
-    `rounded` to the checkpoint's type, or else written as float32 at least. Matrices of four bits stay that, in
-    compressed-tensors' format, or are `unpacked`: to the type that most of the other numbers have.
+    Borrowed indices are filled from their donors, and removed ones with zeros. Scales are multiplied into the columns
+    of W_o that they belong to, and low-rank factors with each other. Such a W_o is `rounded` to the checkpoint's type,
+    or else written as float32 at least. Matrices rounded to 4 bits stay so, in compressed-tensors' format, or are
+    `unpacked` to the type that most of the other numbers have.
 
     Raises:
         CheckpointError: if the checkpoint is not shared, its tensors are not what its plan says, or no stock model
@@ -37,15 +37,18 @@ def expand(
     why = files.plan.no_stock_equivalent
     if why is not None:
         raise CheckpointError(f"{shared.name} has no stock equivalent: {why}. Load it with headshare.")
+    # every tensor in its dense shape; those that the plan added are gone
     assemblies = [
         filled(info, files.tensors[name], files.tensors) if name in files.tensors else copied(info)
         for name, info in shared.tensors.items()
         if name not in files.added
     ]
+    # those that scales or factors belong to are more than copies
     computed = ExpandedTensors(files).computed(rounded=rounded)
     if not rounded:
-        assemblies = [_widened(one) if one.name in computed else one for one in assemblies]
+        assemblies = [_widened(each) if each.name in computed else each for each in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
+    # packed matrices can share rows only, so that none of them is computed
     packing = shared.require_sharing().packing
     if packing is None:
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite, computed)
@@ -57,20 +60,22 @@ def expand(
 
 
 def _unpacked(shared: Checkpoint, assemblies: Sequence[Assembly]) -> tuple[list[Assembly], LazyTensors]:
-    """The assemblies with each matrix of four bits as one tensor, of the type that most of the other numbers have; and
-    those matrices, by name."""
-    packed = {one.name: one for one in assemblies if one.name.endswith(PARTS)}
-    others = [one for one in assemblies if one.name not in packed]
+    """The assemblies with each packed matrix as one tensor, and those matrices unpacked, by name.
+
+    Their type is the one that most of the other numbers have.
+    """
+    packed = {each.name: each for each in assemblies if each.name.endswith(PARTS)}
+    others = [each for each in assemblies if each.name not in packed]
     # the type that most bytes of weights have
-    weights = [one for one in others if one.dtype in WEIGHT_DTYPES]
-    dtypes = {one.dtype: sum(each.nbytes for each in weights if each.dtype == one.dtype) for one in weights}
+    weights = [each for each in others if each.dtype in WEIGHT_DTYPES]
+    dtypes = {weight.dtype: sum(each.nbytes for each in weights if each.dtype == weight.dtype) for weight in weights}
     code = max(dtypes, key=dtypes.__getitem__, default="F32")
     meant: dict[str, Assembly] = {}
-    for name, one in packed.items():
+    for name, words in packed.items():
         if name.endswith(PACKED):
-            shape = (one.shape[0], one.shape[1] * A_WORD)
-            whole = part_of(name.removesuffix(f".{PACKED}"), "weight")
-            meant[whole] = Assembly(whole, code, shape, one.file, 0, ())
+            shape = (words.shape[0], words.shape[1] * A_WORD)
+            matrix = part_of(name.removesuffix(f".{PACKED}"), "weight")
+            meant[matrix] = Assembly(matrix, code, shape, words.file, 0, ())
 
     def unpack_matrix(name: str) -> Tensor:
         numbers = torch.cat(list(stream(packed[part_of(name, PACKED)], shared)))
@@ -81,8 +86,10 @@ def _unpacked(shared: Checkpoint, assemblies: Sequence[Assembly]) -> tuple[list[
 
 
 def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
-    """Write the dense checkpoint with recipients' indices overwritten by their donors', and zeros in place of removed
-    units: what sharing should equal, but for columns stored as a product, which stay as they are."""
+    """Write the dense checkpoint with recipients' indices overwritten by their donors', and removed ones by zeros.
+
+    A shared checkpoint should equal it, but for low-rank columns, which stay here as they are in the dense one.
+    """
     tensors = fit_plan(plan, dense).tensors
     assemblies = [
         overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()

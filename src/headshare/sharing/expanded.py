@@ -1,4 +1,4 @@
-"""A shared model's tensors in the dense model's shapes: from a shared checkpoint, or from a dense one and a plan."""
+"""Expanded tensors: a shared model's, in dense shapes, from a shared checkpoint or from a dense one and a plan."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from headshare.sharing.makers import join, split
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for, so that not all need be in memory."""
+    """Tensors by name, each computed when it is asked for, so that not all need be in memory."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], Tensor]) -> None:
         self._names = names
@@ -42,14 +42,17 @@ class LazyTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class ExpandedTensors:
-    """Tensors by name in their dense shapes: gaps filled from donors, scales multiplied in, made ranges made (those
-    nearest to the dense numbers, where nothing is stored yet), zeros where units are removed."""
+    """Tensors of a shared model by name, in their dense shapes.
+
+    Borrowed ranges are filled from donors, scales are multiplied in, made ranges are computed, and removed ones are
+    zeros. Where nothing is stored yet, made ranges are those that come nearest to the dense numbers.
+    """
 
     files: SharedFiles
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ExpandedTensors":
-        """Those of a checkpoint as it is, shared or dense.
+        """The expanded tensors of a checkpoint, shared or dense.
 
         Raises:
             CheckpointError: if it is shared and does not hold what its plan says.
@@ -64,7 +67,7 @@ class ExpandedTensors:
 
     @classmethod
     def planned(cls, dense: Checkpoint, plan: SharePlan) -> "ExpandedTensors":
-        """Those that sharing a dense checkpoint by this plan gives; scales are one.
+        """The expanded tensors that sharing a dense checkpoint by this plan gives; scales are one.
 
         Raises:
             PlanError: if the plan is for another model.
@@ -73,15 +76,17 @@ class ExpandedTensors:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Where the numbers come from."""
+        """The checkpoint that the numbers are read from."""
         return self.files.checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint.tensors
 
     def read(self, name: str, *, rounded: bool = True) -> Tensor:
-        """This tensor in its dense shape, in memory of its own. Where it is computed (scaled or made), the result is
-        `rounded` to the type it is stored as, or else float32 at least.
+        """The tensor of this name in its dense shape, in new memory.
+
+        Where it is computed (scaled or made), the result is `rounded` to the type of the stored tensor, or else is in
+        float32 or better.
 
         Raises:
             CheckpointError: if the file ends early or cannot be read.
@@ -90,12 +95,12 @@ class ExpandedTensors:
         info = self.checkpoint.tensors[name]
         if tensor is None or tensor.is_whole:
             return self.checkpoint.read(name)
-        # first what stands here and what donors lend
+        # first the numbers that are stored here and those that donors lend
         assembly = filled(info, tensor, self.files.tensors) if self.files.stored else overwritten(info, tensor)
         whole = torch.cat(list(stream(assembly, self.checkpoint)))
         if not rounded and (tensor.scaled or tensor.made):
             whole = whole.to(widened(whole.dtype))
-        # then what is computed
+        # then the numbers that are computed from them
         scale = self.scale(name)
         if scale is not None:
             _scale_columns(whole, tensor, scale)
@@ -104,26 +109,26 @@ class ExpandedTensors:
         return whole
 
     def _added(self, tensor: TensorPlan) -> Callable[[str], Tensor]:
-        """The added tensors that made ranges are made from: as stored, or nearest to a dense model's numbers."""
+        """A reader of the added tensors behind made ranges: as stored, or nearest to a dense model's numbers."""
         if self.files.stored:
             return self.checkpoint.read
         return split(tensor, self.checkpoint.read(tensor.name)).__getitem__
 
     def scale(self, name: str) -> Float[Tensor, " scaled"] | None:
-        """The scales of this readout's borrowed channels, in order; None where it has none, or all are one."""
+        """The scales of this output projection's borrowed channels, in order; None where all are one."""
         tensor = self.files.tensors.get(name)
         if not self.files.stored or tensor is None or not tensor.scaled:
             return None
         return self.checkpoint.read(scale_name(name))
 
     def computed(self, *, rounded: bool) -> LazyTensors:
-        """The tensors that are more than copies of what is stored: those that have scales or made ranges."""
+        """The expanded tensors with scales or made ranges, which are more than copies of stored ones."""
         names = dict.fromkeys(added.weight for added in self.files.added.values())
         return LazyTensors(names, lambda name: self.read(name, rounded=rounded))
 
 
 def _scale_columns(weight: Tensor, tensor: TensorPlan, scale: Tensor) -> None:
-    """Multiply the scaled channels of a whole readout by their scales, in place."""
+    """Multiply the scaled channels of a whole output projection by their scales, in place."""
     used = 0
     for start, stop in tensor.scaled:
         values = scale[used : used + stop - start]

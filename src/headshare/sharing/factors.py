@@ -1,4 +1,4 @@
-"""A matrix as a product of two smaller ones, and back. Knows no model and no file."""
+"""Low-rank factors of a matrix, and their product. This module knows no model and no file."""
 
 import torch
 from jaxtyping import Float
@@ -27,5 +27,5 @@ def join_columns(
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for what is float64."""
+    """The type to compute in: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The check that a plan fits a checkpoint, made once, at the door, and its result: `SharedFiles`."""
+"""The check that a plan fits a checkpoint, and its result, `SharedFiles`, which needs no further check."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from headshare.sharing.makers import check_makers
 
 @dataclass(frozen=True)
 class SharedFiles:
-    """A checkpoint and a plan that was checked against it, once: what the functions of this package take.
+    """A checkpoint and a plan that was checked against it. The functions of this package take such a pair.
 
-    `tensors` says what the plan makes of each tensor that it touches, weights and biases, by name; `added` are the
-    tensors that a dense model has not. `stored` tells a shared checkpoint, which holds only what the plan keeps, from a
-    dense one that is to be shared.
+    `tensors` has the tensor plans of all weights and biases that the plan touches, by name. `added` has the tensors
+    that the plan adds to those of a dense model. `stored` is true for a shared checkpoint, which holds only what the
+    plan keeps, and false for a dense one that is to be shared.
     """
 
     checkpoint: Checkpoint
@@ -31,12 +31,12 @@ class SharedFiles:
 
     @property
     def tied(self) -> frozenset[str]:
-        """The names of the tensors that give or take."""
+        """The names of the tensors that lend or borrow."""
         return frozenset(tied_names(self.tensors))
 
 
 def open_shared(checkpoint: Checkpoint) -> SharedFiles:
-    """A shared checkpoint whose tensors are what its plan says.
+    """The files of a shared checkpoint, whose tensors are checked to be what its plan says.
 
     Raises:
         CheckpointError: if the checkpoint is not shared, a tensor is missing or has another shape, or an added one is
@@ -53,6 +53,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     files = SharedFiles(checkpoint, plan, tensors, added_tensors(plan), stored=True)
     check_makers(files.tensors.values())
     what = "the checkpoint does not hold what its plan says"
+    # parts of packed matrices must fit each other before their shapes mean anything
     if packing is not None:
         _check_packed(checkpoint, files.tensors, packing)
     # every tensor of the plan's grids, whole where the plan leaves it alone
@@ -64,29 +65,32 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     }
     if packing is not None:
         parts = [packing.parts(name, shape) for name, shape in expected.items()]
-        expected = {name: shape for one in parts for name, shape in one.items()}
+        expected = {name: shape for matrix in parts for name, shape in matrix.items()}
     expected |= {name: tensor.stored_shape for name, tensor in files.tensors.items()}
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, what)
     if plan.removals:
         check_removals(plan, checkpoint.layouts)
-    # what the plan adds
+    # tensors that the plan adds, each in the type of the weight that it belongs to
     for name, added in files.added.items():
         _check_tensor(checkpoint, name, added.shape, what)
-        found = checkpoint.tensors[name].dtype
+        dtype = checkpoint.tensors[name].dtype
         meant = checkpoint.tensors[added.weight].dtype
-        if added.same_type and found != meant:
-            raise CheckpointError(f"{name} in {checkpoint.name} is {found}; it should be {meant} as {added.weight} is.")
+        if added.same_type and dtype != meant:
+            raise CheckpointError(f"{name} in {checkpoint.name} is {dtype}; it should be {meant} as {added.weight} is.")
     return files
 
 
 def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
-    """A dense checkpoint and a plan for it: every tensor of the plan's grids is there, in its shape, and the units that
-    the plan removes can be removed from such a model.
+    """The files of a dense checkpoint and a plan for it, checked.
+
+    Every tensor of the plan's grids is there in its dense shape, and a model of this family works without the units
+    that the plan removes.
 
     Raises:
         PlanError: if the plan is for another model.
     """
+    # the grids and their tensors
     what = "the plan is for another model"
     for layout in plan.layouts:
         for place in layout.parts.values():
@@ -95,6 +99,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
     for section in plan.sections:
         if section.one_type:
             require_one_dtype(section.layout, dense)
+    # what the plan does with them
     if plan.removals:
         check_removals(plan, dense.layouts)
     files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
@@ -108,13 +113,13 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
 
 
 def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, TensorPlan]:
-    """What the plan makes of this checkpoint's tensors: of weights, and of biases that are there and lose something."""
+    """Tensor plans of this checkpoint: of the weights, and of biases that are there and lose numbers."""
     biases = {name: bias for name, bias in bias_plans(plan).items() if name in checkpoint.tensors}
     return {**tensor_plans(plan), **biases}
 
 
 def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, TensorPlan], packing: Packing) -> None:
-    """Every packed matrix has its parts, in their types, and in shapes that fit each other.
+    """Check that every packed matrix has its parts, in their types, and in shapes that fit each other.
 
     Raises:
         CheckpointError: naming the first that has not.
@@ -122,11 +127,12 @@ def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, TensorPlan], pac
     what = "the checkpoint does not hold packed matrices as its config.json says"
     stems = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith(PARTS)}
     for stem in sorted(stems):
-        found = [checkpoint.tensors.get(part_of(stem, part)) for part in PARTS]
+        parts = [checkpoint.tensors.get(part_of(stem, part)) for part in PARTS]
         wanted_types = [(TYPES[PACKED], 2), (TYPES[SCALE], 2), (TYPES[SHAPE], 1)]
-        if [one and (one.dtype, len(one.shape)) for one in found] != wanted_types:
+        if [part and (part.dtype, len(part.shape)) for part in parts] != wanted_types:
             raise CheckpointError(f"{what}: {stem} should have {', '.join(PARTS)}, of {', '.join(TYPES.values())}.")
-        packed, scale, shape = (one for one in found if one is not None)
+        packed, scale, shape = (part for part in parts if part is not None)
+        # stored rows are those that the plan keeps; the matrix's own shape is the dense one
         rows, words = packed.shape
         for name, wanted in ((scale.name, (rows, words * A_WORD // packing.group)), (shape.name, (2,))):
             _check_tensor(checkpoint, name, wanted, what)

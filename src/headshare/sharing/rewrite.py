@@ -36,9 +36,10 @@ def write_refitted(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a shared checkpoint again with these tensors, whole, in the place of its own, and a record of the refit.
+    """Write a shared checkpoint again with refitted tensors in the place of its own, and a record of the refit.
 
-    `out` may be the checkpoint's own folder, which is replaced in one step when the new one is whole.
+    `tensors` are whole, in their dense shapes; what the plan keeps of them is stored. `out` may be the checkpoint's own
+    folder, which is replaced in one step when the new one is whole.
 
     Raises:
         OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
@@ -61,8 +62,10 @@ def write_trained(
     overwrite: bool = False,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write a checkpoint, dense or shared, whoever wrote it last, as `share` writes one: pages, digests, checks.
-    `dtype` converts all weights; `notes` are JSON files that go with it.
+    """Write a checkpoint, dense or shared and saved by any tool, in the form that `share` writes.
+
+    So it has aligned pages and digests, and is checked. `dtype` converts all weights; `notes` are JSON files that go
+    with it.
 
     Raises:
         OutputError: if it cannot be written.
@@ -85,7 +88,7 @@ def write_trained(
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix of four-bit numbers, packed, and a scale for each group of a row's inputs."""
+    """A matrix rounded to 4 bits: its packed numbers, and a scale for each group of a row's inputs."""
 
     packed: Int[Tensor, "rows words"]
     scale: Float[Tensor, "rows groups"]
@@ -99,14 +102,17 @@ def write_packed(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a shared checkpoint, or a dense one as one that shares nothing, with these matrices packed in the place of
-    its own. They are whole; stored of them is what the plan keeps.
+    """Write a checkpoint with these packed matrices in the place of its own.
+
+    A dense checkpoint is written as a shared one that shares nothing. The matrices are whole; what the plan keeps of
+    them is stored.
 
     Raises:
         PlanError: if the plan does more than share rows.
         CheckpointError: if a scale is not finite, or the source cannot be read.
         OutputError: if it cannot be written.
     """
+    # a dense source gets a plan that shares nothing, since only an entry of headshare can hold the packing
     tensors: Mapping[str, TensorPlan] = {}
     if source.sharing is None:
         kind = text_config(source.config).get("model_type")
@@ -114,26 +120,28 @@ def write_packed(
     else:
         entry = source.sharing
         tensors = packed_tensors(open_shared(source).tensors, packing)
+    # each matrix becomes three tensors: of two the plan keeps some rows, and the third says the dense shape
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
         if not all_finite(matrix.scale):
             raise CheckpointError(f"the scales of {name} are not finite: its weights or their inputs are too large.")
         parts = {part_of(name, PACKED): matrix.packed, part_of(name, SCALE): matrix.scale}
-        for one, whole in parts.items():
-            rows = [whole[start:stop] for start, stop in tensors[one].kept()] if one in tensors else [whole]
-            given[one] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
+        for part, whole in parts.items():
+            rows = [whole[start:stop] for start, stop in tensors[part].kept()] if part in tensors else [whole]
+            given[part] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
         given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
         file = source.tensors[name].file
-        assemblies += [given_assembly(one, given[one], file) for one in (*parts, part_of(name, SHAPE))]
+        assemblies += [given_assembly(part, given[part], file) for part in (*parts, part_of(name, SHAPE))]
     entry = dataclasses.replace(entry, packing=packing)
     config = {**source.config, "quantization_config": entry.to_config()}
     return write_checkpoint(source, assemblies, config, out, overwrite, given)
 
 
 def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that a shared checkpoint cannot be written to again: one in a wrong place, or its own folder
-    where that holds files that would not come along.
+    """Refuse an output that a shared checkpoint cannot be written to again.
+
+    That is one in a wrong place, or the checkpoint's own folder where it holds files that would be lost.
 
     Raises:
         OutputError: saying which.

@@ -1,4 +1,4 @@
-"""Write a whole folder or none: a temporary sibling, flushed to disk, checked, then renamed in one step."""
+"""The writer of safetensors files: tensors streamed in a canonical order, aligned to pages, and digested."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from headshare.sharing.assembly import PAGE, Assembly
 
 
 def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterable[Iterable[Tensor]]) -> str:
-    """Stream tensors into one safetensors file, in the order given; return its SHA-256. The file is not flushed yet.
+    """Write tensors into one safetensors file, in this order, and return its SHA-256. The file is not flushed yet.
 
     `slices` yields, for each assembly, its numbers in order. One slice is digested while the next is read and written.
 
@@ -29,7 +29,9 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
         digested: list[Future[None]] = []
 
         def write(data: Any) -> int:
-            view, done = memoryview(data).cast("B"), 0
+            view = memoryview(data).cast("B")
+            done = 0
+            # at most one slice waits for its digest, so that no more than two are in memory
             while digested:
                 digested.pop().result()
             digested.append(digester.submit(digest.update, view))
@@ -53,6 +55,7 @@ def _header(assemblies: Sequence[Assembly]) -> bytes:
         end = offset + assembly.nbytes
         header[assembly.name] = {"dtype": assembly.dtype, "shape": list(assembly.shape), "data_offsets": [offset, end]}
         offset = end
+    # spaces behind the header align the first tensor, and so all paged ones
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     boundary = PAGE if assemblies and assemblies[0].paged else 8
     text += b" " * (-(len(text) + 8) % boundary)
@@ -60,6 +63,8 @@ def _header(assemblies: Sequence[Assembly]) -> bytes:
 
 
 def canonical_order(assemblies: Iterable[Assembly]) -> list[Assembly]:
-    """Paged tensors first, so that each begins at a page's boundary in the file and can be mapped from there; then the
-    order in which safetensors itself writes: widest type first, then by name."""
-    return sorted(assemblies, key=lambda one: (not one.paged, -DTYPES[one.dtype].itemsize, one.name))
+    """Assemblies in the order of a file: paged tensors first, then as safetensors orders them, by type and by name.
+
+    So each paged tensor begins at a page's boundary and can be mapped from there. Wider types come first.
+    """
+    return sorted(assemblies, key=lambda each: (not each.paged, -DTYPES[each.dtype].itemsize, each.name))

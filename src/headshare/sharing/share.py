@@ -1,9 +1,9 @@
-"""Share and expand: from a dense checkpoint and a plan to a smaller one, and back. This file is the format.
+"""Sharing: a dense checkpoint and a plan become a smaller checkpoint. This file defines the format.
 
-On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name; one with gaps, or of which
-units are removed, holds only the indices it keeps. Scales of ties, and the factors of factored readouts, stand beside
-the readout's weight. config.json carries the plan as `quantization_config`, so that
-transformers without headshare stops at a shape mismatch. headshare.json holds the digests of the files as written.
+On disk a shared checkpoint is a normal Hugging Face folder. Every tensor keeps its name and holds only its stored
+indices, without borrowed, low-rank and removed ones. Scales of ties and factors of low-rank units stand beside the
+output projection's weight. config.json carries the plan as `quantization_config`, so that transformers without
+headshare stops at a shape mismatch. headshare.json holds the digests of the files as written.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from headshare.sharing.writer import all_finite, dtype_key, given_assembly, writ
 
 @dataclass(frozen=True)
 class SharedCheckpoint:
-    """A dense checkpoint and a plan that fits it: what `save` will write. Nothing has been moved yet."""
+    """A dense checkpoint and a plan that fits it, from which `save` writes. No weight is read before."""
 
     files: SharedFiles
     dtype: str | None = None
@@ -48,7 +48,7 @@ class SharedCheckpoint:
 
     @property
     def plan(self) -> SharePlan:
-        """The plan that it is shared by."""
+        """The plan by which it is shared."""
         return self.files.plan
 
     @property
@@ -59,8 +59,9 @@ class SharedCheckpoint:
     def save(
         self, out: str | Path, *, overwrite: bool = False, notes: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Path:
-        """Write the shared checkpoint as a folder, whole or not at all, and check what was written. `notes` are JSON
-        files that go with it, by name.
+        """Write the shared checkpoint as a folder, whole or not at all, and check what was written.
+
+        `notes` are JSON files that go with it, by name.
 
         Raises:
             OutputError: if the folder exists or cannot be written.
@@ -69,16 +70,17 @@ class SharedCheckpoint:
         tensors = self.files.tensors
         tied = self.files.tied
         code = dtype_code(self.dtype)
-        # what the plan keeps of the dense tensors
+        # the indices that the plan keeps of dense tensors
         assemblies = [
             kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
+        # the plan travels in config.json, so that the folder alone can be loaded
         entry = SharingEntry(self.plan, self.refit, self.dense.name)
         config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype
-        # what the plan adds, and what a refit put in the place of dense tensors
+        # tensors that the plan adds, and refitted ones in the place of dense tensors
         added = self._added(code)
         assemblies += [
             given_assembly(name, tensor, self.dense.tensors[self.files.added[name].weight].file)
@@ -89,13 +91,18 @@ class SharedCheckpoint:
         return write_checkpoint(self.dense, assemblies, config, Path(out), overwrite, given, notes=notes)
 
     def with_refit(self, refit: RefitRecord, tensors: Mapping[str, Tensor]) -> "SharedCheckpoint":
-        """The same with these tensors, whole, in the place of the dense model's; added tensors are among them by
-        name. Factors that are not are split from the readout, its own or the one that is given."""
+        """The shared checkpoint with these whole tensors in the place of the dense model's.
+
+        Added tensors may be among them, by name. Factors that are not are split from the output projection: the given
+        one if there is one, or the dense model's.
+        """
         return dataclasses.replace(self, refit=refit, refitted=tensors)
 
     def _added(self, code: str | None) -> dict[str, Tensor]:
-        """The tensors that the plan adds, in the type of the weight that each belongs to: those that were fitted, else
-        the number that fills them, or what their maker splits from the weight."""
+        """The tensors that the plan adds, each in the type of the weight that it belongs to.
+
+        They are the fitted ones, or else filled with their number, or split from the weight by their maker.
+        """
         values: dict[str, Tensor] = {}
         stored: dict[str, Tensor] = {}
         for name, meant in self.files.added.items():
@@ -111,11 +118,12 @@ class SharedCheckpoint:
         return stored
 
     def _not_fitted(self, name: str, meant: AddedTensor) -> dict[str, Tensor]:
-        """An added tensor that no refit made, and those that are made with it, by name."""
+        """The values of an added tensor that was not fitted, and of those that its maker makes with it, by name."""
         if meant.fill is not None:
             return {name: torch.full(meant.shape, meant.fill)}
-        beside = [one for one, other in self.files.added.items() if other.weight == meant.weight and other.fill is None]
-        given = [one for one in beside if one in self.refitted]
+        added = self.files.added.items()
+        beside = [each for each, other in added if other.weight == meant.weight and other.fill is None]
+        given = [each for each in beside if each in self.refitted]
         if given:
             raise CheckpointError(f"{given[0]} was fitted, but {name} beside it was not. Give both or none.")
         weight = meant.weight
@@ -126,7 +134,9 @@ class SharedCheckpoint:
 
 
 def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> SharedCheckpoint:
-    """Check that the plan fits the checkpoint. `dtype` (float32, float16, bfloat16) converts all weights.
+    """The shared checkpoint of a dense one and a plan that fits it, checked and not yet written.
+
+    `dtype` (float32, float16, bfloat16) converts all weights.
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.
@@ -142,18 +152,18 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
 def as_stored(
     whole: Mapping[str, Tensor], assemblies: Iterable[Assembly], tensors: Mapping[str, TensorPlan]
 ) -> LazyTensors:
-    """Whole tensors as a shared checkpoint stores them: what the plan keeps of each, in the output's type.
+    """Tensors as a shared checkpoint stores them: the indices that the plan keeps of each, in the output's type.
 
-    Made when asked for, so that the whole ones may lie on disk.
+    Each is computed when it is asked for, so that the whole ones may lie on disk.
     """
     meant = {assembly.name: assembly for assembly in assemblies}
 
     def kept(name: str) -> Tensor:
         tensor = whole[name]
         if name in tensors:
-            gapped = tensors[name]
-            pieces = [tensor.narrow(gapped.axis, start, stop - start) for start, stop in gapped.kept()]
-            tensor = torch.cat([tensor.narrow(gapped.axis, 0, 0), *pieces], dim=gapped.axis)
+            plan = tensors[name]
+            pieces = [tensor.narrow(plan.axis, start, stop - start) for start, stop in plan.kept()]
+            tensor = torch.cat([tensor.narrow(plan.axis, 0, 0), *pieces], dim=plan.axis)
         stored = tensor.to(DTYPES[meant[name].dtype]).contiguous()
         if not all_finite(stored):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Exact bytes, before any weight is read: what a plan, or a ratio, makes of a checkpoint."""
+"""Exact sizes of a checkpoint under a plan, computed before any weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,17 +13,18 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, tensor_plans
 from headshare.plan.units import Sublayer
 
+# fractions of the model below which a saving is called little, and the chosen parts small
 LITTLE = 0.02
 SMALL_PARTS = 0.15
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What sharing saves. Bytes are of parameters, as the model holds them in memory and the checkpoint on disk.
+    """Bytes that a plan saves. They are of parameters, as the model holds them in memory and the checkpoint on disk.
 
-    `units` and `recipients` are summed over the grids that share (attention, feed-forward; each part when matched
-    separately); `removed_units` of attention and `removed_neurons` are gone altogether. Fractions are of the whole
-    model: `saved_fraction` what goes, `parts_fraction` what was at stake.
+    `units` and `recipients` are summed over the grids that share: attention, feed-forward, or each part when parts are
+    matched separately. `removed_units` counts attention units. `saved_fraction` is the saved part of the whole model,
+    and `parts_fraction` the part of it that the chosen parts have.
     """
 
     units: int
@@ -37,11 +38,11 @@ class Estimate:
     removed_neurons: int = 0
 
     def to_dict(self) -> dict[str, int | float]:
-        """The same under the names that `--json` prints."""
+        """The fields under the names that `--json` prints."""
         return asdict(self)
 
     def in_words(self) -> str:
-        """One or two sentences for the person who decides, honest where little can be saved."""
+        """The estimate in one or two sentences, which also say where little can be saved."""
         gone = [f"{self.removed_units} attention units"] * bool(self.removed_units)
         gone += [f"{self.removed_neurons} neurons"] * bool(self.removed_neurons)
         removed = f", {' and '.join(gone)} removed" if gone else ""
@@ -62,7 +63,7 @@ def _mib(count: int) -> str:
 
 
 def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
-    """The bytes that this very plan leaves of this checkpoint, stored as `dtype` or as they are.
+    """The estimate for this plan and checkpoint, stored as `dtype` or as it is.
 
     Raises:
         OptionError: if there is no such type.
@@ -70,14 +71,17 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     code = dtype_code(dtype)
     parameters = parameter_infos(checkpoint)
     dense = sum(stored_bytes(info, code) for info in parameters.values())
+    # indices that are not stored, of weights and of biases that are there
     tensors = tensor_plans(plan) | bias_plans(plan)
     present = {name: tensor for name, tensor in tensors.items() if name in checkpoint.tensors}
     saved = sum(absent_numbers(tensor) * item_size(checkpoint.tensors[name], code) for name, tensor in present.items())
+    # bytes of all units in the plan's parts: no ratio can save more
     places = {part: (layout, place) for layout in plan.layouts for part, place in layout.parts.items()}
     at_stake = sum(
         layout.units * place.numel * item_size(checkpoint.tensors[place.name(0)], code)
         for layout, place in places.values()
     )
+    # scales and factors take some bytes back
     for extra in added_tensors(plan).values():
         saved -= prod(extra.shape) * item_size(checkpoint.tensors[extra.weight], code)
     return Estimate(
@@ -94,12 +98,12 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
 
 
 def absent_numbers(tensor: TensorPlan) -> int:
-    """How many numbers of a tensor a plan leaves out."""
+    """The count of a tensor's numbers that a plan does not store."""
     return prod(tensor.shape) - prod(tensor.stored_shape)
 
 
 def dtype_code(dtype: str | None) -> str | None:
-    """What safetensors calls this type.
+    """The name that safetensors has for this type; None for None.
 
     Raises:
         OptionError: naming those that weights can be stored as.
@@ -110,7 +114,7 @@ def dtype_code(dtype: str | None) -> str | None:
 
 
 def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
-    """The stored tensors that are parameters, each counted once: no rotary tables, masks or second tied embedding."""
+    """Entries of the stored tensors that are parameters: no rotary tables, masks or second tied embedding."""
     infos = {name: info for name, info in checkpoint.tensors.items() if not _is_buffer(info)}
     if not text_config(checkpoint.config).get("tie_word_embeddings"):
         return infos
@@ -132,11 +136,11 @@ def _is_buffer(info: TensorInfo) -> bool:
 
 
 def stored_bytes(info: TensorInfo, dtype: str | None) -> int:
-    """Bytes of this tensor once floating-point weights are stored as `dtype` (None: as they are)."""
+    """Bytes of this tensor if floating-point weights are stored as `dtype` (None: as they are)."""
     return info.nbytes // DTYPES[info.dtype].itemsize * item_size(info, dtype)
 
 
 def item_size(info: TensorInfo, dtype: str | None) -> int:
-    """Bytes of one number of this tensor, stored as `dtype` if it is a floating-point weight."""
+    """Bytes of one of this tensor's numbers, stored as `dtype` if it is a floating-point weight."""
     convert = dtype is not None and info.torch_dtype.is_floating_point
     return DTYPES[dtype].itemsize if convert and dtype is not None else DTYPES[info.dtype].itemsize

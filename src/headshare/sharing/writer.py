@@ -1,4 +1,4 @@
-"""The writer: any output folder from any assemblies, checked against what was meant."""
+"""The writer of checkpoint folders from assemblies, which checks every number that it wrote."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,12 +41,14 @@ def write_checkpoint(
     in_place: bool = False,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write a folder from assemblies, whole or not at all, and check what was written.
+    """Write a checkpoint's folder from assemblies, whole or not at all, and check what was written.
 
-    `given` holds tensors that are at hand and not read from the source. With `in_place` the source itself is replaced.
+    `given` holds tensors that are in memory or made here, and not read from the source. With `in_place` the source
+    itself is replaced.
     """
-    given, by_file = given or {}, _by_file(assemblies)
-    expected = sum(one.nbytes for many in by_file.values() for one in many)
+    given = given or {}
+    by_file = _by_file(assemblies)
+    expected = sum(each.nbytes for many in by_file.values() for each in many)
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
     with whole_folder(out, overwrite=overwrite, expected_bytes=expected) as folder, source:
@@ -57,7 +59,9 @@ def write_checkpoint(
         for name, note in (notes or {}).items():
             write_json(folder / name, note)
         write_json(folder / "config.json", config)
+        # the manifest comes last: it holds the digests of the weights and of config.json
         _write_manifest(folder, digests)
+        # the result must pass the checks that are made on loading
         with open_checkpoint(folder) as written:
             if written.plan is not None:
                 open_shared(written)
@@ -67,14 +71,15 @@ def write_checkpoint(
 def _write_files(
     folder: Path, source: Checkpoint, by_file: Mapping[str, list[Assembly]], given: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Write each file, and check it while the next is written. Returns their digests."""
+    """Write each file, check it while the next is written, and return the digests by file."""
     digests: dict[str, str] = {}
     checks: list[Future[None]] = []
     with ThreadPoolExecutor(1) as checker:
         for file, many in track(by_file.items(), "writing", len(by_file)):
-            slices = ([given[one.name]] if one.name in given else _finite(one, source) for one in many)
+            slices = ([given[each.name]] if each.name in given else _finite(each, source) for each in many)
             digests[file] = write_safetensors(folder / file, many, slices)
             checks.append(checker.submit(_check_file, folder / file, source, many, given))
+            # a failed check ends the run now and not after the last file
             for check in checks:
                 if check.done():
                     check.result()
@@ -84,10 +89,10 @@ def _write_files(
 
 
 def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
-    """The tensor's slices, as long as they are finite.
+    """The slices of a tensor, each checked to be finite.
 
     Raises:
-        CheckpointError: if the source is not, or if its numbers do not fit the output's type.
+        CheckpointError: if the source is not finite, or its numbers do not fit the output's type.
     """
     read = {run.source for run in assembly.runs} - {NOTHING}
     converted = any(source.tensors[name].dtype != assembly.dtype for name in read)
@@ -103,12 +108,12 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 
 
 def all_finite(numbers: Tensor) -> bool:
-    """Whether none is NaN or infinite: the least and the largest tell, many times faster than asking each."""
+    """True if no number is NaN or infinite. The least and the largest tell, many times faster than all."""
     return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
 
 
 def given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
-    """The assembly of a tensor that is at hand, to be written into this file."""
+    """The assembly of a given tensor, which is written into this file and not read from the source."""
     code = next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)
     return Assembly(name, code, tuple(tensor.shape), file, 0, ())
 
@@ -121,18 +126,18 @@ def _by_file(assemblies: Iterable[Assembly]) -> dict[str, list[Assembly]]:
 
 
 def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
-    weight_map = {one.name: file for file, many in by_file.items() for one in many}
+    weight_map = {each.name: file for file, many in by_file.items() for each in many}
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def copy_other_files(source: Path, folder: Path) -> None:
-    """Everything beside the weights: tokenizer, generation settings, a model card."""
+    """Copy everything beside the weights: tokenizer, generation settings, a model card."""
     for path in other_files(source):
         copy_file(path, folder / path.relative_to(source))
 
 
 def other_files(source: Path) -> Iterator[Path]:
-    """What comes along beside the weights. Hidden files and pickles stay."""
+    """The files beside the weights that go into the output. Hidden files and pickles do not."""
     modules = _module_folders(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
@@ -164,7 +169,7 @@ def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:
-    """Flush a file to disk, open it, and compare every number in it with what was meant.
+    """Flush a file to disk, open it, and compare every number in it with the assemblies'.
 
     Raises:
         CheckpointError: if the header or a number differs.
@@ -183,26 +188,28 @@ def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Ma
 
 
 def _holds(written: Checkpoint, name: str, pieces: Iterable[Tensor]) -> bool:
-    """Whether a tensor's bytes are those of these pieces, laid end to end."""
-    info, offset = written.tensors[name], 0
+    """True if a tensor's bytes are those of these pieces, laid end to end."""
+    info = written.tensors[name]
+    offset = 0
     for piece in pieces:
-        found = torch.empty_like(piece, memory_format=torch.contiguous_format)
-        if found.numel():
-            written.read_into(found.flatten().view(torch.uint8).numpy().data, info, offset)
-        if not torch.equal(_bits(found), _bits(piece)):
+        stored = torch.empty_like(piece, memory_format=torch.contiguous_format)
+        if stored.numel():
+            written.read_into(stored.flatten().view(torch.uint8).numpy().data, info, offset)
+        if not torch.equal(_bits(stored), _bits(piece)):
             return False
         offset += piece.nbytes
     return offset == info.nbytes
 
 
 def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorPlan | None) -> bool:
-    """Whether a stored tensor holds just what the dense one holds outside its gaps, bit for bit, after conversion."""
-    info, dtype = dense.tensors[name], shared.tensors[name].dtype
+    """True if a stored tensor equals the kept indices of the dense one, bit for bit, after conversion."""
+    info = dense.tensors[name]
+    dtype = shared.tensors[name].dtype
     meant = copied(info, dtype) if tensor is None else kept_only(info, tensor, dtype)
     return meant.shape == shared.tensors[name].shape and _holds(shared, name, stream(meant, dense))
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The numbers as their bits, so that NaN equals NaN and -0 is not 0; eight bytes at a time where that goes."""
+    """Bits of the numbers, so that NaN equals NaN and -0 is not 0; as words of eight bytes where they divide."""
     raw = tensor.contiguous().flatten().view(torch.uint8)
     return raw if raw.numel() % 8 else raw.view(torch.int64)
