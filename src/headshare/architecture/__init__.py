@@ -1,1 +1,6 @@
-"""Model families, and where their models keep heads and neurons. This package knows names and shapes only."""
+"""Model families: where they keep their heads and neurons. Knows names and shapes only.
+
+A family is a row of data, and says everything about itself there. All that comes after sees only places,
+`start + group * step`, so fused, interleaved, transposed and grouped weights need no further cases. Units can be removed
+from the attention of a family only where a test showed that its layers may have different numbers of heads.
+"""
