@@ -1,4 +1,4 @@
-"""The command line: one module per group of commands."""
+"""The command line, with a module for each group of commands."""
 
 from headshare.cli.app import main
 

@@ -1,6 +1,6 @@
-"""The command line: the same steps under the same words as the Python API.
+"""The command line: the steps of the Python API under the same words.
 
-Results go to standard output, everything else to standard error. Exit status 1 and one line say what was wrong.
+Results go to standard output, everything else to standard error. An error is one line and exit status 1.
 """
 
 import sys

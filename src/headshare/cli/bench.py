@@ -11,9 +11,9 @@ from headshare.bench.bench import DENSE, Subject, dense_and_shared
 from headshare.bench.bench import bench as run_bench
 from headshare.bench.tables import bench_table
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import JsonOption, print_result
+from headshare.cli.options import CHOOSE, JsonOption, print_result
 from headshare.cli.plan import whole_numbers
-from headshare.cli.share_options import DtypeOption, ModelArgument, PartsOption
+from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption
 from headshare.errors import CheckpointError
 from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.experiments.demo_table import demo_table
@@ -29,14 +29,14 @@ def demo(
         typer.Argument(metavar="MODEL", help="A local folder, or a hub id. Default: the model that `make demo` made."),
     ] = DEMO_MODEL,
     text: Annotated[
-        Path | None, typer.Option(help="Text to measure on. Default: Python's own language reference.")
+        Path | None, typer.Option(help="Measure on this text. Default: Python's own language reference.")
     ] = None,
-    work: Annotated[Path, typer.Option(help="Folder for the shared models.")] = Path("demo-output"),
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = TOKENS,
-    seed: Annotated[int, typer.Option(help="Seed of the random donors.")] = 0,
+    work: Annotated[Path, typer.Option(help="Write the shared models into this folder.")] = Path("demo-output"),
+    tokens: Annotated[int, typer.Option(help="Measure on this many tokens of the text.")] = TOKENS,
+    seed: Annotated[int, typer.Option(help="Draw the random donors by this seed.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Share at 0, 0.1, 0.2 and 0.3, verify each, and print one table of what it saves and what it costs."""
+    """Share at 0, 0.1, 0.2 and 0.3, verify each model, and print one table of savings and costs."""
     if model == DEMO_MODEL and not Path(model).exists():
         raise CheckpointError(
             f"there is no model at {model}. `make demo` makes it; or name a model: headshare demo MODEL"
@@ -59,26 +59,32 @@ def bench(
     model: ModelArgument,
     against: Annotated[
         str | None,
-        typer.Option(help="The dense model of a shared one. Default: the shared one is expanded for the time."),
+        typer.Option(help="Compare a shared MODEL with this dense one. Default: MODEL, expanded temporarily."),
     ] = None,
     storage: Annotated[
         str,
         typer.Option(
-            help=f"How the shared model holds its weights: {AUTO}, {', '.join(STORAGES)}; several with commas between."
+            help=f"Hold the shared model's weights in these ways, joined by commas: {AUTO}, {', '.join(STORAGES)}."
         ),
     ] = AUTO,
-    ratio: Annotated[float, typer.Option(help="For a dense MODEL: the ratio to share it at, for the time.")] = 0.3,
+    ratio: Annotated[
+        float, typer.Option(rich_help_panel=CHOOSE, help="Share a dense MODEL temporarily, at this ratio.")
+    ] = 0.3,
     parts: PartsOption = "qkv",
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens of a pass; several, as in 1,16,512, which is the default as far as it fits."),
+        typer.Option(help="Measure passes of these lengths. Default: 1,16,512, as far as the model can read."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Passes of each model, by turns.")] = 10,
-    loads: Annotated[int, typer.Option(help="Loads of each model, by turns, in a process each.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Run this many passes of each model, by turns.")] = 10,
+    loads: Annotated[
+        int, typer.Option(help="Load each model this many times, by turns; each load runs in its own process.")
+    ] = 3,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Load from the disk, not from the system's cache of it.")
+        bool, typer.Option("--cold", help="Load from the disk. Default: from the system's cache of it.")
     ] = False,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Load the models in this type. Default: as they are stored.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed, loading and memory of a shared model on this machine, beside its dense model in the same run."""
@@ -89,10 +95,10 @@ def bench(
         dense_and_shared(opened, dense, ratio=ratio, parts=parts) as (dense_folder, shared_folder),
     ):
         subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
-        found = run_bench(
+        results = run_bench(
             subjects, tokens=whole_numbers(tokens) or None, repeats=repeats, loads=loads, cold=cold, **options
         )
-    counts = f"{found.repeats} repeats, {found.loads} loads, {found.threads} threads"
+    counts = f"{results.repeats} repeats, {results.loads} loads, {results.threads} threads"
     print_result(
-        found.to_dict(), f"{bench_table(found)}\n{counts}; ratios are medians of pairs, with quartiles", as_json
+        results.to_dict(), f"{bench_table(results)}\n{counts}; ratios are medians of pairs, with quartiles", as_json
     )

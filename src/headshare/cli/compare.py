@@ -1,7 +1,7 @@
-"""`headshare compare`: methods side by side at equal bytes; its options, over those of a YAML file. And `headshare
-report`: a page of what it found.
+"""The commands compare (methods side by side at equal bytes) and report (a page from its results).
 
-What it needs is imported when it begins: the other commands should not wait for it.
+Options of `compare` override the settings of its YAML file. The experiments are imported when a command begins, so that
+other commands do not wait for them.
 """
 
 import os
@@ -29,56 +29,71 @@ from headshare.files.untrusted import read_yaml
 from headshare.text.tokens import TOKENS
 from headshare.text.windows import WINDOW
 
+# parameters whose words are joined by commas
 LISTS = ("methods", "ratios", "tasks")
 
 
 def compare_command(
     context: Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A dense checkpoint, unless --config names one.")
+        str | None, typer.Argument(metavar="[MODEL]", help="A dense checkpoint. Default: the one that --config names.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for cells.json, cells.csv and table.md; a stopped grid goes on.")
+        Path, typer.Option(help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.")
     ] = Path("compared"),
     config: Annotated[
-        Path | None, typer.Option(help="A recipe in YAML; options on the command line override it.")
+        Path | None, typer.Option(help="Read settings from this YAML recipe; options on the command line override it.")
     ] = None,
     methods: Annotated[
-        str, typer.Option(metavar="NAMES", help="Methods, joined by commas; with +refit for a refit: deletion+refit.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Compare these methods, joined by commas; +refit adds a refit, as in deletion+refit. Default: a set "
+            "that needs no calibration text.",
+        ),
     ] = "",
-    ratios: Annotated[str, typer.Option(metavar="NUMBERS", help="Shares of all units, joined by commas.")] = "0.1,0.3",
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window of --text.")] = WINDOW,
-    source: Annotated[Path | None, typer.Option(help="Lines to translate, as of `eval`.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
-    prompt: Annotated[str, typer.Option(help="What the model is given of a line, {source}.")] = "{source}\n",
-    language: Annotated[str | None, typer.Option(help="Language of the translations, as of `eval`.")] = None,
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks, as of `eval`.")] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many questions of each task, or subject.")] = None,
-    few_shot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Options of questions run at once.")] = 16,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Type to measure in; auto: as stored.")] = EvalDtypeName.AUTO,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|DATASET|self", help="Text that methods look at and refits are made on.")
+    ratios: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Compare at these fractions of all units, joined by commas.")
+    ] = "0.1,0.3",
+    text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
+    window: Annotated[int, typer.Option(help="Cut --text into windows of this many tokens.")] = WINDOW,
+    source: Annotated[Path | None, typer.Option(help="Translate these lines, as in `eval`.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Compare with these translations, line by line.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Give the model this text for each line, which replaces {source}.")
+    ] = "{source}\n",
+    language: Annotated[str | None, typer.Option(help="Also match stems of this language, as in `eval`.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Measure these tasks, as in `eval`.")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="Read our tasks' files from this folder.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use the first so many questions of each task or subject. Default: all.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = TOKENS,
-    calibration_window: Annotated[int, typer.Option(help="Tokens in a window of it.")] = WINDOW,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Measure in this type; auto: as stored.")] = EvalDtypeName.AUTO,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE|DATASET|self", help="Choose units and refit on this text.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Use this many tokens of that text.")] = TOKENS,
+    calibration_window: Annotated[int, typer.Option(help="Cut that text into windows of this many tokens.")] = WINDOW,
     train: Annotated[
         Path | None,
-        typer.Option(help="Settings of `headshare train` in YAML (text, learning, ...), for methods that train."),
+        typer.Option(help="Train by these settings of `headshare train` in YAML (text, learning, ...)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random donors, and of what is held out.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to calibrate and measure: cpu, cuda:0.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Draw random donors and held-out windows by this seed.")] = 0,
+    device: Annotated[str, typer.Option(help="Calibrate and measure on this device: cpu, cuda:0.")] = "cpu",
     restart: RestartOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sharing, its controls and other methods side by side, each at the bytes that sharing saves.
+    """Compare sharing, its controls and other methods, each at the bytes that sharing saves.
 
     docs/evaluating.md lists the methods. Every cell is kept when it is done.
     """
+    # only options that were given override the recipe
     given: dict[str, Any] = {
         "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
         "source": source, "reference": reference, "prompt": prompt, "language": language,
@@ -96,6 +111,7 @@ def compare_command(
     if train is not None:
         chosen["train"] = read_yaml(train, TrainingError)
 
+    # options that nothing in the recipe would use
     recipe = Recipe.load(config, chosen)
     for name, words in (("text", ("tokens", "window")), ("tasks", ("data_dir", "few_shot")),
                         ("source", ("prompt", "language")),
@@ -117,20 +133,24 @@ def compare_command(
 
 def report_command(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="What `compare --out` wrote, or `eval --out`.")
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders that `compare --out` or `eval --out` wrote.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write the page here too, in place of what is there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the page to this file, in place of what is there.")
+    ] = None,
     paper: Annotated[
         Path | None,
-        typer.Option(help="Published figures in YAML, such as recipes/published/2402.11819.yaml, to put beside ours."),
+        typer.Option(help="Put the figures of this YAML file beside ours, such as recipes/published/2402.11819.yaml."),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw figures into this folder, and show them on the page.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One page in Markdown from finished comparisons: their tables, and what becomes of the paper's claims. Results of
-    `eval` come after them."""
+    """Write one page in Markdown from finished comparisons: their tables, and a check of the paper's claims.
+
+    Results of `eval` come after them.
+    """
     from headshare.evaluation.results import RESULTS
     from headshare.experiments.about import ABOUT
     from headshare.experiments.report.figures import draw
@@ -142,16 +162,21 @@ def report_command(
         folder: Comparison.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
     }
     loaded = {folder: Evaluated.load(folder) for folder in folders if has_results[folder]}
-    evaluated = [one for folder, one in loaded.items() if one.tells_more_than(compared.get(folder))]
+    # of an evaluation beside its comparison, only what the comparison does not show
+    evaluated = [results for folder, results in loaded.items() if results.tells_more_than(compared.get(folder))]
     measured = list(compared.values())
-    tables, shown = published(paper) if paper else (), []
+    tables = published(paper) if paper else ()
+    shown = []
     if figures is not None:
         start = out.absolute().parent if out else Path.cwd()
-        for number, one in enumerate(measured, 1):
-            drawn = draw(one.cells, figures, str(number))
+        for number, comparison in enumerate(measured, 1):
+            drawn = draw(comparison.cells, figures, str(number))
             shown.append([(title, os.path.relpath(path, start)) for title, path in drawn])
     page = report(measured, tables, shown, evaluated)
     if out is not None:
         write_whole(out, page.encode())
-    data = {"tables": [one.to_dict() for one in measured], "evaluated": [asdict(one) for one in evaluated]}
+    data = {
+        "tables": [comparison.to_dict() for comparison in measured],
+        "evaluated": [asdict(results) for results in evaluated],
+    }
     print_result(data, page, as_json)

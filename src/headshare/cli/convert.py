@@ -9,13 +9,14 @@ import typer
 from headshare.calibration.gptq import round_by_gptq
 from headshare.calibration.run import device_named
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import JsonOption, OverwriteOption, RevisionOption, print_result
+from headshare.cli.options import WRITE, JsonOption, OverwriteOption, RevisionOption, print_result
 from headshare.cli.share_options import (
     CalibrationSeedOption,
     CalibrationTokensOption,
     CalibrationWindowOption,
     DeviceOption,
     NeededCalibrationOption,
+    OutArgument,
     SharedArgument,
 )
 from headshare.files.folder import check_output, check_vacant
@@ -27,10 +28,14 @@ from headshare.text.windows import WINDOW
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shared checkpoint, or a dense one.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    out: OutArgument,
     calibration: NeededCalibrationOption,
     group: Annotated[
-        int | None, typer.Option(help="Inputs that have one scale. Default: the largest of 128, 64, 32... that fits.")
+        int | None,
+        typer.Option(
+            rich_help_panel=WRITE,
+            help="Give groups of this many inputs one scale. Default: the largest of 128, 64, 32... that fits.",
+        ),
     ] = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
     calibration_window: CalibrationWindowOption = WINDOW,
@@ -40,9 +45,9 @@ def quantize(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Round the layers' matrices to 4 bits by GPTQ (gptqmodel), each shared unit once, on what all its users give it.
+    """Round the layers' matrices to 4 bits by GPTQ (gptqmodel), each shared unit once, on the inputs of all its users.
 
-    Ties must be of q, k and v (or of gate and up). What comes out loads like any shared checkpoint.
+    Ties must be of q, k and v (or of gate and up). The result loads like any shared checkpoint.
     """
     begun = time.monotonic()
     check_vacant(out, overwrite=overwrite)
@@ -56,17 +61,17 @@ def quantize(
             seed=seed,
             device=device_named(device),
         )
-        found = round_by_gptq(source, text, group=group, device=device_named(device))
-        found.save(out, overwrite=overwrite)
+        rounded = round_by_gptq(source, text, group=group, device=device_named(device))
+        rounded.save(out, overwrite=overwrite)
         before = sum(info.nbytes for info in source.tensors.values())
     after = sum(info.nbytes for info in open_checkpoint(out).tensors.values())
     seconds = time.monotonic() - begun
     data = {
-        "matrices": len(found.matrices), "group": found.packing.group, "bytes_before": before, "bytes": after,
+        "matrices": len(rounded.matrices), "group": rounded.packing.group, "bytes_before": before, "bytes": after,
         "seconds": seconds, "out": str(out),
     }  # fmt: skip
     words = (
-        f"{len(found.matrices)} matrices rounded to 4 bits in groups of {found.packing.group}: {before:,} bytes of "
+        f"{len(rounded.matrices)} matrices rounded to 4 bits in groups of {rounded.packing.group}: {before:,} bytes of "
         f"weights before, {after:,} now ({1 - after / before:.1%} less)\nWritten and checked in {seconds:.1f} s: {out}"
     )
     print_result(data, words, as_json)
@@ -76,13 +81,18 @@ def expand(
     shared: SharedArgument,
     dense: Annotated[Path, typer.Argument(metavar="DENSE", help="The folder to write; it must not exist.")],
     unpack: Annotated[
-        bool, typer.Option("--unpack", help="Write matrices of 4 bits as ordinary ones, not as compressed-tensors.")
+        bool,
+        typer.Option(
+            "--unpack",
+            rich_help_panel=WRITE,
+            help="Write matrices of 4 bits as ordinary ones. Default: as compressed-tensors.",
+        ),
     ] = False,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a stock folder, donors' rows in place, that any tool loads without headshare."""
+    """Write a stock folder with donors' rows in place, which any tool loads without headshare."""
     check_vacant(dense, overwrite=overwrite)
     with open_checkpoint(shared, revision=revision) as checkpoint:
         expand_checkpoint(checkpoint, dense, overwrite=overwrite, unpacked=unpack)

@@ -1,6 +1,6 @@
 """`headshare eval`: perplexity of a text, agreement of encoders, and accuracy on tasks.
 
-What tasks need is imported when they begin: the other commands should not wait for it.
+The imports of tasks are made when they begin, so that other commands do not wait for them.
 """
 
 from enum import StrEnum
@@ -16,11 +16,12 @@ from headshare.evaluation.embeddings import Agreement
 from headshare.evaluation.perplexity import evaluate
 from headshare.text.windows import WINDOW, read_text
 
+# parameters that only tasks and translations use
 OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
 
 
 class EvalDtypeName(StrEnum):
-    """What models are run in."""
+    """The types that models are run in."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -31,63 +32,75 @@ class EvalDtypeName(StrEnum):
 def evaluate_command(
     context: Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file, for perplexity.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
     tasks: Annotated[
-        str, typer.Option(metavar="NAMES", help="Tasks, joined by commas: ours, from --data-dir, or lm-eval's.")
+        str,
+        typer.Option(
+            metavar="NAMES", help="Measure these tasks, joined by commas: ours, from --data-dir, or lm-eval's."
+        ),
     ] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="The folder of our tasks' files: piqa.jsonl and so on.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Read our tasks' files, piqa.jsonl and so on, from this folder.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="The first so many questions of each task, or subject, and lines of --source.")
+        int | None,
+        typer.Option(
+            help="Use the first so many questions of each task or subject, and lines of --source. Default: all."
+        ),
     ] = None,
     few_shot: Annotated[
-        int | None, typer.Option(help="Examples before each question. Default: the task's own.")
+        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Options of questions run at once.")] = 16,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Type to run in; auto: as stored.")] = EvalDtypeName.AUTO,
-    device: Annotated[str, typer.Option(help="Where to run, such as cuda:0.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO,
+    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
     out: Annotated[
-        Path | None, typer.Option(help="Folder that keeps results.json; what it has is not measured again.")
+        Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window of --text; windows do not overlap.")] = WINDOW,
-    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text.")] = None,
+    window: Annotated[
+        int, typer.Option(help="Cut --text into windows of this many tokens, which do not overlap.")
+    ] = WINDOW,
+    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
     bos: Annotated[
         bool | None,
         typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
     ] = None,
-    source: Annotated[Path | None, typer.Option(help="A text to be translated, line by line: BLEU and METEOR.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Its translation.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Translate this text line by line, and measure BLEU and METEOR.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Compare with this translation, line by line.")] = None,
     prompt: Annotated[
-        str, typer.Option(help="What the model is given for a line of --source, which stands in the place of {source}.")
+        str, typer.Option(help="Give the model this text for each line of --source, which replaces {source}.")
     ] = "{source}\n",
     language: Annotated[
-        str | None, typer.Option(help="Language of --reference, such as french: METEOR matches its stems too.")
+        str | None, typer.Option(help="Also match stems of this language of --reference, such as french, in METEOR.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="For encoders: the dense model, to compare embeddings with.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="For encoders: compare embeddings with this dense model.")] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a text in windows, and accuracy on tasks; for encoders, agreement of their embeddings.
+    """Measure perplexity of a text and accuracy on tasks; for encoders, agreement of their embeddings.
 
-    A folder that keeps results serves many models: each is measured once, and a run that is stopped goes on.
+    With --out, one folder serves many models: each is measured once, and a stopped run goes on.
     """
     if text is not None and not (tasks or out or source or len(models) > 1):
         refuse_unused(context, "of one model a text alone is measured", OF_TASKS, EvaluationError)
-        content, other = read_text(text), None if against is None else open_checkpoint(against)
+        content = read_text(text)
+        other = None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
-        found = evaluate(
+        result = evaluate(
             model, content, against=other, window=window, limit=tokens, bos=bos, dtype=dtype.value, device_map=device
         )
-        if isinstance(found, Agreement):
+        if isinstance(result, Agreement):
             words = (
-                f"mean cosine with {against}: {found.cosine:.6f}; first halves that find their second halves: "
-                f"{found.retrieved:.1%} (dense {found.dense_retrieved:.1%}),"
+                f"mean cosine with {against}: {result.cosine:.6f}; first halves that find their second halves: "
+                f"{result.retrieved:.1%} (dense {result.dense_retrieved:.1%}),"
             )
         else:
-            words = f"perplexity {found.perplexity:,.3f}"
-        print_result(found.to_dict(), f"{words} over {found.tokens} tokens in windows of {found.window}", as_json)
+            words = f"perplexity {result.perplexity:,.3f}"
+        print_result(result.to_dict(), f"{words} over {result.tokens} tokens in windows of {result.window}", as_json)
         return
+    # options that contradict each other, or that nothing would use
     if against is not None:
         raise EvaluationError("--against compares one encoder with its dense model on --text. Leave the rest out.")
     if (source is None) != (reference is None):
@@ -120,23 +133,24 @@ def evaluate_command(
 
 def generate_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to go on from; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 text file with a prompt a line.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0: the likeliest token each time.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Type to run in; auto: as stored.")] = EvalDtypeName.AUTO,
-    device: Annotated[str, typer.Option(help="Where to run, such as cuda:0.")] = "cpu",
+    prompt: Annotated[list[str] | None, typer.Option(help="Continue this prompt; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Continue each line of this UTF-8 text file.")] = None,
+    tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0: the likeliest token.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draw by this seed.")] = 0,
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO,
+    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """What models write after the same prompts, side by side."""
+    """Continue the same prompts by several models, and show the texts side by side."""
     from headshare.evaluation import Runner, Settings, Writing, continuations, samples_of
 
     given = [*(prompt or []), *([] if prompts is None else read_text(prompts).splitlines())]
-    given = [one for one in given if one.strip()]
+    given = [line for line in given if line.strip()]
     if not given:
         raise EvaluationError("there is nothing to go on from: give --prompt TEXT, or --prompts FILE.")
-    writing, settings = Writing(tokens, None, temperature, seed), Settings(dtype=dtype.value, device=device)
+    writing = Writing(tokens, None, temperature, seed)
+    settings = Settings(dtype=dtype.value, device=device)
     texts = []
     for model in models:
         with open_checkpoint(model) as checkpoint:

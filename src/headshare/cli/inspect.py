@@ -16,7 +16,7 @@ from headshare.plan.plan import SharePlan
 
 
 def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
-    """What is held more than once when the layers are split evenly over this many devices: by pair, by device, in all.
+    """Count what is held more than once when the layers are split evenly over devices: by pair, by device, in all.
 
     Raises:
         CheckpointError: if the checkpoint is dense, packed in four bits, or lacks a tensor that its plan shares.
@@ -48,7 +48,7 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
 
 
 def picture_split(split: dict[str, Any]) -> str:
-    """One line for each pair of devices, and their sum."""
+    """The split in words: the sum, and a line for each pair of devices."""
     lines = [
         f"  {pair['device']} also holds {pair['units']} units of {pair['home']}: {pair['bytes']:,} bytes"
         for pair in split["pairs"]
@@ -61,17 +61,17 @@ def inspect(
     shared: Annotated[str, typer.Argument(metavar="SHARED", help="A shared checkpoint, or a share_plan.json.")],
     split: Annotated[
         int | None,
-        typer.Option(help="Also say what is held more than once when the layers are split over this many devices."),
+        typer.Option(help="Also count what is held more than once when the layers are split over this many devices."),
     ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is tied to what, layer by layer."""
+    """Show the ties of a checkpoint or of a plan, layer by layer."""
     if shared.endswith(".json"):
         if split is not None:
             raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
-        made = SharePlan.load(shared)
-        print_result(describe(made), picture(made), as_json)
+        plan = SharePlan.load(shared)
+        print_result(describe(plan), picture(plan), as_json)
         return
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     entry = checkpoint.require_sharing()
@@ -95,21 +95,21 @@ def inspect(
 
 def verify(
     shared: SharedArgument,
-    against: Annotated[str | None, typer.Option(help="The dense model it came from: compare every number too.")] = None,
+    against: Annotated[str | None, typer.Option(help="Also compare every number with this dense model.")] = None,
     logits: Annotated[bool, typer.Option(help="Also run both models and compare their logits.")] = True,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Open everything again: digests, map, numbers, and logits against a stock model with donors' rows written in."""
+    """Check a checkpoint: digests, map, numbers, and logits against a stock model with donors' rows written in."""
     checkpoint = open_checkpoint(shared, revision=revision)
-    found = verify_checkpoint(checkpoint, None if against is None else open_checkpoint(against), logits=logits)
+    report = verify_checkpoint(checkpoint, None if against is None else open_checkpoint(against), logits=logits)
     lines = [
-        f"{'ok' if found.ok else 'NOT ok'}: {found.files_checked} files, {found.parameter_bytes:,} parameter bytes"
+        f"{'ok' if report.ok else 'NOT ok'}: {report.files_checked} files, {report.parameter_bytes:,} parameter bytes"
     ]
-    if found.tensors_checked:
-        lines.append(f"{found.tensors_checked} tensors compared with {against}")
-    if found.max_logit_diff is not None:
-        lines.append(f"largest difference of a logit from the stock model: {found.max_logit_diff}")
-    print_result(found.to_dict(), "\n".join([*lines, *found.notes, *found.problems]), as_json)
-    if not found.ok:
+    if report.tensors_checked:
+        lines.append(f"{report.tensors_checked} tensors compared with {against}")
+    if report.max_logit_diff is not None:
+        lines.append(f"largest difference of a logit from the stock model: {report.max_logit_diff}")
+    print_result(report.to_dict(), "\n".join([*lines, *report.notes, *report.problems]), as_json)
+    if not report.ok:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What several commands have in common: options, and how a result is printed."""
+"""Options, refusals and output that several commands have in common."""
 
 import json
 import sys
@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 else:
     Context = typer.Context.__base__  # what typer hands over is one of these, and no typer.Context
 
+# panels of `--help`; options without one are listed first
+CHOOSE = "Choose"
+CALIBRATE = "Calibrate"
+WRITE = "Write"
+
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Throw away the state of a stopped run, which else goes on.")
+    bool, typer.Option("--restart", help="Throw away the state of a stopped run. Default: go on from it.")
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is a checkpoint folder.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Read this branch, tag or commit of a hub id. Default: main.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=WRITE, help="Replace an existing output of the same kind.")
+]
 
 
 def is_given(context: Context, name: str) -> bool:
-    """Whether the command line says so, and not a default."""
+    """Whether a parameter was given on the command line, and is not a default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
@@ -32,7 +39,7 @@ def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[
     """Refuse options that were given and would do nothing.
 
     Raises:
-        OptionError: or another `error`.
+        OptionError: or the given kind of `error`.
     """
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     given = [options[name] for name in names if is_given(context, name)]
@@ -41,10 +48,10 @@ def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[
 
 
 def listed(text: str) -> list[str]:
-    """What an option joins by commas."""
+    """The words that an option joins by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def print_result(data: dict[str, Any], words: str, as_json: bool) -> None:
-    """A command's result on standard output: words for people, or one JSON object."""
+    """Print the result of a command on standard output: words for people, or one JSON object."""
     sys.stdout.write((json.dumps(data) if as_json else words.rstrip()) + "\n")

@@ -13,6 +13,8 @@ from headshare.calibration.run import Setting, plan_calibrated
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import (
+    CALIBRATE,
+    WRITE,
     Context,
     JsonOption,
     OverwriteOption,
@@ -34,10 +36,8 @@ from headshare.cli.share_options import (
     DtypeOption,
     FfnGroupsOption,
     FfnRatioOption,
-    MatchName,
     MatchOption,
     ModelArgument,
-    ModeName,
     ModeOption,
     PartsOption,
     ProbeOption,
@@ -59,7 +59,7 @@ from headshare.text.windows import WINDOW
 
 
 def _check_budget(context: Context, budget: Budget) -> None:
-    """Refuse what does not apply where units are chosen by output."""
+    """Refuse options that do not apply where units are chosen by output."""
     refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
     if is_given(context, "save"):
         refuse_unused(context, "--save says how much is given up", ["ratio"])
@@ -78,7 +78,7 @@ def budget_from(
     protect: str | None,
 ) -> Budget:
     """The budget that the options of a command ask for."""
-    found = Budget.parse(
+    budget = Budget.parse(
         dense,
         ratio=ratio,
         save=save,
@@ -87,8 +87,8 @@ def budget_from(
         ffn_groups=ffn_groups,
         protect=whole_numbers(protect),
     )
-    _check_budget(context, found)
-    return found
+    _check_budget(context, budget)
+    return budget
 
 
 def whole_numbers(text: str | None) -> list[int]:
@@ -103,34 +103,34 @@ def estimate(
     model: ModelArgument,
     ratio: RatioOption = 0.3,
     parts: PartsOption = "qkv",
-    match: MatchOption = MatchName.QK,
+    match: MatchOption = "qk",
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Exact bytes before any weight is read: what sharing would save, and how much was at stake."""
+    """Count exactly what sharing would save, and how large the chosen parts are, before any weight is read."""
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    found = estimate_bytes(
+    estimated = estimate_bytes(
         checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
     )
-    print_result(found.to_dict(), found.in_words(), as_json)
+    print_result(estimated.to_dict(), estimated.in_words(), as_json)
 
 
 def score(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the scores.")] = Path(
-        "scores.safetensors"
-    ),
-    match: MatchOption = MatchName.QK,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", rich_help_panel=WRITE, help="Write the scores to this file.")
+    ] = Path("scores.safetensors"),
+    match: MatchOption = "qk",
     parts: PartsOption = "qkv",
     ffn_groups: FfnGroupsOption = 1,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every pair of units, once. Plans at any ratio and in any mode come from the same scores."""
+    """Score every pair of units once. Plans at any ratio and in any mode come from the same scores."""
     _check_file(output, overwrite, Scores.load, model)
     begun = time.monotonic()
     with open_checkpoint(model, revision=revision) as checkpoint:
@@ -153,13 +153,15 @@ def plan(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SCORES|MODEL", help="What `score` wrote; or with --calibration a model's folder or hub id."
+            metavar="SCORES|MODEL", help="Scores that `score` wrote; with --calibration, a model's folder or hub id."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("share_plan.json"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", rich_help_panel=WRITE, help="Write the plan to this file.")
+    ] = Path("share_plan.json"),
     ratio: RatioOption = 0.3,
     parts: CalibratedPartsOption = None,
-    mode: ModeOption = ModeName.STAR,
+    mode: ModeOption = "star",
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     protect: ProtectOption = None,
@@ -171,7 +173,10 @@ def plan(
     allow: AllowOption = None,
     measure: Annotated[
         bool,
-        typer.Option(help="Also refit the plan for a time, and measure both models' perplexity on held-out windows."),
+        typer.Option(
+            rich_help_panel=CALIBRATE,
+            help="Also refit the plan temporarily, and measure the perplexity of both models on held-out windows.",
+        ),
     ] = True,
     device: DeviceOption = "auto",
     probe: ProbeOption = True,
@@ -180,9 +185,10 @@ def plan(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose recipients and donors: from scores, or from a model by what its units do on calibration text.
+    """Choose recipients and donors: from scores, or from a model by the effect of its units on calibration text.
 
-    The plan is JSON that can be read, edited and compared. With --calibration, predicted stands beside measured.
+    The plan is JSON that can be read, edited and compared. With --calibration, predictions are printed beside
+    measurements.
     """
     if calibration is None:
         refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
@@ -191,18 +197,22 @@ def plan(
         wanted = parts or "qkv"
         made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=whole_numbers(protect))
         made.save(output)
-        more, words = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None), ""
+        more = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None)
+        words = ""
     else:
         _check_file(output, overwrite, SharePlan.load, source)
         setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
         with open_checkpoint(source, revision=revision) as dense:
             budget = budget_from(context, dense, ratio, save, parts, allow, ffn_groups, protect)
-            found = plan_calibrated(dense, budget, setting, output, measured=measure)
-        made, more, words = found.chosen.plan, found.to_dict(), f"{found.in_words()}\n"
+            calibrated = plan_calibrated(dense, budget, setting, output, measured=measure)
+        made = calibrated.chosen.plan
+        more = calibrated.to_dict()
+        words = f"{calibrated.in_words()}\n"
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
     print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
 
 
+# parameters that only a plan from a model uses
 _OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
 
 

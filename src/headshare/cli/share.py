@@ -14,6 +14,9 @@ from headshare.calibration.run import Setting, refit_checkpoint, share_calibrate
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import (
+    CALIBRATE,
+    CHOOSE,
+    WRITE,
     Context,
     JsonOption,
     OverwriteOption,
@@ -26,6 +29,7 @@ from headshare.cli.plan import budget_from, whole_numbers
 from headshare.cli.share_options import (
     CALIBRATING,
     CHOOSING,
+    OUTPUT,
     AllowOption,
     CalibratedPartsOption,
     CalibrationOption,
@@ -38,9 +42,9 @@ from headshare.cli.share_options import (
     FfnRatioOption,
     MeasureOption,
     ModelArgument,
-    ModeName,
     ModeOption,
     NeededCalibrationOption,
+    OutArgument,
     ProbeOption,
     ProtectOption,
     RatioOption,
@@ -61,7 +65,7 @@ from headshare.text.windows import WINDOW
 
 
 def _check_share(context: Context, *, planned: bool, by_output: bool, refit: bool, calibrated: bool) -> None:
-    """Refuse what contradicts itself, or would be ignored."""
+    """Refuse options that contradict each other or would be ignored."""
     if planned:
         refuse_unused(context, "--plan says what is shared", CHOOSING)
     if not calibrated and (by_output or refit):
@@ -80,31 +84,41 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
 def _dense_of(shared: Checkpoint, given: str | None) -> str:
     if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to refit.")
-    found = given or shared.sharing.base_model
-    if found is None:
+    dense = given or shared.sharing.base_model
+    if dense is None:
         raise CheckpointError(f"{shared.name} does not say which dense model it came from. Name it: --dense MODEL")
-    return found
+    return dense
 
 
 def share(
     context: Context,
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")],
+    out: OutArgument,
     ratio: RatioOption = 0.3,
     match: Annotated[
         ShareMatchName,
-        typer.Option(help="Match function: cosine of these parts; or output, measured on the calibration text."),
-    ] = ShareMatchName.QK,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Match units by the cosine of these parts, or by output: their effect on the calibration text.",
+        ),
+    ] = "qk",
     parts: CalibratedPartsOption = None,
-    mode: ModeOption = ModeName.STAR,
+    mode: ModeOption = "star",
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     protect: ProtectOption = None,
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="Use this plan; nothing is scored or chosen.")
+        Path | None,
+        typer.Option("--plan", rich_help_panel=CHOOSE, help="Use this plan; nothing is scored or chosen."),
     ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Refit what reads the shared parts out, on the calibration text.")
+        bool,
+        typer.Option(
+            "--refit",
+            rich_help_panel=CALIBRATE,
+            help="After sharing, refit each layer's output projections to the calibration text (closed form, no "
+            "training).",
+        ),
     ] = False,
     refit_ffn: RefitFfnOption = True,
     reconstruct: ReconstructOption = 0,
@@ -123,20 +137,22 @@ def share(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score, plan, share and verify: a checkpoint goes in, a smaller one comes out and loads like any other.
+    """Score, plan, share, and check what was written: a smaller checkpoint that loads like any other.
 
-    With --calibration it can also match by output, refit, and choose under a budget. Stopped, it goes on from there.
+    With --calibration the command can also match by output, refit, and choose under a budget. A stopped run goes on
+    when the command is given again.
     """
     begun = time.monotonic()
-    by_output = plan_file is None and (match is ShareMatchName.OUTPUT or save is not None or allow is not None)
+    by_output = plan_file is None and (match == OUTPUT or save is not None or allow is not None)
     _check_share(
         context, planned=plan_file is not None, by_output=by_output, refit=refit, calibrated=calibration is not None
     )
-    if by_output and match is not ShareMatchName.OUTPUT:
+    if by_output and match != OUTPUT:
         refuse_unused(context, "--save and --allow choose by output", ["match"])
     check_vacant(out, overwrite=overwrite)
     with watched_peak() as peak, open_checkpoint(model, revision=revision) as dense:
         check_output(out, dense.path, overwrite=overwrite)
+        # what is to be shared: a given plan, a budget to choose by output, or a plan from the weights
         wanted: SharePlan | Budget
         if plan_file is not None:
             wanted = SharePlan.load(plan_file)
@@ -146,26 +162,27 @@ def share(
             scores = score_units(dense, match, parts or "qkv", ffn_groups=ffn_groups)
             numbers = whole_numbers(protect)
             wanted = make_plan(scores, ratio, parts=parts or "qkv", mode=mode, ffn_ratio=ffn_ratio, protect=numbers)
+        # with a calibration text the run can be resumed and may refit; without one the plan is written as it is
         if calibration is not None:
             setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
             asked = ShareRequest(wanted, refit=refit, ffn=refit_ffn, steps=reconstruct, measure=measure, dtype=dtype)
-            found = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
+            outcome = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
         else:
             assert isinstance(wanted, SharePlan)
-            found = Outcome(share_checkpoint(dense, wanted, dtype=dtype))
-            found.shared.save(out, overwrite=overwrite)
-        estimated = found.shared.estimate
+            outcome = Outcome(share_checkpoint(dense, wanted, dtype=dtype))
+            outcome.shared.save(out, overwrite=overwrite)
+        estimated = outcome.shared.estimate
     seconds = time.monotonic() - begun
     data = {
         **estimated.to_dict(),
-        **found.to_dict(),
+        **outcome.to_dict(),
         "seconds": seconds,
         "peak_anonymous_bytes": peak.bytes,
         "out": str(out),
     }
     lines = [
         estimated.in_words(),
-        *found.in_words(),
+        *outcome.in_words(),
         f"Written and checked in {seconds:.1f} s: {out}",
         f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
     ]
@@ -176,10 +193,18 @@ def refit(
     shared: SharedArgument,
     calibration: NeededCalibrationOption,
     dense: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense model it came from. Default: the one it names.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=CALIBRATE,
+            help="Refit towards this dense model, from which SHARED came. Default: the one it names.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write here. Default: replace SHARED, once all is done.")
+        Path | None,
+        typer.Option(
+            "--out", rich_help_panel=WRITE, help="Write this folder. Default: replace SHARED when all is done."
+        ),
     ] = None,
     refit_ffn: RefitFfnOption = True,
     reconstruct: ReconstructOption = 0,
@@ -192,7 +217,7 @@ def refit(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Refit a shared checkpoint's readouts on a text, so that it follows its dense model again. No training."""
+    """Refit a shared checkpoint's output projections on a text, without training, to follow its dense model again."""
     begun = time.monotonic()
     if out is None and not Path(shared).is_dir():
         raise OutputError(f"{shared} is no folder here that could be replaced. Say where to write: --out NEW")

@@ -1,125 +1,177 @@
 """Options that several commands share: how units are chosen, and on which text."""
 
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headshare.checkpoint.checkpoint import OUTPUT_DTYPES
+from headshare.cli.options import CALIBRATE, CHOOSE, WRITE
+from headshare.matching.functions import MATCH_FUNCTIONS
+from headshare.matching.pairing import MODES
+from headshare.plan.units import Sublayer
 
-class MatchName(StrEnum):
-    """The match functions for attention, as the command line offers them."""
-
-    QK = "qk"
-    Q = "q"
-    K = "k"
-    V = "v"
-    QKV = "qkv"
-    SEPARATE = "separate"
+OUTPUT = "output"
+MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 
-class ShareMatchName(StrEnum):
-    """The same, and `output`: what each unit does to its layer's output on calibration text."""
-
-    QK = "qk"
-    Q = "q"
-    K = "k"
-    V = "v"
-    QKV = "qkv"
-    SEPARATE = "separate"
-    OUTPUT = "output"
+def _choices(name: str, values: Iterable[str]) -> type[StrEnum]:
+    """An enumeration of values, which typer offers as the choices of an option."""
+    return StrEnum(name, {value: value for value in values})
 
 
-class ModeName(StrEnum):
-    """The ways to choose ties."""
-
-    STAR = "star"
-    ROOT = "root"
-    PUBLISHED = "published"
-
-
-class DtypeName(StrEnum):
-    """The types weights can be stored as."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
+if TYPE_CHECKING:
+    MatchName = str
+    ShareMatchName = str
+    ModeName = str
+    DtypeName = str
+else:
+    MatchName = _choices("MatchName", MATCH_NAMES)
+    ShareMatchName = _choices("ShareMatchName", (*MATCH_NAMES, OUTPUT))
+    ModeName = _choices("ModeName", MODES)
+    DtypeName = _choices("DtypeName", OUTPUT_DTYPES)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[str, typer.Argument(metavar="SHARED", help="A folder that `share` wrote, or a hub id.")]
+
+# ---- which units, and how they are chosen
+
 RatioOption = Annotated[
-    float, typer.Option(help="Share of all units that give up their weights; int(ratio x units) of them.")
+    float,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Share this fraction of all units: int(ratio x units) of them give up their weights.",
+    ),
 ]
 PartsOption = Annotated[
     str,
-    typer.Option(help="What is shared: qkv (the paper), qk, qkvo (the authors' release), ffn, gateup, or qkvo+ffn."),
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Share these parts: qkv (the paper), qk, qkvo (the authors' release), ffn, gateup, or qkvo+ffn.",
+    ),
 ]
 CalibratedPartsOption = Annotated[
     str | None,
     typer.Option(
-        help="What is shared: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, gateup, "
-        "low_rank (qkv, and o stored as a product), several joined by +, or auto (qkvo+low_rank), the default with "
-        "--save and --allow."
+        rich_help_panel=CHOOSE,
+        help="Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, "
+        "qkvo, gateup, low_rank (qkv, and o in low rank), several joined by +, or auto (qkvo+low_rank), the default "
+        "with --save and --allow.",
     ),
 ]
-RefitFfnOption = Annotated[bool, typer.Option(help="Refit the feed-forward's readout too, not the attention's alone.")]
+MatchOption = Annotated[
+    MatchName,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Match units by the cosine of these parts; separate matches q, k and v each by itself.",
+    ),
+]
+ModeOption = Annotated[
+    ModeName,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Choose ties in this way. star: donors only among kept units. root: the paper's pairs, with chains "
+        "followed. published: as in the authors' release.",
+    ),
+]
+FfnGroupsOption = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Split the neurons of each layer into this many equal groups, which are the feed-forward's units; 1 "
+        "shares whole layers.",
+    ),
+]
+FfnRatioOption = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
+]
+ProtectOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Take nothing from these layers, such as 1,2,29. Default: none. (Layer 0 shares nothing; it can lose "
+        "units.)",
+    ),
+]
+SaveOption = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
+    ),
+]
+AllowOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="remove",
+        rich_help_panel=CHOOSE,
+        help="remove: also allow deleting heads and neurons where that is cheaper than sharing. Default: share only.",
+    ),
+]
+
+# ---- calibration
+
+_CALIBRATION = typer.Option(
+    metavar="FILE|DATASET|self",
+    rich_help_panel=CALIBRATE,
+    help="Calibrate on this text: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
+)
+CalibrationOption = Annotated[str | None, _CALIBRATION]
+NeededCalibrationOption = Annotated[str, _CALIBRATION]
+CalibrationTokensOption = Annotated[
+    int, typer.Option(rich_help_panel=CALIBRATE, help="Use this many tokens of that text, in whole windows.")
+]
+CalibrationWindowOption = Annotated[
+    int, typer.Option(rich_help_panel=CALIBRATE, help="Cut that text into windows of this many tokens.")
+]
+CalibrationSeedOption = Annotated[
+    int,
+    typer.Option("--seed", rich_help_panel=CALIBRATE, help="Choose the windows, or write the text, by this seed."),
+]
+RefitFfnOption = Annotated[
+    bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
+]
 ReconstructOption = Annotated[
     int,
     typer.Option(
         metavar="STEPS",
         min=0,
-        help="After the refit, so many gradient steps for each layer, on the weights of its attention and feed-forward "
-        "that it does not share, towards what the dense layer gives. They take several times as long as the refit.",
+        rich_help_panel=CALIBRATE,
+        help="After the refit, take this many gradient steps in each layer. They update the weights of its attention "
+        "and feed-forward that it does not share, and pull its output towards the dense layer's. They take several "
+        "times as long as the refit.",
     ),
 ]
 MeasureOption = Annotated[
     bool,
-    typer.Option(help="Also measure the perplexity of both models on the windows held out of the calibration text."),
-]
-MatchOption = Annotated[
-    MatchName, typer.Option(help="Match function: cosine of these parts; separate matches each by itself.")
-]
-ModeOption = Annotated[
-    ModeName,
     typer.Option(
-        help="star: donors only among kept units. root: the paper's pairs, chains followed. published: as released."
+        rich_help_panel=CALIBRATE,
+        help="Also measure the perplexity of both models on held-out windows of the calibration text.",
     ),
 ]
-FfnGroupsOption = Annotated[
-    int, typer.Option(help="Feed-forward units a layer: 1 shares whole layers, G equal groups of neurons.")
+DeviceOption = Annotated[
+    str, typer.Option(rich_help_panel=CALIBRATE, help="Calibrate on this device: cpu, cuda, or auto.")
 ]
-FfnRatioOption = Annotated[
-    float | None, typer.Option(help="The feed-forward's own ratio, where it differs from --ratio.")
-]
-ProtectOption = Annotated[
-    str | None,
-    typer.Option(help="Layers that give nothing up, such as 1,2,29. (Layer 0 shares nothing; it can lose units.)"),
-]
-_CALIBRATION = typer.Option(
-    metavar="FILE|DATASET|self",
-    help="Text to calibrate on: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
-)
-CalibrationOption = Annotated[str | None, _CALIBRATION]
-NeededCalibrationOption = Annotated[str, _CALIBRATION]
-CalibrationTokensOption = Annotated[int, typer.Option(help="Tokens of that text to use, in whole windows.")]
-CalibrationWindowOption = Annotated[int, typer.Option(help="Tokens in a calibration window.")]
-CalibrationSeedOption = Annotated[
-    int, typer.Option("--seed", help="Seed that chooses the windows, or writes the text.")
-]
-SaveOption = Annotated[
-    str | None,
-    typer.Option(help="Instead of --ratio: save this much of the whole model (10%, or bytes), where it costs least."),
-]
-AllowOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="remove", help="remove: the plan may also delete units and neurons outright, where that costs less."
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, or auto.")]
 ProbeOption = Annotated[
-    bool, typer.Option(help="Price what is given up by the measured predictions of the model, not of its layer alone.")
+    bool,
+    typer.Option(
+        rich_help_panel=CALIBRATE,
+        help="Rank candidates by the change in the model's predictions (slower, better) instead of each layer's "
+        "output error.",
+    ),
 ]
-DtypeOption = Annotated[DtypeName | None, typer.Option(help="Store all weights as this type. Default: as they are.")]
+
+# ---- the output
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")]
+DtypeOption = Annotated[
+    DtypeName | None,
+    typer.Option(rich_help_panel=WRITE, help="Store all weights in this type. Default: as in the model."),
+]
+
+# names of parameters, to refuse those that would not be used
 CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")
