@@ -91,8 +91,10 @@ class NormalEquations:
 
 
 def token_weights(hidden: Float[Tensor, "batch window hidden"]) -> Float[Tensor, "batch window"]:
-    """The weight of each token, one over its squared size, so that the few tokens with enormous activations do not rule
-    the fit; none for a token of size zero."""
+    """The weight of each token: one over its squared size, and zero for a token of size zero.
+
+    So the few tokens with enormous activations do not rule the fit.
+    """
     square = hidden.square().sum(dim=-1)
     return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
 
