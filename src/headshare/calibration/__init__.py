@@ -1,1 +1,1 @@
-"""Choice and repair by output: budgets, allocation over layers, refits and rounding, on calibration text."""
+"""Choice and repair by output: budgets, allocation over layers, refits and rounding to 4 bits, on calibration text."""

@@ -1,1 +1,1 @@
-"""Cost curves: the price of giving units up, in a layer's output and in the model's predictions."""
+"""Cost curves: the cost of giving units up, in a layer's output and in the model's predictions."""

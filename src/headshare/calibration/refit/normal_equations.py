@@ -59,6 +59,7 @@ class NormalEquations:
         targets: Float[Tensor, "tokens outputs"],
         root: Float[Tensor, "tokens 1"],
     ) -> None:
+        """Add the tokens of one chunk, each times the root of its weight; in float64 if their products overflow."""
         rows = inputs * root
         wanted = targets * root
         if self.bias:

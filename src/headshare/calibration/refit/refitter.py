@@ -87,10 +87,16 @@ class Refitter:
         weights = ExpandedTensors.planned(dense, plan)  # which checks that the plan is for this model
         if shared is not None:
             weights = ExpandedTensors.of(shared)
+
+        # Without a shared checkpoint both models are built from the dense one's layers.
         self.layers = layers or Layers(dense, device=device)
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
+
+        # The windows held out come last, so that the first `fitted` ones are those to fit to.
         fit, held = calibration.split(HELD_OUT)
         self.tokens = torch.cat([fit.tokens, held.tokens])
+
+        # A plan that changes nothing has no first layer: then the walk ends without a fit.
         first = plan.first_layer()
         self.first = self.layers.count if first is None else first
         self.next = 0
