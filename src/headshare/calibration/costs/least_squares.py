@@ -154,7 +154,7 @@ class Beside:
     missed: Float[Tensor, "features hidden"]
 
     def joined(self, other: "Beside") -> "Beside":
-        """These features and others, beside the same fit."""
+        """The features together with others beside the same fit."""
         across = self.features.T @ other.features - self.known @ other.cross.T
         return Beside(
             torch.cat([self.features, other.features], dim=1),

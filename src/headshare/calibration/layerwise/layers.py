@@ -38,15 +38,15 @@ class _Call:
 
 
 class Layers:
-    """The layers of a checkpoint's model, dense or shared; a shared one's are built whole, as the stock model's.
+    """The layers of a checkpoint's model, dense or shared. Layers of a shared model are built expanded.
 
     `start` makes the stream that enters layer 0, `build` makes a layer, `run` runs it on some of the stream's windows.
     Arithmetic is float32, whatever the weights are stored as; the layers are called as the model calls them for
     windows that are all tokens, with no padding. A model that is not stored as it is built (a mixture of experts) is
     held whole in memory. With `head`, `logits` ends the walk.
 
-    Attributes: `count` of layers; `attention` and `ffn`, their layouts (`ffn` None for experts); `post_norm`, whether
-    each half of a layer ends in a norm of its output plus its input; `device`; `shell`, what stands around the layers.
+    Attributes: `count` of layers; `attention` and `ffn`, their layouts (`ffn` None for experts); `post_norm`, true if
+    each sublayer ends in a norm of its output plus its input; `device`; `shell`, the model around the layers.
 
     Raises:
         ArchitectureError: if the model's layout is not known.
@@ -97,14 +97,17 @@ class Layers:
         return layout.parts[part]
 
     def tensors_of(self, layer: int, *, ffn: bool = True) -> dict[str, str]:
-        """The weights of this layer's attention and, unless it has none or is left out, feed-forward: paths of modules
-        by the tensors' names. Fused parts are one."""
-        layouts = [one for one in (self.attention, self.ffn if ffn else None) if one is not None]
+        """The paths of modules by the names of their weights: those of this layer's attention and of its feed-forward.
+
+        The feed-forward is left out without `ffn`, and for experts. Fused parts have one entry.
+        """
+        layouts = [layout for layout in (self.attention, self.ffn if ffn else None) if layout is not None]
         return {self.tensor(part, layer): self.path(part) for layout in layouts for part in layout.parts}
 
     def build(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """This layer with its weights, in float32 and memory of its own; `replaced` holds tensors, by their names in
-        the checkpoint, that stand in for the checkpoint's.
+        """Build this layer with its weights, in float32 and memory of its own.
+
+        `replaced` holds tensors that are used instead of the checkpoint's, by their names in the checkpoint.
 
         Raises:
             CheckpointError: if a tensor of the layer has another shape than the model needs, or cannot be read.
@@ -147,8 +150,10 @@ class Layers:
 
     @torch.no_grad()
     def _enter(self, tokens: Int[Tensor, "batch window"]) -> Batch:
-        """The hidden states that enter layer 0 for these tokens. The calls of all layers are kept for batches of this
-        shape."""
+        """The hidden states that enter layer 0 for these tokens.
+
+        The calls of all layers are kept, for batches of this shape.
+        """
         with self._recorded() as (entered, calls), full_float32():  # what layers are called with serves all their runs
             try:
                 with suppress(ReachedError), quiet():
@@ -164,8 +169,7 @@ class Layers:
 
     @torch.no_grad()
     def logits(self, leaving: Batch) -> Float[Tensor, "batch window vocabulary"]:
-        """The logits, on `device`, that a model with its head makes of what leaves the last layer, for any of its
-        tokens."""
+        """The logits, on `device`, that a model with its head computes from the last layer's hidden states."""
         hidden = leaving.to(self.device)
         if self._tuples is None:
             self._enter(torch.ones(hidden.shape[:2], dtype=torch.long))
@@ -199,7 +203,7 @@ class Layers:
         return self._tuples
 
     def call(self, module: nn.Module, layer: int, hidden: Batch) -> Batch:
-        """The batch, on `device`, as it leaves this built layer; with gradients, where those are wanted."""
+        """The batch, on `device`, as it leaves this built layer; with gradients, if the caller has them enabled."""
         shape = hidden.shape[0], hidden.shape[1]
         if shape not in self._calls:
             self._enter(torch.ones(shape, dtype=torch.long))  # calls do not depend on what the tokens are
@@ -209,24 +213,24 @@ class Layers:
 
     @torch.no_grad()
     def run(self, module: nn.Module, layer: int, hidden: Batch, watch: tuple[str, ...] = ()) -> tuple[Batch, Seen]:
-        """The batch as it leaves this built layer, and what passed through the modules at the watched paths; both on
-        `device`."""
+        """Run a batch through this built layer. Returns the batch as it leaves, and inputs and outputs of the modules
+        at the watched paths, all on `device`."""
         seen = Seen()
         with watching(module, watch, seen):
             return self.call(module, layer, hidden), seen.in_windows(hidden)
 
     def run_over(self, module: nn.Module, layer: int, stream: Stream, batches: Iterable[slice] | None = None) -> Stream:
-        """Turn what enters this built layer into what leaves it, in place."""
+        """Run this built layer over the whole stream, in place."""
         for at in self.batches(range(len(stream)), stream.shape[1]) if batches is None else batches:
             stream[at] = self.run(module, layer, stream[at])[0].cpu()
         return stream
 
     @torch.no_grad()
     def run_to(self, module: nn.Module, layer: int, hidden: Batch, path: str, watch: tuple[str, ...] = ()) -> Seen:
-        """A run that ends as soon as the module at `path` is reached; its input is in what was seen.
+        """Run a batch until the module at `path` is reached. The input of that module is among what was seen.
 
         Raises:
-            ArchitectureError: if it is never reached.
+            ArchitectureError: if the module is never reached.
         """
         seen = Seen()
         stopping = module.get_submodule(path).register_forward_pre_hook(partial(seen.note_and_stop, path))

@@ -14,7 +14,7 @@ Batch = Float[Tensor, "batch window hidden"]
 
 
 class ReachedError(Exception):
-    """An exception that leaves a model or a layer once what was wanted from it is known."""
+    """An exception that leaves a model or a layer early, once the inputs that were wanted are known."""
 
 
 @dataclass
@@ -25,28 +25,28 @@ class Seen:
     outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def in_windows(self, hidden: Batch) -> "Seen":
-        """These rows in the batch's own windows: some layers (OPT's) lay all tokens in one row before they go on."""
+        """The rows in the windows of the batch. Some layers (OPT's) lay all tokens in one row before they go on."""
         batch, window, _ = hidden.shape
         inputs, outputs = (
-            {path: value.reshape(batch, window, value.shape[-1]) for path, value in found.items()}
-            for found in (self.inputs, self.outputs)
+            {path: value.reshape(batch, window, value.shape[-1]) for path, value in rows.items()}
+            for rows in (self.inputs, self.outputs)
         )
         return Seen(inputs, outputs)
 
     def note(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Note what went into and came out of the module at this path."""
+        """Note the input and the output of the module at this path."""
         self.inputs[path] = args[0].clone()
         self.outputs[path] = output.clone()  # some layers add to it in place
 
     def note_and_stop(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> NoReturn:
-        """Note what would go into the module at this path, and throw ReachedError."""
+        """Note the input of the module at this path, and raise ReachedError."""
         self.inputs[path] = args[0]
         raise ReachedError
 
 
 @contextmanager
 def watching(module: nn.Module, paths: tuple[str, ...], seen: Seen) -> Iterator[None]:
-    """A block within which all that passes through the modules at these paths is noted."""
+    """A block within which inputs and outputs of the modules at these paths are noted."""
     with ExitStack() as hooks:
         for path in paths:
             hooks.enter_context(module.get_submodule(path).register_forward_hook(partial(seen.note, path)))

@@ -27,7 +27,7 @@ LOGGER = logging.getLogger("headshare")
 
 
 class Shell:
-    """A checkpoint's stock model, bare or with its head, in which what stands around the layers has its weights.
+    """A checkpoint's stock model, bare or with its head, in which the modules around the layers have their weights.
 
     The layers in `modules` are empty. Only a model that is not stored as it is built (a mixture of experts) is `held`
     whole in memory. `weights` are the checkpoint's tensors, `attention` is the layout that names its layers.
@@ -96,14 +96,14 @@ class Shell:
         return {name: value for name, value in self.model.state_dict().items() if not name.startswith(layers)}
 
     def _fill(self) -> None:
-        """Give what stands around the layers its weights: embeddings, norms, tables of positions."""
+        """Load the weights around the layers: embeddings, norms, tables of positions."""
         # The checkpoint may have been saved from a bare model and read into one with a head, or the other way round:
         # then all names differ in what comes first.
         inner, outer = different_prefixes(f"{self._first}.", self.prefix(0))
         state = {}
         for name in self._around():
             names = [outer + name.removeprefix(inner)] if name.startswith(inner) else []
-            stored = next((one for one in map(self.stored_name, [*names, name]) if one in self.weights), None)
+            stored = next((known for known in map(self.stored_name, [*names, name]) if known in self.weights), None)
             if stored is not None:
                 state[name] = on_device(self.device, self.weights.read(stored))
         self.model.load_state_dict(state, assign=True, strict=False)
@@ -121,14 +121,14 @@ class Shell:
         return [name for name, value in self._around().items() if value.is_meta]
 
     def lacks(self) -> CheckpointError:
-        """The error that names some of them."""
+        """The error that names some of the lacking weights."""
         return CheckpointError(f"{self.checkpoint.name} lacks weights that its model needs: {self.lacking()[:3]}.")
 
     # ---- running
 
     @contextmanager
     def layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """A block within which each of the model's layers does this instead."""
+        """A block within which each of the model's layers runs this function instead of its own."""
         modules = self.modules
         for module in modules:
             module.forward = forward
@@ -139,8 +139,10 @@ class Shell:
                 del module.forward
 
     def logits(self, leaving: Batch, *, tuples: bool) -> Float[Tensor, "batch window vocabulary"]:
-        """The logits that a model with its head makes of what leaves the last layer; `tuples` says whether its layers
-        give back tuples."""
+        """The logits that a model with its head computes from the last layer's hidden states.
+
+        `tuples` is true if the model's layers return tuples.
+        """
         given = (leaving,) if tuples else leaving
         with self.layers_replaced(lambda *_, **__: given):
             output = self.model(input_ids=torch.zeros(leaving.shape[:2], dtype=torch.long, device=self.device))
@@ -153,7 +155,7 @@ def on_device(device: torch.device, value: Tensor) -> Tensor:
 
 
 def different_prefixes(first: str, second: str) -> tuple[str, str]:
-    """The steps before those that both paths end in: ("", "model.") for `layers.0.` and `model.layers.0.`"""
+    """Prefixes of two paths before the end that they share: ("", "model.") for `layers.0.` and `model.layers.0.`"""
     ours = first.split(".")
     theirs = second.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
@@ -189,8 +191,10 @@ def empty_shell(checkpoint: Checkpoint, head: bool) -> Any:
 
 
 def _without_cache(config: Any) -> None:
-    """Let layers be called without a cache of keys: one that is there grows with every run. Nor is there a loss of
-    routers to add up, whose layers may not run."""
-    for one in (config, config.get_text_config()):
-        one.use_cache = False
-        one.output_router_logits = False
+    """Set a config so that layers are called without a cache of keys, which would grow with every run.
+
+    Router losses are switched off too, as they are added up over layers that may not run.
+    """
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+        part.output_router_logits = False

@@ -1,4 +1,4 @@
-"""The columns of output projections under a plan: stored here, borrowed, products of small rank, or removed.
+"""The columns of output projections under a plan: stored here, borrowed, low-rank products, or removed.
 
 Knows the plan and the tensors of the shared model. Solves nothing and runs nothing.
 """
@@ -38,7 +38,9 @@ class PlannedColumns:
         """Tensors of this layer that do not store all their numbers themselves, whole, by name."""
         names = {place.name(layer) for layout in self.plan.layouts for place in layout.parts.values()}
         planned = [self._tensors[name] for name in sorted(names & self._tensors.keys())]
-        return {one.name: self.weights.read(one.name) for one in planned if one.stored_shape != one.shape}
+        return {
+            tensor.name: self.weights.read(tensor.name) for tensor in planned if tensor.stored_shape != tensor.shape
+        }
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which the shared model stores this tensor."""
@@ -68,8 +70,10 @@ class PlannedColumns:
         return torch.cat([self._range(start, stop) for start, stop in spans])
 
     def lent(self, name: str, refitted: Mapping[str, Tensor]) -> tuple[BorrowedColumns, ...]:
-        """Columns that are not fitted: donors', as the `refitted` tensors have them if they are there already, and made
-        ones."""
+        """Columns that are not fitted: those borrowed from donors, and those that other kinds of section make.
+
+        A donor that is among the `refitted` tensors already lends its columns as they are there.
+        """
         if name not in self._tensors:
             return ()
         tensor = self._tensors[name]
@@ -86,14 +90,14 @@ class PlannedColumns:
                 own = scale[used : used + len(inputs)].to(columns)
                 used += len(inputs)
             lent.append(BorrowedColumns(inputs, columns, scaled, own))
-        # columns that another kind of section makes stay as they are
-        for one in (one for one in tensor.made if not isinstance(one, LowRankRange)):
-            columns = self._projection(name, refitted)[:, one.start : one.stop]
-            lent.append(BorrowedColumns(self._range(one.start, one.stop), columns, False, None))
+        # Columns that another kind of section makes stay as they are.
+        for made in (made for made in tensor.made if not isinstance(made, LowRankRange)):
+            columns = self._projection(name, refitted)[:, made.start : made.stop]
+            lent.append(BorrowedColumns(self._range(made.start, made.stop), columns, False, None))
         return tuple(lent)
 
     def narrow(self, name: str) -> tuple[LowRankColumns, ...]:
-        """Columns that are stored as products of small rank, a unit's at a time."""
+        """Columns that are stored as low-rank products, one entry for each unit."""
         factored = self._tensors[name].factored if name in self._tensors else ()
         return tuple(LowRankColumns(self._range(start, stop), rank) for start, stop, rank in factored)
 

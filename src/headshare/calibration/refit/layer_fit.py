@@ -24,8 +24,10 @@ from headshare.sharing.factors import join_columns, split_columns
 
 @dataclass
 class Streams:
-    """The hidden states that enter the next layer in each model. They are one tensor as long as the two models are the
-    same."""
+    """The hidden states that enter the next layer in each model.
+
+    They are one tensor as long as the two models are the same.
+    """
 
     dense: Stream
     shared: Stream
@@ -33,12 +35,12 @@ class Streams:
 
 @dataclass
 class LayerFit:
-    """The fits of a layer, whichever is next. What they find is put into the built layer as it will be stored, and
-    added to `result`.
+    """The fits of one layer after another. New weights are put into the built layer as they will be stored.
 
+    All new tensors and steps are added to `result`.
     `layers` are the dense model's. `shared_layers` are those of the shared checkpoint, or the same where there is none
-    yet. The first `fitted` windows of the streams are fitted to, the others are held out. `ffn` says whether W_down is
-    fitted too, `gradient_steps` how many of these follow, at this `rate` and on windows drawn by the `seed`.
+    yet. The first `fitted` windows of the streams are fitted to, the others are held out. With `ffn`, W_down is
+    fitted too. The fits are followed by `gradient_steps`, at this `rate` and on windows drawn by the `seed`.
     """
 
     layers: Layers
@@ -54,12 +56,14 @@ class LayerFit:
     def batches(self, stream: Stream) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
         windows, window, _ = stream.shape
-        for some in (range(self.fitted), range(self.fitted, windows)):
-            yield from self.layers.batches(some, window)
+        for part in (range(self.fitted), range(self.fitted, windows)):
+            yield from self.layers.batches(part, window)
 
     def fit(self, layer: int, dense: nn.Module, shared: nn.Module, streams: Streams) -> None:
-        """Fit the readouts of the shared model's built layer. The dense stream advances over the dense model's layer,
-        the shared one does not."""
+        """Fit the output projections of the shared model's built layer.
+
+        The dense stream advances over the dense model's layer, the shared one does not.
+        """
         residual, target = self._fit_attention(layer, dense, shared, streams)
         if target is not None:
             self._fit_feed_forward(layer, shared, streams, residual, target)
@@ -101,7 +105,7 @@ class LayerFit:
         """Fit W_down, once W_o is. The dense stream has advanced over the layer, the shared one has not."""
         path = self.layers.path(Part.DOWN)
         sums = self._sums(shared, Part.DOWN)
-        before = tuple(one for one in watched(self.layers) if one != path)
+        before = tuple(seen_path for seen_path in watched(self.layers) if seen_path != path)
         for at in self.batches(streams.shared):
             own = streams.shared[at].to(self.layers.device)
             seen = self.shared_layers.run_to(shared, layer, own, path, before)
@@ -141,7 +145,7 @@ class LayerFit:
         if self.shared_layers is self.layers:
             prior[:, self.columns.foreign(layer, part, weight.shape[1])] = 0
         dtype = self.columns.dtype(name)
-        found = fit_readout(
+        fitted = fit_readout(
             *sums,
             start,
             free,
@@ -154,20 +158,20 @@ class LayerFit:
 
         # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with
         # products of rounded numbers, since those are what a loaded model multiplies with.
-        if lent or not found.why_kept:
-            scales = found.scales.to(dtype)
-            exact = assembled(found.weight.to(dtype).double(), free, lent, scales.double())
-            for unit, product in zip(narrow, self._kept_factors(name, found, narrow), strict=True):
+        if lent or not fitted.why_kept:
+            scales = fitted.scales.to(dtype)
+            exact = assembled(fitted.weight.to(dtype).double(), free, lent, scales.double())
+            for unit, product in zip(narrow, self._kept_factors(name, fitted, narrow), strict=True):
                 exact[:, unit.columns] = product
             self._keep(name, exact, scales, weight, bias)
-        self.result.steps.append(_step(name, found, sum(one.left_out for one in sums)))
+        self.result.steps.append(_step(name, fitted, sum(equations.left_out for equations in sums)))
 
     def _kept_factors(
-        self, name: str, found: Fitted, narrow: tuple[LowRankColumns, ...]
+        self, name: str, fitted: Fitted, narrow: tuple[LowRankColumns, ...]
     ) -> list[Float[Tensor, "outputs inputs"]]:
-        """Add the factors of a readout's factored units to the result, and return their products as they are stored."""
+        """Add the factors of a readout's low-rank units to the result. Returns their products as they are stored."""
         dtype = self.columns.dtype(name)
-        split = [split_columns(found.weight[:, one.columns], one.rank) for one in narrow]
+        split = [split_columns(fitted.weight[:, unit.columns], unit.rank) for unit in narrow]
         rounded = [(factor_in.to(dtype), factor_out.to(dtype)) for factor_in, factor_out in split]
         if narrow:
             inner, outer = factor_names(name)
@@ -183,8 +187,11 @@ class LayerFit:
         weight: Float[Tensor, "outputs inner"],
         bias: Float[Tensor, " outputs"] | None,
     ) -> None:
-        """Add a readout to the result, and copy it to the built layer's weight and bias. `exact` holds the numbers that
-        are stored, times the scales, and the bias last; a layer computes with these products, a file rounds them."""
+        """Add a readout to the result, and copy it to the built layer's weight and bias.
+
+        `exact` holds the numbers that are stored, times the scales, and the bias last. A layer computes with these
+        products, a file rounds them.
+        """
         whole = exact if bias is None else exact[:, :-1]
         weight.copy_(whole)
         oriented = whole.T if self.layers.in_out else whole
@@ -199,10 +206,13 @@ class LayerFit:
     # ---- gradient steps
 
     def reconstruct(self, layer: int, module: nn.Module, streams: Streams) -> None:
-        """Change the weight matrices of the shared model's built layer, put them into it as they will be stored, and
-        keep them. The dense stream has advanced over the layer, the shared one has not."""
+        """Change the weight matrices of the shared model's built layer by gradient steps, and keep them in the result.
+
+        The layer has the matrices as they will be stored. The dense stream has advanced over the layer, the shared one
+        has not.
+        """
         weights = self._matrices(layer, module)
-        found = reconstruct(
+        best = reconstruct(
             self.shared_layers,
             layer,
             module,
@@ -213,15 +223,15 @@ class LayerFit:
             seed=self.seed,
             rate=self.rate,
         )
-        if found.step:
-            for name, weight in found.weights.items():
+        if best.step:
+            for name, weight in best.weights.items():
                 rounded = weight.to(self.columns.dtype(name))
                 self.result.tensors[name] = rounded.cpu()
                 weights[name].copy_(torch.where(self.columns.owned(name, weight), rounded.to(weight), weights[name]))
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
-        best = f"best after {found.step}" if found.step else "none was better"
-        note = f"{self.gradient_steps} gradient steps, {best}"
-        self.result.steps.append(RefitStep(base, None, found.error_before, found.error_after, note))
+        choice = f"best after {best.step}" if best.step else "none was better"
+        note = f"{self.gradient_steps} gradient steps, {choice}"
+        self.result.steps.append(RefitStep(base, None, best.error_before, best.error_after, note))
 
     def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a built layer's parts, by name."""
@@ -233,9 +243,10 @@ class LayerFit:
         return matrices
 
 
-def _step(name: str, found: Fitted, left_out: int) -> RefitStep:
-    notes = [found.why_kept] if found.why_kept else []
+def _step(name: str, fitted: Fitted, left_out: int) -> RefitStep:
+    """The record of the fit of one readout."""
+    notes = [fitted.why_kept] if fitted.why_kept else []
     if left_out:
         notes.append(f"{left_out} tokens whose numbers are not finite were left out")
-    ridge = None if found.why_kept else found.ridge
-    return RefitStep(name, ridge, found.error_before, found.error_after, "; ".join(notes))
+    ridge = None if fitted.why_kept else fitted.ridge
+    return RefitStep(name, ridge, fitted.error_before, fitted.error_after, "; ".join(notes))

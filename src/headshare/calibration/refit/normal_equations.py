@@ -59,6 +59,7 @@ class NormalEquations:
         targets: Float[Tensor, "tokens outputs"],
         root: Float[Tensor, "tokens 1"],
     ) -> None:
+        """Add the tokens of one chunk, each times the root of its weight; in float64 if their products overflow."""
         rows = inputs * root
         wanted = targets * root
         if self.bias:
@@ -91,8 +92,10 @@ class NormalEquations:
 
 
 def token_weights(hidden: Float[Tensor, "batch window hidden"]) -> Float[Tensor, "batch window"]:
-    """The weight of each token, one over its squared size, so that the few tokens with enormous activations do not rule
-    the fit; none for a token of size zero."""
+    """The weight of each token: one over its squared size, and zero for a token of size zero.
+
+    So the few tokens with enormous activations do not rule the fit.
+    """
     square = hidden.square().sum(dim=-1)
     return torch.where(square > torch.finfo(square.dtype).tiny, 1 / square, 0.0)
 

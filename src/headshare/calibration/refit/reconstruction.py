@@ -1,4 +1,4 @@
-"""Gradient steps on one layer of a shared model, so that what leaves it comes back to what leaves the dense layer.
+"""Gradient steps on one layer of a shared model, which bring its output back to the dense layer's.
 
 The refit solves for the readouts alone. These steps change every weight matrix of the layer's attention and
 feed-forward where no other layer uses it: Adam on the squared error of what leaves the layer, on the calibration
@@ -24,8 +24,10 @@ TOKENS = 2048  # a step
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """The best of the steps: the weights that it has by name, after which step, and the held-out error before and there
-    (the squared error of each token as part of its squared size in the dense model, averaged)."""
+    """The best of the steps: its weights by name, its number, and the held-out errors before the first step and there.
+
+    An error is the squared error of each token as part of its squared size in the dense model, averaged over tokens.
+    """
 
     weights: Mapping[str, Tensor]
     step: int
@@ -35,8 +37,10 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """The hidden states that enter a layer in the shared model and those that leave it in the dense one, the first
-    `fitted` windows to fit to and the rest held out."""
+    """The hidden states that enter a layer in the shared model, and those that leave it in the dense one.
+
+    The first `fitted` windows are fitted to, the others are held out.
+    """
 
     entering: Stream
     leaving: Stream
@@ -59,8 +63,10 @@ def reconstruct(
     seed: int,
     rate: float,
 ) -> Reconstructed:
-    """The best weights that so many steps find, of TOKENS tokens each in windows drawn by the seed. Only numbers that
-    are the layer's `own` change. The built layer is left with its first weights."""
+    """The best weights that this many steps find, each on TOKENS tokens in windows drawn by the seed.
+
+    Only numbers that are the layer's `own` change. The built layer is left with its first weights.
+    """
     # Weights that are shared take part in the layer and stay as they are: their gradients are masked.
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     masks = {name: own(name, weight) for name, weight in first.items()}
@@ -103,7 +109,7 @@ def _descend(
     weights: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
 ) -> None:
-    """Set the gradients."""
+    """Set the gradients of the weights on this batch, masked."""
     with torch.enable_grad(), short_products():
         error = _error(layers.call(module, layer, entering), leaving.to(layers.device)).mean()
         gradients = torch.autograd.grad(error, list(weights.values()))
@@ -112,6 +118,7 @@ def _descend(
 
 
 def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: LayerTarget) -> float:
+    """The error on the held-out tokens, averaged."""
     errors = [
         _error(layers.run(module, layer, wanted.entering[at])[0], wanted.leaving[at].to(layers.device)).flatten()
         for at in wanted.held_out(layers)
@@ -119,9 +126,11 @@ def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: LayerTarget
     return torch.cat(errors).mean().item()
 
 
-def _error(found: Batch, wanted: Batch) -> Tensor:
-    """The squared error of each token as a part of its squared size in the dense model; none for a token whose size
-    there is zero or not finite."""
+def _error(left: Batch, wanted: Batch) -> Tensor:
+    """The squared error of each token as a part of its squared size in the dense model.
+
+    It is zero for a token whose size there is zero or not finite.
+    """
     finite = torch.isfinite(wanted).all(dim=-1, keepdim=True)
-    difference = torch.where(finite, found - wanted, 0.0)  # not its square: infinity times zero has no gradient
+    difference = torch.where(finite, left - wanted, 0.0)  # not its square: infinity times zero has no gradient
     return difference.square().sum(dim=-1) * token_weights(wanted)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Products:
-    """The best columns of every rank for some inputs (Izenman, "Reduced-rank regression for the multivariate linear
-    model", 1975), as products of two matrices. `gains` are how much less the squared error is with rank 1, 2 and so
-    on."""
+    """The best columns of every rank for some inputs, as products of two matrices.
+
+    They are those of Izenman, "Reduced-rank regression for the multivariate linear model", 1975. `gains` are the drops
+    of the squared error with rank 1, 2 and so on.
+    """
 
     gains: Float[Tensor, " ranks"]
     left: Float[Tensor, "inputs ranks"]
@@ -19,8 +21,8 @@ class Products:
 
     @classmethod
     def of(cls, factor: Float[Tensor, "inputs inputs"], cross: Float[Tensor, "inputs outputs"]) -> "Products":
-        """The best columns from the Cholesky factor of the inputs' Gram matrix, and the inputs' products with the
-        targets."""
+        """The products for inputs whose Gram matrix has this Cholesky factor, and whose products with targets are
+        `cross`."""
         # Whitened, the squared error is a distance between matrices, to which the nearest of a rank is a cut of the
         # singular value decomposition.
         white = torch.linalg.solve_triangular(factor, cross, upper=False)

@@ -38,9 +38,10 @@ def refit_readouts(
     steps: int = 0,
     device: str = "cpu",
 ) -> Refit:
-    """The readouts that make up for a plan's ties: W_o of every layer from the first tie on, and with `ffn` W_down too;
-    and after so many gradient `steps` a layer, the other weight matrices of its attention and, with `ffn`, of its
-    feed-forward.
+    """Refit the output projections to make up for a plan's ties: W_o of every layer from the first tie on.
+
+    With `ffn`, W_down is refitted too. This many gradient `steps` a layer then change the other weight matrices of its
+    attention and, with `ffn`, of its feed-forward.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
@@ -54,10 +55,10 @@ def refit_readouts(
 
 
 class Refitter:
-    """A refit on its way. Each turn of `advance` is one layer; `result` holds what is done.
+    """A refit in progress. Each turn of `advance` is one layer; `result` holds the new tensors so far.
 
     With `shared`, a checkpoint of this plan, the shared model is that one, trained or refitted as it may be, and its
-    readouts are pulled to what they are there. Without, it is the dense model shared by the plan. `layers` are the
+    readouts are pulled to their values there. Without, it is the dense model shared by the plan. `layers` are the
     dense checkpoint's, if they are there already.
 
     Raises:
@@ -86,10 +87,16 @@ class Refitter:
         weights = ExpandedTensors.planned(dense, plan)  # which checks that the plan is for this model
         if shared is not None:
             weights = ExpandedTensors.of(shared)
+
+        # Without a shared checkpoint both models are built from the dense one's layers.
         self.layers = layers or Layers(dense, device=device)
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
+
+        # The windows held out come last, so that the first `fitted` ones are those to fit to.
         fit, held = calibration.split(HELD_OUT)
         self.tokens = torch.cat([fit.tokens, held.tokens])
+
+        # A plan that changes nothing has no first layer: then the walk ends without a fit.
         first = plan.first_layer()
         self.first = self.layers.count if first is None else first
         self.next = 0
@@ -119,21 +126,24 @@ class Refitter:
 
     @torch.no_grad()
     def refitted(self, layer: int, entering: Stream) -> nn.Module:
-        """The shared model's layer, refitted on what enters it in the dense model: the stream of `tokens`, which is
-        left as it is. Other layers that the plan changes do not count, nor does anything of this for `advance`."""
+        """The shared model's layer, refitted on the hidden states of `tokens` that enter it in the dense model.
+
+        The stream is left as it is. Other layers that the plan changes do not count, and `advance` is not affected.
+        """
         return self._fitted(layer, Streams(entering.clone(), entering.clone()))
 
     def state(self) -> dict[str, Stream]:
-        """Copies of the streams that enter the next layer: `dense` and `shared`. With `next` and `result`, all that
-        `resume` needs."""
+        """Copies of the streams that enter the next layer, `dense` and `shared`, for `resume`."""
         streams = self._entering()
         return {"dense": streams.dense.clone(), "shared": streams.shared.clone()}
 
     def resume(
         self, layer: int, streams: Mapping[str, Tensor], tensors: MutableMapping[str, Tensor], steps: list[RefitStep]
     ) -> None:
-        """Go on at this layer, which another refitter of the same arguments would have done next, with its `state` and
-        what its result held; what follows is the same bit for bit. `tensors` is taken over, and added to.
+        """Go on at this layer in the place of a stopped refitter of the same arguments.
+
+        `streams` is its `state`; `tensors` and `steps` are its result. `tensors` is taken over, and added to. The rest
+        of the refit is the same bit for bit.
 
         Raises:
             CheckpointError: if the streams are not of this calibration.
@@ -144,9 +154,9 @@ class Refitter:
                     f"the refit to go on with has no stream '{name}' of these tokens. Start it again."
                 )
         # Before the first layer that the plan changes a fresh share is the dense model: one stream serves both.
-        one = self.shared_layers is self.layers and layer <= self.first
+        same = self.shared_layers is self.layers and layer <= self.first
         dense = streams["dense"].clone()
-        self._streams = Streams(dense, dense if one else streams["shared"].clone())
+        self._streams = Streams(dense, dense if same else streams["shared"].clone())
         self.next = layer
         self.result.tensors = tensors
         self.result.steps = list(steps)
@@ -155,11 +165,12 @@ class Refitter:
         """The streams that enter the next layer."""
         if self._streams is None:
             dense = self.layers.start(self.tokens)
-            one = self.shared_layers is self.layers
-            self._streams = Streams(dense, dense if one else self.shared_layers.start(self.tokens))
+            same = self.shared_layers is self.layers
+            self._streams = Streams(dense, dense if same else self.shared_layers.start(self.tokens))
         return self._streams
 
     def _advance_over(self, layer: int, streams: Streams) -> None:
+        """Fit a layer if the plan has something to make up for there, and take both streams over it."""
         # Layers before the first that the plan changes have nothing to make up for: they are run as they are, and once
         # where both models are the same there.
         if layer < self.first:
@@ -171,7 +182,7 @@ class Refitter:
             streams.shared = streams.dense.clone()
 
         # The fit takes the dense stream over the layer. The shared one follows only when all of the layer is done,
-        # so that the next layer is fitted to what the changed layers before it give.
+        # so that the next layer is fitted to the output of the changed layers before it.
         module = self._fitted(layer, streams)
         if self.layer_fit.gradient_steps:
             self.layer_fit.reconstruct(layer, module, streams)

@@ -1,8 +1,8 @@
 """Fit a readout (W_o or W_down) in closed form: weighted ridge regression towards a prior, solved in float64.
 
 A readout's inputs are *free* (columns it stores: all are solved for), *lent* (columns it takes from a donor's readout,
-perhaps behind one scale a channel), *factored* (columns it stores as a product of small rank) or removed (none of
-these: their columns are zero). Knows no model and no file.
+perhaps behind one scale a channel), *low-rank* (columns it stores as a low-rank product) or removed (none of these:
+their columns are zero). Knows no model and no file.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ TINY = torch.finfo(torch.float64).tiny
 class BorrowedColumns:
     """Inputs whose columns come from a donor's readout: scaled, one number a channel to be fitted, or as they are.
 
-    `scale` is the one that they have, and are pulled to. Without, the tie is fresh: it has one, which nobody has
-    fitted, and is pulled to zero, as if the unit were deleted.
+    `scale` holds the scales that they have, and to which they are pulled. Without it the tie is fresh: its scales were
+    never fitted, and are pulled to zero, as if the unit were deleted.
     """
 
     columns: Int[Tensor, " lent"]
@@ -36,7 +36,7 @@ class BorrowedColumns:
 
 @dataclass(frozen=True)
 class LowRankColumns:
-    """Inputs of one unit whose columns are stored as a product of this rank."""
+    """Inputs of one unit whose columns are stored as a low-rank product, of this rank."""
 
     columns: Int[Tensor, " factored"]
     rank: int
@@ -44,7 +44,7 @@ class LowRankColumns:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A whole readout: bias column last if there is one, lent columns and products in place, removed ones zero.
+    """A whole readout: bias column last if there is one, lent columns and products in place, removed columns zero.
 
     `scales` are those of all scaled inputs in order. Errors are on held-out tokens, before and after, as parts of the
     targets' size. `ridge` is infinite where the start was kept; `why_kept` says why.
@@ -70,24 +70,24 @@ def fit_readout(
     largest: float = float("inf"),
     all_tokens: bool = True,
 ) -> Fitted:
-    """The readout W that minimises sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2 over its free
-    columns, the mean being over inputs that are not removed.
+    """Fit the readout W that minimises sum_t w_t |W z_t - y_t|^2 + ridge * mean(diag Gram) * |W - prior|^2.
 
-    `start` is the readout as it is, of which only free columns are looked at; the prior is the start unless given. The
-    ridge is the one with the least error on held-out tokens; the result is then fitted on `all_tokens`, or
-    on those that are not held out, so that these can still judge what follows. Scales of lent
-    columns are pulled to zero, or to what they were, and solved in turn with the free columns; the scales' own Gram
-    matrix is the inputs' times, number by number, that of the donors' columns, whose mean diagonal scales their ridge.
-    Columns of `narrow` inputs are the best of their rank, in closed form: what is left of inputs and targets once the
-    free columns have done what they can is whitened, and cut to its largest singular values (Izenman, "Reduced-rank
-    regression for the multivariate linear model", 1975); with several such units, one after the other in turns.
+    The minimum is over its free columns, and the mean over inputs that are not removed. `start` is the readout as it
+    is, of which only free columns are looked at; the prior is the start unless given. The ridge is the one with the
+    least error on held-out tokens. The result is then fitted on `all_tokens`, or on those that are not held out, so
+    that held-out tokens can still judge later steps.
+    Scales of lent columns are pulled to zero, or to their old values, and solved in turn with the free columns. Their
+    Gram matrix is the element-wise product of the inputs' and the donor columns'; its mean diagonal scales their ridge.
+    Columns of `narrow` inputs are the best of their rank, in closed form: the part of inputs and targets that the free
+    columns do not explain is whitened, and cut to its largest singular values (Izenman, "Reduced-rank regression for
+    the multivariate linear model", 1975). Several such units are solved for one after the other, in turns.
     The start is kept where no ridge does better on held-out tokens by more than rounding may (`NOISE` of the targets'
     size), or none gives finite numbers below `largest`. All in float64.
     """
     # The readout as it is, with its lent columns as they are by now, is what a fit has to beat.
     lent = _merged(lent)
     scales = _scales_of(lent, start)
-    kept = assembled(start, torch.cat([free, *(one.columns for one in narrow)]), lent, scales)
+    kept = assembled(start, torch.cat([free, *(unit.columns for unit in narrow)]), lent, scales)
     before = held.error(kept)
 
     # Only tokens that nothing was fitted to can tell how hard to pull: on fitted ones the least ridge is always best.
@@ -114,17 +114,19 @@ def assembled(
     lent: tuple[BorrowedColumns, ...],
     scales: Float[Tensor, " scaled"],
 ) -> Float[Tensor, "outputs inputs"]:
-    """A whole readout: its own free columns, its donors' lent ones, scaled ones times their scales (in the order of
-    their inputs), and zeros elsewhere."""
+    """A whole readout: its own free columns, its donors' lent columns, and zeros elsewhere.
+
+    Scaled columns are multiplied by their scales, which are in the order of their inputs.
+    """
     whole = torch.zeros_like(weight)
     whole[:, free] = weight[:, free]
-    for one in _merged(lent):
-        whole[:, one.columns] = one.donor * scales if one.scaled else one.donor
+    for borrowed in _merged(lent):
+        whole[:, borrowed.columns] = borrowed.donor * scales if borrowed.scaled else borrowed.donor
     return whole
 
 
 def _best_ridge(solver: "_Solver", held: NormalEquations) -> tuple[float, float]:
-    """The least squared error on held-out tokens, and the ridge it is had with; infinite if none can be solved."""
+    """The least squared error on held-out tokens, and its ridge; both infinite if no ridge can be solved."""
     errors = []
     for ridge in RIDGES:
         solved = solver.solve(ridge)
@@ -134,23 +136,23 @@ def _best_ridge(solver: "_Solver", held: NormalEquations) -> tuple[float, float]
 
 
 def _merged(lent: tuple[BorrowedColumns, ...]) -> tuple[BorrowedColumns, ...]:
-    """BorrowedColumns inputs in at most one entry of each sort, in order."""
+    """The borrowed columns merged into at most two entries, the scaled ones and the others, each in order."""
     merged = []
     for scaled in (True, False):
-        some = [one for one in lent if one.scaled == scaled]
-        if some:
-            columns = torch.cat([one.columns for one in some])
-            donor = torch.cat([one.donor for one in some], dim=1)
+        alike = [borrowed for borrowed in lent if borrowed.scaled == scaled]
+        if alike:
+            columns = torch.cat([borrowed.columns for borrowed in alike])
+            donor = torch.cat([borrowed.donor for borrowed in alike], dim=1)
             order = columns.argsort()
-            given = [one.scale for one in some if one.scale is not None]
-            scale = torch.cat(given)[order] if len(given) == len(some) else None
+            given = [borrowed.scale for borrowed in alike if borrowed.scale is not None]
+            scale = torch.cat(given)[order] if len(given) == len(alike) else None
             merged.append(BorrowedColumns(columns[order], donor[:, order], scaled, scale))
     return tuple(merged)
 
 
 def _scales_of(lent: tuple[BorrowedColumns, ...], like: Tensor) -> Float[Tensor, " scaled"]:
-    """The scales that merged lent inputs have to begin with."""
-    scaled = next((one for one in lent if one.scaled), None)
+    """The scales of merged lent inputs before the fit."""
+    scaled = next((borrowed for borrowed in lent if borrowed.scaled), None)
     if scaled is None:
         return like.new_zeros(0)
     return torch.ones_like(like[0, scaled.columns]) if scaled.scale is None else scaled.scale.to(like)
@@ -159,8 +161,8 @@ def _scales_of(lent: tuple[BorrowedColumns, ...], like: Tensor) -> Float[Tensor,
 class _Solver:
     """The equations of one readout, to be solved with one ridge after another.
 
-    Its columns are of three sorts: `free` ones, `scaled` ones and those of `narrow` inputs are solved for; `fixed` is a
-    readout that has only the lent columns that no scale stands before.
+    Three sorts of columns are solved for: `free` ones, `scaled` ones and those of `narrow` inputs. `fixed` is a readout
+    that has only the lent columns without scales.
     """
 
     def __init__(
@@ -177,11 +179,11 @@ class _Solver:
         self.free = free
         self.narrow = narrow
         self.largest = largest
-        self.scaled = next((one for one in lent if one.scaled), None)
+        self.scaled = next((borrowed for borrowed in lent if borrowed.scaled), None)
         self.fixed = assembled(torch.zeros_like(prior), free, lent, torch.zeros_like(_scales_of(lent, prior)))
 
         # Of the Gram matrix: the free inputs with each other, and with all others that are not removed.
-        self.given = torch.cat([free[:0], *(one.columns for one in lent), *(one.columns for one in narrow)])
+        self.given = torch.cat([free[:0], *(entry.columns for entry in lent), *(unit.columns for unit in narrow)])
         self.inner = equations.gram[free[:, None], free]
         self.with_given = equations.gram[free[:, None], self.given]
         self.mean = float(equations.gram.diagonal()[torch.cat([free, self.given])].mean())
@@ -228,15 +230,17 @@ class _Solver:
         whole[:, self.free] = torch.cholesky_solve(right, factor).T
 
     def _solve_narrow(self, whole: Tensor, factor: Tensor, ridge: float) -> bool:
-        """Set the factored columns of `whole` to the best of their ranks, given all others but the free ones, which
-        will be solved for; False where rounding leaves nothing to be solved."""
-        columns = torch.cat([one.columns for one in self.narrow])
+        """Set the low-rank columns of `whole` to the best of their ranks, given all others but the free ones.
+
+        The free columns are solved for afterwards. Returns False where rounding leaves nothing to be solved.
+        """
+        columns = torch.cat([unit.columns for unit in self.narrow])
         gram = self.equations.gram
         cross = self.equations.cross - gram @ whole.T
 
-        # The free columns are eliminated: what is left of the factored inputs' Gram matrix once the free inputs explain
-        # what they can (a Schur complement), and what is then missed of their products with the targets. Their ridge
-        # is a part of what is left, which can be far smaller than the inputs themselves.
+        # The free columns are eliminated. That leaves the Gram matrix of the part of the low-rank inputs that the free
+        # inputs do not explain (a Schur complement), and the products of that part with the targets. The ridge is
+        # relative to that part, which can be far smaller than the inputs themselves.
         known = torch.cholesky_solve(gram[self.free[:, None], columns], factor).T
         left = gram[columns[:, None], columns] - known @ gram[self.free[:, None], columns]
         missed = cross[columns] - known @ (cross[self.free] + ridge * self.mean * self.prior.T)
@@ -245,20 +249,20 @@ class _Solver:
         # The best product of one unit has a closed form. Those of several units together have none, as they explain
         # parts of the same targets: each is solved for given the others, in turns.
         products = torch.zeros_like(missed)
-        edges = torch.tensor([0, *(len(one.columns) for one in self.narrow)]).cumsum(0).tolist()
+        edges = torch.tensor([0, *(len(unit.columns) for unit in self.narrow)]).cumsum(0).tolist()
         for _ in range(ALTERNATIONS if len(self.narrow) > 1 else 1):
-            for one, start, stop in zip(self.narrow, edges[:-1], edges[1:], strict=True):
+            for unit, start, stop in zip(self.narrow, edges[:-1], edges[1:], strict=True):
                 products[start:stop] = 0
                 own = _factor(left[start:stop, start:stop], 0.0)
                 if own is None:
                     return False
                 wanted = missed[start:stop] - left[start:stop] @ products
-                products[start:stop] = Products.of(own, wanted).product(one.rank).T
+                products[start:stop] = Products.of(own, wanted).product(unit.rank).T
         whole[:, columns] = products.T
         return bool(torch.isfinite(products).all())
 
     def _solve_scales(self, whole: Tensor, ridge: float) -> Float[Tensor, " scaled"] | None:
-        """The scales that go best with the other columns of `whole`; sets the scaled columns to zero."""
+        """The scales that go best with the other columns of `whole`, whose scaled columns are set to zero."""
         assert self.scaled is not None
         columns = self.scaled.columns
         donor = self.scaled.donor

@@ -1,5 +1,8 @@
-"""The way in which a layer adds its two outputs to what entered it, found by looking at the dense layer; and so the
-targets of the shared layer's readouts, which bring its stream back to the dense one."""
+"""Residual connections: the way in which a layer adds its two outputs to the hidden states that entered it.
+
+It is found by looking at the dense layer. The targets of the shared layer's output projections follow from it: they
+bring the hidden states of the shared model back to the dense model's.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +19,7 @@ ADDED = 1e-4
 
 
 class Adding(StrEnum):
-    """Three ways in which layers are built."""
+    """Ways in which layers add the outputs of their sublayers."""
 
     PLAIN = "plain"  # left = entered + factor * (attention + feed-forward), one after the other or in parallel
     NORMED_SUM = "normed sum"  # left = norm(x + feed-forward), x = norm(entered + attention), as in BERT
@@ -25,8 +28,11 @@ class Adding(StrEnum):
 
 @dataclass(frozen=True)
 class Residual:
-    """The way in which one layer adds, and the paths of W_o, of what reads the feed-forward's input, and of W_down (the
-    last two None for experts). `factor` is what outputs are multiplied by before they are added: 1 in most models."""
+    """The way in which one layer adds the outputs of its sublayers.
+
+    `o`, `up` and `down` are the paths of W_o, of the module that reads the feed-forward's input, and of W_down; the
+    last two are None for experts. Outputs are multiplied by `factor` before they are added: 1 in most models.
+    """
 
     o: str
     up: str | None
@@ -35,14 +41,16 @@ class Residual:
     factor: float = 1.0
 
     def wanted_of_o(self, entered: Batch, own: Batch, seen: Seen) -> Batch:
-        """The target of the shared layer's W_o: `entered` is the dense stream, `own` the shared one, `seen` of the
-        dense layer."""
+        """The target of the shared layer's W_o.
+
+        `entered` is the dense stream, `own` is the shared one, and `seen` is from the dense layer.
+        """
         if self.adding is Adding.NORMED_OUTPUT:
             return seen.outputs[self.o]
         return seen.outputs[self.o] + (entered - own) / self.factor
 
     def wanted_of_down(self, target: Batch, own: Batch, seen: Seen) -> Batch:
-        """The target of the shared layer's W_down, `own` the stream that enters the layer and `seen` of the layer."""
+        """The target of the shared layer's W_down. `own` is the stream that enters it, and `seen` is from the layer."""
         carried = self.carried(own, seen)
         return target if carried is None else (target - carried) / self.factor
 
@@ -71,8 +79,10 @@ def watched(layers: Layers) -> tuple[str, ...]:
 
 
 def residual_of(layers: Layers, entered: Batch, left: Batch, seen: Seen) -> Residual:
-    """The way in which a layer adds, from what entered and left it and what was seen of it. Experts are taken to add
-    plainly."""
+    """The way in which a layer adds, found from the hidden states that entered and left it and from its outputs.
+
+    Layers with experts are taken to add plainly.
+    """
     o, up, down = (*watched(layers), None, None)[:3]
     assert o is not None
     if layers.post_norm:
@@ -86,8 +96,10 @@ def residual_of(layers: Layers, entered: Batch, left: Batch, seen: Seen) -> Resi
 
 
 def _factor(entered: Batch, left: Batch, outputs: Batch) -> float | None:
-    """The factor of outputs before they were added: one, or the number that does best, or None if none does for every
-    token whose numbers are finite."""
+    """The factor by which outputs were multiplied before they were added: 1, or the number that fits best.
+
+    None if no factor fits every token whose numbers are finite.
+    """
     finite = torch.isfinite(left + entered + outputs).all(dim=-1)
     entered = entered[finite].double()
     left = left[finite].double()
@@ -95,8 +107,8 @@ def _factor(entered: Batch, left: Batch, outputs: Batch) -> float | None:
     change = left - entered
     size = torch.maximum(_size(left), _size(entered))
     best = float((change * outputs).sum() / outputs.square().sum().clamp(min=torch.finfo(torch.float64).tiny))
-    found = (factor for factor in (1.0, best) if bool((_size(change - factor * outputs) <= ADDED * size).all()))
-    return next((factor for factor in found if factor), None)
+    fitting = (factor for factor in (1.0, best) if bool((_size(change - factor * outputs) <= ADDED * size).all()))
+    return next((factor for factor in fitting if factor), None)
 
 
 def _size(tokens: Float[Tensor, "tokens hidden"]) -> Float[Tensor, " tokens"]:

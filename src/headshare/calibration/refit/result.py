@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RefitStep:
-    """A step of a refit: one readout refitted, or one layer reconstructed. Errors are squared, on held-out tokens, as
-    parts of the target's own size.
+    """A step of a refit: one output projection refitted, or one layer reconstructed by gradient steps.
 
+    Errors are squared errors on held-out tokens, as parts of the target's own size.
     `ridge` is None where nothing was solved, or the readout was kept as it was; `note` says why, or what else is to be
     known.
     """
@@ -25,8 +25,10 @@ class RefitStep:
 
 @dataclass
 class Refit:
-    """New tensors by name, whole and in the checkpoint's own orientation and type, scales included; and how each came
-    about. What is not listed stays as it was."""
+    """The new tensors of a refit by name, and the steps that led to them.
+
+    Tensors are whole, in the checkpoint's own orientation and type, and include scales. All other tensors stay.
+    """
 
     tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
     steps: list[RefitStep] = field(default_factory=list)

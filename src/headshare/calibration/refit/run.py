@@ -21,9 +21,10 @@ def refit(
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> SharedCheckpoint:
-    """The checkpoint with its readouts refitted to the calibration text: W_o, and with `ffn` W_down, from the first
-    layer on that gives something up; and with `steps` the other matrices of those layers, by so many gradient steps
-    each.
+    """The checkpoint with its output projections refitted to the calibration text: W_o, and with `ffn` W_down.
+
+    They are refitted from the first layer on that gives something up. This many gradient `steps` a layer then change
+    the other matrices of those layers.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
@@ -49,7 +50,7 @@ def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None
 
 
 def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
-    """Put a refit where a stopped one was. Returns the layer that is next."""
+    """Resume a refit from the state of a stopped one, if there is any. Returns the layer that is next."""
     name = f"refit-{key}.json"
     tensors = workspace.tensors(f"refit-{key}")
     refitter.result.tensors = tensors
@@ -76,7 +77,7 @@ def _streams_after(key: str, layer: int) -> str:
 def record_of(
     calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None, *, steps: int = 0
 ) -> RefitRecord:
-    """The record of a refit in a checkpoint, and of what an earlier one changed."""
+    """The record of a refit for the checkpoint, together with the tensors that an earlier refit changed."""
     fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
     return RefitRecord.of(
         fitted | set(before.tensors if before else ()),
