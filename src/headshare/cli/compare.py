@@ -162,7 +162,7 @@ def report_command(
         folder: Comparison.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
     }
     loaded = {folder: Evaluated.load(folder) for folder in folders if has_results[folder]}
-    # of an evaluation beside its comparison, only what the comparison does not show
+    # an evaluation beside a comparison is shown only if it has more than that
     evaluated = [results for folder, results in loaded.items() if results.tells_more_than(compared.get(folder))]
     measured = list(compared.values())
     tables = published(paper) if paper else ()

@@ -1,6 +1,5 @@
 """Options that several commands share: how units are chosen, and on which text."""
 
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,22 +15,17 @@ from headshare.plan.units import Sublayer
 OUTPUT = "output"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
-
-def _choices(name: str, values: Iterable[str]) -> type[StrEnum]:
-    """An enumeration of values, which typer offers as the choices of an option."""
-    return StrEnum(name, {value: value for value in values})
-
-
+# the choices of options: enumerations to typer, which offers their values; words to a type checker
 if TYPE_CHECKING:
     MatchName = str
     ShareMatchName = str
     ModeName = str
     DtypeName = str
 else:
-    MatchName = _choices("MatchName", MATCH_NAMES)
-    ShareMatchName = _choices("ShareMatchName", (*MATCH_NAMES, OUTPUT))
-    ModeName = _choices("ModeName", MODES)
-    DtypeName = _choices("DtypeName", OUTPUT_DTYPES)
+    MatchName = StrEnum("MatchName", {name: name for name in MATCH_NAMES})
+    ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT)})
+    ModeName = StrEnum("ModeName", {name: name for name in MODES})
+    DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[str, typer.Argument(metavar="SHARED", help="A folder that `share` wrote, or a hub id.")]

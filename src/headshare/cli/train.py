@@ -1,6 +1,7 @@
 """The command train: its options and the settings of a YAML file, merged into one value for `headshare.training`.
 
-Options override the file.
+Options override the file. Imports that only training needs are made when it begins, so that other commands do not wait
+for them.
 """
 
 import json
