@@ -132,7 +132,7 @@ def valid(
     return {
         "estimate": [model],
         "score": [model],
-        "plan": [tmp_path / "scores"],
+        "plan": ["--from-scores", tmp_path / "scores"],
         "share": [model, "out"],
         "refit": [shared, "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 128],
         "train": [model, "trained", "--data", text, "--context", 16, "--max_steps", 1, "--use_cpu", "true"],

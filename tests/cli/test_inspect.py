@@ -13,7 +13,7 @@ from support.folders import WEIGHTS
 
 def test_inspect_shows_a_folder_and_a_plan_alike(model: Path, run: Run, tmp_path: Path) -> None:
     run("score", model)
-    run("plan", "scores.safetensors", "--ratio", 0.5)
+    run("plan", "--from-scores", "scores.safetensors", "--ratio", 0.5)
     run("share", model, "out", "--plan", "share_plan.json")
     folder, plan = run("inspect", "out", "--json").data, run("inspect", "share_plan.json", "--json").data
     popped = [folder.pop(key) for key in ("refit", "quantization_config", "base_model")]

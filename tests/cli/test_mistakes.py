@@ -130,26 +130,26 @@ score model -o gone/scores                              | no folder
 score model -o model                                    | exists
 score model -o model --overwrite                        | model
 score model --parts ffn --ffn-groups 7                  | 48 neurons
-plan gone                                               | no scores file
-plan text                                               | not a scores file
-plan file                                               | not a scores file
-plan model                                              | no scores file
-plan model/model.safetensors                            | not a scores file
-plan nan-scores                                         | not a scores file
-plan small-scores                                       | not a scores file
-plan float-scores                                       | not a scores file
-plan no-scores                                          | not a scores file
-plan list-scores                                        | not a scores file
-plan deep-scores                                        | not a scores file
-plan wide-scores                                        | does not fit
-plan scores --ratio -0.1                                | ratio of -0.1
-plan scores --ratio 0.99                                | from 0 to 0.7500
-plan scores --ratio nan                                 | ratio
-plan scores --parts xyz                                 | 'xyz' does not name parts
-plan scores --parts ffn                                 | no ffn units
-plan scores --protect 99                                | 99
-plan scores -o plan.json                                | exists
-plan scores -o gone/plan.json                           | no folder
+plan --from-scores gone                                               | no scores file
+plan --from-scores text                                               | not a scores file
+plan --from-scores file                                               | not a scores file
+plan --from-scores model                                              | no scores file
+plan --from-scores model/model.safetensors                            | not a scores file
+plan --from-scores nan-scores                                         | not a scores file
+plan --from-scores small-scores                                       | not a scores file
+plan --from-scores float-scores                                       | not a scores file
+plan --from-scores no-scores                                          | not a scores file
+plan --from-scores list-scores                                        | not a scores file
+plan --from-scores deep-scores                                        | not a scores file
+plan --from-scores wide-scores                                        | does not fit
+plan --from-scores scores --ratio -0.1                                | ratio of -0.1
+plan --from-scores scores --ratio 0.99                                | from 0 to 0.7500
+plan --from-scores scores --ratio nan                                 | ratio
+plan --from-scores scores --parts xyz                                 | 'xyz' does not name parts
+plan --from-scores scores --parts ffn                                 | no ffn units
+plan --from-scores scores --protect 99                                | 99
+plan --from-scores scores -o plan.json                                | exists
+plan --from-scores scores -o gone/plan.json                           | no folder
 inspect model                                           | dense checkpoint
 inspect gone.json                                       | no plan file
 inspect broken.json                                     | not JSON
@@ -243,13 +243,17 @@ share model out --match output --parts auto --ratio 0.99 --calibration text | fr
 share model out --match output --protect 99 --calibration text | no layer 99
 share model out --save 5% --protect 99 --calibration text | no layer 99
 share model out --save 5% --protect -1 --calibration text | no layer -1
-plan scores --save 5%                                   | --save would not be used
-plan scores --allow remove                              | --allow would not be used
-plan scores --no-measure                                | --measure would not be used
-plan scores --restart                                   | --restart would not be used
-plan scores --no-probe                                  | --probe would not be used
-plan scores --revision v1                               | --revision would not be used
-plan scores --ffn-groups 2                              | --ffn-groups would not be used
+plan --from-scores scores --save 5%                                   | --save would not be used
+plan --from-scores scores --allow remove                              | --allow would not be used
+plan --from-scores scores --no-measure                                | --measure would not be used
+plan --from-scores scores --restart                                   | --restart would not be used
+plan --from-scores scores --no-probe                                  | --probe would not be used
+plan --from-scores scores --revision v1                               | --revision would not be used
+plan --from-scores scores --ffn-groups 2                              | --ffn-groups would not be used
+plan                                                    | Give one of MODEL and --from-scores
+plan model --from-scores scores                         | Give one of MODEL and --from-scores
+plan model                                              | Give --calibration FILE
+plan --from-scores scores --calibration text            | --calibration would not be used
 plan scores --calibration text                          | is a file
 plan gone --calibration text                            | gone
 plan shared --calibration text                          | already shared
@@ -339,7 +343,12 @@ def test_an_interrupted_command_ends_without_a_traceback_and_leaves_nothing(
     assert seen(tmp_path) == before
 
 
-KEPT = ["score model -o letter", "plan scores -o letter", "share model letter", "plan scores -o model/config.json"]
+KEPT = [
+    "score model -o letter",
+    "plan --from-scores scores -o letter",
+    "share model letter",
+    "plan --from-scores scores -o model/config.json",
+]
 
 
 @pytest.mark.parametrize("words", KEPT)

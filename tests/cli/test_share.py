@@ -30,7 +30,7 @@ def test_score_then_plan_then_share_is_share(
 ) -> None:
     scoring, planning, both = steps
     scored = run("score", model, *scoring, *both, "-o", "s.safetensors", "--json").data
-    planned = run("plan", "s.safetensors", *planning, *both, "-o", "p.json", "--json").data
+    planned = run("plan", "--from-scores", "s.safetensors", *planning, *both, "-o", "p.json", "--json").data
     stepped = run("share", model, "stepped", "--plan", "p.json", "--json").data
     at_once = run("share", model, "at-once", *scoring, *planning, *both, "--json").data
     assert stepped["plan_digest"] == planned["plan_digest"] == at_once["plan_digest"]
@@ -44,7 +44,7 @@ def test_score_then_plan_then_share_is_share(
 
 def test_an_edited_plan_is_what_is_shared(model: Path, run: Run, tmp_path: Path) -> None:
     run("score", model)
-    run("plan", "scores.safetensors")
+    run("plan", "--from-scores", "scores.safetensors")
     data = json.loads((tmp_path / "share_plan.json").read_text())
     data["selections"][0]["ties"] = [[3, 1, 0, 0]]
     (tmp_path / "share_plan.json").write_text(json.dumps(data))
@@ -60,7 +60,7 @@ def test_an_edited_plan_is_what_is_shared(model: Path, run: Run, tmp_path: Path)
 def test_existing_outputs_are_kept_unless_overwriting_is_asked_for(model: Path, run: Run, tmp_path: Path) -> None:
     for words, output in (
         (["score", model, "-o", "s"], "s"),
-        (["plan", "s", "-o", "p.json"], "p.json"),
+        (["plan", "--from-scores", "s", "-o", "p.json"], "p.json"),
         (["share", model, "out"], f"out/{WEIGHTS}"),
         (["expand", "out", "dense"], f"dense/{WEIGHTS}"),
     ):

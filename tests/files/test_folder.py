@@ -385,7 +385,7 @@ def test_a_disk_that_fills_up_while_scoring_or_planning_is_one_clear_error_and_l
     scores.save(tmp_path / "scores.safetensors")
     for words in (
         ["score", str(llama), "-o", str(tmp_path / "new.safetensors")],
-        ["plan", str(tmp_path / "scores.safetensors"), "-o", str(tmp_path / "new.json")],
+        ["plan", "--from-scores", str(tmp_path / "scores.safetensors"), "-o", str(tmp_path / "new.json")],
     ):
         monkeypatch.setattr(sys, "argv", ["headshare", *words])
         with nothing_changes(tmp_path):

@@ -14,6 +14,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import (
     CALIBRATE,
+    CHOOSE,
     WRITE,
     Context,
     JsonOption,
@@ -45,7 +46,7 @@ from headshare.cli.share_options import (
     RatioOption,
     SaveOption,
 )
-from headshare.errors import OutputError, PlanError
+from headshare.errors import OptionError, OutputError, PlanError
 from headshare.files.folder import is_taken
 from headshare.matching.estimate import estimate as estimate_bytes
 from headshare.matching.pairing import make_plan
@@ -150,12 +151,14 @@ def score(
 
 def plan(
     context: Context,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SCORES|MODEL", help="Scores that `score` wrote; with --calibration, a model's folder or hub id."
-        ),
-    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Plan for this model, on calibration text: a folder or a hub id."),
+    ] = None,
+    from_scores: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=CHOOSE, metavar="FILE", help="Plan from these scores, which `score` wrote."),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", rich_help_panel=WRITE, help="Write the plan to this file.")
     ] = Path("share_plan.json"),
@@ -190,19 +193,27 @@ def plan(
     The plan is JSON that can be read, edited and compared. With --calibration, predictions are printed beside
     measurements.
     """
-    if calibration is None:
+    if (model is None) == (from_scores is None):
+        raise OptionError("a plan is made for a model or from scores. Give one of MODEL and --from-scores FILE.")
+    if from_scores is not None:
         refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
         _check_file(output, overwrite, SharePlan.load)
-        scores = Scores.load(Path(source))
+        scores = Scores.load(from_scores)
         wanted = parts or "qkv"
         made = make_plan(scores, ratio, parts=wanted, mode=mode, ffn_ratio=ffn_ratio, protect=whole_numbers(protect))
         made.save(output)
         more = dict[str, Any](saved_bytes=None, price=None, price_unit=None, measured=None)
         words = ""
     else:
-        _check_file(output, overwrite, SharePlan.load, source)
+        assert model is not None
+        if calibration is None:
+            raise OptionError(
+                "a plan for a model is chosen on text. Give --calibration FILE; or, to choose by its weights, score it "
+                "first and give --from-scores FILE."
+            )
+        _check_file(output, overwrite, SharePlan.load, model)
         setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
-        with open_checkpoint(source, revision=revision) as dense:
+        with open_checkpoint(model, revision=revision) as dense:
             budget = budget_from(context, dense, ratio, save, parts, allow, ffn_groups, protect)
             calibrated = plan_calibrated(dense, budget, setting, output, measured=measure)
         made = calibrated.chosen.plan
@@ -213,7 +224,7 @@ def plan(
 
 
 # parameters that only a plan from a model uses
-_OF_MODEL = ("ffn_groups", "save", "allow", "revision", *CALIBRATING)
+_OF_MODEL = ("calibration", "ffn_groups", "save", "allow", "revision", *CALIBRATING)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

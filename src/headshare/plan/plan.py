@@ -225,7 +225,9 @@ class SharePlan(BaseModel):
         """
         path = Path(path)
         if not path.is_file():
-            raise PlanError(f"there is no plan file at {path}. Make one with: headshare plan scores.safetensors")
+            raise PlanError(
+                f"there is no plan file at {path}. Make one with: headshare plan --from-scores scores.safetensors"
+            )
         if path.stat().st_size > MAX_JSON_BYTES:
             raise PlanError(f"{path} is {path.stat().st_size} bytes; a plan has at most {MAX_JSON_BYTES}.")
         return cls.from_json(path.read_bytes())
