@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, product
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 from typing import Any
 from unittest import mock
 

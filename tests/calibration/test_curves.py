@@ -1,7 +1,7 @@
 """Orders in which units are given up, and their prices, as values and as JSON."""
 
 from dataclasses import replace
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 
 import pytest
 

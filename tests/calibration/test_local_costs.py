@@ -5,7 +5,7 @@ The solve sees the first tokens; what is compared is its error on them, or on th
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest

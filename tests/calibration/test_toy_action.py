@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest

@@ -1,7 +1,7 @@
 """CostCurves of a tiny model's units, and the stock model with overwritten rows that they are compared with."""
 
 from collections.abc import Sequence
-from pathlib import CostCurve as Folder
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
