@@ -70,7 +70,11 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
         choice = Choice(match="random", mode=selection.chosen.mode, ratio=selection.chosen.ratio)
         selections.append(Selection(layout=selection.layout, ties=tuple(ties), scale=selection.scale, chosen=choice))
     return SharePlan(
-        model_type=plan.model_type, selections=tuple(selections), removals=plan.removals, factored=plan.factored
+        model_type=plan.model_type,
+        selections=tuple(selections),
+        removals=plan.removals,
+        factored=plan.factored,
+        others=plan.others,
     )
 
 
