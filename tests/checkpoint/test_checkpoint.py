@@ -201,8 +201,9 @@ def test_opening_reads_headers_and_no_weight(llama: Path) -> None:
     with (llama / "model.safetensors").open("wb") as file:
         file.write(header[:length])
         file.truncate(len(header))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     checkpoint = hs.open_checkpoint(llama)
-    assert not checkpoint._descriptors
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert checkpoint.read("lm_head.weight").abs().max() == 0
     checkpoint.close()
 
@@ -362,7 +363,7 @@ def test_a_name_longer_than_any_file_system_allows_is_refused() -> None:
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_not_a_crash(llama: Path) -> None:
     with hs.open_checkpoint(llama) as checkpoint:
         (llama / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:2000])
-        with pytest.raises(CheckpointError, match=r"ends inside .*it became shorter while it was read"):
+        with pytest.raises(CheckpointError, match="replaced or changed while it was in use"):
             hs.score_units(checkpoint)
 
 

@@ -27,7 +27,7 @@ def test_a_file_cut_off_while_it_is_shared_is_an_error_and_leaves_nothing(
         return pieces(*arguments)
 
     monkeypatch.setattr(headshare.sharing.writer, "stream", stream)
-    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+    with pytest.raises(CheckpointError, match="replaced or changed while it was in use"):
         hs.share(hs.open_checkpoint(llama), plan).save(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 

@@ -4,12 +4,10 @@ Only headers are read until a tensor is asked for, and then only the rows that a
 are opened: a pickle can run code. A hub id works wherever a folder does.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import TensorInfo
 from headshare.errors import CheckpointError
-from headshare.files.atomic import read_at
+from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import added_tensors, bias_plans, tensor_plans
 
@@ -32,14 +30,17 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in a folder of safetensors files, or only the headers of one on the hub."""
+    """A checkpoint in a folder of safetensors files, or only the headers of one on the hub.
+
+    `stamps` tell whether config.json and the files of weights are still those that were opened: what was replaced or
+    changed since is refused when it is read.
+    """
 
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     folder: Path | None = None
-    _descriptors: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
-    _opening: Lock = field(default_factory=Lock, repr=False, compare=False)
+    stamps: Mapping[str, Stamp | None] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def sharing(self) -> SharingEntry | None:
@@ -93,7 +94,7 @@ class Checkpoint:
         """Rows [start, stop) of a tensor, as stored, in new memory. Shape: (stop - start, ...).
 
         Raises:
-            CheckpointError: if the file ends early or cannot be read.
+            CheckpointError: if the file ends early, cannot be read, or was replaced or changed since it was opened.
         """
         info = self.tensors[name]
         length = info.shape[0] if info.shape else 1
@@ -107,27 +108,23 @@ class Checkpoint:
 
     def read_into(self, buffer: memoryview, info: TensorInfo, offset: int) -> None:
         """Fill the buffer with this tensor's bytes from `offset` on."""
-        descriptor = self._open(info.file)
-        try:
-            filled = read_at(descriptor, buffer, info.offset + offset)
-        except OSError as error:
-            raise CheckpointError(f"{info.file} cannot be read at {info.name}: {error.strerror}.") from None
-        if not filled:
-            raise CheckpointError(f"{info.file} ends inside {info.name}: it became shorter while it was read.")
+        self._files.read_into(buffer, info.file, info.offset + offset, info.name)
 
-    def _open(self, file: str) -> int:
-        with self._opening:
-            if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror}.") from None
-            return self._descriptors[file]
+    @cached_property
+    def _files(self) -> OpenedFiles:
+        return OpenedFiles(self.path, self.stamps)
+
+    def check_unchanged(self) -> None:
+        """Check that config.json and the files of weights are still those that were opened.
+
+        Raises:
+            CheckpointError: naming one that was replaced or changed.
+        """
+        self._files.check_unchanged()
 
     def close(self) -> None:
         """Close the files that were read. Reading again opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> "Checkpoint":
         return self

@@ -8,7 +8,11 @@ from typing import Any
 from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo, read_header
 from headshare.errors import CheckpointError
+from headshare.files.opened import stamp_of
 from headshare.files.untrusted import read_json
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
@@ -43,15 +47,20 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = read_json(folder / "config.json", "A Hugging Face checkpoint has one beside its weights.")
+    # each file is stamped before it is read, so that whatever comes in its place later is noticed
+    stamps = {name: stamp_of(folder / name) for name in (CONFIG, INDEX) if (folder / name).exists()}
+    config = read_json(folder / CONFIG, "A Hugging Face checkpoint has one beside its weights.")
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
+        stamps[file] = stamp_of(folder / file)
         for info in read_header(folder / file):
             if info.name in tensors:
                 raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
             tensors[info.name] = info
     _check_index(folder, tensors)
-    return Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder)
+    checkpoint = Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder, stamps=stamps)
+    checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
+    return checkpoint
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -92,6 +92,7 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
             _check_logits(shared, files.plan, against, result)
+        shared.check_unchanged()  # all checks were of one checkpoint
     except HeadshareError as error:
         result.fail(str(error))
     return result

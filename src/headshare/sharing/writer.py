@@ -59,6 +59,7 @@ def write_checkpoint(
         for name, note in (notes or {}).items():
             write_json(folder / name, note)
         write_json(folder / "config.json", config)
+        source.check_unchanged()  # what was copied beside the weights is of the same checkpoint
         # the manifest comes last: it holds the digests of the weights and of config.json
         _write_manifest(folder, digests)
         # the result must pass the checks that are made on loading

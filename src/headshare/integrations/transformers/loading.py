@@ -41,7 +41,7 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
 
     Raises:
         CheckpointError: if transformers has no such class, the model needs code of its own, the weights of the bare
-            model are incomplete, or there is no such device.
+            model are incomplete, there is no such device, or the folder was replaced since it was opened.
     """
     if isinstance(options.get("device_map"), str):
         _check_device(options["device_map"])
@@ -52,6 +52,7 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     for model_class in (*_named_class(checkpoint), transformers.AutoModel):
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
+        checkpoint.check_unchanged()  # transformers opened the files by their names
         if not report["missing_keys"]:
             return model.eval()
         if missing := sorted(key for key in report["missing_keys"] if key.endswith(PARTS)):
@@ -138,13 +139,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     check_tokenizer_code(checkpoint)
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EvaluationError(
             f"{checkpoint.name} has no tokenizer that transformers can load ({reason}). "
             "Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights."
         ) from None
+    checkpoint.check_unchanged()  # so it is of the model that was opened
+    return tokenizer
 
 
 def unique_parameter_bytes(model: Any) -> int:
