@@ -1,12 +1,17 @@
 # make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
 # make results    write docs/results.md anew from what was measured
+# make fuzz    hostile inputs and starved runs; COUNT=20000 SEED=7 MINUTES=60 make fuzz
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format results clean
+COUNT ?= 10000
+SEED ?= 0
+MINUTES ?= 30
+
+.PHONY: demo test check format results fuzz clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -40,5 +45,8 @@ results: $(VENV)/installed
 	rm -rf docs/results
 	$(BIN)/headshare report $(sort $(patsubst %/cells.json,%,$(wildcard docs/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures docs/results --out docs/results.md
 
+fuzz: $(VENV)/installed
+	$(BIN)/python -m fuzz.inputs --count $(COUNT) --seed $(SEED) --minutes $(MINUTES)
+
 clean:
-	rm -rf $(VENV) demo-output dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

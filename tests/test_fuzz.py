@@ -1,0 +1,72 @@
+"""The harness of hostile inputs tells what a command may do from what it may not."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fuzz import watched
+from fuzz.watched import Limits, in_forks, run_command
+
+LIMITS = Limits(cpu_s=0.3, wall_s=30, memory=50 * 2**20)
+
+
+def ending(act: Callable[[], Any]) -> Callable[[], None]:
+    def main() -> None:
+        act()
+        raise SystemExit(1)
+
+    return main
+
+
+def raises() -> None:
+    raise KeyError("model_type")
+
+
+def works_for_ever() -> None:
+    while True:
+        pass
+
+
+def fills_memory() -> None:
+    bytearray(60 * 2**20)
+    sys.stderr.write("error: no\n")
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "an exception": (raises, "KeyError"),
+    "an endless loop": (works_for_ever, "CPU seconds"),
+    "a flood of memory": (fills_memory, "MiB"),
+    "nothing said": (lambda: None, "several lines"),
+    "two lines": (lambda: sys.stderr.write("error: one\ntwo\n"), "several lines"),
+    "an escape of a terminal": (lambda: sys.stderr.write("error: \x1b[2J\n"), "control characters"),
+    "output before an error": (lambda: sys.stdout.write("done") and sys.stderr.write("error: no\n"), "output before"),
+}
+
+
+@pytest.mark.parametrize(("act", "place"), BAD.values(), ids=BAD.keys())
+def test_what_a_command_may_not_do_is_found(
+    act: Callable[[], Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "main", ending(act))
+    found = run_command(("share",), LIMITS)
+    assert place in found.place
+
+
+def test_one_line_of_error_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "main", ending(lambda: sys.stderr.write("error: there is no folder\n")))
+    assert run_command(("share",), LIMITS).trouble == ""
+
+
+def test_a_death_and_a_standstill_are_found_and_the_rest_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(number: int) -> list[watched.Outcome]:
+        if number == 1:
+            raise SystemExit  # the child ends without an answer
+        if number == 2:
+            time.sleep(60)
+        return [watched.Outcome((), 0, "", "", 0.0, 0)]
+
+    found = dict(in_forks(job, range(4), Limits(wall_s=1)))
+    assert [bool(found[number][0].trouble) for number in range(4)] == [False, True, True, False]
