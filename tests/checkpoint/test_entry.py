@@ -13,6 +13,7 @@ import transformers
 import headshare as hs
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.int4 import Packing
+from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, StorageError
 from headshare.integrations.transformers.config import HeadshareConfig
@@ -30,12 +31,13 @@ PLANS = {
 }
 RECORD = RefitRecord.of(["model.norm.weight"], "a text", "0" * 64, windows=(2, 16), seed=2**63, steps=5)
 PACKING = Packing(group=16, ignore=("lm_head",))
+ORIGIN = Origin(digest="0" * 64, commit="1" * 40)
 
 
 @pytest.fixture
 def entry() -> Entry:
     """A sound entry with every field, as JSON has it."""
-    return as_json(SharingEntry(PLANS["ties"], RECORD, "someone/dense", PACKING))
+    return as_json(SharingEntry(PLANS["ties"], RECORD, "someone/dense", PACKING, ORIGIN))
 
 
 def as_json(entry: SharingEntry) -> Entry:
@@ -43,14 +45,15 @@ def as_json(entry: SharingEntry) -> Entry:
     return read
 
 
+@pytest.mark.parametrize("origin", [None, ORIGIN, Origin(digest="2" * 64)], ids=["unknown", "of the hub", "local"])
 @pytest.mark.parametrize("packing", [None, PACKING], ids=["whole", "packed"])
 @pytest.mark.parametrize("base_model", [None, "someone/dense"], ids=["nameless", "named"])
 @pytest.mark.parametrize("refit", [None, RECORD], ids=["as shared", "refitted"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_an_entry_is_read_as_it_was_written(
-    plan: str, refit: RefitRecord | None, base_model: str | None, packing: Packing | None
+    plan: str, refit: RefitRecord | None, base_model: str | None, packing: Packing | None, origin: Origin | None
 ) -> None:
-    entry = SharingEntry(PLANS[plan], refit, base_model, packing)
+    entry = SharingEntry(PLANS[plan], refit, base_model, packing, origin)
     assert SharingEntry.from_config(entry.to_config()) == entry
     again = SharingEntry.from_config(as_json(entry))
     assert again == entry
@@ -70,7 +73,7 @@ def test_an_entry_that_was_written_long_ago_is_written_again_as_it_is(name: str)
 
 
 def test_an_entry_holds_no_more_than_it_says(entry: Entry) -> None:
-    assert list(entry) == ["quant_method", "format", "plan", "refit", "quantization_config", "base_model"]
+    assert list(entry) == ["quant_method", "format", "plan", "refit", "quantization_config", "base_model", "origin"]
     assert (entry["quant_method"], entry["format"]) == (METHOD, FORMAT)
     read = SharingEntry.from_config(entry)
     assert list(as_json(SharingEntry(read.plan))) == ["quant_method", "format", "plan"]
@@ -120,6 +123,10 @@ DAMAGED: dict[str, tuple[Callable[[Entry], object], str]] = {
         lambda entry: entry["refit"].update(text="\x1b[2J"),
         "record of its refit is not valid at 'text'",
     ),
+    "an origin that is text": (lambda entry: entry.update(origin="x"), "the dense model .* not valid at 'its top'"),
+    "an origin without a digest": (lambda entry: entry["origin"].pop("digest"), "not valid at 'digest'"),
+    "an origin of another key": (lambda entry: entry["origin"].update(path="/"), "not valid at 'path'"),
+    "a commit that is no commit": (lambda entry: entry["origin"].update(commit="../.."), "not valid at 'commit'"),
     "packing of other groups": (
         lambda entry: entry["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=12),
         "rounded in a way that this headshare does not read",

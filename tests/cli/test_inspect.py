@@ -7,6 +7,8 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
+import headshare as hs
+from headshare.checkpoint.fingerprint import content_digest
 from support.command_line import Run
 from support.folders import WEIGHTS
 
@@ -18,6 +20,7 @@ def test_inspect_shows_a_folder_and_a_plan_alike(model: Path, run: Run, tmp_path
     folder, plan = run("inspect", "out", "--json").data, run("inspect", "share_plan.json", "--json").data
     popped = [folder.pop(key) for key in ("refit", "quantization_config", "base_model")]
     assert popped == [None, None, str(model)]
+    assert folder.pop("origin") == {"digest": content_digest(hs.open_checkpoint(model))}
     assert folder.pop("stored_bytes") == sum(t.nbytes for t in load_file(tmp_path / "out" / WEIGHTS).values())
     assert folder == plan
     (selection,) = plan["selections"]

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import headshare as hs
+from headshare.checkpoint.fingerprint import content_digest
 from headshare.evaluation.verify import verify
 from headshare.sharing.rewrite import PackedMatrix, write_packed
 
@@ -166,13 +167,18 @@ def header(path: Path) -> bytes:
     return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
+def named(dense: hs.Checkpoint) -> dict[str, Any]:
+    """What an entry says of the dense model; what that was, only since later."""
+    return {"base_model": dense.name, "origin": {"digest": content_digest(dense)}}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "packed"])
 def test_its_expansion_is_shared_by_its_plan_as_the_same_files(name: str, tmp_path: Path) -> None:
     """Byte for byte where every number is a copy; else with the same headers, as scales and factors begin anew."""
     dense = hs.open_checkpoint(expanded(name, tmp_path / "dense"))
     out = hs.share(dense, hs.SharePlan.from_dict(entry_of(FOLDER / name)["plan"])).save(tmp_path / "again")
     entry = {key: value for key, value in entry_of(FOLDER / name).items() if key != "refit"}
-    assert entry_of(out) == {**entry, "base_model": str(tmp_path / "dense")}
+    assert entry_of(out) == {**entry, **named(dense)}
     assert digests(out, INDEX) == digests(FOLDER / name, INDEX)
     assert {path.name: header(path) for path in out.glob(WEIGHTS)} == {
         path.name: header(path) for path in (FOLDER / name).glob(WEIGHTS)
@@ -195,4 +201,4 @@ def test_its_expansion_is_packed_by_its_plan_as_the_same_file(tmp_path: Path) ->
     again = hs.open_checkpoint(hs.share(dense, entry.plan).save(tmp_path / "again"))
     out = write_packed(again, matrices, entry.packing, tmp_path / "packed")
     assert digests(out, WEIGHTS) == digests(FOLDER / "packed", WEIGHTS)
-    assert entry_of(out) == {**entry_of(FOLDER / "packed"), "base_model": str(tmp_path / "dense")}
+    assert entry_of(out) == {**entry_of(FOLDER / "packed"), **named(dense)}

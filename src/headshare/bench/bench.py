@@ -18,12 +18,13 @@ import torch
 
 from headshare.bench.memory import forget_cached, give_back_freed, pss_bytes
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, OptionError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
-from headshare.progress import track
+from headshare.progress import say, track
 from headshare.sharing.expand import expand
 from headshare.sharing.fits import fit_plan
 from headshare.sharing.share import share
@@ -136,20 +137,23 @@ def bench(
 
 @contextmanager
 def dense_and_shared(
-    model: Checkpoint, against: Checkpoint | None, *, ratio: float, parts: str
+    model: Checkpoint, against: Checkpoint | None, *, ratio: float, parts: str, any_base: bool = False
 ) -> Iterator[tuple[Path, Path]]:
     """The folders of a dense model and of a shared one.
 
-    The missing one of the two is made in a temporary folder: a dense model is shared, a shared model is expanded.
+    The missing one of the two is made in a temporary folder: a dense model is shared, a shared model is expanded. With
+    `any_base` the dense model may be another than the one that the shared model came from.
 
     Raises:
         OptionError: if `against` is given for a dense model.
-        PlanError: if it is not the dense model of a shared one.
+        PlanError, CheckpointError: if it is not the dense model of a shared one.
     """
     if against is not None and model.plan is None:
         raise OptionError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
         fit_plan(model.require_sharing().plan, against)
+        if note := check_origin(model, against, None if any_base else ANY_BASE):
+            say(note)
     with TemporaryDirectory(prefix="headshare-bench-") as name:
         made = Path(name) / "made"
         if model.plan is None:

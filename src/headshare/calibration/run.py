@@ -21,13 +21,14 @@ from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.run import record_of, refit, run_refit
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.fingerprint import fingerprint
+from headshare.checkpoint.fingerprint import ANY_BASE, check_origin, fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
 from headshare.files.resume import ResumableRun, run_folder
 from headshare.files.state_files import joint_digest
 from headshare.plan.plan import SharePlan
+from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
@@ -195,15 +196,17 @@ def refit_checkpoint(
     *,
     ffn: bool = True,
     steps: int = 0,
+    any_base: bool = False,
     overwrite: bool = False,
 ) -> RefitRecord:
     """Refit a shared checkpoint, whose other weights may have been trained since, and write it to `out`.
 
-    The output may be the checkpoint's own folder, which is replaced when the new one is whole.
+    The output may be the checkpoint's own folder, which is replaced when the new one is whole. With `any_base` the
+    dense model may be another than the one that the checkpoint came from.
 
     Raises:
-        PlanError: if the dense model is not the one that the plan is for.
-        CheckpointError, ArchitectureError: if either cannot be used.
+        PlanError: if the dense model is not one that the plan is for.
+        CheckpointError, ArchitectureError: if either cannot be used, or the dense model is another.
         OutputError: if it cannot be written.
     """
     # What cannot be refitted or written is refused before hours of work.
@@ -211,6 +214,8 @@ def refit_checkpoint(
     entry = shared.require_sharing()
     dense.require_dense("refit to")
     fit_plan(plan, dense)
+    if note := check_origin(shared, dense, None if any_base else ANY_BASE):
+        say(note)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
 
@@ -225,8 +230,7 @@ def refit_checkpoint(
         run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.resumable.mark_committing(out)
-        base = entry.base_model or dense.name
-        write_refitted(shared, record, refitter.result.tensors, out, base_model=base, overwrite=overwrite)
+        write_refitted(shared, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
     return record
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headshare.checkpoint.int4 import NESTED, Packing
+from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, PlanError
 from headshare.files.untrusted import is_shown
@@ -16,14 +17,16 @@ METHOD = "headshare"
 class SharingEntry:
     """The `quantization_config` of a shared checkpoint. It holds no weight and no path.
 
-    `base_model` is the name of the dense model at the time of sharing. `packing` says how matrices are packed in four
-    bits. `from_config` reads the entry from a dictionary, wherever that comes from; `to_config` writes one again.
+    `base_model` is the name of the dense model at the time of sharing, and `origin` what it was. `packing` says how
+    matrices are packed in four bits. `from_config` reads the entry from a dictionary, wherever that comes from;
+    `to_config` writes one again.
     """
 
     plan: SharePlan
     refit: RefitRecord | None = None
     base_model: str | None = None
     packing: Packing | None = None
+    origin: Origin | None = None
 
     @classmethod
     def from_config(cls, entry: Any) -> "SharingEntry | None":
@@ -32,7 +35,7 @@ class SharingEntry:
         Somebody else may have written it. A name of a dense model that cannot be shown is left out.
 
         Raises:
-            CheckpointError: if it is of another format, or its plan, its record of a refit or its packing is not valid.
+            CheckpointError: if it is of another format, or its plan, its records or its packing are not valid.
         """
         if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
             return None
@@ -43,12 +46,14 @@ class SharingEntry:
             raise CheckpointError(str(error)) from None
         refit = entry.get("refit")
         packing = entry.get(NESTED)
+        origin = entry.get("origin")
         name = entry.get("base_model")
         return cls(
             plan=plan,
             refit=None if refit is None else RefitRecord.from_dict(refit),
             base_model=name if isinstance(name, str) and is_shown(name) else None,
             packing=None if packing is None else Packing.from_dict(packing),
+            origin=None if origin is None else Origin.from_dict(origin),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -63,4 +68,6 @@ class SharingEntry:
             entry[NESTED] = self.packing.to_dict()
         if self.base_model is not None:
             entry["base_model"] = self.base_model
+        if self.origin is not None:
+            entry["origin"] = self.origin.to_dict()
         return entry

@@ -37,6 +37,20 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
     return _checked(_open_hub(str(model), revision, weights))
 
 
+def open_base(shared: Checkpoint) -> Checkpoint | None:
+    """Open the dense model that a shared checkpoint names, at its commit on the hub; None where none is named.
+
+    A model of another content may be found under the name: `check_origin` tells.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    entry = shared.require_sharing()
+    if entry.base_model is None:
+        return None
+    return open_checkpoint(entry.base_model, revision=None if entry.origin is None else entry.origin.commit)
+
+
 def _looks_local(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
 

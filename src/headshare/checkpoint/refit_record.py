@@ -1,13 +1,11 @@
 """The record of a refit in a checkpoint's config.json: the refitted tensors and the text. It holds no weight."""
 
-import json
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from headshare.errors import CheckpointError
-from headshare.files.untrusted import CONTROL, MAX_TEXT, Text
+from headshare.files.untrusted import CONTROL, MAX_TEXT, Text, checked_record
 
 MAX_TENSORS = 100_000
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -62,16 +60,7 @@ class RefitRecord(BaseModel):
     @classmethod
     def from_dict(cls, data: Any) -> "RefitRecord":
         """Check a record that somebody else wrote."""
-        try:
-            return cls.model_validate_json(json.dumps(data))
-        except (TypeError, ValueError, RecursionError) as error:
-            if not isinstance(error, ValidationError):
-                raise CheckpointError(f"the checkpoint's record of its refit is not valid: {error}.") from None
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(step) for step in first["loc"])[:MAX_TEXT] or "its top"
-            raise CheckpointError(
-                f"the checkpoint's record of its refit is not valid at {where!a}: {first['msg']}."
-            ) from None
+        return checked_record(cls, data, "the checkpoint's record of its refit")
 
     def in_words(self) -> str:
         """The record in words, as a clause of a checkpoint's description."""

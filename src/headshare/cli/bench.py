@@ -11,7 +11,7 @@ from headshare.bench.bench import DENSE, Subject, dense_and_shared
 from headshare.bench.bench import bench as run_bench
 from headshare.bench.tables import bench_table
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import CHOOSE, JsonOption, print_result
+from headshare.cli.options import CHOOSE, AnyBaseOption, JsonOption, print_result
 from headshare.cli.plan import whole_numbers
 from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption
 from headshare.errors import CheckpointError
@@ -85,6 +85,7 @@ def bench(
     dtype: Annotated[
         DtypeName | None, typer.Option(help="Load the models in this type. Default: as they are stored.")
     ] = None,
+    any_base: AnyBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed, loading and memory of a shared model on this machine, beside its dense model in the same run."""
@@ -92,7 +93,7 @@ def bench(
     with (
         open_checkpoint(model) as opened,
         nullcontext() if against is None else open_checkpoint(against) as dense,
-        dense_and_shared(opened, dense, ratio=ratio, parts=parts) as (dense_folder, shared_folder),
+        dense_and_shared(opened, dense, ratio=ratio, parts=parts, any_base=any_base) as (dense_folder, shared_folder),
     ):
         subjects = [Subject(DENSE, dense_folder), *(Subject(name, shared_folder, name) for name in storage.split(","))]
         results = run_bench(

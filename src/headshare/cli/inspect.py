@@ -6,7 +6,7 @@ import typer
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import JsonOption, RevisionOption, print_result
+from headshare.cli.options import AnyBaseOption, JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
 from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify as verify_checkpoint
@@ -82,6 +82,7 @@ def inspect(
         "stored_bytes": stored,
         "refit": None if record is None else {**record.model_dump(mode="json"), "tensors": len(record.tensors)},
         "base_model": entry.base_model,
+        "origin": None if entry.origin is None else entry.origin.to_dict(),
         "quantization_config": None if entry.packing is None else entry.packing.to_dict(),
     }
     words = f"{picture(entry.plan)}\n{stored:,} bytes of weights stored in {shared}"
@@ -97,12 +98,14 @@ def verify(
     shared: SharedArgument,
     against: Annotated[str | None, typer.Option(help="Also compare every number with this dense model.")] = None,
     logits: Annotated[bool, typer.Option(help="Also run both models and compare their logits.")] = True,
+    any_base: AnyBaseOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a checkpoint: digests, map, numbers, and logits against a stock model with donors' rows written in."""
     checkpoint = open_checkpoint(shared, revision=revision)
-    report = verify_checkpoint(checkpoint, None if against is None else open_checkpoint(against), logits=logits)
+    dense = None if against is None else open_checkpoint(against)
+    report = verify_checkpoint(checkpoint, dense, logits=logits, any_base=any_base)
     lines = [
         f"{'ok' if report.ok else 'NOT ok'}: {report.files_checked} files, {report.parameter_bytes:,} parameter bytes"
     ]

@@ -27,6 +27,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=WRITE, help="Replace an existing output of the same kind.")
 ]
+AnyBaseOption = Annotated[
+    bool, typer.Option("--any-base", help="Take this dense model even if it is not the one that SHARED came from.")
+]
 
 
 def is_given(context: Context, name: str) -> bool:

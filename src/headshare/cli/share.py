@@ -12,11 +12,12 @@ from headshare.calibration.budget import Budget
 from headshare.calibration.outcome import Outcome, ShareRequest
 from headshare.calibration.run import Setting, refit_checkpoint, share_calibrated
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.opening import open_checkpoint
+from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
     WRITE,
+    AnyBaseOption,
     Context,
     JsonOption,
     OverwriteOption,
@@ -81,10 +82,13 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
         refuse_unused(context, "only a plan by output is priced", ["probe"])
 
 
-def _dense_of(shared: Checkpoint, given: str | None) -> str:
+def _open_dense_of(shared: Checkpoint, given: str | None) -> Checkpoint:
+    """Open the dense model that was given, or that a shared checkpoint names."""
     if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to refit.")
-    dense = given or shared.sharing.base_model
+    if given is not None:
+        return open_checkpoint(given)
+    dense = open_base(shared)
     if dense is None:
         raise CheckpointError(f"{shared.name} does not say which dense model it came from. Name it: --dense MODEL")
     return dense
@@ -200,6 +204,7 @@ def refit(
             help="Refit towards this dense model, from which SHARED came. Default: the one it names.",
         ),
     ] = None,
+    any_base: AnyBaseOption = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -226,11 +231,18 @@ def refit(
     setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
     with (
         open_checkpoint(shared, revision=revision) as checkpoint,
-        open_checkpoint(_dense_of(checkpoint, dense)) as origin,
+        _open_dense_of(checkpoint, dense) as origin,
     ):
         target = out or Path(os.path.realpath(checkpoint.path))
         record = refit_checkpoint(
-            checkpoint, origin, setting, target, ffn=refit_ffn, steps=reconstruct, overwrite=overwrite
+            checkpoint,
+            origin,
+            setting,
+            target,
+            ffn=refit_ffn,
+            steps=reconstruct,
+            any_base=any_base,
+            overwrite=overwrite,
         )
     seconds = time.monotonic() - begun
     data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}

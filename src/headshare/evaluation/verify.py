@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, HeadshareError, OutputError
@@ -64,11 +65,13 @@ class Verification:
         self.problems.append(problem)
 
 
-def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: bool = True) -> Verification:
+def verify(
+    shared: Checkpoint, against: Checkpoint | None = None, *, logits: bool = True, any_base: bool = False
+) -> Verification:
     """Verify a shared checkpoint.
 
     Files are checked against their digests, tensors against the plan, and, with `against`, every number against the
-    dense model's.
+    dense model's. That must be the model that the checkpoint came from, unless `any_base` takes any.
 
     Then the model's logits (hidden states, for a bare encoder) are compared with those of a stock model whose recipient
     rows were overwritten with donor rows. The stock model is made from `against`, or from the shared checkpoint itself.
@@ -88,6 +91,7 @@ def verify(shared: Checkpoint, against: Checkpoint | None = None, *, logits: boo
         files = open_shared(shared)
         if against is not None:
             against.require_dense("verify against")
+            _check_origin(shared, against, any_base, result)
             _check_numbers(shared, fit_plan(files.plan, against), result)
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
@@ -116,6 +120,16 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
         elif not isinstance(entry, dict) or file_digest(path) != entry.get("sha256"):
             result.fail(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
         result.files_checked += 1
+
+
+def _check_origin(shared: Checkpoint, dense: Checkpoint, any_base: bool, result: Verification) -> None:
+    """Check that the dense model is the one that the checkpoint came from: numbers that went are compared nowhere."""
+    try:
+        note = check_origin(shared, dense, None if any_base else ANY_BASE)
+    except CheckpointError as error:
+        result.fail(str(error))
+    else:
+        result.notes += [note] if note else []
 
 
 def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification) -> None:

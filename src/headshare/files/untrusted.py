@@ -3,14 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from headshare.errors import CheckpointError, HeadshareError
 
 MAX_JSON_BYTES = 100_000_000
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
@@ -74,3 +75,19 @@ def _printable(text: str) -> str:
     if CONTROL.search(text):
         raise ValueError("it holds control characters")
     return text
+
+
+def checked_record(kind: type[Record], data: Any, what: str) -> Record:
+    """The record of this kind in JSON data that somebody else wrote; `what` says in words what it is.
+
+    Raises:
+        CheckpointError: if it is not valid.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(data))
+    except (TypeError, ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise CheckpointError(f"{what} is not valid: {error}.") from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in first["loc"])[:MAX_TEXT] or "its top"
+        raise CheckpointError(f"{what} is not valid at {where!a}: {first['msg']}.") from None

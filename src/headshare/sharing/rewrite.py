@@ -14,6 +14,7 @@ from torch import Tensor
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
+from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
@@ -33,13 +34,14 @@ def write_refitted(
     tensors: Mapping[str, Tensor],
     out: Path,
     *,
-    base_model: str | None = None,
+    dense: Checkpoint | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a shared checkpoint again with refitted tensors in the place of its own, and a record of the refit.
 
     `tensors` are whole, in their dense shapes; what the plan keeps of them is stored. `out` may be the checkpoint's own
-    folder, which is replaced in one step when the new one is whole.
+    folder, which is replaced in one step when the new one is whole. A checkpoint that names no dense model names
+    `dense` from then on.
 
     Raises:
         OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
@@ -47,7 +49,10 @@ def write_refitted(
     check_written_again(shared, out, overwrite=overwrite)
     files = open_shared(shared)
     assemblies = [dataclasses.replace(copied(info), shared=name in files.tied) for name, info in shared.tensors.items()]
-    config = {**shared.config, "quantization_config": SharingEntry(files.plan, refit, base_model).to_config()}
+    entry = dataclasses.replace(shared.require_sharing(), refit=refit)
+    if entry.base_model is None and dense is not None:
+        entry = dataclasses.replace(entry, base_model=dense.name, origin=entry.origin or origin_of(dense))
+    config = {**shared.config, "quantization_config": entry.to_config()}
     replaced = as_stored(tensors, assemblies, files.tensors)
     in_place = _is_own(shared, out)
     return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
@@ -116,7 +121,7 @@ def write_packed(
     tensors: Mapping[str, TensorPlan] = {}
     if source.sharing is None:
         kind = text_config(source.config).get("model_type")
-        entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name)
+        entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name, origin=origin_of(source))
     else:
         entry = source.sharing
         tensors = packed_tensors(open_shared(source).tensors, packing)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
+from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
@@ -34,12 +35,16 @@ from headshare.sharing.writer import all_finite, dtype_key, given_assembly, writ
 
 @dataclass(frozen=True)
 class SharedCheckpoint:
-    """A dense checkpoint and a plan that fits it, from which `save` writes. No weight is read before."""
+    """A dense checkpoint and a plan that fits it, from which `save` writes. No weight is read before.
+
+    `origin` is the model that the result names as the one that it came from, if that is not the dense checkpoint.
+    """
 
     files: SharedFiles
     dtype: str | None = None
     refit: RefitRecord | None = None
     refitted: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: Checkpoint | None = None
 
     @property
     def dense(self) -> Checkpoint:
@@ -76,7 +81,8 @@ class SharedCheckpoint:
             for name, info in self.dense.tensors.items()
         ]
         # the plan travels in config.json, so that the folder alone can be loaded
-        entry = SharingEntry(self.plan, self.refit, self.dense.name)
+        origin = self.origin or self.dense
+        entry = SharingEntry(self.plan, self.refit, origin.name, origin=origin_of(origin))
         config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype
@@ -133,10 +139,13 @@ class SharedCheckpoint:
         return split(self.files.tensors[weight], whole)
 
 
-def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> SharedCheckpoint:
+def share(
+    dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None, origin: Checkpoint | None = None
+) -> SharedCheckpoint:
     """The shared checkpoint of a dense one and a plan that fits it, checked and not yet written.
 
-    `dtype` (float32, float16, bfloat16) converts all weights.
+    `dtype` (float32, float16, bfloat16) converts all weights. `origin` is the model that the result names as the one
+    that it came from; by default that is `dense`.
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.
@@ -146,7 +155,7 @@ def share(dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Sh
     dense.require_dense("share")
     files = fit_plan(plan, dense)
     dtype_code(dtype)
-    return SharedCheckpoint(files, dtype)
+    return SharedCheckpoint(files, dtype, origin=origin)
 
 
 def as_stored(

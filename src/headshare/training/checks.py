@@ -8,13 +8,17 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import check_origin
+from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.errors import PlanError, TrainingError
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
+from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
-from headshare.training.settings import Sharing, TrainingMethod, TrainSettings
+from headshare.training.settings import Loss, Sharing, TrainingMethod, TrainSettings
 from headshare.training.trainer import SharingTrainer
 
 
@@ -64,6 +68,34 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         if not plan.ties:
             raise PlanError("this plan ties nothing, so there is nothing to pull together. Ask for a larger ratio.")
     return plan
+
+
+def open_teacher(source: Checkpoint, loss: Loss) -> Checkpoint | None:
+    """Open the dense model to distil from: the one that is named, or that the trained model is or came from.
+
+    Raises:
+        TrainingError: if nothing names one, it has other words, or the engine would take it apart.
+        CheckpointError: if it cannot be opened, or is another than the trained model came from and was not named.
+    """
+    if not loss.distill:
+        return None
+    if is_deepspeed_zero3_enabled():
+        raise TrainingError("ZeRO-3 would take the teacher apart too. Distil with FSDP2, ZeRO-2 or DDP.")
+    if loss.teacher is not None:
+        teacher = open_checkpoint(loss.teacher)
+    elif source.sharing is None:
+        return source
+    else:
+        found = open_base(source)
+        if found is None:
+            raise TrainingError(f"{source.name} does not say which dense model it came from; name it as teacher.")
+        teacher = found
+        if note := check_origin(source, teacher, "name it as teacher"):
+            say(note)
+    words = [text_config(model.config).get("vocab_size") for model in (source, teacher)]
+    if words[0] != words[1]:
+        raise TrainingError(f"the teacher {teacher.name} has {words[1]} words and the model {words[0]}; name another.")
+    return teacher
 
 
 def check_engine(trainer: SharingTrainer, *, lora: bool, tasks: bool) -> None:

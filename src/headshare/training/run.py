@@ -19,9 +19,7 @@ from accelerate import PartialState
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.checkpoint.opening import open_checkpoint
@@ -37,7 +35,14 @@ from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import is_causal
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
-from headshare.training.checks import check_engine, enough_room, explained_set_up, plan_to_train, try_optimizer
+from headshare.training.checks import (
+    check_engine,
+    enough_room,
+    explained_set_up,
+    open_teacher,
+    plan_to_train,
+    try_optimizer,
+)
 from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
@@ -110,6 +115,7 @@ class _TrainingRun:
     settings: TrainSettings
     arguments: TrainingArguments
     tasks: MeasuredTasks | None
+    teacher: Checkpoint | None
     hub: Hub | None
 
     @classmethod
@@ -120,7 +126,8 @@ class _TrainingRun:
         windows, held_out = training_windows(source, settings.text)
         arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
         tasks = MeasuredTasks.of(source, settings.tasks) if settings.tasks.names else None
-        return cls(source, plan, windows, held_out, target, settings, arguments, tasks, hub)
+        teacher = open_teacher(source, settings.loss)
+        return cls(source, plan, windows, held_out, target, settings, arguments, tasks, teacher, hub)
 
     def identity(self) -> dict[str, str]:
         """All that makes it this run: a folder with other values is that of another.
@@ -233,21 +240,9 @@ class _TrainingRun:
         return model
 
     def _teacher(self) -> nn.Module | None:
-        loss = self.settings.loss
-        if not loss.distill:
+        if self.teacher is None:
             return None
-        name = loss.teacher or (
-            str(self.source.path) if self.source.sharing is None else self.source.sharing.base_model
-        )
-        if name is None:
-            raise TrainingError(f"{self.source.name} does not say which dense model it came from; name it as teacher.")
-        if is_deepspeed_zero3_enabled():
-            raise TrainingError("ZeRO-3 would take the teacher apart too. Distil with FSDP2, ZeRO-2 or DDP.")
-        dense = open_checkpoint(name)
-        words = [text_config(model.config).get("vocab_size") for model in (self.source, dense)]
-        if words[0] != words[1]:
-            raise TrainingError(f"the teacher {name} has {words[1]} words and the model {words[0]}; name another.")
-        teacher: nn.Module = load_model(dense, dtype=getattr(torch, self.settings.dtype))
+        teacher: nn.Module = load_model(self.teacher, dtype=getattr(torch, self.settings.dtype))
         return teacher
 
     def _save(self, trainer: SharingTrainer) -> None:
@@ -279,7 +274,9 @@ class _TrainingRun:
             # where no step was better than none, the weights from before training are written
             trained = _named_as(before, saved) if result.best_step else before
             if self.pulls:
-                share(trained, self.plan, dtype=dtype).save(self.target, overwrite=overwrite, notes=notes)
+                # it came from the model before training, as far as anything that is still there knows
+                result_of = share(trained, self.plan, dtype=dtype, origin=self.source)
+                result_of.save(self.target, overwrite=overwrite, notes=notes)
                 return
             origin = self.source.name if shared_first else None  # as its entry says
             write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite, notes=notes)
