@@ -43,7 +43,7 @@ from headshare.errors import CalibrationError, PlanError
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity
 from headshare.experiments.controls import overwrite_recipients, with_random_donors
 from headshare.files.resume import ResumableRun
-from headshare.files.state_files import Workspace, joint_digest
+from headshare.files.state_files import Workspace, key_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import units_at
@@ -124,11 +124,11 @@ class Bench:
         """The prices of these actions, in nats, of one half of each layer; of removals too where ties follow those."""
         if (actions, kind) not in self._prices:
             words = "-".join(map(str, actions))
-            rough = SavedCurves(self.work, joint_digest("priced", words))
+            rough = SavedCurves(self.work, key_of("priced", words))
             found = price_units(self.dense, self.calibration, actions, device=self.device, done=rough)
             found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
             if self.probe:
-                fine = SavedCurves(self.work, joint_digest("probed", words, kind, self.ffn))
+                fine = SavedCurves(self.work, key_of("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
             self._prices[actions, kind] = found
         return self._prices[actions, kind]

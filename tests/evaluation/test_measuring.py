@@ -131,11 +131,11 @@ def test_what_was_measured_in_another_way_has_a_column_of_its_own() -> None:
 
 def test_runs_that_keep_their_results_in_one_folder_keep_each_others(tmp_path: Path) -> None:
     """One process for each GPU, say."""
-    one, other = kept_results(tmp_path), kept_results(tmp_path)
     rows = [TaskResult("m", name, name, {"acc": Metric(0.5)}, 9) for name in ("a", "b", "c")]
-    one.add(rows[0])
-    other.add(rows[1])
-    one.add(rows[2])
+    with kept_results(tmp_path) as first, kept_results(tmp_path) as second:
+        first.add(rows[0])
+        second.add(rows[1])
+        first.add(rows[2])
     assert read_results(tmp_path / "results.json") == rows
 
 
@@ -155,11 +155,12 @@ def test_answers_that_are_partly_right_have_the_error_of_their_spread() -> None:
 
 
 def test_results_come_back_as_they_were_kept(tmp_path: Path) -> None:
-    kept = kept_results(tmp_path / "new")
     row = TaskResult("m", "t", "k", {"acc": Metric(0.1 + 0.2, None)}, 9, 0.25, {"a": (1 / 3, 4)}, {"limit": None})
-    kept.add(row)
-    assert kept_results(tmp_path / "new").find("k") == row
-    assert kept_results(tmp_path / "new").find("other") is None
+    with kept_results(tmp_path / "new") as kept:
+        kept.add(row)
+    with kept_results(tmp_path / "new") as kept:
+        assert kept.find("k") == row
+        assert kept.find("other") is None
 
 
 # ---- what is wrong

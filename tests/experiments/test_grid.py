@@ -24,7 +24,7 @@ from headshare.evaluation.perplexity import evaluate
 from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, Recipe, compare
 from headshare.experiments.case import REFIT, TRAINED, Case, Common
-from headshare.experiments.cells import TakenUnits, kept_cells
+from headshare.experiments.cells import CELLS, TakenUnits, read_cells
 from headshare.experiments.methods import DELETING, SHARING, TYING
 from headshare.experiments.report.tables import as_csv, table, verdict
 from headshare.files.state_files import Workspace
@@ -259,7 +259,7 @@ def test_what_could_not_be_had_is_tried_again(place: Path, tmp_path: Path, monke
     stand_in(monkeypatch)
     found = run(place, tmp_path, "gptq4", "directshare")
     assert found[1].disk_bytes
-    assert [cell.method for cell in kept_cells(tmp_path).rows] == ["dense", "directshare", "gptq4"]
+    assert [cell.method for cell in read_cells(tmp_path / CELLS)] == ["dense", "directshare", "gptq4"]
     assert run(place, tmp_path, "gptq4", "directshare") == found
 
 

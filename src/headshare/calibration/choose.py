@@ -14,7 +14,7 @@ from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import PlanError
-from headshare.files.state_files import Workspace, check_readable, joint_digest
+from headshare.files.state_files import Workspace, check_readable, key_of
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 from headshare.text.tokens import Calibration
@@ -122,6 +122,6 @@ def _saved_paths(workspace: Workspace | None, *what: object) -> SavedCurves | No
     """Cost curves that an earlier run saved under this key, all read once to check them; None without a workspace."""
     if workspace is None:
         return None
-    saved = SavedCurves(workspace, joint_digest(*what))
+    saved = SavedCurves(workspace, key_of(*what))
     check_readable(saved)
     return saved

@@ -26,7 +26,7 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
 from headshare.files.resume import ResumableRun, run_folder
-from headshare.files.state_files import joint_digest
+from headshare.files.state_files import key_of
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
@@ -227,7 +227,7 @@ def refit_checkpoint(
 
         # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
         refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
-        run_refit(refitter, run.resumable.workspace, joint_digest(plan.digest, ffn, steps))
+        run_refit(refitter, run.resumable.workspace, key_of(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.resumable.mark_committing(out)
         write_refitted(shared, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)

@@ -25,8 +25,9 @@ from headshare.evaluation.harness_tasks import (
     share_of_constant,
     share_right,
 )
-from headshare.evaluation.results import TaskResult, key_of, versions
+from headshare.evaluation.results import TaskResult, versions
 from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
+from headshare.files.state_files import key_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.text.windows import is_causal, longest_window
 

@@ -13,8 +13,10 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation.harness import Runner, Settings, chosen_tasks
 from headshare.evaluation.perplexity import perplexity
-from headshare.evaluation.results import Kept, Metric, TaskResult, kept_results, key_of, not_left_empty
+from headshare.evaluation.results import Metric, TaskResult, kept_results
 from headshare.evaluation.translation import Parallel
+from headshare.files.kept_rows import KeptRows
+from headshare.files.state_files import key_of
 from headshare.progress import say
 from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, windows_of
 
@@ -100,9 +102,9 @@ def measure(
         CheckpointError: if a model cannot be loaded.
     """
     settings = settings or Settings()
-    with not_left_empty(out), ExitStack() as opened:
+    with ExitStack() as opened:
         # all that can be wrong with what was asked comes out before a model is loaded
-        kept = kept_results(out)
+        kept = None if out is None else opened.enter_context(kept_results(out))
         chosen = chosen_tasks(tasks, data)
         jobs: list[_Job] = [job for job in (text, *chosen, parallel) if job is not None]
         if not jobs:
@@ -112,18 +114,19 @@ def measure(
 
 
 def _measured(
-    checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: Kept[TaskResult]
+    checkpoint: Checkpoint, jobs: Sequence["_Job"], settings: Settings, kept: KeptRows[TaskResult] | None
 ) -> Iterator[TaskResult]:
     """Results of a model, which is loaded once, and only if one of them is missing."""
     runner: Runner | None = None
     model = fingerprint(checkpoint)
     for job in jobs:
         key = job.key(model, settings)
-        result = kept.find(key)
+        result = None if kept is None else kept.find(key)
         if result is None:
             runner = runner or Runner.of(checkpoint, settings)
             result = job.run(runner, key)
-            kept.add(result)
+            if kept is not None:
+                kept.add(result)
             say(f"{checkpoint.name}: {job.name}")
         yield replace(result, model=checkpoint.name, task=job.name)  # it may have been asked for by other names
 

@@ -1,37 +1,26 @@
-"""Results as values: kept in one file, added to after a run was stopped, printed as one table."""
+"""Results as values: kept in one file, and printed as one table."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from headshare.errors import EvaluationError
-from headshare.files.atomic import write_whole
-from headshare.files.lock import locked
+from headshare.files.kept_rows import KeptRows, Keyed, read_rows
 
 RESULTS = "results.json"
 # the content of that file, as errors say it
-WHAT = "results of `headshare eval`"
+CONTENT = "results of `headshare eval`"
 # settings that may differ between rows of one column
 IRRELEVANT = ("batch_size", "device", "model", "torch", "transformers")
 # metrics that tables show, the first that a result has
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
-
-
-class Keyed:
-    """A row that is kept under a key, which no other row has."""
-
-    key: str
-
-
-Row = TypeVar("Row", bound=Keyed)
 
 
 @dataclass(frozen=True)
@@ -101,95 +90,9 @@ class TaskResult(Keyed):
         return f"{'~' if self.at_chance else ''}{100 * metric.value:.1f} ± {error}"
 
 
-def key_of(*what: Any) -> str:
-    """The key of a measurement: a digest of all that it depends on."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-class Kept(Generic[Row]):
-    """Rows that were measured so far, and the file that keeps them, if any.
-
-    The file's folder is made. `what` is the word for the file's content in errors. Several runs may add to one file.
-
-    Raises:
-        EvaluationError: if the file is there and holds something else, or there can be no such folder.
-    """
-
-    def __init__(self, file: Path | None, kind: type[Row], what: str) -> None:
-        self.file = file
-        self._kind = kind
-        self._what = what
-        if file is not None:
-            _make(file.parent)
-        self.rows = self._read()
-
-    def _read(self) -> list[Row]:
-        return read_rows(self.file, self._kind, self._what) if self.file is not None and self.file.is_file() else []
-
-    def find(self, key: str) -> Row | None:
-        """The row of this key, if there is one."""
-        return next((row for row in self.rows if row.key == key), None)
-
-    def add(self, row: Row) -> None:
-        """Keep a row beside those that other runs added meanwhile; it replaces the row of its key."""
-        if self.file is None:
-            self._put(row)
-            return
-        with ExitStack() as lock:
-            with suppress(OSError):  # the file system has no locks
-                lock.enter_context(locked(self.file.parent))
-            self.rows = self._read()
-            self._put(row)
-            write_whole(self.file, TypeAdapter(list[self._kind]).dump_json(self.rows, indent=1))  # type: ignore[name-defined]
-
-    def _put(self, row: Row) -> None:
-        self.rows = [*(other for other in self.rows if other.key != row.key), row]
-
-
-@contextmanager
-def not_left_empty(folder: Path | None) -> Iterator[None]:
-    """Remove the folder after this block if it was made within and is empty, because something was wrong."""
-    new = False
-    with suppress(OSError):  # there can be no such folder: whoever makes it says so
-        new = folder is not None and not folder.exists()
-    try:
-        yield
-    finally:
-        if folder is not None and new:
-            with suppress(OSError):  # it was not made, or something is in it
-                folder.rmdir()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluationError(f"{folder} cannot be a folder of results: {error.strerror}. Write elsewhere.") from None
-
-
-def read_rows(file: Path, kind: type[Row], what: str) -> list[Row]:
-    """Rows of this kind in a file.
-
-    Raises:
-        EvaluationError: if it is not there, or holds something else.
-    """
-    if not file.is_file():
-        raise EvaluationError(f"there is no {file}, which would hold {what}.")
-    try:
-        rows: list[Row] = TypeAdapter(list[kind]).validate_json(file.read_bytes())  # type: ignore[valid-type]
-    except (OSError, ValidationError) as error:
-        why = str(error).splitlines()[0]
-        raise EvaluationError(f"{file} holds no {what} ({why}). Move it, or write elsewhere.") from None
-    return rows
-
-
-def kept_results(folder: Path | None) -> Kept[TaskResult]:
-    """The results that `headshare eval --out` keeps in this folder, if any.
-
-    Raises:
-        EvaluationError: if its file is there and holds something else.
-    """
-    return Kept(None if folder is None else folder / RESULTS, TaskResult, WHAT)
+def kept_results(folder: Path) -> KeptRows[TaskResult]:
+    """The results that `headshare eval --out` keeps in this folder."""
+    return KeptRows(folder / RESULTS, TaskResult, CONTENT, refused=EvaluationError)
 
 
 def read_results(file: Path) -> list[TaskResult]:
@@ -198,7 +101,7 @@ def read_results(file: Path) -> list[TaskResult]:
     Raises:
         EvaluationError: if it is not there, or holds something else.
     """
-    return read_rows(file, TaskResult, WHAT)
+    return read_rows(file, TaskResult, CONTENT, refused=EvaluationError)
 
 
 def table_of(rows: Sequence[TaskResult]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from headshare.errors import EvaluationError
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import INSTALL, Runner, Settings
-from headshare.evaluation.results import Metric, TaskResult, key_of
+from headshare.evaluation.results import Metric, TaskResult
+from headshare.files.state_files import key_of
 from headshare.text.windows import read_text
 
 SOURCE = "{source}"

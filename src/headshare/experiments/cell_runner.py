@@ -19,13 +19,13 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import HeadshareError, OutputError, TrainingError
 from headshare.evaluation.harness import Chosen, Runner, chosen_tasks
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
-from headshare.evaluation.results import TaskResult, kept_results, key_of, versions
+from headshare.evaluation.results import TaskResult, kept_results, versions
 from headshare.evaluation.translation import Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
 from headshare.experiments.cells import DENSE, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
 from headshare.files.folder import file_digest
-from headshare.files.state_files import Workspace
+from headshare.files.state_files import Workspace, key_of
 from headshare.files.untrusted import MAX_TEXT
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
@@ -170,12 +170,12 @@ class CellRunner:
         """The result of a task; what `headshare eval --out` kept of the dense model in this folder is used again."""
         if cell.method != DENSE:
             return task.run(runner, cell.key)
-        kept = kept_results(self.folder.parent)
         key = task.key(fingerprint(self.dense), self.grid.settings)
-        result = kept.find(key)
-        if result is None:
-            result = replace(task.run(runner, key), model=self.dense.name)
-            kept.add(result)
+        with kept_results(self.folder.parent) as kept:
+            result = kept.find(key)
+            if result is None:
+                result = replace(task.run(runner, key), model=self.dense.name)
+                kept.add(result)
         return replace(result, model=DENSE, task=task.name, key=cell.key)
 
     def _on_text(self, runner: Runner) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,12 +9,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict
 
-from headshare.evaluation.results import Kept, Keyed, TaskResult, read_rows
+from headshare.errors import EvaluationError
+from headshare.evaluation.results import TaskResult
+from headshare.files.kept_rows import KeptRows, Keyed, read_rows
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 
 CELLS = "cells.json"
-WHAT = "cells of `headshare compare`"
+CONTENT = "cells of `headshare compare`"
 DENSE = "dense"
 
 
@@ -102,13 +104,9 @@ class Compared(Keyed):
         return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
 
 
-def kept_cells(folder: Path) -> Kept[Compared]:
-    """The cells that `headshare compare --out` keeps in this folder.
-
-    Raises:
-        EvaluationError: if its file is there and holds something else.
-    """
-    return Kept(folder / CELLS, Compared, WHAT)
+def kept_cells(folder: Path) -> KeptRows[Compared]:
+    """The cells that `headshare compare --out` keeps in this folder."""
+    return KeptRows(folder / CELLS, Compared, CONTENT, refused=EvaluationError)
 
 
 def read_cells(file: Path) -> list[Compared]:
@@ -117,4 +115,4 @@ def read_cells(file: Path) -> list[Compared]:
     Raises:
         EvaluationError: if it is not there, or holds something else.
     """
-    return read_rows(file, Compared, WHAT)
+    return read_rows(file, Compared, CONTENT, refused=EvaluationError)

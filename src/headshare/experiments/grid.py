@@ -12,7 +12,6 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.evaluation.harness import Chosen, chosen_tasks
-from headshare.evaluation.results import not_left_empty
 from headshare.evaluation.translation import Parallel
 from headshare.experiments.about import ABOUT, About
 from headshare.experiments.case import METHODS, base_of, reads_text
@@ -21,6 +20,7 @@ from headshare.experiments.cells import CELLS, DENSE, Compared, kept_cells
 from headshare.experiments.recipe import Grid
 from headshare.experiments.report.tables import as_csv, in_words
 from headshare.files.atomic import write_whole
+from headshare.files.kept_rows import KeptRows
 from headshare.files.resume import ResumableRun
 from headshare.progress import say, track
 from headshare.text.tokens import Calibration
@@ -57,8 +57,8 @@ def compare(
         raise EvaluationError(f"{reading[0]} looks at a text: name one with --calibration FILE, or self.")
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
-    with not_left_empty(out):
-        cells = _cells(dense, grid, chosen, out, calibration, device, restart)
+    with kept_cells(out) as kept:
+        cells = _cells(dense, grid, chosen, kept, out, calibration, device, restart)
     write_whole(out / "table.md", f"{in_words(cells)}\n".encode())
     write_whole(out / "cells.csv", as_csv(cells).encode())
     about = About.of(dense, grid, calibration, title, cells)
@@ -70,13 +70,13 @@ def _cells(
     dense: Checkpoint,
     grid: Grid,
     chosen: Sequence[Chosen | Parallel],
+    kept: KeptRows[Compared],
     out: Path,
     calibration: Calibration | None,
     device: str,
     restart: bool,
 ) -> list[Compared]:
     """The cells of the grid, in its order. Cells that are not kept yet are measured and kept one by one."""
-    kept = kept_cells(out)
     if not kept.rows and (foreign := [name for name in WRITTEN if (out / name).exists()]):
         raise EvaluationError(
             f"{out} has a {foreign[0]} and no {CELLS}: it is not of a comparison, which would write over it. Move it, "

@@ -2,6 +2,6 @@
 
 A folder is written as a locked temporary sibling, flushed, opened again, compared, then renamed;
 over an old one it is exchanged. `resume` holds the state of a run that can be stopped: whose it is,
-until when it is kept, and what is left of one whose output is in place. Knows no plan, no model and
-no checkpoint.
+until when it is kept, and what is left of one whose output is in place. `kept_rows` holds results that
+many runs add to. Knows no plan, no model and no checkpoint.
 """

@@ -1,6 +1,7 @@
 """Files put in place whole or not at all, whatever they hold."""
 
 import errno
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from headshare.errors import OutputError
 
 _PARTIAL = ".headshare-partial-"
+# a name can be too long with more added to it
+_NAME_BYTES = 100
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -19,7 +22,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=_PARTIAL, dir=path.absolute().parent)
+        descriptor, name = tempfile.mkstemp(prefix=_partial_prefix(path.name), dir=path.absolute().parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -40,13 +43,20 @@ def is_partial(name: str) -> bool:
     return name.startswith(_PARTIAL)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the temporary files that `write_whole` left in a folder and below when it was killed.
+def remove_partials(folder: Path, *, of: str | None = None) -> None:
+    """Remove the temporary files that `write_whole` left in a folder when it was killed.
 
-    No other process may be writing there.
+    They are those of the file that is named, or else of all files in the folder and below. No other process may be
+    writing these.
     """
-    for partial in folder.rglob(f"{_PARTIAL}*"):
+    partials = folder.rglob(f"{_PARTIAL}*") if of is None else folder.glob(f"{glob.escape(_partial_prefix(of))}*")
+    for partial in partials:
         partial.unlink(missing_ok=True)
+
+
+def _partial_prefix(name: str) -> str:
+    """How the names of a file's temporary files begin."""
+    return f"{_PARTIAL}{os.fsdecode(os.fsencode(name)[:_NAME_BYTES])}-"
 
 
 def explain(error: OSError, path: Path) -> str:

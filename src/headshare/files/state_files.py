@@ -137,6 +137,6 @@ def check_readable(saved: Mapping[Any, object]) -> None:
         pass
 
 
-def joint_digest(*what: object) -> str:
-    """A short digest of several values together, by their representations."""
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+def key_of(*what: Any) -> str:
+    """The key of a state or a result: a digest of all that it depends on, in this order."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.files.state_files import Workspace, check_readable, joint_digest
+from headshare.files.state_files import Workspace, check_readable, key_of
 from headshare.progress import track
 from headshare.sharing.share import SharedCheckpoint
 from headshare.text.tokens import Calibration
@@ -30,7 +30,7 @@ def refit(
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, steps=steps, device=device)
-    run_refit(refitter, workspace, joint_digest(shared.plan.digest, ffn, steps))
+    run_refit(refitter, workspace, key_of(shared.plan.digest, ffn, steps))
     tensors = refitter.result.tensors
     return shared.with_refit(record_of(calibration, tensors, steps=steps), tensors)
 
