@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,23 +107,30 @@ def test_killed_before_any_step_of_overwriting_the_old_output_is_there_or_the_ne
 def test_killed_before_any_step_where_folders_cannot_be_exchanged_nothing_half_is_ever_there(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system without an exchange there is a moment with no output, but none with a half one."""
+    """On a file system without an exchange there is a moment with nothing in the place. Whoever looks puts it back."""
     monkeypatch.setattr("headshare.files.folder._exchange", lambda *_: False)
     folder = tmp_path / "work"
     folder.mkdir()
-    out, steps = folder / "out", 0
+    out, steps, absent, seen = folder / "out", 0, 0, set()
     old = tiny.make_llama(tmp_path / "old", seed=3)
+    before = contents(old)
     shutil.copytree(old, out)
     while killed_before_step(steps, lambda: case.write(out, True)):
         steps += 1
-        assert not out.exists() or contents(out) in (contents(old), case.whole)
+        absent += not out.exists()
+        hs.open_checkpoint(out)
+        found = contents(out)
+        assert found in (before, case.whole)
+        seen.add(found == before)
         if steps % 3 == 0:
             case.write(out, True)
             assert contents(out) == case.whole
             assert left_behind(folder) == []
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out)
         shutil.copytree(old, out)
     assert steps > 25
+    assert absent > 0
+    assert seen == {True, False}
 
 
 def test_killed_at_random_times_only_whole_outputs_are_there_and_they_verify(tmp_path: Path) -> None:
@@ -317,7 +323,7 @@ def test_a_disk_that_is_too_full_is_found_before_anything_is_written(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    monkeypatch.setattr(tempfile, "mkdtemp", None)
+    monkeypatch.setattr(os, "mkdir", None)
     with nothing_changes(tmp_path), pytest.raises(OutputError, match=r"has 1,000 bytes free; the output needs \d"):
         case.write(tmp_path / "out", False)
 
@@ -358,7 +364,7 @@ def test_a_folder_that_may_not_be_written_in_is_one_clear_error(
     def refuse(*_: object, **__: object) -> str:
         raise problem
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     with nothing_changes(tmp_path), pytest.raises(OutputError, match=problem.strerror):
         case.write(tmp_path / "out", False)
 

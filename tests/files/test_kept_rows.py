@@ -12,6 +12,7 @@ import headshare
 from headshare.errors import EvaluationError
 from headshare.files.atomic import write_whole
 from headshare.files.kept_rows import KeptRows, Keyed, read_rows
+from headshare.files.scratch import scratch_file
 from support.processes import killed_before_step
 
 NAME = "rows.json"
@@ -64,12 +65,10 @@ def test_killed_at_any_step_of_adding_the_rows_are_those_before_or_with_the_new_
     assert seen == {1, 2}
 
 
-def test_temporary_files_of_other_writers_in_the_folder_are_left_to_them(tmp_path: Path) -> None:
-    partials = [".headshare-partial-plan.json-x", f".headshare-partial-more-{NAME}-x", ".headshare-partial-"]
-    for name in (*partials, f".headshare-partial-{NAME}-x"):
-        (tmp_path / name).write_text("half")
-    with kept_rows(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(partials)
+def test_temporary_files_of_living_writers_in_the_folder_are_left_to_them(tmp_path: Path) -> None:
+    (tmp_path / ".headshare-partial-of-a-dead-one").write_text("half")
+    with scratch_file(tmp_path) as living, kept_rows(tmp_path):
+        assert list(tmp_path.iterdir()) == [living]
 
 
 def test_runs_that_add_at_the_same_time_lose_no_row(tmp_path: Path) -> None:

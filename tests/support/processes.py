@@ -90,7 +90,6 @@ CHANGES = [
     "shutil.rmtree",
     "fcntl.flock",
     "ctypes.dlsym",
-    "tempfile.mkdtemp",
 ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, OptionError
+from headshare.files.scratch import scratch_folder
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
@@ -154,8 +155,8 @@ def dense_and_shared(
         fit_plan(model.require_sharing().plan, against)
         if note := check_origin(model, against, None if any_base else ANY_BASE):
             say(note)
-    with TemporaryDirectory(prefix="headshare-bench-") as name:
-        made = Path(name) / "made"
+    with scratch_folder(Path(gettempdir()), mode=0o700) as scratch:
+        made = scratch / "made"
         if model.plan is None:
             plan = make_plan(score_units(model, parts=parts), ratio, parts=parts)
             yield model.path, share(model, plan).save(made)

@@ -8,6 +8,7 @@ from typing import Any
 from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo, read_header
 from headshare.errors import CheckpointError
+from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
 from headshare.files.untrusted import read_json
 
@@ -24,6 +25,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: 
     """
     folder = Path(model)
     try:
+        if not folder.exists():
+            clear_left(folder)  # a run that was stopped while it replaced this folder left it under another name
         is_folder = folder.is_dir()
         exists = folder.exists()
     except OSError as error:

@@ -1,7 +1,6 @@
 """Verify a shared checkpoint by opening it again: its digests, its plan, every stored number, and its logits."""
 
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, HeadshareError, OutputError
+from headshare.files.failures import in_one_line
 from headshare.files.folder import MANIFEST, file_digest
+from headshare.files.scratch import scratch_folder
 from headshare.files.untrusted import read_json
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
@@ -235,10 +236,15 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
         result.notes.append(f"logits not compared: that needs about {needed:,} bytes of memory, {free:,} are free")
         return
     # each model computes by itself, on the same tokens
-    with _stock_folder(shared, against) as stock:
-        probe = _probe(shared)
-        ours = _outputs(shared, probe, dtype)
-        theirs = _outputs(stock, probe, dtype)
+    try:
+        with _stock_folder(shared, against) as stock:
+            probe = _probe(shared)
+            ours = _outputs(shared, probe, dtype)
+            theirs = _outputs(stock, probe, dtype)
+    except (OSError, OutputError) as error:
+        why = in_one_line(error) if isinstance(error, OSError) else str(error)
+        result.notes.append(f"logits not compared: {why} Point TMPDIR at a folder with room to write a copy in.")
+        return
     if not torch.isfinite(ours).all():
         result.fail("the shared model's logits are NaN or infinite")
         return
@@ -264,21 +270,16 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
 def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in the place of recipients', in a temporary folder that is then removed."""
     entry = shared.require_sharing()
-    scratch = Path(tempfile.mkdtemp(prefix="headshare-verify-"))
     same_dtype = against is not None and all(
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
-    try:
+    with scratch_folder(Path(tempfile.gettempdir()), mode=0o700) as scratch:
         if against is not None and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing):
             folder = write_overwritten(against, entry.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:
             yield stock
-    except OutputError as error:
-        raise OutputError(f"{error} Point TMPDIR at a disk with room, or pass --no-logits.") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _probe(checkpoint: Checkpoint) -> Tensor:

@@ -18,7 +18,7 @@ from headshare.errors import EvaluationError, HeadshareError, OutputError
 from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
-from headshare.files.atomic import explain
+from headshare.files.failures import explain
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units

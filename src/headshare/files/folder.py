@@ -1,23 +1,31 @@
-"""Folders written whole or not at all: a locked temporary sibling, then a rename."""
+"""Folders written whole or not at all: a locked temporary sibling, then a rename. Only what we wrote is replaced."""
 
 import ctypes
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from headshare.errors import OutputError
-from headshare.files.atomic import explain, flush_folder, umask
-from headshare.files.lock import locked
-from headshare.files.resume import discard_committed
+from headshare.files.atomic import flush_folder
+from headshare.files.failures import explain
+from headshare.files.lock import inode_of, locked
+from headshare.files.resume import discard_committed, run_folder
+from headshare.files.scratch import remove_dead, scratch_folder
 
 MANIFEST = "headshare.json"
-PREFIX_BYTES = 100
+# files of a checkpoint that was written before the manifest listed all, or by another tool
+BELONGING = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", MANIFEST, "training.json",
+    "tokenizer*.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "*processor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
+)  # fmt: skip
 # constants of Linux's renameat2
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -31,17 +39,37 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     """
     target = Path(os.path.realpath(out))
     origin = Path(os.path.realpath(source))
-    if target == origin or origin in target.parents:
+    if _lies_in(target, origin):
         raise OutputError(f"the output {out} is inside the input {source}. Choose a folder outside it.")
-    if target in origin.parents:
+    if _lies_in(origin, target):
         raise OutputError(f"the input {source} is inside the output {out}. Choose another output.")
+    for path in source.rglob("*"):
+        if path.is_symlink() and _lies_in(Path(os.path.realpath(path)), target):
+            raise OutputError(f"{path} of the input is a link into the output {out}. Choose another output.")
     check_vacant(out, overwrite=overwrite)
 
 
-def check_vacant(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output without a folder to go in, or that exists and is no checkpoint that may be overwritten."""
-    if is_taken(out, overwrite=overwrite) and not _is_checkpoint(out):
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """True if a path is a folder or below it. Folders are told by their inodes, as one can be mounted in two places."""
+    place = inode_of(outer)
+    return bool(place) and any(inode_of(path) == place for path in (inner, *inner.parents))
+
+
+def check_vacant(out: Path, *, overwrite: bool, in_place: bool = False) -> None:
+    """Refuse an output without a folder to go in, or that exists and may not be overwritten.
+
+    Only a checkpoint may, and only one whose folder holds nothing that somebody else put there. With `in_place`, all
+    that it holds is also in what replaces it.
+    """
+    if not is_taken(out, overwrite=overwrite):
+        return
+    if not _is_checkpoint(out):
         raise OutputError(f"{out} is not a checkpoint folder, so --overwrite does not replace it.")
+    if not in_place and (strange := sorted(not_written_by_us(out))):
+        raise OutputError(
+            f"{out} also holds {', '.join(strange[:3])}{', ...' if strange[3:] else ''}, which is not as headshare "
+            "wrote it or not of a checkpoint, and would be lost. Move it away, or write elsewhere."
+        )
 
 
 def is_taken(out: Path, *, overwrite: bool) -> bool:
@@ -53,6 +81,7 @@ def is_taken(out: Path, *, overwrite: bool) -> bool:
     """
     if not os.path.isdir(out.absolute().parent):  # noqa: PTH112 - unlike Path's, it takes any name for an answer
         raise OutputError(f"there is no folder {out.absolute().parent} to write {out.name} in. Make it first.")
+    clear_left(out)
     if not os.path.lexists(out):
         return False
     if not overwrite:
@@ -69,56 +98,100 @@ def _is_checkpoint(folder: Path) -> bool:
     return not names or ("config.json" in names and bool(names & weights))
 
 
+def not_written_by_us(folder: Path) -> Iterator[str]:
+    """The files of a checkpoint's folder that are not as its manifest lists them.
+
+    Files of weights count by their names, and others by their digests. Where the manifest does not list the others, or
+    there is none, files that checkpoints have count as written.
+    """
+    listed = _manifest(folder)
+    weights = listed.get("files")
+    beside = listed.get("beside")
+    names = {MANIFEST, *(weights if isinstance(weights, dict) else ())}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if (path.is_dir() and not path.is_symlink()) or name in names:
+            continue
+        if isinstance(beside, dict):
+            if path.is_symlink() or not path.is_file() or file_digest(path) != beside.get(name):
+                yield name
+        elif not any(name.count("/") == form.count("/") and fnmatchcase(name, form) for form in BELONGING):
+            yield name
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return listed if isinstance(listed, dict) else {}
+
+
 @contextmanager
-def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int) -> Iterator[Path]:
+def whole_folder(out: Path, *, overwrite: bool, expected_bytes: int, in_place: bool = False) -> Iterator[Path]:
     """A temporary folder to write in. It becomes `out` when the block ends, and is removed if the block fails.
 
-    Killed at any moment, this leaves no output or a whole one. The next run removes what a killed run left behind.
+    Killed at any moment, this leaves no output or a whole one, and the old one where that was to be replaced. The next
+    run removes what a killed run left behind. With `in_place`, all that is replaced is also in the new folder.
 
     Raises:
         OutputError: if the disk is too full, before writing or on the way, or the output cannot be made.
     """
     # what killed runs left behind takes room, so it goes before room is measured
-    check_vacant(out, overwrite=overwrite)
+    check_vacant(out, overwrite=overwrite, in_place=in_place)
     parent = out.absolute().parent
-    _remove_stale(parent, out.name)
     discard_committed(out)
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
         raise OutputError(
             f"{parent} has {free:,} bytes free; the output needs {expected_bytes:,}. Free some, or write elsewhere."
         )
-    with ExitStack() as cleanup:
-        try:
-            partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=parent))
-            cleanup.callback(shutil.rmtree, partial, ignore_errors=True)
-            # the lock tells other runs that this folder is in use and not left behind
-            cleanup.enter_context(locked(partial))
+    try:
+        with scratch_folder(parent, _partial(out)) as partial:
             yield partial
             # all entries reach the disk before the rename, so that an output in its place survives a power cut
-            partial.chmod(0o777 & ~umask())
             for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
                 flush_folder(folder)
-            _put_in_place(partial, out, overwrite=overwrite)
+            _put_in_place(partial, out, overwrite=overwrite, in_place=in_place)
             flush_folder(parent)
-        except OSError as error:
-            raise OutputError(explain(error, out)) from error
+    except OSError as error:
+        raise OutputError(explain(error, out)) from error
 
 
-def _partial_prefix(name: str) -> str:
-    short = os.fsdecode(os.fsencode(name)[:PREFIX_BYTES])
-    return f".{short}.headshare-partial-"
+def _partial(out: Path) -> str:
+    """The beginning of the names under which an output is written."""
+    return run_folder(out, "partial-").name
 
 
-def _remove_stale(parent: Path, name: str) -> None:
-    """Remove the partial folders that killed runs left: those whose lock nobody holds."""
-    for stale in parent.iterdir():
-        if stale.name.startswith(_partial_prefix(name)):
-            with suppress(OSError), locked(stale, wait=False):
-                shutil.rmtree(stale, ignore_errors=True)
+def _replaced(out: Path) -> Path:
+    """The beginning of the path under which an old output waits for the new one; the new one's inode follows."""
+    return run_folder(out, "replaced-")
 
 
-def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
+def clear_left(out: Path) -> None:
+    """Remove what killed runs left of this output, and put it back where one was stopped between two renames.
+
+    Raises:
+        OutputError: if something else is in its place by now.
+    """
+    remove_dead(out.absolute().parent, _partial(out))
+    beginning = _replaced(out)
+    with suppress(OSError):
+        for old in [path for path in beginning.parent.iterdir() if path.name.startswith(beginning.name)]:
+            # a run that is between the two renames has it locked
+            with suppress(OSError), locked(old, wait=False):
+                if not os.path.lexists(out):
+                    old.rename(out)
+                elif inode_of(out).endswith(f":{old.name.removeprefix(beginning.name)}"):
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    raise OutputError(
+                        f"{old} was at {out} until a run was stopped that was to replace it, and something else is "
+                        "there now. Move one of them away."
+                    )
+
+
+def _put_in_place(partial: Path, out: Path, *, overwrite: bool, in_place: bool) -> None:
     """Rename a folder to `out`, or, where overwriting is allowed, swap it with the checkpoint that is there."""
     if not (overwrite and os.path.lexists(out)):
         try:
@@ -130,11 +203,25 @@ def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
                 ) from error
             raise
         return
-    check_vacant(out, overwrite=True)
+    check_vacant(out, overwrite=True, in_place=in_place)
     if not _exchange(partial, out):
-        old = Path(tempfile.mkdtemp(prefix=_partial_prefix(out.name), dir=partial.parent))
+        _replace(partial, out)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put a folder in the place of another in two steps, of which the first can be undone: now, or by the next run."""
+    old = _replaced(out)
+    old = old.with_name(f"{old.name}{partial.stat().st_ino}")
+    with ExitStack() as lock:
+        with suppress(OSError):  # the file system has no locks
+            lock.enter_context(locked(out))
         out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        flush_folder(out.absolute().parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from headshare.errors import HeadshareError
-from headshare.files.atomic import remove_partials, write_whole
+from headshare.files.atomic import write_whole
 from headshare.files.lock import locked
+from headshare.files.scratch import remove_dead
 
 
 class Keyed:
@@ -87,7 +88,7 @@ class KeptRows(Generic[Row]):
         with ExitStack() as lock:
             with suppress(OSError):  # the file system has no locks
                 lock.enter_context(locked(self.file.parent))
-                remove_partials(self.file.parent, of=self.file.name)
+            remove_dead(self.file.parent)
             yield
 
 

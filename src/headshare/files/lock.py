@@ -1,4 +1,4 @@
-"""Locks of folders, which only one process at a time can hold."""
+"""Locks of files and folders, which only one process at a time can hold."""
 
 import fcntl
 import os
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from headshare.errors import OutputError
-from headshare.files.atomic import explain
+from headshare.files.failures import explain
 
 
 def inode_of(place: Path | int) -> str:
@@ -23,14 +23,14 @@ def inode_of(place: Path | int) -> str:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[int]:
-    """The open descriptor of a folder that no other process has locked within this block.
+def locked(place: Path, *, wait: bool = True) -> Iterator[int]:
+    """The open descriptor of a file or folder that no other process has locked within this block.
 
     Raises:
         BlockingIOError: if another process has locked it, and this one does not wait.
         OSError: if it cannot be opened, or its file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield descriptor

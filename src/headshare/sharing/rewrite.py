@@ -18,7 +18,7 @@ from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
-from headshare.files.folder import MANIFEST, check_output
+from headshare.files.folder import MANIFEST, check_output, clear_left
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied
@@ -154,6 +154,7 @@ def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> No
     if not _is_own(shared, out):
         check_output(out, shared.path, overwrite=overwrite)
         return
+    clear_left(out)
     kept = {*other_files(shared.path), *(shared.path / info.file for info in shared.tensors.values())}
     kept |= {shared.path / name for name in ("config.json", INDEX, MANIFEST)}
     lost = sorted(str(path.relative_to(shared.path)) for path in shared.path.rglob("*") if path.is_file())

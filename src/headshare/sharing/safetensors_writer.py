@@ -12,7 +12,6 @@ from torch import Tensor, uint8
 
 from headshare.checkpoint.header import DTYPES
 from headshare.errors import HeadshareError
-from headshare.files.atomic import umask
 from headshare.sharing.assembly import PAGE, Assembly
 
 
@@ -44,7 +43,6 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
             written = sum(write(piece.flatten().view(uint8).numpy()) for piece in pieces if piece.numel())
             if written != assembly.nbytes:
                 raise HeadshareError(f"{assembly.name}: wrote {written} bytes, expected {assembly.nbytes}.")
-    path.chmod(0o666 & ~umask())
     return digest.hexdigest()
 
 

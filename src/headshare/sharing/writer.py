@@ -51,7 +51,7 @@ def write_checkpoint(
     expected = sum(each.nbytes for many in by_file.values() for each in many)
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
-    with whole_folder(out, overwrite=overwrite, expected_bytes=expected) as folder, source:
+    with whole_folder(out, overwrite=overwrite, expected_bytes=expected, in_place=in_place) as folder, source:
         copy_other_files(source.path, folder)
         digests = _write_files(folder, source, by_file, given)
         if (source.path / INDEX).is_file():
@@ -60,7 +60,7 @@ def write_checkpoint(
             write_json(folder / name, note)
         write_json(folder / "config.json", config)
         source.check_unchanged()  # what was copied beside the weights is of the same checkpoint
-        # the manifest comes last: it holds the digests of the weights and of config.json
+        # the manifest comes last: it holds the digests of all others
         _write_manifest(folder, digests)
         # the result must pass the checks that are made on loading
         with open_checkpoint(folder) as written:
@@ -162,11 +162,13 @@ def _module_folders(source: Path) -> set[str]:
 
 
 def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    files = {file: {"bytes": (folder / file).stat().st_size, "sha256": digest} for file, digest in digests.items()}
-    config = {
-        "config.json": {"bytes": (folder / "config.json").stat().st_size, "sha256": file_digest(folder / "config.json")}
-    }
-    write_json(folder / MANIFEST, {"format": FORMAT, "headshare": version("headshare"), "files": {**files, **config}})
+    """List the files as they were written. `verify` looks at `files`, and --overwrite removes nothing but these."""
+    written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    others = {name: file_digest(path) for name, path in written.items() if name not in digests}
+    model = {**digests, "config.json": others.pop("config.json")}
+    files = {name: {"bytes": written[name].stat().st_size, "sha256": digest} for name, digest in model.items()}
+    manifest = {"format": FORMAT, "headshare": version("headshare"), "files": files, "beside": others}
+    write_json(folder / MANIFEST, manifest)
 
 
 def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,8 @@ from headshare.errors import EvaluationError, OutputError
 from headshare.evaluation.results import TaskResult
 from headshare.experiments.case import METHODS, ROUNDED
 from headshare.experiments.cells import DENSE, Compared
-from headshare.files.atomic import explain, write_whole
+from headshare.files.atomic import write_whole
+from headshare.files.failures import explain
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
