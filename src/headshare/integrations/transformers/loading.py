@@ -17,7 +17,8 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
-from headshare.errors import CheckpointError, EvaluationError
+from headshare.errors import CheckpointError
+from headshare.integrations.transformers.tokenizer import check_vocabulary, leave_unended, unloadable
 
 
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
@@ -129,10 +130,10 @@ def _check_device(name: str) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer.
+    """The checkpoint's tokenizer, which puts nothing behind a text.
 
     Raises:
-        EvaluationError: if the folder has none that transformers can load.
+        EvaluationError: if the folder has none that transformers can load, or its vocabulary is missing.
         CheckpointError: if it, or the model beside it, needs code of its own.
     """
     check_model_code(checkpoint)
@@ -141,12 +142,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(
-            f"{checkpoint.name} has no tokenizer that transformers can load ({reason}). "
-            "Put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights."
-        ) from None
+        raise unloadable(error, checkpoint.path, checkpoint.name) from None
     checkpoint.check_unchanged()  # so it is of the model that was opened
+    check_vocabulary(tokenizer, checkpoint.path, checkpoint.name)
+    with quiet():
+        leave_unended(tokenizer)
     return tokenizer
 
 
