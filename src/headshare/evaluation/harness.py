@@ -34,6 +34,7 @@ from headshare.text.windows import is_causal, longest_window
 INSTALL = "pip install 'headshare[eval]'"
 # part of the cache key: a result that was kept under another rule is measured again
 RULE = "log-likelihoods in float32"
+PROMPTS = "prompts are not ended"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Chosen:
 
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this task for a model and settings."""
-        return key_of(model, self.task, self.digest, harness_version(), RULE, self.settings(settings).deciding)
+        return key_of(model, self.task, self.digest, harness_version(), RULE, PROMPTS, self.settings(settings).deciding)
 
     def run(self, runner: "Runner", key: str) -> TaskResult:
         """Measure the model on this task, as `Runner.run` does."""

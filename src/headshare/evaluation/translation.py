@@ -12,7 +12,7 @@ from typing import Any
 
 from headshare.errors import EvaluationError
 from headshare.evaluation.generation import Writing, continuations
-from headshare.evaluation.harness import INSTALL, Runner, Settings
+from headshare.evaluation.harness import INSTALL, PROMPTS, Runner, Settings
 from headshare.evaluation.results import Metric, TaskResult
 from headshare.files.state_files import key_of
 from headshare.text.windows import read_text
@@ -65,7 +65,8 @@ class Parallel:
 
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this translation for a model and settings."""
-        return key_of(model, self.pairs, self.prompt, self.tokens, self.language, METEOR_RULE, settings.dtype)
+        rules = (METEOR_RULE, PROMPTS)
+        return key_of(model, self.pairs, self.prompt, self.tokens, self.language, *rules, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> TaskResult:
         """Translate every line and measure the translations.
