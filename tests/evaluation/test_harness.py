@@ -12,8 +12,10 @@ from lm_eval.tasks import TaskManager
 from headshare.errors import EvaluationError
 from headshare.evaluation import harness
 from headshare.evaluation.harness import Runner, chosen_tasks
+from headshare.evaluation.likelihoods import ContextsOnce
 from headshare.evaluation.measuring import EvalText, measure
 from headshare.evaluation.results import table_of
+from headshare.progress import shown
 from support.byte_level import SENTENCES
 from support.questions import measured
 
@@ -98,3 +100,12 @@ def test_without_the_harness_texts_are_measured_and_tasks_say_what_to_install(
     for folder in (data, None):
         with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install 'headshare\[eval\]'"):
             measure([model], tasks=["boolq"], data=folder)
+
+
+def test_a_model_that_reads_contexts_again_is_named(
+    runner: Runner, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ContextsOnce, "keeps_contexts", False)
+    with shown():
+        measured(runner, data, "piqa")
+    assert "LlamaForCausalLM cannot go on from a context" in capsys.readouterr().err

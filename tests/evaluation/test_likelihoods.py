@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from headshare.errors import EvaluationError
 from headshare.evaluation.harness import _hushed
 from headshare.evaluation.likelihoods import ContextsOnce
+from headshare.integrations.transformers.caches import cache_argument
 from support import tiny
 
 LONGEST = 64
@@ -158,8 +159,28 @@ def test_options_that_differ_in_their_last_token_are_one_row(read: Callable[[Any
 def test_models_that_keep_no_keys_and_values_run_as_the_harness_runs_them() -> None:
     model = built(tf.Lfm2ForCausalLM, RECURRENT)
     ours = wrapped(ContextsOnce, model, 4)
-    assert not ours._keeps_contexts
     assert answers(ours) == answers(wrapped(HFLM, model, 4))
+    assert not ours.keeps_contexts
+
+
+def test_keys_and_values_go_under_the_name_that_the_installed_release_gives_them() -> None:
+    class Older:
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    class Newer:
+        def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+    class Neither:
+        def forward(self, input_ids: Any) -> None: ...
+
+    names = [cache_argument(kind()) for kind in (Older, Newer, Neither)]
+    assert names == ["past_key_values", "cache", None]
+
+
+def test_every_causal_model_of_the_tests_goes_on_from_its_contexts() -> None:
+    """A release that renames an argument would make tasks slow, and nothing else would tell."""
+    for name in CAUSAL:
+        assert wrapped(ContextsOnce, built(*tiny.FAMILIES[name][:2]), 4).keeps_contexts, name
 
 
 def test_likelihoods_of_half_precision_are_computed_in_full() -> None:

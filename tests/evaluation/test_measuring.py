@@ -13,6 +13,7 @@ import transformers
 
 import headshare as hs
 from headshare.errors import EvaluationError
+from headshare.evaluation import results
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import Runner, Settings
 from headshare.evaluation.harness_tasks import averaged
@@ -55,9 +56,9 @@ def test_what_was_measured_is_not_measured_again_and_a_stopped_run_goes_on(
     assert len(ran) == 7
 
 
-@pytest.mark.parametrize("change", ["model", "tokenizer", "question", "limit", "few-shot", "dtype"])
+@pytest.mark.parametrize("change", ["model", "tokenizer", "question", "limit", "few-shot", "dtype", "transformers"])
 def test_results_of_other_questions_models_or_settings_are_not_taken(
-    change: str, model: Path, data: Path, tmp_path: Path
+    change: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     model = Path(shutil.copytree(model, tmp_path / "model"))
@@ -78,6 +79,9 @@ def test_results_of_other_questions_models_or_settings_are_not_taken(
             settings = Settings(few_shot=1)
         case "dtype":
             settings = Settings(dtype="bfloat16")
+        case "transformers":
+            version = results.version
+            monkeypatch.setattr(results, "version", lambda name: "6.0" if name == change else version(name))
     measure([other], tasks=["boolq"], data=data, out=out, settings=settings)
     assert len(read_results(out / "results.json")) == 2
 

@@ -22,6 +22,7 @@ from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError, OptionError
 from headshare.files.scratch import scratch_folder
+from headshare.integrations.transformers.caches import cache_argument
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
@@ -282,8 +283,9 @@ def _prefill(count: int) -> Callable[[Any], float]:
 
 def _decode(model: Any) -> float:
     """Seconds for each token after a context of CONTEXT tokens."""
-    state = model(input_ids=_tokens(CONTEXT), use_cache=True).past_key_values
+    name = str(cache_argument(model))
+    state = model(input_ids=_tokens(CONTEXT), use_cache=True)[name]
     begun = time.perf_counter()
     for _ in range(DECODE_STEPS):
-        state = model(input_ids=_tokens(1), past_key_values=state, use_cache=True).past_key_values
+        state = model(input_ids=_tokens(1), use_cache=True, **{name: state})[name]
     return (time.perf_counter() - begun) / DECODE_STEPS

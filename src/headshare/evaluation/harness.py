@@ -25,10 +25,10 @@ from headshare.evaluation.harness_tasks import (
     share_of_constant,
     share_right,
 )
-from headshare.evaluation.results import TaskResult, versions
+from headshare.evaluation.results import TaskResult, key_of_result, versions
 from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
-from headshare.files.state_files import key_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
+from headshare.progress import say
 from headshare.text.windows import is_causal, longest_window
 
 INSTALL = "pip install 'headshare[eval]'"
@@ -91,7 +91,9 @@ class Chosen:
 
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this task for a model and settings."""
-        return key_of(model, self.task, self.digest, harness_version(), RULE, PROMPTS, self.settings(settings).deciding)
+        harness_version()  # installed, or an error
+        deciding = self.settings(settings).deciding
+        return key_of_result(model, self.task, self.digest, RULE, PROMPTS, deciding, packages=("lm_eval",))
 
     def run(self, runner: "Runner", key: str) -> TaskResult:
         """Measure the model on this task, as `Runner.run` does."""
@@ -187,25 +189,28 @@ class Runner:
         """
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
+        kind = type(model).__name__
         if not is_causal(model):
-            raise EvaluationError(
-                f"{type(model).__name__} does not predict the next token, so it cannot choose a text."
-            )
+            raise EvaluationError(f"{kind} does not predict the next token, so it cannot choose a text.")
         longest = longest_window(checkpoint.config)
         digest = fingerprint(checkpoint)
         return cls(name or checkpoint.name, model, tokenizer, longest, settings, digest)
 
     @cached_property
     def _for_harness(self) -> Any:
-        from headshare.evaluation.likelihoods import ContextsOnce
+        with _hushed():
+            from headshare.evaluation.likelihoods import ContextsOnce
 
-        return ContextsOnce(
-            pretrained=self.model,
-            tokenizer=self.tokenizer,
-            batch_size=self.settings.batch_size,
-            max_length=self.longest,
-            softmax_dtype="float32",
-        )
+            model = ContextsOnce(
+                pretrained=self.model,
+                tokenizer=self.tokenizer,
+                batch_size=self.settings.batch_size,
+                max_length=self.longest,
+                softmax_dtype="float32",
+            )
+        if not model.keeps_contexts:
+            say(f"{type(self.model).__name__} cannot go on from a context: it reads one again for each ending")
+        return model
 
     def run(self, task: Chosen, key: str) -> TaskResult:
         """Measure the model on one task.
@@ -216,12 +221,14 @@ class Runner:
         import lm_eval
 
         settings = task.settings(self.settings)
+        with _explained(task.name):
+            model = self._for_harness
         with _explained(task.name), _hushed(), _no_commit_asked():
             parts = None if task.parts is None else task.parts.items()
             given = [task.task] if parts is None else [as_task(task.task, *part) for part in parts]
             # errors of metrics are computed below, so the harness need not bootstrap them
             output = lm_eval.simple_evaluate(
-                model=self._for_harness,
+                model=model,
                 tasks=given,
                 task_manager=tasks_of_harness(any_at_all=parts is None),
                 num_fewshot=settings.few_shot,

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from headshare.errors import EvaluationError
+from headshare.integrations.transformers.caches import cache_argument
 from headshare.progress import track
 
 # rotary embeddings whose angles depend on the length of the whole text, so that a context cannot be read by itself
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 # arguments of forward without which a context cannot be read once and gone on from
-NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+NEEDED = {"attention_mask", "position_ids", "logits_to_keep"}
 Tokens = tuple[int, ...]
 
 
@@ -89,7 +90,7 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
                 raise EvaluationError(
                     f"of {asked_for!r:.200}, {'the ending' if context else 'the context'} has no token."
                 )
-        if not self._keeps_contexts or any(len(ending) > self.max_length for *_, ending in requests):
+        if not self.keeps_contexts or any(len(ending) > self.max_length for *_, ending in requests):
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return answers
         # requests that need the same predictions are asked for once
@@ -109,9 +110,15 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         return [results[number] for number in range(len(requests))]
 
     @cached_property
-    def _keeps_contexts(self) -> bool:
+    def _cache_argument(self) -> str | None:
+        """The name of the model's argument for keys and values."""
+        return cache_argument(self.model)
+
+    @cached_property
+    def keeps_contexts(self) -> bool:
         """Whether a context can be read once and gone on from, with padding before it."""
-        if self.backend != "causal" or NEEDED - set(inspect.signature(self.model.forward).parameters):
+        lacking = NEEDED - set(inspect.signature(self.model.forward).parameters)
+        if self.backend != "causal" or lacking or self._cache_argument is None:
             return False
         if not LENGTH_DEPENDENT.isdisjoint(_values(self.model.config.to_dict(), "rope_type")):
             return False
@@ -169,7 +176,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         rows = [row for group in groups for row in group]
         cache = DynamicCache(config=self.model.config)
         inputs = self._padded([group[0].context[:-1] for group in groups])
-        self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        keys_and_values: dict[str, Any] = {str(self._cache_argument): cache, "use_cache": True}
+        self.model(**inputs, **keys_and_values, logits_to_keep=1)
         of_row = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         cache.batch_select_indices(of_row)
         # second pass: the last token of the context predicts the ending's first
@@ -186,9 +194,11 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
                 [inputs["attention_mask"][of_row.to(self.device)], torch.ones_like(ends, device=self.device)], dim=1
             )
         logits = self.model(
-            input_ids=ends.to(self.device), attention_mask=mask, position_ids=positions.to(self.device),
-            past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+            input_ids=ends.to(self.device),
+            attention_mask=mask,
+            position_ids=positions.to(self.device),
+            **keys_and_values,
+        ).logits
         return [(row, words[: row.predicted]) for row, words in zip(rows, logits, strict=True)]
 
     def _padded(self, rows: Sequence[Tokens]) -> dict[str, Int[Tensor, "rows tokens"]]:

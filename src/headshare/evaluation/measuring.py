@@ -13,10 +13,9 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation.harness import Runner, Settings, chosen_tasks
 from headshare.evaluation.perplexity import perplexity
-from headshare.evaluation.results import Metric, TaskResult, kept_results
+from headshare.evaluation.results import Metric, TaskResult, kept_results, key_of_result
 from headshare.evaluation.translation import Parallel
 from headshare.files.kept_rows import KeptRows
-from headshare.files.state_files import key_of
 from headshare.progress import say
 from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, windows_of
 
@@ -50,7 +49,7 @@ class EvalText:
 
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this text for a model and settings."""
-        return key_of(model, self.digest, self.window, self.tokens, self.bos, settings.dtype)
+        return key_of_result(model, self.digest, self.window, self.tokens, self.bos, settings.dtype)
 
     def run(self, runner: Runner, key: str) -> TaskResult:
         """Measure the model's perplexity on this text.

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from headshare.errors import EvaluationError
 from headshare.files.kept_rows import KeptRows, Keyed, read_rows
+from headshare.files.state_files import key_of
 
 RESULTS = "results.json"
 # the content of that file, as errors say it
@@ -93,6 +94,14 @@ class TaskResult(Keyed):
 def kept_results(folder: Path) -> KeptRows[TaskResult]:
     """The results that `headshare eval --out` keeps in this folder."""
     return KeptRows(folder / RESULTS, TaskResult, CONTENT, refused=EvaluationError)
+
+
+def key_of_result(*what: Any, packages: Sequence[str] = ()) -> str:
+    """The key of a measurement: a digest of all that it depends on.
+
+    Versions of torch, of transformers and of its tokenizers always decide. `packages` names more that do.
+    """
+    return key_of(versions("tokenizers", *packages), *what)
 
 
 def read_results(file: Path) -> list[TaskResult]:

@@ -13,8 +13,7 @@ from typing import Any
 from headshare.errors import EvaluationError
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import INSTALL, PROMPTS, Runner, Settings
-from headshare.evaluation.results import Metric, TaskResult
-from headshare.files.state_files import key_of
+from headshare.evaluation.results import Metric, TaskResult, key_of_result
 from headshare.text.windows import read_text
 
 SOURCE = "{source}"
@@ -65,8 +64,9 @@ class Parallel:
 
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this translation for a model and settings."""
+        asked = (self.prompt, self.tokens, self.language)
         rules = (METEOR_RULE, PROMPTS)
-        return key_of(model, self.pairs, self.prompt, self.tokens, self.language, *rules, settings.dtype)
+        return key_of_result(model, self.pairs, asked, *rules, settings.dtype, packages=("sacrebleu", "nltk"))
 
     def run(self, runner: Runner, key: str) -> TaskResult:
         """Translate every line and measure the translations.

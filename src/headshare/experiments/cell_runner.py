@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import HeadshareError, OutputError, TrainingError
 from headshare.evaluation.harness import Chosen, Runner, chosen_tasks
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
-from headshare.evaluation.results import TaskResult, kept_results, versions
+from headshare.evaluation.results import TaskResult, kept_results, key_of_result, versions
 from headshare.evaluation.translation import Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
 from headshare.experiments.cells import DENSE, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
 from headshare.files.folder import file_digest
-from headshare.files.state_files import Workspace, key_of
+from headshare.files.state_files import Workspace
 from headshare.files.untrusted import MAX_TEXT
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
@@ -70,7 +69,17 @@ class CellRunner:
             texts = [Path(place) for place in (training.text.data, training.text.held_out_data) if place]
             made = [training.model_dump_json(), *(file_digest(file) if file.is_file() else "" for file in texts)]
             made += [task.digest for task in chosen_tasks(training.tasks.names, training.tasks.data_dir)]
-        return key_of(name, ratio, measured, made if name != DENSE else None, self.grid.seed, version("headshare"))
+        if name == DENSE:
+            made = None
+        packages = ("headshare", *self._packages(name))
+        return key_of_result(name, ratio, measured, made, self.grid.seed, packages=packages)
+
+    def _packages(self, method: str) -> list[str]:
+        """Packages beside transformers and torch that decide what a cell of this method holds."""
+        tasks = ["lm_eval"] if self.grid.tasks else []
+        training = ["peft"] if method in TRAINED else []
+        rounding = ["gptqmodel", "compressed-tensors"] if ROUNDED.removeprefix("+") in method else []
+        return [*tasks, *training, *rounding]
 
     def cell(self, name: str, ratio: float, key: str) -> Compared:
         """Make the model, write it where it is smaller, and measure it."""
@@ -151,11 +160,9 @@ class CellRunner:
         whole = sum(info.nbytes for info in parameter_infos(self.dense).values())
         losses, divergences = self._on_text(runner)
         results = tuple(self._on_task(task, runner, cell) for task in self.tasks)
-        with_tasks = ["lm_eval"] if self.grid.tasks else []
-        rounding = ["gptqmodel", "compressed-tensors"] if ROUNDED.removeprefix("+") in cell.method else []
         return replace(
             cell,
-            versions={"headshare": version("headshare"), **versions(*with_tasks, *rounding)},
+            versions=versions("headshare", *self._packages(cell.method)),
             saved_bytes=saved,
             saved_fraction=saved / whole,
             disk_bytes=disk,
