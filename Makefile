@@ -11,7 +11,7 @@ COUNT ?= 10000
 SEED ?= 0
 MINUTES ?= 30
 
-.PHONY: demo test check format results fuzz clean
+.PHONY: demo test test-floor test-newest check format results fuzz clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -30,6 +30,21 @@ demo: demo-output/smollm2-135m/config.json
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu"
+
+# the suite on the oldest releases that pyproject.toml allows, and on the newest that there are
+.venv-floor/installed: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install -q -c constraints-floor.txt -e ".[dev,demo]"
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q -c constraints.txt torch
+	.venv-newest/bin/pip install -q -U -e ".[dev,demo]"
+	touch $@
+
+test-floor test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu"
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
