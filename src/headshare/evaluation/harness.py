@@ -92,8 +92,8 @@ class Chosen:
     def key(self, model: str, settings: Settings) -> str:
         """Cache key of this task for a model and settings."""
         harness_version()  # installed, or an error
-        deciding = self.settings(settings).deciding
-        return key_of_result(model, self.task, self.digest, RULE, PROMPTS, deciding, packages=("lm_eval",))
+        what = (model, self.task, self.digest, RULE, PROMPTS, self.settings(settings).deciding)
+        return key_of_result(*what, packages=("lm_eval",))
 
     def run(self, runner: "Runner", key: str) -> TaskResult:
         """Measure the model on this task, as `Runner.run` does."""
@@ -201,13 +201,8 @@ class Runner:
         with _hushed():
             from headshare.evaluation.likelihoods import ContextsOnce
 
-            model = ContextsOnce(
-                pretrained=self.model,
-                tokenizer=self.tokenizer,
-                batch_size=self.settings.batch_size,
-                max_length=self.longest,
-                softmax_dtype="float32",
-            )
+            size = {"batch_size": self.settings.batch_size, "max_length": self.longest}
+            model = ContextsOnce(pretrained=self.model, tokenizer=self.tokenizer, softmax_dtype="float32", **size)
         if not model.keeps_contexts:
             say(f"{type(self.model).__name__} cannot go on from a context: it reads one again for each ending")
         return model
