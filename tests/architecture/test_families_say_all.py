@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 import headshare
 import headshare as hs
 from headshare.architecture.families import FAMILIES, Linear
+from headshare.architecture.model_class import predicts_next
 from headshare.architecture.modules import linear_of
 from headshare.sharing.size import parameter_infos
-from headshare.text.windows import longest_window, predicts_next
+from headshare.text.windows import longest_window
 from support import tiny
 
 SOURCE = Path(headshare.__file__).parent

@@ -433,11 +433,11 @@ def test_predictions_that_are_not_finite_are_one_error(
 
 @pytest.mark.parametrize(
     ("architectures", "answer"),
-    [(["LlamaForCausalLM"], True), (["GPT2LMHeadModel"], True), (["LlamaModel"], False), ([], False), (None, False),
-     (["LlamaForSequenceClassification"], False), (["LlavaForConditionalGeneration"], False), (5, False), ([5], False),
-     ("LlamaForCausalLM", False), ({"a": 1}, False)],
+    [(["LlamaForCausalLM"], True), (["GPT2LMHeadModel"], True), (["LlamaModel"], False), ([], True), (None, True),
+     (["LlamaForSequenceClassification"], False), (["LlavaForConditionalGeneration"], False), ([5], True),
+     (["LLaMAForCausalLM"], True)],
 )  # fmt: skip
-def test_who_predicts_is_what_the_configuration_says_even_if_it_says_nonsense(
+def test_who_predicts_is_what_the_configuration_says_or_else_the_models_type_and_tensors(
     architectures: object, answer: bool, llama: Folder
 ) -> None:
     dense = hs.open_checkpoint(llama)

@@ -57,7 +57,6 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((bare / "config.json").read_text())
     for name, changes in {
         "quantised": {"quantization_config": {"quant_method": "gptq"}},
-        "strange": {"architectures": ["logging"]},
         "odd": {"architectures": 5},
         "contradictory": {"num_attention_heads": 5},
     }.items():
@@ -181,7 +180,6 @@ eval no-bos --text text --window 32 --bos               | beginning-of-text
 eval more-words --text alien --window 32                | vocabulary
 eval roberta --text text --window 32                    | no perplexity
 eval roberta --text text --window 64 --against roberta  | window
-eval strange --text text --window 32                    | logging
 eval odd --text text --window 32                        | architectures
 demo ./gone                                             | no folder
 demo bare --text text                                   | no tokenizer

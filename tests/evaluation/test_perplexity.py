@@ -8,11 +8,12 @@ import torch
 import transformers
 
 import headshare as hs
+from headshare.architecture.model_class import predicts_next
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import agreement
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences, perplexity, window_losses
 from headshare.integrations.transformers.loading import load_model
-from headshare.text.windows import Windows, predicts_next
+from headshare.text.windows import Windows
 from support import tiny
 
 

@@ -457,7 +457,7 @@ def test_writing_says_how_far_it_has_come(
 def test_an_encoder_writes_nothing_and_is_told_to_bring_a_file(name: str, tmp_path: Path) -> None:
     model = hs.open_checkpoint(add_tokenizer(tiny.make(name, tmp_path / name)))
     said = refusal("self", model)
-    assert "is an encoder" in said
+    assert "does not predict the next token" in said
     assert "Give a text file" in said
 
 

@@ -10,7 +10,7 @@ from headshare.errors import HeadshareError
 from headshare.evaluation.perplexity import perplexity
 from headshare.integrations.transformers.loading import load_model
 from headshare.text.tokens import Calibration
-from headshare.text.windows import Windows, finite_or_null, is_causal
+from headshare.text.windows import Windows, finite_or_null, is_causal, not_causal
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ def measure(dense: Checkpoint, shared: Path, held_out: Calibration, *, device: s
     try:
         model = load_model(dense, **options)
         if not is_causal(model):
-            return HeldOutPerplexity(
-                None, None, 0, window, f"{type(model).__name__} is an encoder, which has no perplexity."
-            )
+            return HeldOutPerplexity(None, None, 0, window, f"{not_causal(model)}, so it has no perplexity.")
         before = perplexity(model, windows)
         del model
         with open_checkpoint(shared) as opened:

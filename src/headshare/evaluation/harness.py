@@ -29,7 +29,7 @@ from headshare.evaluation.results import TaskResult, key_of_result, versions
 from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.progress import say
-from headshare.text.windows import is_causal, longest_window
+from headshare.text.windows import is_causal, longest_window, not_causal
 
 INSTALL = "pip install 'headshare[eval]'"
 # part of the cache key: a result that was kept under another rule is measured again
@@ -189,9 +189,8 @@ class Runner:
         """
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, dtype=settings.dtype, device_map=settings.device)
-        kind = type(model).__name__
         if not is_causal(model):
-            raise EvaluationError(f"{kind} does not predict the next token, so it cannot choose a text.")
+            raise EvaluationError(f"{not_causal(model)}, so it cannot choose a text.")
         longest = longest_window(checkpoint.config)
         digest = fingerprint(checkpoint)
         return cls(name or checkpoint.name, model, tokenizer, longest, settings, digest)

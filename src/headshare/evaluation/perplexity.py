@@ -24,6 +24,7 @@ from headshare.text.windows import (
     finite_or_null,
     is_causal,
     longest_window,
+    not_causal,
     windows_of,
 )
 
@@ -136,7 +137,7 @@ def losses_and_divergences(
 def _check_causal(model: Any) -> None:
     if not is_causal(model):
         raise EvaluationError(
-            f"{type(model).__name__} does not predict the next token, so it has no perplexity. "
+            f"{not_causal(model)}, so it has no perplexity. "
             "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
         )
 

@@ -33,6 +33,7 @@ from headshare.text.windows import (
     ids_of,
     is_causal,
     longest_window,
+    not_causal,
     opening_token,
 )
 
@@ -289,7 +290,7 @@ def _written(
     model = load_model(checkpoint, **({} if device is None else {"device_map": device}))
     if not is_causal(model):
         raise CalibrationError(
-            f"{checkpoint.name} is an encoder ({type(model).__name__}) and writes no text to calibrate it on. "
+            f"{checkpoint.name} writes no text to calibrate it on: {not_causal(model)}. "
             "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
         )
     check_finite(model(input_ids=starts[:1].to(model.device), use_cache=False).logits)

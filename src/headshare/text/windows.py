@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import CAUSAL_CLASSES, family_of
+from headshare.architecture.families import family_of
+from headshare.architecture.model_class import predicts_next
 from headshare.errors import EvaluationError
 from headshare.integrations.transformers.loading import quiet
 
@@ -152,12 +153,14 @@ def is_causal(model: Any) -> bool:
     return predicts_next(type(model).__name__, model.config.to_dict())
 
 
-def predicts_next(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a model class of this name, with this config.json, predicts the next token."""
+def not_causal(model: Any) -> str:
+    """The reason why a model predicts no next token, as the beginning of a sentence."""
+    config = model.config.to_dict()
     family = family_of(str(config.get("model_type")))
-    sees_what_follows = family is not None and family.encoder and not config.get("is_decoder", False)
-    from_another_text = config.get("is_encoder_decoder", False)
-    return name.endswith(CAUSAL_CLASSES) and not sees_what_follows and not from_another_text
+    name = type(model).__name__
+    if family is None or family.encoder or predicts_next(name, config):
+        return f"{name} does not predict the next token"
+    return f"{name} is a model without a head (its checkpoint has no weights for one), and predicts no next token"
 
 
 def longest_window(config: Mapping[str, Any]) -> int | None:

@@ -32,7 +32,7 @@ from headshare.sharing.share import share
 from headshare.sharing.writer import copy_other_files
 from headshare.storage.projection import shared_projections
 from headshare.storage.registry import TRAINABLE
-from headshare.text.windows import is_causal
+from headshare.text.windows import is_causal, not_causal
 from headshare.training.adapters import with_adapters, without_adapters
 from headshare.training.arguments import arguments_of, given_of, metric_of
 from headshare.training.checks import (
@@ -232,7 +232,7 @@ class _TrainingRun:
         else:
             model = load_model(self.source, storage=TRAINABLE, **options)
         if not is_causal(model):
-            raise TrainingError(f"{type(model).__name__} does not predict the next token, which is what is trained.")
+            raise TrainingError(f"{not_causal(model)}, which is what is trained.")
         model.config.use_cache = False
         if shared := {type(module).__name__ for _, module in shared_projections(model)}:
             # FSDP shards them by themselves, before their layers: other layers call them too

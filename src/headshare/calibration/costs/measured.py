@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from headshare.architecture.families import WITH_IMAGES
+from headshare.architecture.model_class import class_name, predicts_next, reads_images
 from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
@@ -26,7 +26,6 @@ from headshare.errors import ArchitectureError, CalibrationError
 from headshare.precision import short_products
 from headshare.progress import track
 from headshare.text.tokens import Calibration
-from headshare.text.windows import predicts_next
 
 # The tokens that are run to measure, and one in how many of them has its predictions compared.
 PROBED_TOKENS = 8192
@@ -92,9 +91,8 @@ def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held
 
 def predicts(checkpoint: Checkpoint) -> bool:
     """True if the checkpoint is of a model that predicts the next token, so that predictions can be measured."""
-    names = checkpoint.config.get("architectures")
-    known = [str(name) for name in names] if isinstance(names, list) else []
-    return any(predicts_next(name, checkpoint.config) and not name.endswith(WITH_IMAGES) for name in known)
+    name = class_name(checkpoint.config, checkpoint.tensors)
+    return predicts_next(name, checkpoint.config) and not reads_images(name)
 
 
 class _Walk:

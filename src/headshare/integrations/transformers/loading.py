@@ -13,12 +13,15 @@ import transformers
 import headshare.integrations.transformers.config
 import headshare.integrations.transformers.quantizer  # noqa: F401 - both register the format
 from headshare.architecture.families import OPTIONAL
+from headshare.architecture.model_class import class_name, predicts_next
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
 from headshare.errors import CheckpointError
 from headshare.integrations.transformers.tokenizer import check_vocabulary, leave_unended, unloadable
+
+LOGGER = logging.getLogger("headshare")
 
 
 def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
@@ -36,7 +39,7 @@ def load(model: str | Path, *, storage: str = "auto", **options: Any) -> Any:
 
 
 def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any) -> Any:
-    """The model of a checkpoint: of the class that config.json names, or the bare model if its head has no weights.
+    """The model of a checkpoint, of the class that `class_name` tells, or the bare model if its head has no weights.
 
     `storage` names the way in which a shared model holds its weights. `options` go to `from_pretrained`.
 
@@ -50,11 +53,17 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     if checkpoint.plan is not None:
         options = {**options, "config": _config_with(checkpoint, storage)}
     # A base checkpoint can name a class whose head it has no weights for. Then the bare model is what it holds.
-    for model_class in (*_named_class(checkpoint), transformers.AutoModel):
+    named = _class_of(checkpoint)
+    for model_class in dict.fromkeys((named, transformers.AutoModel)):
         with quiet():
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         checkpoint.check_unchanged()  # transformers opened the files by their names
         if not report["missing_keys"]:
+            if model_class is not named and predicts_next(named.__name__, checkpoint.config):
+                LOGGER.warning(
+                    "%s has no weights for the head of %s: it is loaded without, and predicts no next token.",
+                    *(checkpoint.name, named.__name__),
+                )
             return model.eval()
         if missing := sorted(key for key in report["missing_keys"] if key.endswith(PARTS)):
             raise CheckpointError(
@@ -66,14 +75,14 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """The stock model that config.json names, or the bare model where it names none, without weights.
+    """The stock model of a checkpoint, of the class that `class_name` tells, without weights.
 
     Raises:
         CheckpointError: if transformers has no such class, or the model needs code of its own.
     """
     check_model_code(checkpoint)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    model_class = next(iter(_named_class(checkpoint)), transformers.AutoModel)
+    model_class = _class_of(checkpoint)
     with quiet(), torch.device("meta"):
         built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         return (
@@ -90,27 +99,25 @@ def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
     return config
 
 
-def _named_class(checkpoint: Checkpoint) -> list[Any]:
-    """The first model class that config.json names, as a list; empty where it names none."""
-    names = checkpoint.config.get("architectures") or []
-    if not isinstance(names, list):
-        raise CheckpointError(
-            f"config.json of {checkpoint.name} has architectures {names!r:.100}; it should be a list."
-        )
-    found = getattr(transformers, str(names[0]), None) if names else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    if names and not is_model:
-        raise CheckpointError(
-            f"config.json of {checkpoint.name} names the class {names[0]!r:.100}, which transformers does not have."
-        )
-    return [found] if is_model else []
+def _class_of(checkpoint: Checkpoint) -> Any:
+    """The class of a checkpoint's model, which is that of the bare model where nothing tells of another."""
+    name = class_name(checkpoint.config, checkpoint.tensors)
+    return transformers.AutoModel if name is None else getattr(transformers, name)
 
 
 def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # tensors of other shapes are taken from the report below: transformers' own error names none, but a log
+    given = {**LOCAL_ONLY, "ignore_mismatched_sizes": True, **options}
     try:
-        model, report = model_class.from_pretrained(path, output_loading_info=True, **{**LOCAL_ONLY, **options})
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **given)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{path} holds {name} as {tuple(stored)}, and its config.json makes a model in which it is "
+            f"{tuple(wanted)}. One of the two is of another model."
+        )
     if model_class is transformers.AutoModel:
         missing = report["missing_keys"]
         report["missing_keys"] = {key for key in missing if not any(module in key for module in OPTIONAL)}
