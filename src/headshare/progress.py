@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -39,6 +39,12 @@ def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
 def say(line: str) -> None:
     """Write one line on standard error, where `shown` asks for it."""
     if _shown.get():
+        tell(line)
+
+
+def tell(line: str) -> None:
+    """Write one line on standard error. Where that is full or closed, no work fails for it."""
+    with suppress(OSError, ValueError):
         sys.stderr.write(f"{line}\n")
 
 
@@ -55,6 +61,6 @@ def _lines(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
         now = time.monotonic()
         if now - reported >= PLAIN_INTERVAL_S:
             left = (now - begun) / max(done, 1) * (total - done)
-            sys.stderr.write(f"{what}: {done} of {total}, about {left:.0f} s left\n")
+            tell(f"{what}: {done} of {total}, about {left:.0f} s left")
             reported = now
         yield item

@@ -3,8 +3,7 @@
 Results go to standard output, everything else to standard error. An error is one line and exit status 1.
 """
 
-import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,11 +12,14 @@ from headshare.cli.compare import compare_command, report_command
 from headshare.cli.convert import expand, quantize
 from headshare.cli.evaluate import evaluate_command, generate_command
 from headshare.cli.inspect import inspect, verify
+from headshare.cli.options import print_result
 from headshare.cli.plan import estimate, plan, score
 from headshare.cli.share import refit, share
+from headshare.cli.streams import prepare, unprinted
 from headshare.cli.train import train
 from headshare.errors import HeadshareError
-from headshare.progress import shown
+from headshare.files.failures import in_one_line
+from headshare.progress import shown, tell
 
 app = typer.Typer(
     help="Make a pre-trained transformer smaller: heads of different layers share one stored copy of their weights.",
@@ -41,7 +43,7 @@ def _version(value: bool) -> bool:
     if value:
         from importlib.metadata import version
 
-        sys.stdout.write(f"headshare {version('headshare')}\n")
+        print_result({}, f"headshare {version('headshare')}", as_json=False)
         raise typer.Exit
     return value
 
@@ -56,20 +58,30 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a headshare error becomes one line and exit status 1."""
+    """Run the command line; a headshare error, or one of the system, becomes one line and exit status 1."""
+    prepare()
     try:
         with shown():
             status = app(prog_name="headshare", standalone_mode=False)
     except HeadshareError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
+        _fail(f"error: {error}")
     except typer.TyperException as error:
-        message = error.format_message()
-        sys.stderr.write(f"error: {message}\n" if message else "")  # without any command, the help has said it all
-        raise SystemExit(1) from None
-    except typer.Abort:
+        _fail(f"error: {message}" if (message := error.format_message()) else "")  # else the help has said it all
+    except typer.Abort as stop:
+        if isinstance(stop.__cause__, EOFError):  # of a file, for no command asks questions
+            _fail(f"error: a file that was read ends too early ({stop.__cause__}). Restore it, or write it again.")
         raise SystemExit(130) from None
+    except OSError as error:
+        _fail(f"error: {in_one_line(error)}")
     except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
-        raise SystemExit(130) from None
+        _fail("stopped", 130)
+    # what was printed by others, such as the help, may be on its way still
+    if (unwritten := unprinted()) is not None and not status:
+        _fail(f"error: the result could not be printed: {unwritten.strerror}.")
     raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _fail(line: str, status: int = 1) -> NoReturn:
+    if line:
+        tell(line)
+    raise SystemExit(status) from None

@@ -1,6 +1,5 @@
 """The commands demo and bench."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption
 from headshare.errors import CheckpointError
 from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.experiments.demo_table import demo_table
+from headshare.progress import say
 from headshare.storage.registry import AUTO, STORAGES
 from headshare.text.windows import read_text
 
@@ -45,14 +45,14 @@ def demo(
     rows = []
     for row in run_demo(model, work, content, tokens=tokens, seed=seed):
         rows.append(row)
-        sys.stderr.write(f"{len(rows)} of {len(RATIOS)}: ratio {row.ratio:g} shared, verified, measured\n")
+        say(f"{len(rows)} of {len(RATIOS)}: ratio {row.ratio:g} shared, verified, measured")
     sentence = in_one_sentence(rows)
     first = rows[0]
     source = (
         f"perplexity on {text or 'the Python language reference'}: {first.tokens} tokens, windows of {first.window}"
     )
     data = {"rows": [row.to_dict() for row in rows], "text": str(text or "pydoc_data.topics"), "sentence": sentence}
-    print_result(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json)
+    print_result(data, f"{demo_table(rows)}\n{source}\n\n{sentence}", as_json, written=work)
 
 
 def bench(

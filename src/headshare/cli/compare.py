@@ -128,7 +128,7 @@ def compare_command(
         cells = compare(
             dense, grid, out, calibration=text_of, device=recipe.device, restart=restart, title=recipe.title
         )
-    print_result(to_dict(cells), in_words(cells), as_json)
+    print_result(to_dict(cells), in_words(cells), as_json, written=out)
 
 
 def report_command(
@@ -179,4 +179,4 @@ def report_command(
         "tables": [comparison.to_dict() for comparison in measured],
         "evaluated": [asdict(results) for results in evaluated],
     }
-    print_result(data, page, as_json)
+    print_result(data, page, as_json, written=out)

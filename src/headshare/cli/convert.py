@@ -74,7 +74,7 @@ def quantize(
         f"{len(rounded.matrices)} matrices rounded to 4 bits in groups of {rounded.packing.group}: {before:,} bytes of "
         f"weights before, {after:,} now ({1 - after / before:.1%} less)\nWritten and checked in {seconds:.1f} s: {out}"
     )
-    print_result(data, words, as_json)
+    print_result(data, words, as_json, written=out)
 
 
 def expand(
@@ -97,4 +97,5 @@ def expand(
     with open_checkpoint(shared, revision=revision) as checkpoint:
         expand_checkpoint(checkpoint, dense, overwrite=overwrite, unpacked=unpack)
     size = sum(info.nbytes for info in open_checkpoint(dense).tensors.values())
-    print_result({"out": str(dense), "bytes": size}, f"{size:,} bytes of weights in {dense}", as_json)
+    words = f"{size:,} bytes of weights in {dense}"
+    print_result({"out": str(dense), "bytes": size}, words, as_json, written=dense)

@@ -128,7 +128,7 @@ def evaluate_command(
         out=out,
         revision=revision,
     )
-    print_result(to_dict(rows), table_of(rows), as_json)
+    print_result(to_dict(rows), table_of(rows), as_json, written=out)
 
 
 def generate_command(

@@ -1,13 +1,16 @@
 """Options, refusals and output that several commands have in common."""
 
+import errno
 import json
-import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
+from headshare.progress import tell
 
 if TYPE_CHECKING:
     from typer import Context as Context
@@ -55,6 +58,19 @@ def listed(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def print_result(data: dict[str, Any], words: str, as_json: bool) -> None:
-    """Print the result of a command on standard output: words for people, or one JSON object."""
-    sys.stdout.write((json.dumps(data) if as_json else words.rstrip()) + "\n")
+def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Path | None = None) -> None:
+    """Print the result of a command on standard output: words for people, or one JSON object.
+
+    `written` is the output that the command wrote. Where printing fails, the output is there all the same, and the
+    command has done what it was to do. Without one, the command fails.
+    """
+    text = json.dumps(data, default=str) if as_json else words.rstrip()
+    error = unprinted(f"{text}\n")
+    if error is None:
+        return
+    if written is not None:
+        tell(f"the result could not be printed ({error.strerror}). What was written is whole: {written}")
+        raise typer.Exit(0)
+    if error.errno != errno.EPIPE:  # its reader needs no more of it
+        tell(f"error: the result could not be printed: {error.strerror}.")
+    raise typer.Exit(1)

@@ -146,7 +146,7 @@ def score(
         "digest": scores.digest,
         "seconds": seconds,
     }
-    print_result(data, f"Scored {units} units in {seconds:.1f} s: {output}", as_json)
+    print_result(data, f"Scored {units} units in {seconds:.1f} s: {output}", as_json, written=output)
 
 
 def plan(
@@ -220,7 +220,7 @@ def plan(
         more = calibrated.to_dict()
         words = f"{calibrated.in_words()}\n"
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
-    print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json)
+    print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", as_json, written=output)
 
 
 # parameters that only a plan from a model uses

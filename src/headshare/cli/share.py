@@ -190,7 +190,7 @@ def share(
         f"Written and checked in {seconds:.1f} s: {out}",
         f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
     ]
-    print_result(data, "\n".join(lines), as_json)
+    print_result(data, "\n".join(lines), as_json, written=out)
 
 
 def refit(
@@ -246,4 +246,6 @@ def refit(
         )
     seconds = time.monotonic() - begun
     data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}
-    print_result(data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json)
+    print_result(
+        data, f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}", as_json, written=target
+    )

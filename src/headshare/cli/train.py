@@ -4,8 +4,6 @@ Options override the file. Imports that only training needs are made when it beg
 for them.
 """
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +19,7 @@ from headshare.cli.options import (
     RevisionOption,
     is_given,
     listed,
+    print_result,
     refuse_unused,
 )
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
@@ -166,7 +165,7 @@ def train(
     result = run(model, out, settings, overwrite=overwrite, restart=restart, revision=revision)
     if PartialState().is_main_process:
         words = f"{result.in_words()}\nWritten and checked in {result.seconds:.1f} s: {out}"
-        sys.stdout.write((json.dumps(result.to_dict(), default=str) if as_json else words) + "\n")
+        print_result(result.to_dict(), words, as_json, written=out)
 
 
 def _merged(config: Path | None, chosen: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
