@@ -1,5 +1,6 @@
 """Calibrated runs: killed at any moment they go on to the same bytes, and never from another run's state."""
 
+import json
 import os
 import signal
 import sys
@@ -340,6 +341,26 @@ def test_a_damaged_state_is_one_error_that_says_restart_and_never_goes_into_the_
     path.write_bytes(b"{")
     assert not (things / "out").exists()
     assert run(*BY_OUTPUT, "--restart").status == 0
+    assert contents(things / "out") == uninterrupted["out"]
+
+
+def test_a_refitted_tensor_that_is_missing_is_not_gone_on_without(
+    uninterrupted: dict[str, dict[str, str]], things: Path, run: Run
+) -> None:
+    """The result would have the weights from before the refit, and nobody would know."""
+    assert killed(BY_OUTPUT, STATE, 3, on="_proj", after=True)
+    state = run_folder(things / "out", "calibrating")
+    names = json.loads(next(state.glob("refit-*.json")).read_bytes()[:-32])["tensors"]
+    for file in [path for path in state.rglob("*_proj*") if path.name.removesuffix(".safetensors") in names]:
+        whole = file.read_bytes()
+        file.unlink()
+        found = run(*BY_OUTPUT)
+        assert_one_error_line(found)
+        assert "is not there" in found.err
+        assert "--restart" in found.err
+        file.write_bytes(whole)
+    assert names
+    assert run(*BY_OUTPUT).status == 0
     assert contents(things / "out") == uninterrupted["out"]
 
 

@@ -1,20 +1,26 @@
 """A run of training that was killed goes on to the same weights, and takes no other run's state."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path as Folder
 
 import pytest
+from safetensors import SafetensorError
 
 import headshare as hs
 import headshare.files.resume
 from headshare.errors import OutputError, TrainingError
 from headshare.files.resume import HEADER, discard_committed
 from headshare.files.state_files import Workspace
+from headshare.progress import shown
 from headshare.training import SharingTrainer, TrainSettings, train
 from headshare.training.state import checkpoints, trainer_run
+from support.folders import left_behind, nothing_changes
+from support.processes import in_child
 from support.texts import a_text
 from support.trainings import LONGER, PLAIN, curve_of, killed_after, settings
 
@@ -223,3 +229,105 @@ def test_restart_throws_the_state_away(model: Folder, text: Folder, tmp_path: Fo
         train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}))
     train(model, tmp_path / "out", settings(text, arguments={"max_steps": 1}), restart=True)
     assert not work.exists()
+
+
+# ---- a state that is damaged
+
+
+LAST = "checkpoint-6"
+
+
+@pytest.fixture
+def stopped(model: Folder, text: Folder, tmp_path: Folder) -> Folder:
+    """The state of a run that was killed after its seventh step: checkpoints after the fifth and the sixth."""
+
+    def run_and_be_killed() -> None:
+        killed_after(7)
+        train(model, tmp_path / "out", settings(text, arguments=LONGER))
+
+    assert in_child(run_and_be_killed) == -signal.SIGKILL
+    return tmp_path / ".out.headshare-training"
+
+
+def damaged(file: Folder, how: str) -> None:
+    """Change a file in this way."""
+    if how == "missing":
+        file.unlink()
+    else:
+        whole = file.read_bytes()
+        file.write_bytes(
+            {"empty": b"", "half": whole[: len(whole) // 2], "one bit": whole[:-9] + b"\x01" + whole[-8:]}[how]
+        )
+
+
+def test_a_damaged_checkpoint_is_never_gone_on_from(stopped: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its optimiser's state the Trainer would go on in silence."""
+    earlier = next(path for step, path in checkpoints(stopped) if step < 6)
+    identity = json.loads((stopped / HEADER).read_bytes()[:-32])["identity"]
+    whole = shutil.copytree(stopped / LAST, stopped.parent / "whole")
+    for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
+        for how in ("missing", "empty", "half", "one bit"):
+            damaged(stopped / LAST / name, how)
+            with shown(), pytest.raises(OutputError, match="stopped"), trainer_run(stopped, identity, restart=False):
+                assert [path for _, path in checkpoints(stopped)] == [earlier]
+                raise OutputError("stopped")
+            assert f"{LAST}/{name} is damaged" in capsys.readouterr().err
+            shutil.copytree(whole, stopped / LAST)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_to_the_same_weights(
+    stopped: Folder, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    asked = settings(text, arguments=LONGER)
+    whole = train(model, tmp_path / "whole", asked)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        damaged(stopped / LAST / name, "empty")
+    again = train(model, tmp_path / "out", asked)
+    assert curve_of(again) == curve_of(whole)
+    one, other = (hs.open_checkpoint(tmp_path / name) for name in ("whole", "out"))
+    assert all(one.read(name).equal(other.read(name)) for name in one.tensors)
+
+
+def test_where_no_whole_checkpoint_is_left_it_is_one_error_and_the_state_stays(
+    stopped: Folder, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    for path in stopped.glob("checkpoint-*"):
+        damaged(path / "optimizer.pt", "missing")
+    with nothing_changes(stopped), pytest.raises(TrainingError, match=r"optimizer\.pt is not as it was .*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments=LONGER))
+
+
+# ---- a disk that is full
+
+
+def no_room_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as the libraries do that write these parts of a checkpoint."""
+    name, error = {
+        "weights": ("safetensors.torch.save_file", SafetensorError("Error while serializing: I/O error: No space")),
+        "optimiser": ("torch.save", RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed")),
+        "state": ("transformers.TrainerState.save_to_json", OSError(errno.ENOSPC, "No space left on device", "x.json")),
+    }[part]  # fmt: skip
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(name, fail)
+    if part == "weights":
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+
+
+@pytest.mark.parametrize("part", ["weights", "optimiser", "state"])
+def test_a_disk_that_fills_up_while_training_is_one_error_and_leaves_nothing_half_written(
+    part: str, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_room_for(part, monkeypatch)
+    with pytest.raises(TrainingError, match="could not be written") as found:
+        train(model, tmp_path / "out", settings(text, arguments=LONGER))
+    assert "\n" not in str(found.value)
+    assert "Free some room" in str(found.value)
+    assert left_behind(tmp_path) == []
+
+
+def test_the_optimisers_state_cannot_be_left_out(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    with pytest.raises(TrainingError, match="save_only_model cannot be given"):
+        train(model, tmp_path / "out", settings(text, arguments={"save_only_model": True}))

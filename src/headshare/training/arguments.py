@@ -40,6 +40,7 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
         "save_strategy": "steps",
         "save_steps": every,
         "eval_on_start": True,
+        "save_only_model": False,
         "restore_callback_states_from_checkpoint": True,
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,

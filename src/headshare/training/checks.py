@@ -3,8 +3,10 @@
 import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -13,6 +15,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import check_origin
 from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.errors import PlanError, TrainingError
+from headshare.files.failures import in_one_line
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
@@ -146,11 +149,19 @@ def try_optimizer(trainer: SharingTrainer) -> None:
 
 
 @contextmanager
-def enough_room() -> Iterator[None]:
-    """Turn failures for want of memory into an error that says what to lower."""
+def enough_room(work: Path) -> Iterator[None]:
+    """Turn failures for want of memory or of room on the disk into an error that says what to do.
+
+    `work` is the Trainer's folder, whose files it writes by several libraries with errors of their own.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if cause := _why_unwritten(error):
+            raise TrainingError(
+                f"the state of training could not be written in {work}: {cause}. Free some room and run again: it goes "
+                "on from the last whole checkpoint there, if there is one."
+            ) from error
         if not _is_full(error):
             raise
         raise TrainingError(
@@ -158,6 +169,17 @@ def enough_room() -> Iterator[None]:
             "gradient_accumulation_steps) or per_device_eval_batch_size, or set gradient_checkpointing or bf16. What "
             "was saved before is kept: run again, and it goes on from there. A shorter context needs --restart."
         ) from error
+
+
+def _why_unwritten(error: BaseException) -> str | None:
+    """The reason why a file could not be written, in one line; None where the error is of something else."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return in_one_line(error).rstrip(".")
+    if isinstance(error, SafetensorError):
+        return reason if "os error" in reason.lower() or "i/o error" in reason.lower() else None
+    # torch's writer of zip files says where in its source it failed, and nothing of the disk
+    return "the disk is full or fails" if "PytorchStreamWriter" in reason or "inline_container" in reason else None
 
 
 def _is_full(error: BaseException) -> bool:

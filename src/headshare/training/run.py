@@ -92,7 +92,7 @@ def train(
         first = processes.is_main_process
         with trainer_run(run.work, run.identity(), restart=restart) if first else nullcontext() as resumable:
             processes.wait_for_everyone()
-            with enough_room():
+            with enough_room(run.work):
                 result = run.trained(begun)
             if resumable is not None:
                 resumable.mark_committing(target, holds=RECORD)
@@ -225,8 +225,8 @@ class _TrainingRun:
         options = {"dtype": getattr(torch, self.settings.dtype)}
         if self.settings.method is TrainingMethod.BOTH:
             folder = self.work / "shared"
-            if PartialState().is_main_process and not folder.is_dir():
-                share(self.source, self.plan).save(folder)
+            if PartialState().is_main_process:  # anew each time: one that is there may be damaged
+                share(self.source, self.plan).save(folder, overwrite=True)
             PartialState().wait_for_everyone()
             model = load_model(open_checkpoint(folder), storage=TRAINABLE, **options)
         else:

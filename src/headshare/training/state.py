@@ -3,15 +3,20 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from headshare.errors import TrainingError
+from headshare.files.atomic import write_whole
+from headshare.files.folder import file_digest
 from headshare.files.resume import ResumableRun, discard_committed, run_folder
+from headshare.progress import say
 
 RECORD = "training.json"
 _STATE = "trainer_state.json"
+# in each checkpoint: the digests of its files, as they were written
+_DIGESTS = "digests.json"
 
 
 def work_of(target: Path) -> Path:
@@ -26,12 +31,20 @@ def trainer_run(folder: Path, identity: Mapping[str, str], *, restart: bool) -> 
     A folder in which the Trainer saved nothing yet is made anew.
 
     Raises:
-        TrainingError: if the folder is of another run, naming what differs, or of none.
+        TrainingError: if the folder is of another run, naming what differs, or of none, or all that a run could go on
+            from is damaged.
         OutputError: if the folder cannot be made, or another run is working in it.
     """
     with ResumableRun(folder, identity, refused=TrainingError, restart=restart, has_work=_has_checkpoint) as run:
+        _remove_damaged(folder)
         remove_useless(folder)
-        yield run
+        try:
+            yield run
+        finally:
+            # a half-written one takes room, which may be what was wanting
+            for path in folder.glob("checkpoint-*"):
+                if not (path / _STATE).exists():
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def is_trained(out: Path) -> bool:
@@ -40,8 +53,48 @@ def is_trained(out: Path) -> bool:
     return (out / RECORD).is_file()
 
 
+def note_digests(checkpoint: Path) -> None:
+    """Note the digests of a checkpoint's files in it, so that a run that goes on from it can tell damage."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    digests = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
+    write_whole(checkpoint / _DIGESTS, json.dumps(digests).encode())
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove the checkpoints whose files are not as they were written, if there is a whole one to go on from.
+
+    Raises:
+        TrainingError: if there is none, or the best step so far is damaged.
+    """
+    damaged = {path: file for path in folder.glob("checkpoint-*") if (file := _damaged_file(path))}
+    if not damaged:
+        return
+    whole = next((path for _, path in checkpoints(folder) if path not in damaged), None)
+    best = None if whole is None else Path(str((_read(whole / _STATE) or {}).get("best_model_checkpoint"))).name
+    lost = next((path for path in damaged if whole is None or path.name == best), None)
+    if lost is not None:
+        raise TrainingError(
+            f"the state of the run that was stopped is damaged: {lost / damaged[lost]} is not as it was written. "
+            "Restore it, or pass --restart to throw the state away and begin anew."
+        )
+    for path, file in damaged.items():
+        say(f"{path / file} is damaged: that state is thrown away, and training goes on from an earlier one")
+        shutil.rmtree(path)
+
+
+def _damaged_file(checkpoint: Path) -> str | None:
+    """A file of a checkpoint that is not as its digest says; None where all are, or a kill came before the digests."""
+    if not (checkpoint / _DIGESTS).exists():
+        return None
+    digests = _read(checkpoint / _DIGESTS)
+    if digests is None:
+        return _DIGESTS
+    files = ((name, checkpoint / name) for name in digests)
+    return next((name for name, path in files if not path.is_file() or file_digest(path) != digests[name]), None)
+
+
 def _has_checkpoint(folder: Path) -> bool:
-    return any(_read(path / _STATE) for path in folder.glob("checkpoint-*"))
+    return any(_read(path / _STATE) or (path / _DIGESTS).exists() for path in folder.glob("checkpoint-*"))
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -52,8 +105,9 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     folders = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         state = _read(path / _STATE)
-        if state is not None and int(state["global_step"]) < int(state["max_steps"]) and not _impatient(state):
-            yield int(state["global_step"]), path
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # it is not what the Trainer writes
+            if state is not None and int(state["global_step"]) < int(state["max_steps"]) and not _impatient(state):
+                yield int(state["global_step"]), path
 
 
 def _impatient(state: Mapping[str, Any]) -> bool:

@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +23,7 @@ from headshare.integrations.transformers.quantizer import HeadshareQuantizer
 from headshare.progress import say
 from headshare.training.penalty import TiePenalty, in_zero_parts
 from headshare.training.settings import Loss
+from headshare.training.state import note_digests
 
 SHARED = "shared"
 
@@ -62,6 +65,7 @@ class SharingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             self.remove_callback(printing)
         self.add_callback(_Lines())
         self.add_callback(_LogWhereSaved())
+        self.add_callback(_Digests())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Batches of an optimiser step, whose windows are counted."""
@@ -247,6 +251,15 @@ class _LogWhereSaved(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
     def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
         control.should_log = control.should_log or control.should_save
+
+
+class _Digests(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """A callback that notes the digests of a checkpoint's files once all processes have written theirs."""
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            note_digests(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -45,7 +45,8 @@ def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None
         if workspace is not None:
             workspace.write_tensors(_streams_after(key, layer), refitter.state())
             steps = [asdict(step) for step in refitter.result.steps]
-            workspace.write_json(f"refit-{key}.json", {"layer": layer, "steps": steps})
+            done = {"layer": layer, "steps": steps, "tensors": sorted(refitter.result.tensors)}
+            workspace.write_json(f"refit-{key}.json", done)
             workspace.delete(_streams_after(key, layer - 1))
 
 
@@ -61,8 +62,11 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     try:
         layer = int(done["layer"])
         steps = [RefitStep(**step) for step in done["steps"]]
+        missing = sorted(set(done["tensors"]) - set(tensors))
     except (KeyError, TypeError, ValueError) as error:
         raise workspace.damaged(name, f"it does not say how far it came ({error})") from None
+    if missing:
+        raise workspace.damaged(f"refit-{key}", f"the refitted {missing[0]} is not there")
     streams = workspace.read_tensors(_streams_after(key, layer))
     if streams is None:
         raise workspace.damaged(_streams_after(key, layer), "it is not there")
