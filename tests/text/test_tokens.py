@@ -323,7 +323,7 @@ def test_rows_that_leave_the_field_open_ask_for_it(
 ) -> None:
     said = refusal(jsonl(tmp_path / "a.jsonl", [row]), model)
     assert f"none is called 'text', and {strings} of" in said
-    assert "Name one with field" in said
+    assert "Name one: --field NAME" in said
 
 
 def test_a_field_of_what_has_no_fields_is_refused(model: hs.Checkpoint, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def device_named(name: str) -> str:
 class Setting:
     """The options of a calibrated run: its calibration text, its device and its way of choosing.
 
-    With `restart` the state of a stopped run is thrown away. With `probe` costs are measured on predictions.
+    With `restart` the state of a stopped run is thrown away. With `probe` costs are measured on predictions. `field`
+    holds the text of a row, where the source has rows.
     """
 
     source: str
@@ -70,6 +71,7 @@ class Setting:
     device: str = "auto"
     restart: bool = False
     probe: bool = True
+    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,13 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
             f"Use --calibration-window {longest}."
         )
     text = Calibration.load(
-        setting.source, dense, tokens=setting.tokens, window=setting.window, seed=setting.seed, device=device
+        setting.source,
+        dense,
+        tokens=setting.tokens,
+        window=setting.window,
+        seed=setting.seed,
+        field=setting.field,
+        device=device,
     )
     text.split()
 

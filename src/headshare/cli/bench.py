@@ -10,7 +10,7 @@ from headshare.bench.bench import DENSE, Subject, dense_and_shared
 from headshare.bench.bench import bench as run_bench
 from headshare.bench.tables import bench_table
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import CHOOSE, AnyBaseOption, JsonOption, print_result
+from headshare.cli.options import CHOOSE, AnyBaseOption, FieldOption, JsonOption, print_result
 from headshare.cli.plan import whole_numbers
 from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption
 from headshare.errors import CheckpointError
@@ -18,6 +18,7 @@ from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language
 from headshare.experiments.demo_table import demo_table
 from headshare.progress import say
 from headshare.storage.registry import AUTO, STORAGES
+from headshare.text.formats import check_field
 from headshare.text.windows import read_text
 
 DEMO_MODEL = "./demo-output/smollm2-135m"
@@ -31,6 +32,7 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="Measure on this text. Default: Python's own language reference.")
     ] = None,
+    field: FieldOption = None,
     work: Annotated[Path, typer.Option(help="Write the shared models into this folder.")] = Path("demo-output"),
     tokens: Annotated[int, typer.Option(help="Measure on this many tokens of the text.")] = TOKENS,
     seed: Annotated[int, typer.Option(help="Draw the random donors by this seed.")] = 0,
@@ -41,7 +43,8 @@ def demo(
         raise CheckpointError(
             f"there is no model at {model}. `make demo` makes it; or name a model: headshare demo MODEL"
         )
-    content = read_text(text) if text else language_reference()
+    check_field(field, text)
+    content = read_text(text, field) if text else language_reference()
     rows = []
     for row in run_demo(model, work, content, tokens=tokens, seed=seed):
         rows.append(row)

@@ -15,6 +15,7 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.evaluate import EvalDtypeName
 from headshare.cli.options import (
     Context,
+    FieldOption,
     JsonOption,
     RestartOption,
     RevisionOption,
@@ -58,6 +59,7 @@ def compare_command(
     text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
     window: Annotated[int, typer.Option(help="Cut --text into windows of this many tokens.")] = WINDOW,
+    field: FieldOption = None,
     source: Annotated[Path | None, typer.Option(help="Translate these lines, as in `eval`.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Compare with these translations, line by line.")] = None,
     prompt: Annotated[
@@ -96,6 +98,7 @@ def compare_command(
     # only options that were given override the recipe
     given: dict[str, Any] = {
         "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
+        "field": field,
         "source": source, "reference": reference, "prompt": prompt, "language": language,
         "tasks": tasks, "data_dir": data_dir,
         "limit": limit, "few_shot": few_shot, "batch_size": batch_size, "dtype": dtype.value,

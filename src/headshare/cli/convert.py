@@ -11,6 +11,7 @@ from headshare.calibration.run import device_named
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import WRITE, JsonOption, OverwriteOption, RevisionOption, print_result
 from headshare.cli.share_options import (
+    CalibrationFieldOption,
     CalibrationSeedOption,
     CalibrationTokensOption,
     CalibrationWindowOption,
@@ -37,6 +38,7 @@ def quantize(
             help="Give groups of this many inputs one scale. Default: the largest of 128, 64, 32... that fits.",
         ),
     ] = None,
+    field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
     calibration_window: CalibrationWindowOption = WINDOW,
     seed: CalibrationSeedOption = 0,
@@ -58,6 +60,7 @@ def quantize(
             source,
             tokens=calibration_tokens,
             window=calibration_window,
+            field=field,
             seed=seed,
             device=device_named(device),
         )

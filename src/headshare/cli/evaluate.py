@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import Context, JsonOption, RevisionOption, listed, print_result, refuse_unused
+from headshare.cli.options import Context, FieldOption, JsonOption, RevisionOption, listed, print_result, refuse_unused
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement
 from headshare.evaluation.perplexity import evaluate
+from headshare.text.formats import check_field, read_lines
 from headshare.text.windows import WINDOW, read_text
 
 # parameters that only tasks and translations use
@@ -32,7 +33,9 @@ class EvalDtypeName(StrEnum):
 def evaluate_command(
     context: Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
-    text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure the perplexity of this text file, .jsonl, .json or .csv.")
+    ] = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -57,6 +60,7 @@ def evaluate_command(
     out: Annotated[
         Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
     ] = None,
+    field: FieldOption = None,
     window: Annotated[
         int, typer.Option(help="Cut --text into windows of this many tokens, which do not overlap.")
     ] = WINDOW,
@@ -83,9 +87,10 @@ def evaluate_command(
 
     With --out, one folder serves many models: each is measured once, and a stopped run goes on.
     """
+    check_field(field, text, source, reference)
     if text is not None and not (tasks or out or source or len(models) > 1):
         refuse_unused(context, "of one model a text alone is measured", OF_TASKS, EvaluationError)
-        content = read_text(text)
+        content = read_text(text, field)
         other = None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
         result = evaluate(
@@ -107,6 +112,8 @@ def evaluate_command(
         raise EvaluationError("a translation needs both --source and --reference.")
     if text is None:
         refuse_unused(context, "there is no --text", ("window", "tokens", "bos"), EvaluationError)
+    if text is None and source is None:
+        refuse_unused(context, "there is no --text and no --source", ("field",), EvaluationError)
     if not tasks:
         refuse_unused(context, "there are no --tasks", ("data_dir", "few_shot"), EvaluationError)
     if source is None:
@@ -120,10 +127,10 @@ def evaluate_command(
         models,
         tasks=listed(tasks),
         data=data_dir,
-        text=None if text is None else EvalText(text, window, tokens, bos),
+        text=None if text is None else EvalText(text, window, tokens, bos, field),
         parallel=None
         if source is None or reference is None
-        else Parallel(source, reference, prompt, limit, language=language),
+        else Parallel(source, reference, prompt, limit, language=language, text_field=field),
         settings=Settings(limit, few_shot, dtype.value, device, batch_size),
         out=out,
         revision=revision,
@@ -134,7 +141,10 @@ def evaluate_command(
 def generate_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Continue this prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Continue each line of this UTF-8 text file.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Continue each line of this text file, or row of a .jsonl, .json or .csv.")
+    ] = None,
+    field: FieldOption = None,
     tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0: the likeliest token.")] = 0,
     seed: Annotated[int, typer.Option(help="Draw by this seed.")] = 0,
@@ -145,7 +155,8 @@ def generate_command(
     """Continue the same prompts by several models, and show the texts side by side."""
     from headshare.evaluation import Runner, Settings, Writing, continuations, samples_of
 
-    given = [*(prompt or []), *([] if prompts is None else read_text(prompts).splitlines())]
+    check_field(field, prompts)
+    given = [*(prompt or []), *([] if prompts is None else read_lines(prompts, field))]
     given = [line for line in given if line.strip()]
     if not given:
         raise EvaluationError("there is nothing to go on from: give --prompt TEXT, or --prompts FILE.")

@@ -27,6 +27,13 @@ RestartOption = Annotated[
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Read this branch, tag or commit of a hub id. Default: main.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+FieldOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Read the text of a row from this field, in .jsonl, .json, .csv and data sets. Default: the one that it "
+        "can be."
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=WRITE, help="Replace an existing output of the same kind.")
 ]

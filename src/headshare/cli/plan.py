@@ -29,6 +29,7 @@ from headshare.cli.share_options import (
     CALIBRATING,
     AllowOption,
     CalibratedPartsOption,
+    CalibrationFieldOption,
     CalibrationOption,
     CalibrationSeedOption,
     CalibrationTokensOption,
@@ -169,6 +170,7 @@ def plan(
     ffn_ratio: FfnRatioOption = None,
     protect: ProtectOption = None,
     calibration: CalibrationOption = None,
+    field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
     calibration_window: CalibrationWindowOption = WINDOW,
     seed: CalibrationSeedOption = 0,
@@ -212,7 +214,7 @@ def plan(
                 "first and give --from-scores FILE."
             )
         _check_file(output, overwrite, SharePlan.load, model)
-        setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
+        setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe, field)
         with open_checkpoint(model, revision=revision) as dense:
             budget = budget_from(context, dense, ratio, save, parts, allow, ffn_groups, protect)
             calibrated = plan_calibrated(dense, budget, setting, output, measured=measure)

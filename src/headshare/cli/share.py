@@ -33,6 +33,7 @@ from headshare.cli.share_options import (
     OUTPUT,
     AllowOption,
     CalibratedPartsOption,
+    CalibrationFieldOption,
     CalibrationOption,
     CalibrationSeedOption,
     CalibrationTokensOption,
@@ -127,6 +128,7 @@ def share(
     refit_ffn: RefitFfnOption = True,
     reconstruct: ReconstructOption = 0,
     calibration: CalibrationOption = None,
+    field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
     calibration_window: CalibrationWindowOption = WINDOW,
     seed: CalibrationSeedOption = 0,
@@ -168,7 +170,7 @@ def share(
             wanted = make_plan(scores, ratio, parts=parts or "qkv", mode=mode, ffn_ratio=ffn_ratio, protect=numbers)
         # with a calibration text the run can be resumed and may refit; without one the plan is written as it is
         if calibration is not None:
-            setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe)
+            setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, probe, field)
             asked = ShareRequest(wanted, refit=refit, ffn=refit_ffn, steps=reconstruct, measure=measure, dtype=dtype)
             outcome = share_calibrated(dense, asked, setting, out, overwrite=overwrite)
         else:
@@ -213,6 +215,7 @@ def refit(
     ] = None,
     refit_ffn: RefitFfnOption = True,
     reconstruct: ReconstructOption = 0,
+    field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
     calibration_window: CalibrationWindowOption = WINDOW,
     seed: CalibrationSeedOption = 0,
@@ -228,7 +231,7 @@ def refit(
         raise OutputError(f"{shared} is no folder here that could be replaced. Say where to write: --out NEW")
     if out is not None:
         check_vacant(out, overwrite=overwrite)
-    setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart)
+    setting = Setting(calibration, calibration_tokens, calibration_window, seed, device, restart, field=field)
     with (
         open_checkpoint(shared, revision=revision) as checkpoint,
         _open_dense_of(checkpoint, dense) as origin,

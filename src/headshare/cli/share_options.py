@@ -111,10 +111,17 @@ AllowOption = Annotated[
 _CALIBRATION = typer.Option(
     metavar="FILE|DATASET|self",
     rich_help_panel=CALIBRATE,
-    help="Calibrate on this text: a text file, a .jsonl, hf:NAME[:CONFIG][:SPLIT], or self (the model writes it).",
+    help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], or self (the model "
+    "writes it).",
 )
 CalibrationOption = Annotated[str | None, _CALIBRATION]
 NeededCalibrationOption = Annotated[str, _CALIBRATION]
+CalibrationFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--field", rich_help_panel=CALIBRATE, help="Read the text of a row from this field. Default: the one it can be."
+    ),
+]
 CalibrationTokensOption = Annotated[
     int, typer.Option(rich_help_panel=CALIBRATE, help="Use this many tokens of that text, in whole windows.")
 ]
@@ -167,5 +174,5 @@ DtypeOption = Annotated[
 ]
 
 # names of parameters, to refuse those that would not be used
-CALIBRATING = ("calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
+CALIBRATING = ("field", "calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")

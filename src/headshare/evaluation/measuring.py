@@ -25,17 +25,19 @@ class EvalText:
     """A text whose perplexity is measured.
 
     It is cut into windows of `window` tokens; `tokens` bounds how much of it is read. `bos` says whether windows begin
-    with the beginning-of-text token (None: where the model has one).
+    with the beginning-of-text token (None: where the model has one). `text_field` holds the text of a row, in a file
+    of rows.
     """
 
     path: Path
     window: int = WINDOW
     tokens: int | None = None
     bos: bool | None = None
+    text_field: str | None = None
     content: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "content", read_text(self.path))
+        object.__setattr__(self, "content", read_text(self.path, self.text_field))
 
     @property
     def name(self) -> str:

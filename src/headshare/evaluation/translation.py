@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from headshare.errors import EvaluationError
+from headshare.errors import CalibrationError, EvaluationError
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import INSTALL, PROMPTS, Runner, Settings
 from headshare.evaluation.results import Metric, TaskResult, key_of_result
-from headshare.text.windows import read_text
+from headshare.text.formats import read_lines
 
 SOURCE = "{source}"
 RESAMPLED = 1000
@@ -28,7 +28,8 @@ class Parallel:
     """A text and its translation, line by line.
 
     The model is given `prompt` with a line in the place of {source}, and writes up to the end of the line. `language`
-    is that of the translation, whose words METEOR matches by their stems.
+    is that of the translation, whose words METEOR matches by their stems. Of files of rows, the documents under
+    `text_field` are the lines.
 
     Raises:
         EvaluationError: if a file cannot be read, they have different numbers of lines, the prompt has no {source}, or
@@ -41,6 +42,7 @@ class Parallel:
     limit: int | None = None
     tokens: int = 64
     language: str | None = None
+    text_field: str | None = None
     pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +51,10 @@ class Parallel:
                 f"the prompt {self.prompt!r:.60} does not say where the text goes: put {SOURCE} there."
             )
         stemmer_for(self.language)
-        sides = [read_text(path).rstrip("\n").split("\n") for path in (self.source, self.reference)]
+        try:
+            sides = [read_lines(path, self.text_field) for path in (self.source, self.reference)]
+        except CalibrationError as error:
+            raise EvaluationError(str(error)) from None
         if len(sides[0]) != len(sides[1]):
             raise EvaluationError(
                 f"{self.source} has {len(sides[0])} lines and {self.reference} {len(sides[1])}; each line must have "

@@ -15,6 +15,7 @@ from headshare.evaluation.translation import SOURCE, Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
+from headshare.text.formats import check_field
 from headshare.text.tokens import TOKENS, Calibration
 from headshare.text.windows import WINDOW
 from headshare.training import TrainSettings
@@ -62,7 +63,7 @@ class Recipe(BaseModel):
     """A comparison of methods on a model, as one value.
 
     `title` says what it is for. `train` holds the settings of `headshare train` for methods that train, without the
-    method and the plan.
+    method and the plan. `field` holds the text of a row, in files of rows and data sets.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     methods: tuple[str, ...] = LIGHT
     ratios: tuple[float, ...] = (0.1, 0.3)
     text: Path | None = None
+    field: str | None = None
     tokens: int | None = None
     window: Annotated[int, Field(ge=2)] = WINDOW
     source: Path | None = None
@@ -118,15 +120,18 @@ class Recipe(BaseModel):
         """
         if (self.source is None) != (self.reference is None):
             raise EvaluationError("a translation needs both a source and a reference.")
+        check_field(self.field, self.text, self.source, self.reference, self.calibration)
         return Grid(
             methods=self.methods,
             ratios=self.ratios,
             tasks=self.tasks,
             data=self.data_dir,
-            text=None if self.text is None else EvalText(self.text, self.window, self.tokens),
+            text=None if self.text is None else EvalText(self.text, self.window, self.tokens, None, self.field),
             parallel=None
             if self.source is None or self.reference is None
-            else Parallel(self.source, self.reference, self.prompt, self.limit, language=self.language),
+            else Parallel(
+                self.source, self.reference, self.prompt, self.limit, language=self.language, text_field=self.field
+            ),
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
             training=self._training(),
@@ -157,5 +162,6 @@ class Recipe(BaseModel):
             tokens=self.calibration_tokens,
             window=self.calibration_window,
             seed=self.seed,
+            field=self.field,
             device=self.device,
         )

@@ -1,4 +1,4 @@
-"""Documents of a text file, a .jsonl file or a data set, one after the other. Errors name the line or the row."""
+"""Documents of files and of data sets, one after the other. Errors name the line or the row."""
 
 import codecs
 import io
@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 from headshare.errors import CalibrationError
 
 DATA_SET = "hf:"
+SELF = "self"
 SOURCES = (
-    "a UTF-8 text file, a .jsonl file with a document a line, 'self' (text that the model itself writes), or "
+    "a UTF-8 text file, a .jsonl, .json or .csv file of documents, 'self' (text that the model itself writes), or "
     "hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
 )
 ROW_BYTES = 64 * 2**20
@@ -27,9 +28,9 @@ def text_of(path: Path, start: int, stop: int) -> str:
         file.seek(start)
         raw = file.read(stop - start)
         ends = not file.read(1)
-    if start:
-        # Continuation bytes at the beginning are the rest of a character that began before.
-        raw = raw.lstrip(bytes(range(0x80, 0xC0)))
+    # At the beginning of a file may stand a mark of its encoding, which is no text; elsewhere continuation bytes, which
+    # are the rest of a character that began before.
+    raw = raw.lstrip(bytes(range(0x80, 0xC0))) if start else raw.removeprefix(codecs.BOM_UTF8)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     try:
         return decoder.decode(raw, final=ends)
@@ -51,7 +52,7 @@ def json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Whe
             where = partial(_line_name, path, place)
             if not (line := _line(file, where)):
                 return  # the file has become shorter
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
@@ -128,7 +129,7 @@ def _text_field(row: dict[str, Any], where: Where) -> str:
         return "text" if "text" in row else strings[0]
     raise CalibrationError(
         f"{where()} does not say which field is the text: none is called 'text', and {len(strings)} of {_names(row)} "
-        "are strings. Name one with field."
+        "are strings. Name one: --field NAME."
     )
 
 

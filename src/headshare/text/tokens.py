@@ -3,7 +3,7 @@
 The part of a source that is read is in proportion to the tokens that are asked for, however large the source is: at
 most `BYTES_PER_TOKEN` bytes for each token, but whole rows. A larger file is cut into as many equal parts as windows
 are asked for, and one stretch at a random place in each part is read. A document that reaches over many parts gives
-more of its beginning. A data set is read from its first document on.
+more of its beginning. A data set, a table and a JSON array are read from their first document on.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.progress import track
-from headshare.text.documents import DATA_SET, SOURCES, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
     WINDOW,
     check_finite,
@@ -39,7 +40,6 @@ from headshare.text.windows import (
 
 LOGGER = logging.getLogger("headshare")
 TOKENS = 32_768
-SELF = "self"
 # About four times what English takes, so that there are windows to choose from.
 BYTES_PER_TOKEN = 16
 BATCH = 16
@@ -75,7 +75,7 @@ class Calibration:
         Sources:
             a text file in UTF-8;
             a .jsonl file with a document a line, its text under `field` (default: `text`, else the only field that is
-                a string);
+                a string); or a .json file with an array of such objects, or a .csv file with a heading;
             `self`: text that the model writes, sampled at temperature 1 from the beginning-of-text token, or from a
                 random token where there is none; the model goes on past every end of text, and runs on `device`
                 (default: where it loads);
@@ -99,10 +99,7 @@ class Calibration:
                 raise CalibrationError(
                     f"{tokens} tokens are less than one window of {window}; ask for at least {window}."
                 )
-            if field is not None and not _has_rows(source):
-                raise CalibrationError(
-                    f"{source} has no fields to take {field!r} from; only .jsonl and hf: sources have."
-                )
+            check_field(field, source)
             tokenizer = load_tokenizer(checkpoint)
             first = opening_token(tokenizer, bos)
             # The model writes as many windows as are asked for; of a text, windows are chosen among those it has.
@@ -152,10 +149,6 @@ class Calibration:
         held = torch.zeros(windows, dtype=torch.bool)
         held[_choice(min(max(round(windows * held_out), 1), windows - 1), windows, self.seed)] = True
         return replace(self, tokens=self.tokens[~held]), replace(self, tokens=self.tokens[held])
-
-
-def _has_rows(source: str | Path) -> bool:
-    return str(source).startswith(DATA_SET) or Path(source).suffix == ".jsonl"
 
 
 # ---- choosing windows
@@ -211,10 +204,13 @@ def _runs(
             hint = "" if path.suffix or path.exists() else f" For a data set of that name: {DATA_SET}{source}"
             raise CalibrationError(f"there is no file {str(source)!r:.300}. Calibration takes {SOURCES}.{hint}")
         stretches = _stretches(path.stat().st_size, length, count, seed)
-        if path.suffix == ".jsonl":
-            yield from _runs_of_rows(path, stretches, tokenizer, field)
-        else:
-            yield from (ids_of(tokenizer, text_of(path, start, stop)) for start, stop in stretches)
+        match format_of(path):
+            case Format.TEXT:
+                yield from (ids_of(tokenizer, text_of(path, start, stop)) for start, stop in stretches)
+            case Format.LINES:
+                yield from _runs_of_rows(path, stretches, tokenizer, field)
+            case _:  # rows that can only be found one after the other
+                yield _joined(documents_of(rows_in(path), field), tokenizer, count * length)[0]
     except OSError as error:
         raise CalibrationError(f"{str(path)!r:.300} cannot be read: {error.strerror or error}.") from None
 

@@ -14,8 +14,9 @@ from torch.nn import functional
 from headshare.architecture.config import text_config
 from headshare.architecture.families import family_of
 from headshare.architecture.model_class import predicts_next
-from headshare.errors import EvaluationError
+from headshare.errors import CalibrationError, EvaluationError
 from headshare.integrations.transformers.loading import quiet
+from headshare.text.formats import documents_in
 
 WINDOW = 512
 
@@ -40,17 +41,16 @@ def finite_or_null(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+def read_text(path: str | Path, field: str | None = None) -> str:
+    """The text of a UTF-8 file; of a file of rows, the documents under `field`, with an empty line between them.
 
     Raises:
-        EvaluationError: if it is missing, empty or not text.
+        EvaluationError: if it is missing, empty or not text, or a row has no text.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        text = "\n\n".join(documents_in(Path(path), field))
+    except CalibrationError as error:
+        raise EvaluationError(str(error)) from None
     if not text.strip():
         raise EvaluationError(f"{path} is empty; there is nothing to measure.")
     return text

@@ -13,13 +13,12 @@ from torch.utils.data import Dataset, IterableDataset
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError, TrainingError
 from headshare.integrations.transformers.loading import load_tokenizer
-from headshare.text.documents import DATA_SET, data_set_rows, documents_of, json_rows
+from headshare.text.documents import DATA_SET, data_set_rows, documents_of
+from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import check_vocabulary, check_window, ids_of, longest_window, opening_token
 from headshare.training.settings import TrainingText
 
 PIECE = 2**20  # characters that are tokenized together
-# endings of files that are not plain text
-NO_TEXTS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".xz", ".zst", ".zip")
 
 Window = Int[Tensor, " context"]
 
@@ -75,6 +74,7 @@ def training_windows(checkpoint: Checkpoint, text: TrainingText) -> tuple[Packed
     kept: Packed | Streamed
     try:
         check_window(text.context, longest_window(checkpoint.config), "--context")
+        check_field(text.field, text.data, text.held_out_data)
         read = _reader(checkpoint, text, text.data)
         # windows are held out from the beginning of a stream, as it has no known end; else from the end
         if text.stream:
@@ -126,16 +126,8 @@ def _reader(checkpoint: Checkpoint, text: TrainingText, source: str) -> Callable
     tokenizer = load_tokenizer(checkpoint)
     first = opening_token(tokenizer, None)
     path = None if source.startswith(DATA_SET) else Path(source)
-    if path is not None and path.suffix in NO_TEXTS:
-        raise TrainingError(
-            f"{source} is no plain text. Write its documents to a .jsonl file, one a line, or name a data set as "
-            f"{DATA_SET}NAME[:CONFIG][:SPLIT]."
-        )
-    if path is not None and not path.is_file():
-        raise TrainingError(
-            f"there is no file {source!r:.300} to train on. Name a UTF-8 text file, a .jsonl file with a document a "
-            f"line, or a data set as {DATA_SET}NAME[:CONFIG][:SPLIT]."
-        )
+    if path is not None:
+        format_of(path)  # there is such a file, of a format that is read
     return lambda: _windows(_ids(source, tokenizer, text.field), text.context, first)
 
 
@@ -156,21 +148,17 @@ def _ids(source: str, tokenizer: Any, field: str | None) -> Iterator[list[int]]:
     """Tokens of all documents, each ended by the end-of-text token, or by a line's end where there is none."""
     last = tokenizer.eos_token_id
     end = ids_of(tokenizer, "\n") if last is None else [last]
-    if not source.startswith(DATA_SET) and Path(source).suffix != ".jsonl":
+    if not source.startswith(DATA_SET) and format_of(Path(source)) is Format.TEXT:
         yield from (ids_of(tokenizer, piece) for piece in _pieces(Path(source)))
         return
-    if source.startswith(DATA_SET):
-        rows = data_set_rows(source)
-    else:
-        size = Path(source).stat().st_size
-        rows = json_rows(Path(source), 0, size, size)
+    rows = data_set_rows(source) if source.startswith(DATA_SET) else rows_in(Path(source))
     yield from (ids_of(tokenizer, text) + end for text in documents_of(rows, field) if text.strip())
 
 
 def _pieces(path: Path) -> Iterator[str]:
     """Pieces of a text file, which end where lines do."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(PIECE):
                 yield piece + file.readline(PIECE)
     except (OSError, UnicodeDecodeError) as error:
