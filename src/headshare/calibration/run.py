@@ -33,7 +33,6 @@ from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
 from headshare.text.tokens import TOKENS, Calibration
-from headshare.text.windows import WINDOW, longest_window
 
 # The name, in a run's identity, of the checkpoint that the run refits and may replace.
 _SHARED = "shared model"
@@ -61,12 +60,12 @@ class Setting:
     """The options of a calibrated run: its calibration text, its device and its way of choosing.
 
     With `restart` the state of a stopped run is thrown away. With `probe` costs are measured on predictions. `field`
-    holds the text of a row, where the source has rows.
+    holds the text of a row, where the source has rows. A `window` of None is that of `Calibration.load`.
     """
 
     source: str
     tokens: int = TOKENS
-    window: int = WINDOW
+    window: int | None = None
     seed: int = 0
     device: str = "auto"
     restart: bool = False
@@ -114,12 +113,6 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
     # A model, a device or a text that cannot be used is refused before anything is kept.
     dense.require_dense("calibrate it")
     device = device_named(setting.device)
-    longest = longest_window(dense.config)
-    if longest is not None and setting.window > longest:
-        raise CalibrationError(
-            f"windows of {setting.window} tokens are longer than the model's {longest}. "
-            f"Use --calibration-window {longest}."
-        )
     text = Calibration.load(
         setting.source,
         dense,

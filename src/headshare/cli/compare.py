@@ -28,7 +28,6 @@ from headshare.errors import EvaluationError, TrainingError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import read_yaml
 from headshare.text.tokens import TOKENS
-from headshare.text.windows import WINDOW
 
 # parameters whose words are joined by commas
 LISTS = ("methods", "ratios", "tasks")
@@ -58,7 +57,10 @@ def compare_command(
     ] = "0.1,0.3",
     text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
-    window: Annotated[int, typer.Option(help="Cut --text into windows of this many tokens.")] = WINDOW,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Cut --text into windows of this many tokens. Default: 512, or the most that MODEL reads."),
+    ] = None,
     field: FieldOption = None,
     source: Annotated[Path | None, typer.Option(help="Translate these lines, as in `eval`.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Compare with these translations, line by line.")] = None,
@@ -80,7 +82,9 @@ def compare_command(
         str | None, typer.Option(metavar="FILE|DATASET|self", help="Choose units and refit on this text.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Use this many tokens of that text.")] = TOKENS,
-    calibration_window: Annotated[int, typer.Option(help="Cut that text into windows of this many tokens.")] = WINDOW,
+    calibration_window: Annotated[
+        int | None, typer.Option(help="Cut that text into windows of this many tokens. Default: as --window.")
+    ] = None,
     train: Annotated[
         Path | None,
         typer.Option(help="Train by these settings of `headshare train` in YAML (text, learning, ...)."),

@@ -24,7 +24,6 @@ from headshare.files.folder import check_output, check_vacant
 from headshare.sharing.expand import expand as expand_checkpoint
 from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
 from headshare.text.tokens import Calibration
-from headshare.text.windows import WINDOW
 
 
 def quantize(
@@ -40,7 +39,7 @@ def quantize(
     ] = None,
     field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
-    calibration_window: CalibrationWindowOption = WINDOW,
+    calibration_window: CalibrationWindowOption = None,
     seed: CalibrationSeedOption = 0,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,

@@ -15,7 +15,7 @@ from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement
 from headshare.evaluation.perplexity import evaluate
 from headshare.text.formats import check_field, read_lines
-from headshare.text.windows import WINDOW, read_text
+from headshare.text.windows import read_text
 
 # parameters that only tasks and translations use
 OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
@@ -62,8 +62,12 @@ def evaluate_command(
     ] = None,
     field: FieldOption = None,
     window: Annotated[
-        int, typer.Option(help="Cut --text into windows of this many tokens, which do not overlap.")
-    ] = WINDOW,
+        int | None,
+        typer.Option(
+            help="Cut --text into windows of this many tokens, which do not overlap. Default: 512, or the most that "
+            "the models read."
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
     bos: Annotated[
         bool | None,

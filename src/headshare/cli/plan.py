@@ -57,7 +57,6 @@ from headshare.plan.describe import picture
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
-from headshare.text.windows import WINDOW
 
 
 def _check_budget(context: Context, budget: Budget) -> None:
@@ -172,7 +171,7 @@ def plan(
     calibration: CalibrationOption = None,
     field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
-    calibration_window: CalibrationWindowOption = WINDOW,
+    calibration_window: CalibrationWindowOption = None,
     seed: CalibrationSeedOption = 0,
     save: SaveOption = None,
     allow: AllowOption = None,

@@ -63,7 +63,6 @@ from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import share as share_checkpoint
 from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
-from headshare.text.windows import WINDOW
 
 
 def _check_share(context: Context, *, planned: bool, by_output: bool, refit: bool, calibrated: bool) -> None:
@@ -130,7 +129,7 @@ def share(
     calibration: CalibrationOption = None,
     field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
-    calibration_window: CalibrationWindowOption = WINDOW,
+    calibration_window: CalibrationWindowOption = None,
     seed: CalibrationSeedOption = 0,
     save: SaveOption = None,
     allow: AllowOption = None,
@@ -217,7 +216,7 @@ def refit(
     reconstruct: ReconstructOption = 0,
     field: CalibrationFieldOption = None,
     calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
-    calibration_window: CalibrationWindowOption = WINDOW,
+    calibration_window: CalibrationWindowOption = None,
     seed: CalibrationSeedOption = 0,
     device: DeviceOption = "auto",
     restart: RestartOption = False,

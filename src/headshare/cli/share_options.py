@@ -126,7 +126,11 @@ CalibrationTokensOption = Annotated[
     int, typer.Option(rich_help_panel=CALIBRATE, help="Use this many tokens of that text, in whole windows.")
 ]
 CalibrationWindowOption = Annotated[
-    int, typer.Option(rich_help_panel=CALIBRATE, help="Cut that text into windows of this many tokens.")
+    int | None,
+    typer.Option(
+        rich_help_panel=CALIBRATE,
+        help="Cut that text into windows of this many tokens. Default: 512, or the most that MODEL reads.",
+    ),
 ]
 CalibrationSeedOption = Annotated[
     int,

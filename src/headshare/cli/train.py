@@ -92,8 +92,11 @@ def train(
         str | None, typer.Option(help="Read the text of a row from this field. Default: the one that it can be.")
     ] = None,
     context_length: Annotated[
-        int, typer.Option("--context", help="Cut the text into windows of this many tokens.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            "--context", help="Cut the text into windows of this many tokens. Default: 1024, or the most MODEL reads."
+        ),
+    ] = None,
     held_out: Annotated[int, typer.Option(help="Keep this many windows out of training, to measure on.")] = 64,
     limit: Annotated[int | None, typer.Option(help="Train on at most this many windows. Default: all.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read the text while training; needs --max_steps.")] = False,

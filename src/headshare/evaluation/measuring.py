@@ -17,20 +17,20 @@ from headshare.evaluation.results import Metric, TaskResult, kept_results, key_o
 from headshare.evaluation.translation import Parallel
 from headshare.files.kept_rows import KeptRows
 from headshare.progress import say
-from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, windows_of
+from headshare.text.windows import WINDOW, Windows, check_vocabulary, check_window, read_text, window_for, windows_of
 
 
 @dataclass(frozen=True)
 class EvalText:
     """A text whose perplexity is measured.
 
-    It is cut into windows of `window` tokens; `tokens` bounds how much of it is read. `bos` says whether windows begin
-    with the beginning-of-text token (None: where the model has one). `text_field` holds the text of a row, in a file
-    of rows.
+    It is cut into windows of `window` tokens (None: 512, or as many as all models read if those are fewer); `tokens`
+    bounds how much of it is read. `bos` says whether windows begin with the beginning-of-text token (None: where the
+    model has one). `text_field` holds the text of a row, in a file of rows.
     """
 
     path: Path
-    window: int = WINDOW
+    window: int | None = None
     tokens: int | None = None
     bos: bool | None = None
     text_field: str | None = None
@@ -38,6 +38,10 @@ class EvalText:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", read_text(self.path, self.text_field))
+
+    def sized_for(self, *checkpoints: Checkpoint) -> "EvalText":
+        """The text with a length of windows that all these models read, where none was given."""
+        return replace(self, window=window_for(self.window, *(checkpoint.config for checkpoint in checkpoints)))
 
     @property
     def name(self) -> str:
@@ -72,8 +76,9 @@ class EvalText:
         Raises:
             EvaluationError: as `windows_of` does, or if the model cannot read them.
         """
-        windows = windows_of(runner.tokenizer, self.content, window=self.window, limit=self.tokens, bos=self.bos)
-        check_window(self.window, runner.longest)
+        window = WINDOW if self.window is None else self.window
+        windows = windows_of(runner.tokenizer, self.content, window=window, limit=self.tokens, bos=self.bos)
+        check_window(window, runner.longest)
         check_vocabulary(runner.model.config.to_dict(), windows.tokens)
         return windows
 
@@ -107,10 +112,11 @@ def measure(
         # all that can be wrong with what was asked comes out before a model is loaded
         kept = None if out is None else opened.enter_context(kept_results(out))
         chosen = chosen_tasks(tasks, data)
-        jobs: list[_Job] = [job for job in (text, *chosen, parallel) if job is not None]
-        if not jobs:
+        if not (text or chosen or parallel):
             raise EvaluationError("there is nothing to measure: give --text FILE, or --tasks and --data-dir.")
         checkpoints = [opened.enter_context(open_checkpoint(model, revision=revision)) for model in models]
+        sized = None if text is None else text.sized_for(*checkpoints)
+        jobs: list[_Job] = [job for job in (sized, *chosen, parallel) if job is not None]
         return [row for checkpoint in checkpoints for row in _measured(checkpoint, jobs, settings, kept)]
 
 

@@ -16,7 +16,6 @@ from headshare.evaluation.embeddings import Agreement, agreement
 from headshare.integrations.transformers.loading import load_model, load_tokenizer
 from headshare.progress import track
 from headshare.text.windows import (
-    WINDOW,
     Windows,
     check_finite,
     check_vocabulary,
@@ -25,6 +24,7 @@ from headshare.text.windows import (
     is_causal,
     longest_window,
     not_causal,
+    window_for,
     windows_of,
 )
 
@@ -165,20 +165,23 @@ def evaluate(
     text: str,
     *,
     against: Checkpoint | None = None,
-    window: int = WINDOW,
+    window: int | None = None,
     limit: int | None = None,
     bos: bool | None = None,
     **options: Any,
 ) -> Perplexity | Agreement:
     """The perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings.
 
-    `options`, such as `dtype` and `device_map`, go to `from_pretrained`.
+    Windows have 512 tokens by default, or as many as both models read at once if those are fewer. `options`, such as
+    `dtype` and `device_map`, go to `from_pretrained`.
 
     Raises:
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
     """
+    readers = (checkpoint, *([] if against is None else [against]))
+    window = window_for(window, *(read_by.config for read_by in readers))
     windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
-    for read_by in (checkpoint, *([] if against is None else [against])):
+    for read_by in readers:
         check_window(window, longest_window(read_by.config))
         check_vocabulary(read_by.config, windows.tokens)
     model = load_model(checkpoint, **options)

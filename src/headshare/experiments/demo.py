@@ -26,7 +26,7 @@ from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import share
 from headshare.text.tokens import Calibration
-from headshare.text.windows import WINDOW, Windows, finite_or_null, longest_window, windows_of
+from headshare.text.windows import Windows, finite_or_null, window_for, windows_of
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 TOKENS = 4096
@@ -83,7 +83,7 @@ def run_demo(
     # the dense model's perplexity, and the windows to measure and to calibrate on
     tokenizer = load_tokenizer(dense)
     model_at_rest = load_model(dense)
-    window = min(WINDOW, longest_window(dense.config) or WINDOW)
+    window = window_for(None, dense.config)
     windows, calibration = _halved(windows_of(tokenizer, text, window=window), tokens, seed)
     dense_value = perplexity(model_at_rest, windows).perplexity
     del model_at_rest

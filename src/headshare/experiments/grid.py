@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def compare(
     dense.require_dense("compare with it")
     if calibration is None and (reading := [name for name in grid.methods if reads_text(name)]):
         raise EvaluationError(f"{reading[0]} looks at a text: name one with --calibration FILE, or self.")
+    grid = replace(grid, text=None if grid.text is None else grid.text.sized_for(dense))
     chosen: list[Chosen | Parallel] = [*chosen_tasks(grid.tasks, grid.data)]
     chosen += [] if grid.parallel is None else [grid.parallel]
     with kept_cells(out) as kept:

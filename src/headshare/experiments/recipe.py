@@ -17,7 +17,6 @@ from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
 from headshare.text.formats import check_field
 from headshare.text.tokens import TOKENS, Calibration
-from headshare.text.windows import WINDOW
 from headshare.training import TrainSettings
 
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
@@ -64,6 +63,7 @@ class Recipe(BaseModel):
 
     `title` says what it is for. `train` holds the settings of `headshare train` for methods that train, without the
     method and the plan. `field` holds the text of a row, in files of rows and data sets.
+    Windows that are not given have 512 tokens, or as many as the model reads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,7 +75,7 @@ class Recipe(BaseModel):
     text: Path | None = None
     field: str | None = None
     tokens: int | None = None
-    window: Annotated[int, Field(ge=2)] = WINDOW
+    window: Annotated[int, Field(ge=2)] | None = None
     source: Path | None = None
     reference: Path | None = None
     prompt: str = SOURCE + "\n"
@@ -88,7 +88,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibration: str | None = None
     calibration_tokens: int = TOKENS
-    calibration_window: int = WINDOW
+    calibration_window: int | None = None
     train: dict[str, Any] | None = None
     seed: int = 0
     device: str = "cpu"

@@ -26,7 +26,6 @@ from headshare.progress import track
 from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
-    WINDOW,
     check_finite,
     check_vocabulary,
     check_window,
@@ -36,6 +35,7 @@ from headshare.text.windows import (
     longest_window,
     not_causal,
     opening_token,
+    window_for,
 )
 
 LOGGER = logging.getLogger("headshare")
@@ -64,13 +64,15 @@ class Calibration:
         checkpoint: Checkpoint,
         *,
         tokens: int = TOKENS,
-        window: int = WINDOW,
+        window: int | None = None,
         seed: int = 0,
         field: str | None = None,
         bos: bool | None = None,
         device: str | None = None,
     ) -> "Calibration":
         """Load the calibration tokens of a source: `tokens // window` windows, or all that it has if there are fewer.
+
+        A window has 512 tokens by default, or as many as the model reads at once if those are fewer.
 
         Sources:
             a text file in UTF-8;
@@ -94,6 +96,7 @@ class Calibration:
         """
         try:
             # Options that do not fit are refused before the tokenizer or the model is loaded.
+            window = window_for(window, checkpoint.config)
             check_window(window, longest_window(checkpoint.config), "--calibration-window")
             if tokens < window:
                 raise CalibrationError(

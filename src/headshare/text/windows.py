@@ -108,6 +108,13 @@ def cut(ids: Sequence[int], window: int, first: int | None) -> Int[Tensor, "wind
     return tokens if first is None else functional.pad(tokens, (1, 0), value=first)
 
 
+def window_for(given: int | None, *configs: Mapping[str, Any], most: int = WINDOW) -> int:
+    """The tokens in a window: those given, or else `most`, but no more than the models with these config.json read."""
+    if given is not None:
+        return given
+    return min([most, *(longest for config in configs if (longest := longest_window(config)) is not None)])
+
+
 def check_window(window: int, longest: int | None = None, option: str = "--window") -> None:
     """Refuse windows that predict nothing, or that are longer than the model can read.
 

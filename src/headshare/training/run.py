@@ -50,7 +50,7 @@ from headshare.training.settings import TrainingMethod, TrainSettings
 from headshare.training.state import RECORD, checkpoints, trainer_run, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
-from headshare.training.windows import Packed, Streamed, training_windows
+from headshare.training.windows import Packed, Streamed, sized_for, training_windows
 
 # arguments that may change when a run goes on: how fast it learns and in what pieces, and what is logged, kept, pushed
 CHANGEABLE = (
@@ -121,6 +121,7 @@ class _TrainingRun:
     @classmethod
     def checked(cls, source: Checkpoint, target: Path, settings: TrainSettings) -> "_TrainingRun":
         """Check all that can be wrong before anything is loaded."""
+        settings = settings.model_copy(update={"text": sized_for(source, settings.text)})
         hub = Hub.of(given_of(settings), target)
         plan = plan_to_train(source, settings)
         windows, held_out = training_windows(source, settings.text)

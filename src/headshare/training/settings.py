@@ -54,6 +54,8 @@ class Sharing(_Settings):
 class TrainingText(_Settings):
     """The text to train on, packed to windows of `context` tokens, and the text held out to measure on.
 
+    Without a `context`, windows have 1,024 tokens, or as many as the model reads at once if those are fewer.
+
     `data` names a file or a data set. `held_out` windows are taken from its end (of a stream, from its beginning),
     unless `held_out_data` names another text. `limit` bounds the windows that are trained on. `stream` reads the text
     while training, and needs `max_steps`.
@@ -62,7 +64,7 @@ class TrainingText(_Settings):
     data: str
     held_out_data: str | None = None
     field: str | None = None
-    context: Annotated[int, Field(ge=2)] = 1024
+    context: Annotated[int, Field(ge=2)] | None = None
     held_out: Annotated[int, Field(ge=1)] = 64
     limit: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False

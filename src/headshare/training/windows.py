@@ -15,9 +15,10 @@ from headshare.errors import CalibrationError, EvaluationError, TrainingError
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.text.documents import DATA_SET, data_set_rows, documents_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
-from headshare.text.windows import check_vocabulary, check_window, ids_of, longest_window, opening_token
+from headshare.text.windows import check_vocabulary, check_window, ids_of, longest_window, opening_token, window_for
 from headshare.training.settings import TrainingText
 
+CONTEXT = 1024
 PIECE = 2**20  # characters that are tokenized together
 
 Window = Int[Tensor, " context"]
@@ -65,6 +66,11 @@ def _example(window: Window) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
+def sized_for(checkpoint: Checkpoint, text: TrainingText) -> TrainingText:
+    """The text with a length of windows that the model reads, where none was given."""
+    return text.model_copy(update={"context": window_for(text.context, checkpoint.config, most=CONTEXT)})
+
+
 def training_windows(checkpoint: Checkpoint, text: TrainingText) -> tuple[Packed | Streamed, Packed]:
     """Windows to train on, and windows held out.
 
@@ -73,6 +79,8 @@ def training_windows(checkpoint: Checkpoint, text: TrainingText) -> tuple[Packed
     """
     kept: Packed | Streamed
     try:
+        text = sized_for(checkpoint, text)
+        assert text.context is not None
         check_window(text.context, longest_window(checkpoint.config), "--context")
         check_field(text.field, text.data, text.held_out_data)
         read = _reader(checkpoint, text, text.data)
@@ -128,7 +136,8 @@ def _reader(checkpoint: Checkpoint, text: TrainingText, source: str) -> Callable
     path = None if source.startswith(DATA_SET) else Path(source)
     if path is not None:
         format_of(path)  # there is such a file, of a format that is read
-    return lambda: _windows(_ids(source, tokenizer, text.field), text.context, first)
+    context = text.context or CONTEXT
+    return lambda: _windows(_ids(source, tokenizer, text.field), context, first)
 
 
 def _windows(pieces: Iterator[list[int]], context: int, first: int | None) -> Iterator[Window]:
