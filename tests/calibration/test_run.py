@@ -19,7 +19,8 @@ import headshare.files.folder
 import headshare.files.resume
 import headshare.files.state_files
 import headshare.sharing.writer
-from headshare.calibration.run import Setting, calibrated_run
+from headshare.calibration.run import calibrated_run
+from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import CalibrationError, PlanError
 from headshare.files.resume import run_folder
@@ -297,14 +298,14 @@ def test_restart_begins_anew(stopped: Path, things: Path, run: Run, monkeypatch:
 
 def test_a_second_run_to_the_same_output_is_refused_while_the_first_is_on_its_way(things: Path, run: Run) -> None:
     with hs.open_checkpoint("model") as dense:
-        setting = Setting("text", 256, 16)
-        with calibrated_run(dense, Path("out"), setting):
+        settings = CalibrationSettings("text", 256, 16)
+        with calibrated_run(dense, Path("out"), settings):
             for more in ([], ["--restart"]):
                 found = run(*BY_OUTPUT, *more)
                 assert_one_error_line(found)
                 assert "another run" in found.err
             assert run(*BY_OUTPUT[:2], "elsewhere", *BY_OUTPUT[3:]).status == 0
-        with calibrated_run(dense, Path("out"), setting):
+        with calibrated_run(dense, Path("out"), settings):
             pass
     assert left_behind(things) == []
 
@@ -410,7 +411,7 @@ def test_a_checkpoint_that_was_written_again_is_another(source: Path, tmp_path: 
 
 
 def test_a_device_that_is_not_here_is_refused() -> None:
-    assert headshare.calibration.run.device_named("cpu") == "cpu"
+    assert CalibrationSettings("text", device="cpu").device_name == "cpu"
     for name in ("cuda:999", "tpu", "", "cpu;"):
         with pytest.raises(CalibrationError, match="no device"):
-            headshare.calibration.run.device_named(name)
+            _ = CalibrationSettings("text", device=name).device_name

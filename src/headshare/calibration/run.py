@@ -3,15 +3,12 @@
 The same call goes on with a run that was stopped anywhere.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
@@ -20,6 +17,7 @@ from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.run import record_of, refit, run_refit
+from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import ANY_BASE, check_origin, fingerprint
 from headshare.checkpoint.refit_record import RefitRecord
@@ -32,45 +30,10 @@ from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
-from headshare.text.tokens import TOKENS, Calibration
+from headshare.text.tokens import Calibration
 
 # The name, in a run's identity, of the checkpoint that the run refits and may replace.
 _SHARED = "shared model"
-
-
-def device_named(name: str) -> str:
-    """The name of a device that this machine has; `auto` becomes the GPU, where there is one.
-
-    Raises:
-        CalibrationError: if there is no such device.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    device = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    if device is None or (name != "cpu" and int(device[1] or 0) >= torch.cuda.device_count()):
-        raise CalibrationError(f"there is no device {name!r:.40} here to calibrate on. Use cpu, cuda, or auto.")
-    return name
-
-
-# ---- from a request to files
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The options of a calibrated run: its calibration text, its device and its way of choosing.
-
-    With `restart` the state of a stopped run is thrown away. With `probe` costs are measured on predictions. `field`
-    holds the text of a row, where the source has rows. A `window` of None is that of `Calibration.load`.
-    """
-
-    source: str
-    tokens: int = TOKENS
-    window: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    restart: bool = False
-    probe: bool = True
-    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +62,11 @@ class CalibratedRun:
 
 
 @contextmanager
-def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) -> Iterator[CalibratedRun]:
+def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, **more: str) -> Iterator[CalibratedRun]:
     """A calibrated run to this output, as a block.
 
     The state of the run is removed when the block ends, and stays when the block fails. The next run to this output
-    must then have the same model, text, setting and `more`, or it is refused.
+    must then have the same model, text, settings and `more`, or it is refused.
 
     Raises:
         CalibrationError: if the text cannot be read or split, there is no such device, or the state is of another run.
@@ -112,16 +75,8 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
     """
     # A model, a device or a text that cannot be used is refused before anything is kept.
     dense.require_dense("calibrate it")
-    device = device_named(setting.device)
-    text = Calibration.load(
-        setting.source,
-        dense,
-        tokens=setting.tokens,
-        window=setting.window,
-        seed=setting.seed,
-        field=setting.field,
-        device=device,
-    )
+    device = settings.device_name
+    text = settings.load(dense)
     text.split()
 
     # A stopped run is only gone on with where nothing that its state depends on has changed.
@@ -134,12 +89,12 @@ def calibrated_run(dense: Checkpoint, out: Path, setting: Setting, **more: str) 
         **more,
     }
     folder = run_folder(out, "calibrating")
-    with ResumableRun(folder, identity, refused=CalibrationError, restart=setting.restart) as resumable:
-        yield CalibratedRun(dense, text, device, resumable, setting.probe)
+    with ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart) as resumable:
+        yield CalibratedRun(dense, text, device, resumable, settings.probe)
 
 
 def plan_calibrated(
-    dense: Checkpoint, budget: Budget, setting: Setting, out: Path, *, measured: bool = True
+    dense: Checkpoint, budget: Budget, settings: CalibrationSettings, out: Path, *, measured: bool = True
 ) -> Planned:
     """Choose a plan by output and save it as a file.
 
@@ -148,7 +103,7 @@ def plan_calibrated(
     Raises:
         HeadshareError: if a step fails; the state stays.
     """
-    with calibrated_run(dense, out, setting) as run:
+    with calibrated_run(dense, out, settings) as run:
         chosen = run.plan(budget)
         perplexities = _measured_for_a_time(run, chosen.plan) if measured else None
         run.resumable.mark_committing(out)
@@ -168,7 +123,7 @@ def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexi
 
 
 def share_calibrated(
-    dense: Checkpoint, wanted: ShareRequest, setting: Setting, out: Path, *, overwrite: bool = False
+    dense: Checkpoint, wanted: ShareRequest, settings: CalibrationSettings, out: Path, *, overwrite: bool = False
 ) -> Outcome:
     """Share a model by calibration: choose a plan unless one is given, share, refit, write and measure.
 
@@ -177,7 +132,7 @@ def share_calibrated(
     """
     if isinstance(wanted.plan, SharePlan):
         share(dense, wanted.plan)  # a plan of another model is refused before anything is kept
-    with calibrated_run(dense, out, setting) as run:
+    with calibrated_run(dense, out, settings) as run:
         # Each stage keeps its state, so a run that is stopped loses little.
         chosen = run.plan(wanted.plan) if isinstance(wanted.plan, Budget) else None
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
@@ -192,7 +147,7 @@ def share_calibrated(
 def refit_checkpoint(
     shared: Checkpoint,
     dense: Checkpoint,
-    setting: Setting,
+    settings: CalibrationSettings,
     out: Path,
     *,
     ffn: bool = True,
@@ -222,7 +177,7 @@ def refit_checkpoint(
 
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
-    with calibrated_run(dense, out, setting, **more) as run:
+    with calibrated_run(dense, out, settings, **more) as run:
         if entry.refit and _has_replaced(run.resumable):
             return entry.refit  # a second refit would start from the first one's weights
 

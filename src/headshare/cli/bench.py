@@ -11,8 +11,7 @@ from headshare.bench.bench import bench as run_bench
 from headshare.bench.tables import bench_table
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import CHOOSE, AnyBaseOption, FieldOption, JsonOption, print_result
-from headshare.cli.plan import whole_numbers
-from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption
+from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption, whole_numbers
 from headshare.errors import CheckpointError
 from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
 from headshare.experiments.demo_table import demo_table

@@ -5,45 +5,41 @@ other commands do not wait for them.
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.evaluate import EvalDtypeName
+from headshare.cli.bundles import given_options, with_bundles
+from headshare.cli.evaluate import TaskOptions, TextOptions, TranslationOptions
 from headshare.cli.options import (
     Context,
     FieldOption,
     JsonOption,
     RestartOption,
     RevisionOption,
-    is_given,
     listed,
     print_result,
     refuse_unused,
 )
+from headshare.cli.share_options import CalibrationOptions
 from headshare.errors import EvaluationError, TrainingError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import read_yaml
-from headshare.text.tokens import TOKENS
 
 # parameters whose words are joined by commas
 LISTS = ("methods", "ratios", "tasks")
 
 
-def compare_command(
-    context: Context,
+@dataclass(frozen=True)
+class GridOptions(CalibrationOptions):
+    """What is compared, and the calibration of it, whose seed and device are those of the whole comparison."""
+
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A dense checkpoint. Default: the one that --config names.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.")
-    ] = Path("compared"),
-    config: Annotated[
-        Path | None, typer.Option(help="Read settings from this YAML recipe; options on the command line override it.")
-    ] = None,
+    ] = None
     methods: Annotated[
         str,
         typer.Option(
@@ -51,46 +47,39 @@ def compare_command(
             help="Compare these methods, joined by commas; +refit adds a refit, as in deletion+refit. Default: a set "
             "that needs no calibration text.",
         ),
-    ] = "",
+    ] = ""
     ratios: Annotated[
         str, typer.Option(metavar="NUMBERS", help="Compare at these fractions of all units, joined by commas.")
-    ] = "0.1,0.3",
-    text: Annotated[Path | None, typer.Option(help="Measure the perplexity of this UTF-8 text file.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Cut --text into windows of this many tokens. Default: 512, or the most that MODEL reads."),
-    ] = None,
-    field: FieldOption = None,
-    source: Annotated[Path | None, typer.Option(help="Translate these lines, as in `eval`.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Compare with these translations, line by line.")] = None,
-    prompt: Annotated[
-        str, typer.Option(help="Give the model this text for each line, which replaces {source}.")
-    ] = "{source}\n",
-    language: Annotated[str | None, typer.Option(help="Also match stems of this language, as in `eval`.")] = None,
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Measure these tasks, as in `eval`.")] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="Read our tasks' files from this folder.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Use the first so many questions of each task or subject. Default: all.")
-    ] = None,
-    few_shot: Annotated[
-        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Measure in this type; auto: as stored.")] = EvalDtypeName.AUTO,
+    ] = "0.1,0.3"
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE|DATASET|self", help="Choose units and refit on this text.")
-    ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Use this many tokens of that text.")] = TOKENS,
+    ] = None
+    field: FieldOption = None
     calibration_window: Annotated[
         int | None, typer.Option(help="Cut that text into windows of this many tokens. Default: as --window.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Draw random donors and held-out windows by this seed.")] = 0
+    device: Annotated[str, typer.Option(help="Calibrate and measure on this device: cpu, cuda:0.")] = "cpu"
+
+
+@with_bundles
+def compare_command(
+    context: Context,
+    out: Annotated[
+        Path, typer.Option(help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.")
+    ] = Path("compared"),
+    config: Annotated[
+        Path | None, typer.Option(help="Read settings from this YAML recipe; options on the command line override it.")
     ] = None,
+    *,
+    chosen: GridOptions,
+    text: TextOptions,
+    tasks: TaskOptions,
+    translation: TranslationOptions,
     train: Annotated[
         Path | None,
         typer.Option(help="Train by these settings of `headshare train` in YAML (text, learning, ...)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draw random donors and held-out windows by this seed.")] = 0,
-    device: Annotated[str, typer.Option(help="Calibrate and measure on this device: cpu, cuda:0.")] = "cpu",
     restart: RestartOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
@@ -99,34 +88,24 @@ def compare_command(
 
     docs/evaluating.md lists the methods. Every cell is kept when it is done.
     """
-    # only options that were given override the recipe
-    given: dict[str, Any] = {
-        "model": model, "methods": methods, "ratios": ratios, "text": text, "tokens": tokens, "window": window,
-        "field": field,
-        "source": source, "reference": reference, "prompt": prompt, "language": language,
-        "tasks": tasks, "data_dir": data_dir,
-        "limit": limit, "few_shot": few_shot, "batch_size": batch_size, "dtype": dtype.value,
-        "calibration": calibration, "calibration_tokens": calibration_tokens,
-        "calibration_window": calibration_window, "seed": seed, "device": device,
-    }  # fmt: skip
-    chosen = {
-        name: listed(value) if name in LISTS else value for name, value in given.items() if is_given(context, name)
-    }
     from headshare.experiments import Recipe, compare
     from headshare.experiments.report.tables import in_words, to_dict
 
+    # only options that were given override the recipe
+    given = given_options(context, chosen, text, tasks, translation)
+    given |= {name: listed(value) for name, value in given.items() if name in LISTS}
     if train is not None:
-        chosen["train"] = read_yaml(train, TrainingError)
+        given["train"] = read_yaml(train, TrainingError)
 
     # options that nothing in the recipe would use
-    recipe = Recipe.load(config, chosen)
+    recipe = Recipe.load(config, given)
     for name, words in (("text", ("tokens", "window")), ("tasks", ("data_dir", "few_shot")),
                         ("source", ("prompt", "language")),
                         ("calibration", ("calibration_tokens", "calibration_window"))):  # fmt: skip
         if not getattr(recipe, name) and not (name == "tasks" and recipe.train):
-            refuse_unused(context, f"there is no --{name}", words, EvaluationError)
+            refuse_unused(context, f"there is no --{name}", words)
     if not (recipe.tasks or recipe.source or recipe.train):
-        refuse_unused(context, "there is no --tasks and no --source", ("limit", "batch_size"), EvaluationError)
+        refuse_unused(context, "there is no --tasks and no --source", ("limit", "batch_size"))
     if recipe.model is None:
         raise EvaluationError("there is no model to make smaller: name one, or a --config that does.")
     grid = recipe.grid()

@@ -7,25 +7,15 @@ from typing import Annotated
 import typer
 
 from headshare.calibration.gptq import round_by_gptq
-from headshare.calibration.run import device_named
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import WRITE, JsonOption, OverwriteOption, RevisionOption, print_result
-from headshare.cli.share_options import (
-    CalibrationFieldOption,
-    CalibrationSeedOption,
-    CalibrationTokensOption,
-    CalibrationWindowOption,
-    DeviceOption,
-    NeededCalibrationOption,
-    OutArgument,
-    SharedArgument,
-)
+from headshare.cli.bundles import with_bundles
+from headshare.cli.options import WRITE, CommonOptions, JsonOption, OverwriteOption, RevisionOption, print_result
+from headshare.cli.share_options import CalibrationOptions, NeededCalibrationOption, OutArgument, SharedArgument
 from headshare.files.folder import check_output, check_vacant
 from headshare.sharing.expand import expand as expand_checkpoint
-from headshare.text.tokens import TOKENS as CALIBRATION_TOKENS
-from headshare.text.tokens import Calibration
 
 
+@with_bundles
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shared checkpoint, or a dense one.")],
     out: OutArgument,
@@ -37,34 +27,21 @@ def quantize(
             help="Give groups of this many inputs one scale. Default: the largest of 128, 64, 32... that fits.",
         ),
     ] = None,
-    field: CalibrationFieldOption = None,
-    calibration_tokens: CalibrationTokensOption = CALIBRATION_TOKENS,
-    calibration_window: CalibrationWindowOption = None,
-    seed: CalibrationSeedOption = 0,
-    device: DeviceOption = "auto",
-    revision: RevisionOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    *,
+    windows: CalibrationOptions,
+    common: CommonOptions,
 ) -> None:
     """Round the layers' matrices to 4 bits by GPTQ (gptqmodel), each shared unit once, on the inputs of all its users.
 
     Ties must be of q, k and v (or of gate and up). The result loads like any shared checkpoint.
     """
     begun = time.monotonic()
-    check_vacant(out, overwrite=overwrite)
-    with open_checkpoint(model, revision=revision) as source:
-        check_output(out, source.path, overwrite=overwrite)
-        text = Calibration.load(
-            calibration,
-            source,
-            tokens=calibration_tokens,
-            window=calibration_window,
-            field=field,
-            seed=seed,
-            device=device_named(device),
-        )
-        rounded = round_by_gptq(source, text, group=group, device=device_named(device))
-        rounded.save(out, overwrite=overwrite)
+    check_vacant(out, overwrite=common.overwrite)
+    with open_checkpoint(model, revision=common.revision) as source:
+        check_output(out, source.path, overwrite=common.overwrite)
+        settings = windows.settings(calibration)
+        rounded = round_by_gptq(source, settings.load(source), group=group, device=settings.device_name)
+        rounded.save(out, overwrite=common.overwrite)
         before = sum(info.nbytes for info in source.tensors.values())
     after = sum(info.nbytes for info in open_checkpoint(out).tensors.values())
     seconds = time.monotonic() - begun
@@ -76,7 +53,7 @@ def quantize(
         f"{len(rounded.matrices)} matrices rounded to 4 bits in groups of {rounded.packing.group}: {before:,} bytes of "
         f"weights before, {after:,} now ({1 - after / before:.1%} less)\nWritten and checked in {seconds:.1f} s: {out}"
     )
-    print_result(data, words, as_json, written=out)
+    print_result(data, words, common.as_json, written=out)
 
 
 def expand(

@@ -3,6 +3,7 @@
 The imports of tasks are made when they begin, so that other commands do not wait for them.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.cli.bundles import with_bundles
 from headshare.cli.options import Context, FieldOption, JsonOption, RevisionOption, listed, print_result, refuse_unused
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement
@@ -30,58 +32,87 @@ class EvalDtypeName(StrEnum):
     FLOAT16 = "float16"
 
 
-def evaluate_command(
-    context: Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
+@dataclass(frozen=True)
+class TextOptions:
+    """A text whose perplexity is measured."""
+
     text: Annotated[
         Path | None, typer.Option(help="Measure the perplexity of this text file, .jsonl, .json or .csv.")
-    ] = None,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Measure these tasks, joined by commas: ours, from --data-dir, or lm-eval's."
-        ),
-    ] = "",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Read our tasks' files, piqa.jsonl and so on, from this folder.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Use the first so many questions of each task or subject, and lines of --source. Default: all."
-        ),
-    ] = None,
-    few_shot: Annotated[
-        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO,
-    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
-    ] = None,
-    field: FieldOption = None,
+    ] = None
     window: Annotated[
         int | None,
         typer.Option(
             help="Cut --text into windows of this many tokens, which do not overlap. Default: 512, or the most that "
             "the models read."
         ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None,
+    ] = None
+    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None
+
+
+@dataclass(frozen=True)
+class OpenedTextOptions(TextOptions):
+    """A text whose perplexity is measured, its field in rows, and the beginning of its windows."""
+
+    field: FieldOption = None
     bos: Annotated[
         bool | None,
         typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The tasks that are measured, and the type that models are run in."""
+
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Measure these tasks, joined by commas: ours, from --data-dir, or lm-eval's."
+        ),
+    ] = ""
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Read our tasks' files, piqa.jsonl and so on, from this folder.")
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Use the first so many questions of each task or subject, and lines of --source. Default: all."
+        ),
+    ] = None
+    few_shot: Annotated[
+        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16
+    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO
+
+
+@dataclass(frozen=True)
+class TranslationOptions:
+    """A text that is translated."""
+
     source: Annotated[
         Path | None, typer.Option(help="Translate this text line by line, and measure BLEU and METEOR.")
-    ] = None,
-    reference: Annotated[Path | None, typer.Option(help="Compare with this translation, line by line.")] = None,
+    ] = None
+    reference: Annotated[Path | None, typer.Option(help="Compare with this translation, line by line.")] = None
     prompt: Annotated[
         str, typer.Option(help="Give the model this text for each line of --source, which replaces {source}.")
-    ] = "{source}\n",
+    ] = "{source}\n"
     language: Annotated[
         str | None, typer.Option(help="Also match stems of this language of --reference, such as french, in METEOR.")
+    ] = None
+
+
+@with_bundles
+def evaluate_command(
+    context: Context,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
+    *,
+    texts: OpenedTextOptions,
+    asked: TaskOptions,
+    translation: TranslationOptions,
+    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="For encoders: compare embeddings with this dense model.")] = None,
     revision: RevisionOption = None,
@@ -91,14 +122,25 @@ def evaluate_command(
 
     With --out, one folder serves many models: each is measured once, and a stopped run goes on.
     """
-    check_field(field, text, source, reference)
+    text = texts.text
+    tasks = listed(asked.tasks)
+    source = translation.source
+    reference = translation.reference
+    check_field(texts.field, text, source, reference)
     if text is not None and not (tasks or out or source or len(models) > 1):
-        refuse_unused(context, "of one model a text alone is measured", OF_TASKS, EvaluationError)
-        content = read_text(text, field)
+        refuse_unused(context, "of one model a text alone is measured", OF_TASKS)
+        content = read_text(text, texts.field)
         other = None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
         result = evaluate(
-            model, content, against=other, window=window, limit=tokens, bos=bos, dtype=dtype.value, device_map=device
+            model,
+            content,
+            against=other,
+            window=texts.window,
+            limit=texts.tokens,
+            bos=texts.bos,
+            dtype=asked.dtype.value,
+            device_map=device,
         )
         if isinstance(result, Agreement):
             words = (
@@ -115,27 +157,29 @@ def evaluate_command(
     if (source is None) != (reference is None):
         raise EvaluationError("a translation needs both --source and --reference.")
     if text is None:
-        refuse_unused(context, "there is no --text", ("window", "tokens", "bos"), EvaluationError)
+        refuse_unused(context, "there is no --text", ("window", "tokens", "bos"))
     if text is None and source is None:
-        refuse_unused(context, "there is no --text and no --source", ("field",), EvaluationError)
+        refuse_unused(context, "there is no --text and no --source", ("field",))
     if not tasks:
-        refuse_unused(context, "there are no --tasks", ("data_dir", "few_shot"), EvaluationError)
+        refuse_unused(context, "there are no --tasks", ("data_dir", "few_shot"))
     if source is None:
-        refuse_unused(context, "there is no --source", ("prompt", "language"), EvaluationError)
+        refuse_unused(context, "there is no --source", ("prompt", "language"))
         if not tasks:
-            refuse_unused(context, "there are no --tasks and no --source", ("limit", "batch_size"), EvaluationError)
+            refuse_unused(context, "there are no --tasks and no --source", ("limit", "batch_size"))
     from headshare.evaluation import EvalText, Parallel, Settings, measure, table_of
     from headshare.evaluation.measuring import to_dict
 
     rows = measure(
         models,
-        tasks=listed(tasks),
-        data=data_dir,
-        text=None if text is None else EvalText(text, window, tokens, bos, field),
+        tasks=tasks,
+        data=asked.data_dir,
+        text=None if text is None else EvalText(text, texts.window, texts.tokens, texts.bos, texts.field),
         parallel=None
         if source is None or reference is None
-        else Parallel(source, reference, prompt, limit, language=language, text_field=field),
-        settings=Settings(limit, few_shot, dtype.value, device, batch_size),
+        else Parallel(
+            source, reference, translation.prompt, asked.limit, language=translation.language, text_field=texts.field
+        ),
+        settings=Settings(asked.limit, asked.few_shot, asked.dtype.value, device, asked.batch_size),
         out=out,
         revision=revision,
     )

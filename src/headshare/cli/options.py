@@ -3,13 +3,14 @@
 import errno
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headshare.cli.streams import unprinted
-from headshare.errors import HeadshareError, OptionError
+from headshare.errors import OptionError
 from headshare.progress import tell
 
 if TYPE_CHECKING:
@@ -42,22 +43,31 @@ AnyBaseOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options of every command that reads a checkpoint and writes something."""
+
+    revision: RevisionOption = None
+    overwrite: OverwriteOption = False
+    as_json: JsonOption = False
+
+
 def is_given(context: Context, name: str) -> bool:
     """Whether a parameter was given on the command line, and is not a default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-def refuse_unused(context: Context, why: str, names: Iterable[str], error: type[HeadshareError] = OptionError) -> None:
+def refuse_unused(context: Context, why: str, names: Iterable[str]) -> None:
     """Refuse options that were given and would do nothing.
 
     Raises:
-        OptionError: or the given kind of `error`.
+        OptionError: naming them and the reason.
     """
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     given = [options[name] for name in names if is_given(context, name)]
     if given:
-        raise error(f"{' and '.join(given)} would not be used: {why}.")
+        raise OptionError(f"{' and '.join(given)} would not be used: {why}.")
 
 
 def listed(text: str) -> list[str]:

@@ -1,16 +1,22 @@
 """Options that several commands share: how units are chosen, and on which text."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headshare.checkpoint.checkpoint import OUTPUT_DTYPES
-from headshare.cli.options import CALIBRATE, CHOOSE, WRITE
+from headshare.calibration.budget import Budget
+from headshare.calibration.settings import CalibrationSettings
+from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.cli.options import CALIBRATE, CHOOSE, WRITE, Context, RestartOption, is_given, refuse_unused
 from headshare.matching.functions import MATCH_FUNCTIONS
-from headshare.matching.pairing import MODES
+from headshare.matching.pairing import MODES, make_plan
+from headshare.matching.scores import Scores
+from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
+from headshare.text.tokens import TOKENS
 
 OUTPUT = "output"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
@@ -46,28 +52,11 @@ PartsOption = Annotated[
         help="Share these parts: qkv (the paper), qk, qkvo (the authors' release), ffn, gateup, or qkvo+ffn.",
     ),
 ]
-CalibratedPartsOption = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, "
-        "qkvo, gateup, low_rank (qkv, and o in low rank), several joined by +, or auto (qkvo+low_rank), the default "
-        "with --save and --allow.",
-    ),
-]
 MatchOption = Annotated[
     MatchName,
     typer.Option(
         rich_help_panel=CHOOSE,
         help="Match units by the cosine of these parts; separate matches q, k and v each by itself.",
-    ),
-]
-ModeOption = Annotated[
-    ModeName,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Choose ties in this way. star: donors only among kept units. root: the paper's pairs, with chains "
-        "followed. published: as in the authors' release.",
     ),
 ]
 FfnGroupsOption = Annotated[
@@ -82,29 +71,96 @@ FfnRatioOption = Annotated[
     float | None,
     typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
 ]
-ProtectOption = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Take nothing from these layers, such as 1,2,29. Default: none. (Layer 0 shares nothing; it can lose "
-        "units.)",
-    ),
-]
-SaveOption = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
-    ),
-]
-AllowOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="remove",
-        rich_help_panel=CHOOSE,
-        help="remove: also allow deleting heads and neurons where that is cheaper than sharing. Default: share only.",
-    ),
-]
+CALIBRATED_PARTS = (
+    "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
+    "gateup, low_rank (qkv, and o in low rank), several joined by +, or auto (qkvo+low_rank), the default with --save "
+    "and --allow."
+)
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """How many units are shared, and how they are chosen: by weights, or by output under a budget."""
+
+    ratio: RatioOption = 0.3
+    parts: Annotated[str | None, typer.Option(rich_help_panel=CHOOSE, help=CALIBRATED_PARTS)] = None
+    mode: Annotated[
+        ModeName,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Choose ties in this way. star: donors only among kept units. root: the paper's pairs, with chains "
+            "followed. published: as in the authors' release.",
+        ),
+    ] = "star"
+    ffn_groups: FfnGroupsOption = 1
+    ffn_ratio: FfnRatioOption = None
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Take nothing from these layers, such as 1,2,29. Default: none. (Layer 0 shares nothing; it can lose "
+            "units.)",
+        ),
+    ] = None
+    save: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
+        ),
+    ] = None
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="remove",
+            rich_help_panel=CHOOSE,
+            help="remove: also allow deleting heads and neurons where that is cheaper than sharing. Default: share "
+            "only.",
+        ),
+    ] = None
+
+    @property
+    def weight_parts(self) -> str:
+        """The parts that are shared where units are chosen by their weights."""
+        return self.parts or "qkv"
+
+    def plan_from(self, scores: Scores) -> SharePlan:
+        """The plan by weights that the options ask for."""
+        return make_plan(
+            scores,
+            self.ratio,
+            parts=self.weight_parts,
+            mode=self.mode,
+            ffn_ratio=self.ffn_ratio,
+            protect=whole_numbers(self.protect),
+        )
+
+    def budget(self, context: Context, dense: Checkpoint) -> Budget:
+        """The budget by output that the options ask for. Options that do not apply to it are refused."""
+        budget = Budget.parse(
+            dense,
+            ratio=self.ratio,
+            save=self.save,
+            parts=self.parts or ("auto" if self.save or self.allow else "qkv"),
+            allow=[self.allow] if self.allow else [],
+            ffn_groups=self.ffn_groups,
+            protect=whole_numbers(self.protect),
+        )
+        refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
+        if is_given(context, "save"):
+            refuse_unused(context, "--save says how much is given up", ["ratio"])
+        if not any(action.sublayer is Sublayer.FFN for action in budget.actions):
+            refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
+        return budget
+
+
+def whole_numbers(text: str | None) -> list[int]:
+    """The whole numbers in a list such as 1,2,29."""
+    try:
+        return [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a list of whole numbers such as 1,2,29") from None
+
 
 # ---- calibration
 
@@ -114,60 +170,111 @@ _CALIBRATION = typer.Option(
     help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], or self (the model "
     "writes it).",
 )
-CalibrationOption = Annotated[str | None, _CALIBRATION]
 NeededCalibrationOption = Annotated[str, _CALIBRATION]
-CalibrationFieldOption = Annotated[
-    str | None,
-    typer.Option(
-        "--field", rich_help_panel=CALIBRATE, help="Read the text of a row from this field. Default: the one it can be."
-    ),
-]
-CalibrationTokensOption = Annotated[
-    int, typer.Option(rich_help_panel=CALIBRATE, help="Use this many tokens of that text, in whole windows.")
-]
-CalibrationWindowOption = Annotated[
-    int | None,
-    typer.Option(
-        rich_help_panel=CALIBRATE,
-        help="Cut that text into windows of this many tokens. Default: 512, or the most that MODEL reads.",
-    ),
-]
-CalibrationSeedOption = Annotated[
-    int,
-    typer.Option("--seed", rich_help_panel=CALIBRATE, help="Choose the windows, or write the text, by this seed."),
-]
-RefitFfnOption = Annotated[
-    bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
-]
-ReconstructOption = Annotated[
-    int,
-    typer.Option(
-        metavar="STEPS",
-        min=0,
-        rich_help_panel=CALIBRATE,
-        help="After the refit, take this many gradient steps in each layer. They update the weights of its attention "
-        "and feed-forward that it does not share, and pull its output towards the dense layer's. They take several "
-        "times as long as the refit.",
-    ),
-]
-MeasureOption = Annotated[
-    bool,
-    typer.Option(
-        rich_help_panel=CALIBRATE,
-        help="Also measure the perplexity of both models on held-out windows of the calibration text.",
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option(rich_help_panel=CALIBRATE, help="Calibrate on this device: cpu, cuda, or auto.")
-]
-ProbeOption = Annotated[
-    bool,
-    typer.Option(
-        rich_help_panel=CALIBRATE,
-        help="Rank candidates by the change in the model's predictions (slower, better) instead of each layer's "
-        "output error.",
-    ),
-]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The windows of the calibration text, and the device that it is run on."""
+
+    field: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CALIBRATE, help="Read the text of a row from this field. Default: the one it can be."
+        ),
+    ] = None
+    calibration_tokens: Annotated[
+        int, typer.Option(rich_help_panel=CALIBRATE, help="Use this many tokens of that text, in whole windows.")
+    ] = TOKENS
+    calibration_window: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=CALIBRATE,
+            help="Cut that text into windows of this many tokens. Default: 512, or the most that MODEL reads.",
+        ),
+    ] = None
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=CALIBRATE, help="Choose the windows, or write the text, by this seed.")
+    ] = 0
+    device: Annotated[
+        str, typer.Option(rich_help_panel=CALIBRATE, help="Calibrate on this device: cpu, cuda, or auto.")
+    ] = "auto"
+
+    def settings(self, source: str, *, restart: bool = False, probe: bool = True) -> CalibrationSettings:
+        """The settings of calibration on this text."""
+        return CalibrationSettings(
+            source,
+            self.calibration_tokens,
+            self.calibration_window,
+            self.seed,
+            self.device,
+            restart,
+            probe,
+            self.field,
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions(CalibrationOptions):
+    """A run that may be calibrated: on which text, and how it goes about it."""
+
+    calibration: Annotated[str | None, _CALIBRATION] = None
+    probe: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=CALIBRATE,
+            help="Rank candidates by the change in the model's predictions (slower, better) instead of each layer's "
+            "output error.",
+        ),
+    ] = True
+    restart: RestartOption = False
+
+    def settings_on(self, source: str) -> CalibrationSettings:
+        """The settings of a calibrated run on this text."""
+        return self.settings(source, restart=self.restart, probe=self.probe)
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How a model is repaired after sharing."""
+
+    refit_ffn: Annotated[
+        bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
+    ] = True
+    reconstruct: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            rich_help_panel=CALIBRATE,
+            help="After the refit, take this many gradient steps in each layer. They update the weights of its "
+            "attention and feed-forward that it does not share, and pull its output towards the dense layer's. They "
+            "take several times as long as the refit.",
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class RepairOptions(RefitOptions):
+    """Whether a model is repaired after sharing, how, and whether it is measured then."""
+
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            rich_help_panel=CALIBRATE,
+            help="After sharing, refit each layer's output projections to the calibration text (closed form, no "
+            "training).",
+        ),
+    ] = False
+    measure: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=CALIBRATE,
+            help="Also measure the perplexity of both models on held-out windows of the calibration text.",
+        ),
+    ] = False
+
 
 # ---- the output
 

@@ -4,24 +4,16 @@ Options override the file. Imports that only training needs are made when it beg
 for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headshare.cli.options import (
-    Context,
-    JsonOption,
-    OverwriteOption,
-    RestartOption,
-    RevisionOption,
-    is_given,
-    listed,
-    print_result,
-    refuse_unused,
-)
+from headshare.cli.bundles import given_options, with_bundles
+from headshare.cli.options import CommonOptions, Context, RestartOption, is_given, listed, print_result, refuse_unused
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
@@ -37,100 +29,130 @@ class TrainDtypeName(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-# the place of each option in the settings
-Places = Mapping[str, tuple[str, ...]]
-PLACES: Places = {
-    "method": ("method",),
-    "seed": ("seed",),
-    "dtype": ("dtype",),
-    **{name: ("sharing", name) for name in ("plan", "ratio", "match", "parts", "mode")},
-    **{name: ("text", name) for name in ("data", "held_out_data", "field", "context", "held_out", "limit", "stream")},
-    **{name: ("loss", name) for name in ("gamma", "lm", "distance", "distill", "temperature", "teacher")},
-    **{name: ("learning", name) for name in ("lora", "patience")},
-    "tasks": ("tasks", "names"),
-    "data_dir": ("tasks", "data_dir"),
-    "task_limit": ("tasks", "limit"),
-}
+@dataclass(frozen=True)
+class TopOptions:
+    """Settings that stand at the top of the YAML file."""
 
-
-def train(
-    context: Context,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A dense checkpoint; for --method recover, a shared one.")
-    ],
-    out: OutArgument,
     method: Annotated[
         TrainingMethod,
         typer.Option(
             help="Train in this way. postshare: pull pairs together, then share. recover: train a shared model. both: "
             "share, then train. dense: train MODEL as it is, to compare with or to share after."
         ),
-    ] = TrainingMethod.POSTSHARE,
+    ] = TrainingMethod.POSTSHARE
+    seed: Annotated[int, typer.Option(help="Order the windows by this seed.")] = 0
+    dtype: Annotated[
+        TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
+    ] = TrainDtypeName.FLOAT32
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The settings of `text`."""
+
     data: Annotated[
         str,
         typer.Option(
             metavar="FILE|DATASET", help="Train on this text: a text file, a .jsonl, or hf:NAME[:CONFIG][:SPLIT]."
         ),
-    ] = "",
-    config: Annotated[
-        Path | None, typer.Option(help="Read settings from this YAML file; options on the command line override it.")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None,
-    ratio: Annotated[float, typer.Option(help="Share this fraction of all units.")] = 0.3,
-    match: Annotated[
-        str, typer.Option(help=f"Match units by the cosine of these parts of the weights: {', '.join(MATCH_NAMES)}.")
-    ] = "qk",
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="Share these parts, matched by the weights: qkv, qk, qkvo, ffn, gateup. For others, give --plan."
-        ),
-    ] = "qkv",
-    mode: Annotated[str, typer.Option(help=f"Choose ties in this way, as in `share`: {', '.join(MODES)}.")] = "star",
-    held_out_data: Annotated[str | None, typer.Option(help="Measure on this text. Default: the end of --data.")] = None,
+    ] = ""
+    held_out_data: Annotated[str | None, typer.Option(help="Measure on this text. Default: the end of --data.")] = None
     field: Annotated[
         str | None, typer.Option(help="Read the text of a row from this field. Default: the one that it can be.")
-    ] = None,
+    ] = None
     context_length: Annotated[
         int | None,
         typer.Option(
             "--context", help="Cut the text into windows of this many tokens. Default: 1024, or the most MODEL reads."
         ),
-    ] = None,
-    held_out: Annotated[int, typer.Option(help="Keep this many windows out of training, to measure on.")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Train on at most this many windows. Default: all.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Read the text while training; needs --max_steps.")] = False,
-    gamma: Annotated[float, typer.Option(help="Weigh the distance of tied pairs by this (equation 5).")] = 0.5,
-    lm: Annotated[float, typer.Option(help="Weigh the language-model loss by this; the authors' code has 0.5.")] = 1.0,
-    distance: Annotated[
-        Distance, typer.Option(help="Compare pairs in this way; frobenius is the paper's.")
-    ] = Distance.FROBENIUS,
+    ] = None
+    held_out: Annotated[int, typer.Option(help="Keep this many windows out of training, to measure on.")] = 64
+    limit: Annotated[int | None, typer.Option(help="Train on at most this many windows. Default: all.")] = None
+    stream: Annotated[bool, typer.Option("--stream", help="Read the text while training; needs --max_steps.")] = False
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """The settings of `sharing`."""
+
+    plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None
+    ratio: Annotated[float, typer.Option(help="Share this fraction of all units.")] = 0.3
+    match: Annotated[
+        str, typer.Option(help=f"Match units by the cosine of these parts of the weights: {', '.join(MATCH_NAMES)}.")
+    ] = "qk"
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Share these parts, matched by the weights: qkv, qk, qkvo, ffn, gateup. For others, give --plan."
+        ),
+    ] = "qkv"
+    mode: Annotated[str, typer.Option(help=f"Choose ties in this way, as in `share`: {', '.join(MODES)}.")] = "star"
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The settings of `loss`."""
+
+    gamma: Annotated[float, typer.Option(help="Weigh the distance of tied pairs by this (equation 5).")] = 0.5
+    lm: Annotated[float, typer.Option(help="Weigh the language-model loss by this; the authors' code has 0.5.")] = 1.0
+    distance: Annotated[Distance, typer.Option(help="Compare pairs in this way; frobenius is the paper's.")] = (
+        Distance.FROBENIUS
+    )
     distill: Annotated[
         float,
         typer.Option(help="Replace this fraction of the language-model loss by the divergence from the dense model."),
-    ] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Distil at this temperature.")] = 1.0,
+    ] = 0.0
+    temperature: Annotated[float, typer.Option(help="Distil at this temperature.")] = 1.0
     teacher: Annotated[
         str | None, typer.Option(help="Distil from this dense model. Default: the one that MODEL is or names.")
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """The settings of `learning`."""
+
     lora: Annotated[
         int,
         typer.Option(help="Train LoRA of this rank on weights that are not shared; not for postshare. 0: train all."),
-    ] = 0,
+    ] = 0
     patience: Annotated[
         int | None, typer.Option(help="Stop after this many measurements without a better one. Default: do not.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The settings of `tasks`."""
+
+    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Also measure these tasks each time, as in `eval`.")] = ""
+    data_dir: Annotated[Path | None, typer.Option(help="Read our tasks' files from this folder.")] = None
+    task_limit: Annotated[int | None, typer.Option(help="Use the first so many questions of each task.")] = None
+
+
+# options whose settings have other names
+RENAMED = {"context_length": "context", "tasks": "names", "task_limit": "limit"}
+
+
+@with_bundles
+def train(
+    context: Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A dense checkpoint; for --method recover, a shared one.")
+    ],
+    out: OutArgument,
+    config: Annotated[
+        Path | None, typer.Option(help="Read settings from this YAML file; options on the command line override it.")
     ] = None,
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Also measure these tasks each time, as in `eval`.")] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="Read our tasks' files from this folder.")] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Use the first so many questions of each task.")] = None,
-    seed: Annotated[int, typer.Option(help="Order the windows by this seed.")] = 0,
-    dtype: Annotated[
-        TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
-    ] = TrainDtypeName.FLOAT32,
+    *,
+    top: TopOptions,
+    text: TextOptions,
+    sharing: SharingOptions,
+    loss: LossOptions,
+    learning: LearningOptions,
+    tasks: TaskOptions,
     restart: RestartOption = False,
-    revision: RevisionOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    common: CommonOptions,
 ) -> None:
     """Train by PostShare, recover a shared model, or train a dense model.
 
@@ -138,59 +160,58 @@ def train(
 
     A stopped run goes on with the same command. For several processes: accelerate launch -m headshare train ...
     """
-    # only options that were given override the file
-    given = {
-        "method": method, "data": data, "plan": plan, "ratio": ratio, "match": match, "parts": parts, "mode": mode,
-        "held_out_data": held_out_data, "field": field, "context": context_length, "held_out": held_out,
-        "limit": limit, "stream": stream, "gamma": gamma, "lm": lm, "distance": distance, "distill": distill,
-        "temperature": temperature, "teacher": teacher, "lora": lora, "patience": patience,
-        "tasks": listed(tasks), "data_dir": data_dir, "task_limit": task_limit, "seed": seed, "dtype": dtype,
-    }  # fmt: skip
-    names = {**dict.fromkeys(given), "context": "context_length"}
-    chosen = {name: value for name, value in given.items() if is_given(context, names[name] or name)}
     # options that nothing would use
-    if plan is not None:
-        refuse_unused(context, "--plan says what is shared", ["ratio", "match", "parts", "mode"], TrainingError)
-    if is_given(context, "method") and method is not TrainingMethod.POSTSHARE:
-        refuse_unused(context, "only PostShare pulls pairs together", ["gamma", "distance"], TrainingError)
-    if config is None and not distill:
-        refuse_unused(context, "nothing is distilled without --distill", ["teacher", "temperature"], TrainingError)
-    if config is None and not tasks:
-        refuse_unused(context, "there are no --tasks", ["data_dir", "task_limit"], TrainingError)
+    if sharing.plan is not None:
+        refuse_unused(context, "--plan says what is shared", ["ratio", "match", "parts", "mode"])
+    if is_given(context, "method") and top.method is not TrainingMethod.POSTSHARE:
+        refuse_unused(context, "only PostShare pulls pairs together", ["gamma", "distance"])
+    if config is None and not loss.distill:
+        refuse_unused(context, "nothing is distilled without --distill", ["teacher", "temperature"])
+    if config is None and not tasks.tasks:
+        refuse_unused(context, "there are no --tasks", ["data_dir", "task_limit"])
     from accelerate import PartialState
 
     from headshare.training import TrainSettings
     from headshare.training import train as run
     from headshare.training.arguments import trainer_arguments
 
-    merged = _merged(config, chosen, trainer_arguments(context.args))
+    # only options that were given override the file
+    sections = {"text": text, "sharing": sharing, "loss": loss, "learning": learning, "tasks": tasks}
+    given = {name: _given(context, bundle) for name, bundle in sections.items()}
+    given["learning"]["arguments"] = trainer_arguments(context.args)
+    merged = _merged(config, {**_given(context, top), **given})
     settings = TrainSettings.made(merged, str(config) if config else "the options")
-    result = run(model, out, settings, overwrite=overwrite, restart=restart, revision=revision)
+    result = run(model, out, settings, overwrite=common.overwrite, restart=restart, revision=common.revision)
     if PartialState().is_main_process:
         words = f"{result.in_words()}\nWritten and checked in {result.seconds:.1f} s: {out}"
-        print_result(result.to_dict(), words, as_json, written=out)
+        print_result(result.to_dict(), words, common.as_json, written=out)
 
 
-def _merged(config: Path | None, chosen: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The YAML file's settings with the options in their places."""
+def _given(context: Context, bundle: Any) -> dict[str, Any]:
+    """The options of a bundle that were given, under the names of their settings."""
+    given = given_options(context, bundle)
+    return {RENAMED.get(name, name): listed(value) if name == "tasks" else value for name, value in given.items()}
+
+
+def _merged(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML file's settings with the given options in their places."""
     settings = {} if config is None else read_yaml(config, TrainingError) or {}
     if not isinstance(settings, dict):
         raise TrainingError(f"{config} holds no settings but {settings!r:.60}. See docs/training.md for an example.")
     settings.setdefault("method", TrainingMethod.POSTSHARE)
-    for name, value in chosen.items():
-        _put(settings, PLACES[name], value)
-    for name, value in arguments.items():
-        _put(settings, ("learning", "arguments", name), value)
+    _override(settings, given)
     if "text" not in settings:
         raise TrainingError("there is nothing to train on: give --data FILE, or a data set (hf:NAME).")
     return settings
 
 
-def _put(settings: dict[str, Any], place: Sequence[str], value: Any) -> None:
-    """Set a value at its place in nested settings."""
-    *above, last = place
-    for step in above:
-        settings = settings.setdefault(step, {})
-        if not isinstance(settings, dict):
-            raise TrainingError(f"{step} holds settings of its own, by name; found {settings!r:.60}.")
-    settings[last] = value
+def _override(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Set these values in nested settings. Where nothing is given, nothing is made."""
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            settings[name] = value
+        elif value:
+            nested = settings.setdefault(name, {})
+            if not isinstance(nested, dict):
+                raise TrainingError(f"{name} holds settings of its own, by name; found {nested!r:.60}.")
+            _override(nested, value)

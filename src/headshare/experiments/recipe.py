@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError, OptionError
 from headshare.evaluation.harness import Settings
@@ -152,16 +153,16 @@ class Recipe(BaseModel):
         """The calibration text, if there is one.
 
         Raises:
-            CalibrationError: if the text cannot be read.
+            CalibrationError: if the text cannot be read, or there is no such device.
         """
         if self.calibration is None:
             return None
-        return Calibration.load(
+        settings = CalibrationSettings(
             self.calibration,
-            dense,
-            tokens=self.calibration_tokens,
-            window=self.calibration_window,
-            seed=self.seed,
+            self.calibration_tokens,
+            self.calibration_window,
+            self.seed,
+            self.device,
             field=self.field,
-            device=self.device,
         )
+        return settings.load(dense)
