@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )
@@ -494,6 +495,9 @@ class Hub:
         self._note("snapshot_download", model, options)
         return str(self.folder)
 
+    def model_info(self, model: str, **options: Any) -> None:
+        self._note("model_info", model, options)
+
     def hf_hub_download(self, model: str, filename: str, **options: Any) -> str:
         self._note("hf_hub_download", model, {"filename": filename, **options})
         return str(self.folder / filename)
@@ -530,7 +534,7 @@ class Hub:
 def hub(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """A hub with one model: someone/tiny."""
     served = Hub(llama)
-    for name in ("snapshot_download", "hf_hub_download", "get_safetensors_metadata"):
+    for name in ("snapshot_download", "model_info", "hf_hub_download", "get_safetensors_metadata"):
         monkeypatch.setattr(huggingface_hub, name, getattr(served, name))
     return served
 
@@ -564,8 +568,8 @@ def test_an_estimate_of_a_hub_model_is_exact_and_fetches_no_weight(hub: Hub, sha
         hub.folder = tiny.make_llama(tmp_path / "sharded", save=SHARDED)
     found = hs.estimate(hs.open_checkpoint("someone/tiny", weights=False), 0.3)
     assert found == hs.estimate(hs.open_checkpoint(hub.folder), 0.3)
-    assert hub.called == ["hf_hub_download", "get_safetensors_metadata"]
-    assert hub.calls[0][2]["filename"] == "config.json"
+    assert hub.called == ["model_info", "hf_hub_download", "get_safetensors_metadata"]
+    assert hub.calls[1][2]["filename"] == "config.json"
 
 
 def test_a_shared_hub_model_is_inspected_from_its_headers(hub: Hub, tmp_path: Path) -> None:
@@ -633,3 +637,32 @@ def test_a_type_on_the_hub_that_headshare_does_not_know_is_refused(hub: Hub, mon
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: served)
     with pytest.raises(CheckpointError, match="F4"):
         hs.estimate(hs.open_checkpoint("someone/tiny", weights=False))
+
+
+@pytest.mark.parametrize("problem", ["a broken connection", "offline"])
+def test_an_estimate_of_a_model_in_the_cache_needs_no_network(
+    problem: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = hs.estimate(hs.open_checkpoint(hub.folder), 0.3)
+    problems = {**PROBLEMS, "offline": lambda: OfflineModeIsEnabled("Cannot reach https://huggingface.co")}
+
+    def unreached(model: str, **_: Any) -> None:
+        raise problems[problem]()
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreached)
+    assert hs.estimate(hs.open_checkpoint("someone/tiny", weights=False), 0.3) == wanted
+    assert hub.called == ["snapshot_download"]  # the functions that fetch files try again for half a minute
+    assert hub.calls[0][2]["local_files_only"]
+
+
+def test_a_name_that_is_nowhere_is_said_with_the_reason_why_the_hub_does_not_answer(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreached(model: str, **_: Any) -> None:
+        raise NETWORK_ERROR("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreached)
+    hub.problem = LocalEntryNotFoundError("there is no snapshot")
+    said = refused("nosuchfolder", match="neither a folder here nor a model that can be fetched", weights=False)
+    assert "Name or service not known" in said
+    assert hub.called == ["snapshot_download"]

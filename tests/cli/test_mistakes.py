@@ -166,7 +166,7 @@ eval model --text model                                 | model
 eval model --text empty                                 | empty
 eval model --text binary                                | UTF-8
 eval model --text short --window 16                     | 3 tokens, less than one window of 16
-eval model --text text                                  | window
+eval model --text text --window 65                      | window
 eval model --text text --window 65                      | --window 64
 eval model --text text --window 1                       | window
 eval model --text text --window 0                       | window
@@ -213,7 +213,7 @@ share shared out --refit --calibration text             | already shared
 share quantised out --refit --calibration text          | gptq
 share model out --refit --calibration gone --calibration-window 32 | no file
 share model out --refit --calibration empty --calibration-window 32 | less than one window
-share model out --refit --calibration text              | --calibration-window 64
+share model out --refit --calibration text --calibration-window 65 | --calibration-window 64
 share model out --refit --calibration short --calibration-window 16 | less than one window
 share model out --refit --calibration text --calibration-window 32 --calibration-tokens 32 | two windows
 share model out --refit --calibration text --calibration-window 32 --device tpu | no device
@@ -267,7 +267,7 @@ refit ./gone --calibration text                         | no folder
 refit someone/model --calibration text                  | --out
 refit shared                                            | calibration
 refit shared --calibration gone --calibration-window 32 | no file
-refit shared --calibration text                         | --calibration-window 64
+refit shared --calibration text --calibration-window 65 | --calibration-window 64
 refit shared --calibration text --dense ./gone          | no folder
 refit shared --calibration text --dense shared          | already shared
 refit shared --calibration text --dense roberta         | another model

@@ -26,7 +26,15 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,22 @@ def read_header(path: Path) -> list[TensorInfo]:
     return infos
 
 
+def check_type(dtype: Any, name: str, where: str) -> None:
+    """Refuse a tensor of a type that is not read here. The format has types of less than a byte, and may get more.
+
+    Raises:
+        CheckpointError: naming the tensor and the type.
+        ValueError: if that is no name of a type.
+    """
+    if not isinstance(dtype, str) or not dtype.replace("_", "").isalnum():
+        raise ValueError(f"{name} has dtype {dtype!r:.60}")
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{where} stores {name} as {dtype:.60}, a type that headshare does not read. Save the model in one of "
+            f"{', '.join(DTYPES)}."
+        )
+
+
 def _check_metadata(metadata: Any) -> None:
     pairs = {} if metadata is None else dict(metadata)
     if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
@@ -95,8 +119,7 @@ def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> Ten
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     name.encode()  # fails for a lone surrogate, which cannot be written again
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}")
+    check_type(dtype, name, str(path))
     if len(shape) > MAX_RANK:
         raise ValueError(f"{name} has {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop)):

@@ -1,12 +1,12 @@
 """Opening a checkpoint: a local folder, or a model on the hub."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
-from headshare.checkpoint.header import DTYPES, TensorInfo, read_header
+from headshare.checkpoint.header import TensorInfo, check_type, read_header
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
@@ -54,12 +54,34 @@ def open_base(shared: Checkpoint) -> Checkpoint | None:
     return open_checkpoint(entry.base_model, revision=None if entry.origin is None else entry.origin.commit)
 
 
+# marks that wrappers leave in the names of tensors, and how to save a model without them
+_SAVE_INNER = "Save the model inside it: model.{}.save_pretrained(...)."
+_WRAPPERS: Mapping[str, tuple[Callable[[str], bool], str]] = {
+    "torch.compile": (lambda name: "_orig_mod" in name.split("."), _SAVE_INNER.format("_orig_mod")),
+    "PEFT": (
+        lambda name: name.startswith("base_model.model."),
+        "Merge the adapter before saving: model.merge_and_unload().save_pretrained(...).",
+    ),
+    "DistributedDataParallel": (lambda name: name.startswith("module."), _SAVE_INNER.format("module")),
+    "FSDP": (
+        lambda name: "_fsdp_wrapped_module" in name.split("."),
+        "Save it by the Trainer or accelerate, which gather the whole model.",
+    ),
+}
+
+
 def _looks_local(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/")
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     _ = checkpoint.sharing
+    for wrapper, (marks, advice) in _WRAPPERS.items():
+        if name := next((name for name in checkpoint.tensors if marks(name)), None):
+            raise CheckpointError(
+                f"{checkpoint.name} names a tensor {name:.200}, as {wrapper} does, and transformers would not find it. "
+                f"{advice}"
+            )
     return checkpoint
 
 
@@ -125,17 +147,23 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     """Fetch a model, or only its configuration and headers, with huggingface_hub's own cache and credentials."""
     import huggingface_hub as hub
 
+    unreached = ""
     try:
-        if weights:
+        unreached = "" if weights else _unreached(hub, model, revision)
+        if weights or unreached:
             ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
-            folder = Path(hub.snapshot_download(model, revision=revision, ignore_patterns=ignored))
+            folder = Path(
+                hub.snapshot_download(
+                    model, revision=revision, ignore_patterns=ignored, local_files_only=bool(unreached)
+                )
+            )
             return dataclasses.replace(_open_folder(folder), name=model)
         config = hub.hf_hub_download(model, "config.json", revision=revision)
         metadata = hub.get_safetensors_metadata(model, revision=revision)
     except CheckpointError:
         raise
     except Exception as error:  # the hub's client, and the one beneath it, raise what they like
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = unreached or str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {reason}") from None
     infos = [
         _hub_tensor(model, name, file, info)
@@ -145,8 +173,21 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
 
 
+def _unreached(hub: Any, model: str, revision: str | None) -> str:
+    """The reason why the hub does not answer, or nothing: then a model may still be in its cache.
+
+    This is one request. The functions that fetch files repeat theirs for half a minute.
+    """
+    try:
+        hub.model_info(model, revision=revision)
+    except hub.errors.HfHubHTTPError:  # it answered: there is no such model, or it is not to be had
+        raise
+    except Exception as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return ""
+
+
 def _hub_tensor(model: str, name: str, file: str, info: Any) -> TensorInfo:
     start, stop = info.data_offsets
-    if info.dtype not in DTYPES:
-        raise CheckpointError(f"{model} stores {name} as {info.dtype}, a type that headshare does not know.")
+    check_type(info.dtype, name, model)
     return TensorInfo(name, info.dtype, tuple(info.shape), file, start, stop - start)

@@ -1,6 +1,7 @@
 """The writer of checkpoint folders from assemblies, which checks every number that it wrote."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -89,6 +90,11 @@ def _write_files(
     return digests
 
 
+def _is_mask(piece: Tensor) -> bool:
+    """True for numbers that are zero or minus infinity: masks, which some models store beside their weights."""
+    return bool(((piece == 0) | (piece == -math.inf)).all())
+
+
 def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     """The slices of a tensor, each checked to be finite.
 
@@ -98,7 +104,7 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
     read = {run.source for run in assembly.runs} - {NOTHING}
     converted = any(source.tensors[name].dtype != assembly.dtype for name in read)
     for piece in stream(assembly, source):
-        if assembly.dtype in WEIGHT_DTYPES and not all_finite(piece):
+        if assembly.dtype in WEIGHT_DTYPES and not all_finite(piece) and not _is_mask(piece):
             cause = (
                 f"holds numbers that {DTYPES[assembly.dtype]} cannot (or NaN). Choose a wider --dtype."
                 if converted

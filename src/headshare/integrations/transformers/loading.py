@@ -3,8 +3,9 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -164,17 +165,43 @@ def unique_parameter_bytes(model: Any) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' bars and loading reports; errors still come through."""
-    logger = transformers.utils.logging
-    level = logger.get_verbosity()
-    bars = logger.is_progress_bar_enabled()
-    logger.set_verbosity(logging.ERROR)
-    logger.disable_progress_bar()
+    """Silence transformers' bars and loading reports; errors still come through.
+
+    Blocks of several threads may overlap. The first that begins silences, and the last that ends puts back what it was.
+    """
+    _SILENCE.begin()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logger.set_verbosity(level)
-        if bars:
-            logger.enable_progress_bar()
+        _SILENCE.end()
+
+
+class _Silence:
+    """The state of transformers' log and of Python's warnings from before the first of the quiet blocks."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._blocks = 0
+        self._before = ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                logger = transformers.utils.logging
+                self._before.callback(logger.set_verbosity, logger.get_verbosity())
+                if logger.is_progress_bar_enabled():
+                    self._before.callback(logger.enable_progress_bar)
+                self._before.enter_context(warnings.catch_warnings())
+                logger.set_verbosity(logging.ERROR)
+                logger.disable_progress_bar()
+                warnings.simplefilter("ignore")
+
+    def end(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                self._before.close()
+
+
+_SILENCE = _Silence()
