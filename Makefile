@@ -8,6 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_WAIT_POLICY ?= PASSIVE
 
 COUNT ?= 10000
+KILLS ?= 500
 SEED ?= 0
 MINUTES ?= 30
 
@@ -62,6 +63,7 @@ results: $(VENV)/installed
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m fuzz.inputs --count $(COUNT) --seed $(SEED) --minutes $(MINUTES)
+	$(BIN)/python -m fuzz.kills --kills $(KILLS) --seed $(SEED) --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) demo-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
