@@ -93,6 +93,12 @@ def test_a_head_that_is_missing_is_said_and_is_not_taken_for_an_encoder(
     assert "has no weights for the head of LlamaForCausalLM" in note
 
 
+def test_a_model_with_a_head_for_something_else_is_not_said_to_lack_one(llama: Path) -> None:
+    tf.LlamaForSequenceClassification.from_pretrained(llama).save_pretrained(llama)
+    with pytest.raises(EvaluationError, match=r"LlamaForSequenceClassification does not predict the next token"):
+        evaluate(hs.open_checkpoint(add_tokenizer(llama)), "w5 w6 w7 " * 20, window=16)
+
+
 def test_a_tensor_of_another_shape_than_the_configuration_says_is_named(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "vocab_size": 90}))

@@ -53,7 +53,8 @@ class TextOptions:
     data: Annotated[
         str,
         typer.Option(
-            metavar="FILE|DATASET", help="Train on this text: a text file, a .jsonl, or hf:NAME[:CONFIG][:SPLIT]."
+            metavar="FILE|DATASET",
+            help="Train on this text: a text file, a .jsonl, .json or .csv, or hf:NAME[:CONFIG][:SPLIT].",
         ),
     ] = ""
     held_out_data: Annotated[str | None, typer.Option(help="Measure on this text. Default: the end of --data.")] = None

@@ -162,12 +162,11 @@ def is_causal(model: Any) -> bool:
 
 def not_causal(model: Any) -> str:
     """The reason why a model predicts no next token, as the beginning of a sentence."""
-    config = model.config.to_dict()
-    family = family_of(str(config.get("model_type")))
+    family = family_of(str(model.config.to_dict().get("model_type")))
     name = type(model).__name__
-    if family is None or family.encoder or predicts_next(name, config):
-        return f"{name} does not predict the next token"
-    return f"{name} is a model without a head (its checkpoint has no weights for one), and predicts no next token"
+    if family is not None and not family.encoder and name.endswith("Model"):
+        return f"{name} is a model without a head (its checkpoint has no weights for one), and predicts no next token"
+    return f"{name} does not predict the next token"
 
 
 def longest_window(config: Mapping[str, Any]) -> int | None:
