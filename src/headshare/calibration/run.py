@@ -13,6 +13,7 @@ from pathlib import Path
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.to_plan import Budgeted
+from headshare.calibration.layerwise.numbers import check_numbers, solved
 from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refitter import Refitter
@@ -70,7 +71,7 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
 
     Raises:
         CalibrationError: if the text cannot be read or split, there is no such device, or the state is of another run.
-        CheckpointError: if the model is not dense.
+        CheckpointError: if the model is not dense, or its numbers are not finite.
         OutputError: if the state cannot be kept, or another run has this output.
     """
     # A model, a device or a text that cannot be used is refused before anything is kept.
@@ -78,6 +79,7 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
     device = settings.device_name
     text = settings.load(dense)
     text.split()
+    check_numbers(dense, text.tokens, device)
 
     # A stopped run is only gone on with where nothing that its state depends on has changed.
     identity = {
@@ -89,7 +91,7 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
         **more,
     }
     folder = run_folder(out, "calibrating")
-    with ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart) as resumable:
+    with ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart) as resumable, solved():
         yield CalibratedRun(dense, text, device, resumable, settings.probe)
 
 

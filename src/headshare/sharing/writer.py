@@ -114,6 +114,17 @@ def _finite(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
         yield piece
 
 
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read all weights once.
+
+    Raises:
+        CheckpointError: naming a tensor with numbers that are not finite.
+    """
+    for info in checkpoint.tensors.values():
+        for _ in _finite(copied(info), checkpoint):
+            pass
+
+
 def all_finite(numbers: Tensor) -> bool:
     """True if no number is NaN or infinite. The least and the largest tell, many times faster than all."""
     return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
