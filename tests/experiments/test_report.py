@@ -250,6 +250,18 @@ def test_what_is_no_finished_comparison_is_one_error(command, place: Path, tmp_p
         Comparison.load(tmp_path / "done")
 
 
+def test_a_page_is_written_over_a_page_and_over_nothing_else(place: Path, tmp_path: Path, command: Callable) -> None:
+    measure([place / "model"], text=EvalText(place / "test", 32), out=tmp_path / "evaluated")
+    page = tmp_path / "page.md"
+    words = ["report", tmp_path / "evaluated", "--out", page]
+    assert [command(*words)[0] for _ in range(2)] == [0, 0]
+    page.write_text("my own notes")
+    status, _, said = command(*words)
+    assert status == 1
+    assert "is no page that `report` wrote" in said
+    assert page.read_text() == "my own notes"
+
+
 def test_evidence_names_both_sides() -> None:
     found = checked([cell("directshare", 0.1, 1.0, 1.1), cell("match-k", 0.1, 2.0, 2.1)])
     assert found == [Checked(found[0].claim, "0.1", Says.HOLDS, "directshare 2.858, match-k 7.768")]

@@ -331,3 +331,10 @@ def test_a_disk_that_fills_up_while_training_is_one_error_and_leaves_nothing_hal
 def test_the_optimisers_state_cannot_be_left_out(model: Folder, text: Folder, tmp_path: Folder) -> None:
     with pytest.raises(TrainingError, match="save_only_model cannot be given"):
         train(model, tmp_path / "out", settings(text, arguments={"save_only_model": True}))
+
+
+def test_a_teacher_is_not_overwritten_by_its_pupil(model: Folder, text: Folder, tmp_path: Folder) -> None:
+    teacher = shutil.copytree(model, tmp_path / "teacher")
+    asked = settings(text, loss={"distill": 0.5, "teacher": str(teacher)})
+    with nothing_changes(tmp_path), pytest.raises(OutputError, match="is inside the input"):
+        train(model, teacher, asked, overwrite=True)

@@ -73,6 +73,8 @@ def main() -> None:
         raise SystemExit(130) from None
     except OSError as error:
         _fail(f"error: {in_one_line(error)}")
+    except MemoryError:
+        _fail("error: there is not enough memory for this.")
     except KeyboardInterrupt:
         _fail("stopped", 130)
     # what was printed by others, such as the help, may be on its way still

@@ -140,9 +140,11 @@ def report_command(
     from headshare.evaluation.results import RESULTS
     from headshare.experiments.about import ABOUT
     from headshare.experiments.report.figures import draw
-    from headshare.experiments.report.page import report
+    from headshare.experiments.report.page import check_page, report
     from headshare.experiments.report.sources import Comparison, Evaluated, published
 
+    if out is not None:
+        check_page(out)
     has_results = {folder: (folder / RESULTS).is_file() for folder in folders}
     compared = {
         folder: Comparison.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]

@@ -17,6 +17,7 @@ def explain(error: OSError, path: Path) -> str:
     if error.errno in FULL:
         return f"there is no room left for {path!s:.300} ({_cause_of_full(error, path)}). Free some and run again."
     named = error.filename
+    # a hidden name is this output's, for a time
     if isinstance(named, str | bytes) and HIDDEN not in os.fsdecode(named) and os.fspath(path) != os.fsdecode(named):
         return f"{os.fsdecode(named):.300} cannot be used: {error.strerror or error}."
     return f"{path!s:.300} could not be written: {error.strerror or error}."

@@ -87,6 +87,8 @@ def train(
     check_vacant(target, overwrite=overwrite)
     with open_checkpoint(model, revision=revision) as source:
         check_output(target, source.path, overwrite=overwrite)
+        if settings.loss.teacher and Path(settings.loss.teacher).is_dir():
+            check_output(target, Path(settings.loss.teacher), overwrite=overwrite)
         run = _TrainingRun.checked(source, target, settings)
         processes = PartialState()  # the Trainer's arguments have said which there are
         first = processes.is_main_process

@@ -43,7 +43,7 @@ def solved() -> Iterator[None]:
     """
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's stubs lack it
         raise CalibrationError(
             "what the layers give on the calibration text is too large, or too uneven, to be fitted to. Use another "
             f"text, or look at the model's weights ({' '.join(str(error).split()):.120})."

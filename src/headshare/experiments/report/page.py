@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+from headshare.errors import OutputError
 from headshare.evaluation.harness import named
 from headshare.evaluation.results import table_of
 from headshare.experiments.about import About
@@ -12,6 +14,24 @@ from headshare.experiments.cells import Compared
 from headshare.experiments.report.claims import ACCURACY, Checked, checked
 from headshare.experiments.report.sources import Comparison, Evaluated, Published
 from headshare.experiments.report.tables import in_words
+from headshare.files.failures import explain
+
+# the first line of a page
+TITLE = "# Results"
+
+
+def check_page(out: Path) -> None:
+    """Refuse to write a page over a file that is none.
+
+    Raises:
+        OutputError: if there is one.
+    """
+    try:
+        found = out.read_bytes().split(b"\n", 1)[0] if out.exists() else TITLE.encode()
+    except OSError as error:
+        raise OutputError(explain(error, out)) from None
+    if found != TITLE.encode():
+        raise OutputError(f"{out} is no page that `report` wrote. Move it, or write elsewhere.")
 
 
 def report(
@@ -25,7 +45,7 @@ def report(
     `figures` holds for each comparison the titles and addresses of its figures. Results of `headshare eval`,
     `evaluated`, come last.
     """
-    lines = ["# Results", "", *_summary(measured)]
+    lines = [TITLE, "", *_summary(measured)]
     for one, shown in zip_longest(measured, figures, fillvalue=()):
         assert isinstance(one, Comparison)
         heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
