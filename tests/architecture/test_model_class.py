@@ -89,6 +89,7 @@ def test_a_head_that_is_missing_is_said_and_is_not_taken_for_an_encoder(
     with caplog.at_level(logging.WARNING, logger="headshare"), pytest.raises(EvaluationError) as refused:
         evaluate(checkpoint, "w5 w6 w7 " * 20, window=16)
     assert "LlamaModel is a model without a head (its checkpoint has no weights for one)" in str(refused.value)
+    assert "encoder" not in str(refused.value)
     (note,) = caplog.messages
     assert "has no weights for the head of LlamaForCausalLM" in note
 

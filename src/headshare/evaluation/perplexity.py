@@ -22,6 +22,7 @@ from headshare.text.windows import (
     check_window,
     finite_or_null,
     is_causal,
+    lacks_head,
     longest_window,
     not_causal,
     window_for,
@@ -136,10 +137,12 @@ def losses_and_divergences(
 
 def _check_causal(model: Any) -> None:
     if not is_causal(model):
-        raise EvaluationError(
-            f"{not_causal(model)}, so it has no perplexity. "
-            "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
+        advice = (
+            "Download it again, with its head."
+            if lacks_head(model)
+            else "For an encoder, compare it with its dense model: headshare eval SHARED --against MODEL --text FILE"
         )
+        raise EvaluationError(f"{not_causal(model)}, so it has no perplexity. {advice}")
 
 
 def _logits_of_all(model: Any, windows: Windows) -> Iterator[Float[Tensor, "predicted words"]]:

@@ -162,11 +162,16 @@ def is_causal(model: Any) -> bool:
 
 def not_causal(model: Any) -> str:
     """The reason why a model predicts no next token, as the beginning of a sentence."""
-    family = family_of(str(model.config.to_dict().get("model_type")))
     name = type(model).__name__
-    if family is not None and not family.encoder and name.endswith("Model"):
+    if lacks_head(model):
         return f"{name} is a model without a head (its checkpoint has no weights for one), and predicts no next token"
     return f"{name} does not predict the next token"
+
+
+def lacks_head(model: Any) -> bool:
+    """Whether a model is the bare one of a family that predicts the next token."""
+    family = family_of(str(model.config.to_dict().get("model_type")))
+    return family is not None and not family.encoder and type(model).__name__.endswith("Model")
 
 
 def longest_window(config: Mapping[str, Any]) -> int | None:
