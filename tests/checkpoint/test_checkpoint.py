@@ -29,10 +29,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-from headshare.checkpoint.header import DTYPES, MAX_HEADER_BYTES, read_header
+from headshare.checkpoint.header import MAX_HEADER_BYTES, read_header
 from headshare.errors import CheckpointError
 from headshare.plan.describe import describe
 from support import tiny
+from support.stored_types import STORED
 
 SHARDED: dict[str, object] = {"max_shard_size": "40KB"}
 INDEX = "model.safetensors.index.json"
@@ -164,7 +165,7 @@ def test_names_types_shapes_and_numbers_are_those_that_safetensors_reads(
 
 
 def test_every_type_scalars_and_empty_tensors_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
-    tensors = {code: torch.arange(6).reshape(3, 2).to(dtype) for code, dtype in DTYPES.items()}
+    tensors = {code: torch.arange(6).reshape(3, 2).to(dtype) for code, dtype in STORED.items()}
     tensors |= {"scalar": torch.tensor(3.5), "no rows": torch.zeros(0, 4), "no columns": torch.zeros(4, 0)}
     folder = folder_of(tmp_path / "types", b"")
     save_file(tensors, folder / "model.safetensors")
@@ -413,7 +414,7 @@ JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dict
 SMALL = st.integers(-2, 20) | st.sampled_from([2**31, 2**32, 2**63, 2**64])
 ENTRIES = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPES, "F31"]) | SCALARS,
+        "dtype": st.sampled_from([*STORED, "F31"]) | SCALARS,
         "shape": st.lists(SMALL, max_size=4) | JSON,
         "data_offsets": st.lists(SMALL, min_size=2, max_size=2) | JSON,
     }
@@ -435,9 +436,9 @@ def plausible(draw: st.DrawFn) -> bytes:
     header: dict[str, Any] = {}
     offset = 0
     for name in draw(st.lists(st.sampled_from("abcdef"), max_size=4, unique=True)):
-        dtype = draw(st.sampled_from(sorted(DTYPES)))
+        dtype = draw(st.sampled_from(sorted(STORED)))
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        size = torch.Size(shape).numel() * STORED[dtype].itemsize
         wrong = draw(st.sampled_from([0, 0, 0, 0, 0, 1, -1, 4, -4]))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size + wrong]}
         offset += size + draw(st.sampled_from([0, 0, 0, 0, 0, 0, 4, -4]))

@@ -11,7 +11,6 @@ from tokenizers.processors import TemplateProcessing
 import headshare as hs
 from headshare.evaluation.generation import Writing, continuations
 from headshare.evaluation.harness import Runner, Settings, _hushed, chosen_tasks
-from headshare.evaluation.translation import Parallel
 
 OPTIONS = [
     ("the cat went", " to the house"),
@@ -74,12 +73,6 @@ def test_likelihoods_of_endings_and_texts_are_those_that_the_harness_gives_with_
     assert found_rolling == pytest.approx(wanted_rolling, abs=1e-4)
 
 
-def test_tasks_and_translations_come_out_the_same(model: Path, ended: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "source.txt").write_text("the cat\nthe river\n")
-    (tmp_path / "reference.txt").write_text("a cat\na river\n")
+def test_tasks_come_out_the_same(model: Path, ended: Path, data: Path) -> None:
     (task,) = chosen_tasks(["boolq"], data)
-    translation = Parallel(tmp_path / "source.txt", tmp_path / "reference.txt", tokens=8)
-    plain = runner_of(model)
-    other = runner_of(ended)
-    for job in (task, translation):
-        assert job.run(other, "").metrics == job.run(plain, "").metrics
+    assert task.run(runner_of(ended), "").metrics == task.run(runner_of(model), "").metrics
