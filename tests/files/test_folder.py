@@ -122,7 +122,8 @@ def test_killed_before_any_step_where_folders_cannot_be_exchanged_nothing_half_i
         found = contents(out)
         assert found in (before, case.whole)
         seen.add(found == before)
-        if steps % 3 == 0:
+        # an old output that waits for the new one is never taken for that of what comes into its place
+        if steps % 3 == 0 or any("replaced" in name for name in left_behind(folder)):
             case.write(out, True)
             assert contents(out) == case.whole
             assert left_behind(folder) == []

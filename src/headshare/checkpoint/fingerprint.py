@@ -24,6 +24,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     The files of the tokenizer and of the generation settings count too.
     """
+    checkpoint.check_unchanged()
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]

@@ -222,7 +222,7 @@ def _replace(partial: Path, out: Path) -> None:
             old.rename(out)
             raise
         flush_folder(out.absolute().parent)
-        shutil.rmtree(old, ignore_errors=True)
+        old.rename(partial)  # from here on it is as after an exchange: to be removed, by whoever comes
 
 
 def _exchange(one: Path, other: Path) -> bool:
