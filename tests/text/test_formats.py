@@ -81,12 +81,13 @@ def test_every_command_reads_the_same_documents(name: str, llama: Path, tmp_path
 
 
 def test_a_table_is_what_pandas_reads(tmp_path: Path) -> None:
-    odd = ['w5, w6 "w7"', "w8\nw9", "", "  w10", "é漢"]
+    odd = ['w5, w6 "w7"', "w8\nw9", "", "  w10", "é漢", "w11 " * 50_000]
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, delimiter=delimiter).writerows([["n", "text"], *enumerate(odd)])
         stock = pandas.read_csv(tmp_path / name, sep=delimiter, keep_default_na=False)
         assert list(documents_of(rows_in(tmp_path / name), "text")) == list(stock["text"]) == odd
+    assert csv.field_size_limit() == 131_072
 
 
 def test_an_array_of_any_layout_is_what_json_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

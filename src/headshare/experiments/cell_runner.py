@@ -125,7 +125,7 @@ class CellRunner:
         seconds = time.monotonic() - begun
         with open_checkpoint(folder) as written:
             assert written.plan is not None
-            record = json.loads((folder / TRAINING_RECORD).read_text())
+            record = json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
             note = "" if record["best_step"] else UNTRAINED
             cell = replace(_with_plan(cell, written.plan), curve=tuple(_curve(record)), note=note)
             saved = estimate_plan(self.dense, written.plan).saved_bytes

@@ -133,6 +133,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[Where, dict[str, s
     """Rows of a table, whose first row names the fields."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        longest = csv.field_size_limit(ROW_BYTES)  # csv's own is shorter than some documents
         try:
             for number, row in enumerate(reader, start=1):
                 where = partial("row {} of {}".format, number, path)
@@ -146,6 +147,8 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[Where, dict[str, s
             raise CalibrationError(
                 f"{path} cannot be read as a table behind line {reader.line_num}: {error}."
             ) from None
+        finally:
+            csv.field_size_limit(longest)
 
 
 def _array_rows(path: Path) -> Iterator[tuple[Where, Any]]:
