@@ -102,7 +102,8 @@ def mutate_bytes(random: Random, data: bytes, words: Sequence[bytes] = ()) -> by
             data = data[:at] + _noise(random, min(size, 8)) + data[at + min(size, 8) :]
         elif kind == 3:
             data = data[:at] + data[at : at + size] * random.choice((2, 10, 1000)) + data[at + size :]
-        elif kind == 4 and data:
+        elif kind == 4:
+            data = data or b" "
             at = min(at, len(data) - 1)
             data = data[:at] + bytes([data[at] ^ 1 << random.randrange(7)]) + data[at + 1 :]
         elif kind == 5:

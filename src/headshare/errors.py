@@ -11,12 +11,21 @@
     ├── CalibrationError    no calibration tokens can be had from what was named, or a stopped run cannot go on
     └── TrainingError       a model cannot be trained as was asked, or training went wrong
 
-Every message says what is wrong, what was found, and what to do.
+Every message says what is wrong, what was found, and what to do. It is one line, and a terminal can show it.
 """
+
+from headshare.files.printable import one_line
 
 
 class HeadshareError(Exception):
-    """The base of all errors that headshare raises on purpose. Its text is meant for the person at the keyboard."""
+    """The base of all errors that headshare raises on purpose. Its text is meant for the person at the keyboard.
+
+    What strangers wrote (names of tensors, words of a library) can be in it: control characters become escapes, and
+    several lines become one.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class OptionError(HeadshareError):

@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from headshare.files import printable
+
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
 
@@ -45,7 +47,7 @@ def say(line: str) -> None:
 def tell(line: str) -> None:
     """Write one line on standard error. Where that is full or closed, no work fails for it."""
     with suppress(OSError, ValueError):
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{printable.shown(line)}\n")
 
 
 def _bar(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:

@@ -316,7 +316,7 @@ def test_a_config_that_is_no_json_object_is_refused(text: str, llama: Path) -> N
 def test_a_config_of_absurd_size_is_refused_unread(llama: Path) -> None:
     with (llama / "config.json").open("r+b") as file:
         file.truncate(2 * MAX_HEADER_BYTES)
-    refused(llama, match=r"config\.json is 200000000 bytes, too large")
+    refused(llama, match=r"config\.json is 200,000,000 bytes, too large")
 
 
 @pytest.mark.parametrize("entry", [7, "headshare", [], ["headshare"], {"quant_method": 7}])

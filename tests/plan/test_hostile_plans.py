@@ -152,7 +152,7 @@ def test_transformers_does_not_load_a_checkpoint_with_a_hostile_plan(name: str, 
 def test_a_plan_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "plan.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(PlanError, match="1000000000 bytes"):
+    with pytest.raises(PlanError, match="1,000,000,000 bytes"):
         hs.SharePlan.load(tmp_path / "plan.json")
 
 

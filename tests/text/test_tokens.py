@@ -527,7 +527,7 @@ def test_what_the_library_says_is_passed_on_in_one_line(library: Library, model:
 
     library.rows = broken
     said = refusal("hf:some/set", model)
-    assert "hf:some/set cannot be read: the hub is away. It is written hf:NAME[:CONFIG][:SPLIT]" in said
+    assert "hf:some/set cannot be read: the hub is away. second line. It is written hf:NAME[:CONFIG][:SPLIT]" in said
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf::en", "hf:a:b:c:d"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headshare.errors import ArchitectureError
+from headshare.files.untrusted import foreign
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,10 +20,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if model_type not in CONFIG_MAPPING:
         nested = plain.get("text_config")
         return {**plain, **nested} if isinstance(nested, dict) else plain
-    try:
+    with foreign(f"config.json is not a valid '{model_type}' configuration", ArchitectureError):
         config = CONFIG_MAPPING[model_type].from_dict(plain).get_text_config()
         names = {*config.to_dict(), *getattr(config, "attribute_map", {})}
-    except Exception as error:  # the library validates with its own, changing, exception types
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ArchitectureError(f"config.json is not a valid '{model_type}' configuration: {reason}") from None
-    return {name: getattr(config, name, None) for name in names} | {"model_type": model_type}
+        return {name: getattr(config, name, None) for name in names} | {"model_type": model_type}

@@ -7,7 +7,7 @@ from headshare.checkpoint.int4 import NESTED, Packing
 from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, PlanError
-from headshare.files.untrusted import is_shown
+from headshare.files.printable import is_shown
 from headshare.plan.plan import FORMAT, SharePlan, check_format
 
 METHOD = "headshare"

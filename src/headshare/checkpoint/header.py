@@ -1,7 +1,8 @@
 """Headers of safetensors files: names, types, shapes and places of tensors, all of it checked."""
 
-import json
+import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 import torch
 
 from headshare.errors import CheckpointError
+from headshare.files.printable import is_shown
+from headshare.files.untrusted import foreign, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 16
+# the largest mixtures of experts, packed in 4 bits, have some 200,000; an entry has 8 to 10 values
+MAX_TENSORS = 300_000
+VALUES_OF_TENSOR = 10
+# product of the dimensions of an empty tensor that are not 0: no file bounds it, and rows are counted in loops
+MAX_EMPTY = 2**31
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -68,14 +76,15 @@ def read_header(path: Path) -> list[TensorInfo]:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes). Download it again.")
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
+    with foreign(f"{path} has a damaged header", CheckpointError, "Download it again."):
+        header = parse_json(raw, f"the header of {path}", CheckpointError, VALUES_OF_TENSOR * MAX_TENSORS)
         _check_metadata(header.get("__metadata__"))
         infos = [
-            _tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+            tensor_info(path.name, name, entry, 8 + length, str(path))
+            for name, entry in header.items()
+            if name != "__metadata__"
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}). Download it again.") from None
+    check_count(len(infos), path)
     # tensors fill the file without holes or overlaps, so that no byte is read as part of two
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = 8 + length
@@ -108,25 +117,39 @@ def check_type(dtype: Any, name: str, where: str) -> None:
         )
 
 
+def check_count(tensors: int, where: object) -> None:
+    """Raise CheckpointError if there are more tensors than any model has; each costs time and memory, even if empty."""
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"{where} has {tensors:,} tensors; at most {MAX_TENSORS:,} are read.")
+
+
 def _check_metadata(metadata: Any) -> None:
     pairs = {} if metadata is None else dict(metadata)
     if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
         raise ValueError("its metadata is not a map of strings")
 
 
-def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
+def tensor_info(file: str, name: str, entry: Mapping[str, Any], base: int, where: str) -> TensorInfo:
+    """The checked entry of one tensor in the header of `file`, whose numbers begin at byte `base`.
+
+    `where` is the file or the model, as errors name it.
+
+    Raises:
+        ValueError: or another exception, if it makes no sense.
+    """
     dtype = entry["dtype"]
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
-    name.encode()  # fails for a lone surrogate, which cannot be written again
-    check_type(dtype, name, str(path))
+    if not is_shown(name):  # half a character, besides, could not be written again
+        raise ValueError(f"{name!a:.100} is too long for a name, or a terminal would act on it")
+    check_type(dtype, name, where)
     if len(shape) > MAX_RANK:
         raise ValueError(f"{name} has {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop)):
         raise ValueError(f"{name} has shape {shape} at {start}:{stop}")
-    count = 1
-    for number in shape:
-        count *= number
+    count = math.prod(shape)
+    if not count and math.prod(number or 1 for number in shape) > MAX_EMPTY:
+        raise ValueError(f"{name} has no numbers in shape {shape}; its other dimensions are too large")
     if stop - start != count * DTYPES[dtype].itemsize:
         raise ValueError(f"{name} has {stop - start} bytes for shape {shape} of {dtype}")
-    return TensorInfo(name=name, dtype=dtype, shape=shape, file=path.name, offset=base + start, nbytes=stop - start)
+    return TensorInfo(name=name, dtype=dtype, shape=shape, file=file, offset=base + start, nbytes=stop - start)

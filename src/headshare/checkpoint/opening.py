@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
-from headshare.checkpoint.header import TensorInfo, check_type, read_header
+from headshare.checkpoint.header import TensorInfo, check_count, read_header, tensor_info
+from headshare.checkpoint.justified import check_config
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
-from headshare.files.untrusted import read_json
+from headshare.files.untrusted import foreign, is_file, read_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -82,6 +83,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
                 f"{checkpoint.name} names a tensor {name:.200}, as {wrapper} does, and transformers would not find it. "
                 f"{advice}"
             )
+    check_config(checkpoint.name, checkpoint.config, checkpoint.dense_shapes)
     return checkpoint
 
 
@@ -96,6 +98,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             if info.name in tensors:
                 raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
             tensors[info.name] = info
+        check_count(len(tensors), folder)
     _check_index(folder, tensors)
     checkpoint = Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder, stamps=stamps)
     checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
@@ -111,7 +114,7 @@ def _weight_files(folder: Path) -> list[str]:
         files = sorted(set(weight_map.values()))
         if any(Path(file).name != file for file in files):
             raise CheckpointError(f"{index} names files outside its folder.")
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [file for file in files if not is_file(folder / file)]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. "
@@ -147,9 +150,10 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
     """Fetch a model, or only its configuration and headers, with huggingface_hub's own cache and credentials."""
     import huggingface_hub as hub
 
-    unreached = ""
-    try:
+    what = f"{model} is neither a folder here nor a model that can be fetched"
+    with foreign(what):
         unreached = "" if weights else _unreached(hub, model, revision)
+    with foreign(f"{what}: {unreached}".rstrip(": ")):
         if weights or unreached:
             ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
             folder = Path(
@@ -160,16 +164,12 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
             return dataclasses.replace(_open_folder(folder), name=model)
         config = hub.hf_hub_download(model, "config.json", revision=revision)
         metadata = hub.get_safetensors_metadata(model, revision=revision)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the hub's client, and the one beneath it, raise what they like
-        reason = unreached or str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{model} is neither a folder here nor a model that can be fetched: {reason}") from None
-    infos = [
-        _hub_tensor(model, name, file, info)
-        for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
-    ]
+        infos = [
+            _hub_tensor(model, name, file, info)
+            for file, header in metadata.files_metadata.items()
+            for name, info in header.tensors.items()
+        ]
+    check_count(len(infos), model)
     return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
 
 
@@ -189,5 +189,5 @@ def _unreached(hub: Any, model: str, revision: str | None) -> str:
 
 def _hub_tensor(model: str, name: str, file: str, info: Any) -> TensorInfo:
     start, stop = info.data_offsets
-    check_type(info.dtype, name, model)
-    return TensorInfo(name, info.dtype, tuple(info.shape), file, start, stop - start)
+    entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [start, stop]}
+    return tensor_info(file, name, entry, 0, model)

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from headshare.files.untrusted import CONTROL, MAX_TEXT, Text, checked_record
+from headshare.files.printable import CONTROL, MAX_TEXT
+from headshare.files.untrusted import Text, checked_record
 
 MAX_TENSORS = 100_000
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

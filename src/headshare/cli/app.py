@@ -19,6 +19,8 @@ from headshare.cli.streams import prepare, unprinted
 from headshare.cli.train import train
 from headshare.errors import HeadshareError
 from headshare.files.failures import in_one_line
+from headshare.files.printable import one_line
+from headshare.files.untrusted import wants_memory
 from headshare.progress import shown, tell
 
 app = typer.Typer(
@@ -66,15 +68,18 @@ def main() -> None:
     except HeadshareError as error:
         _fail(f"error: {error}")
     except typer.TyperException as error:
-        _fail(f"error: {message}" if (message := error.format_message()) else "")  # else the help has said it all
+        message = one_line(error.format_message())
+        _fail(f"error: {message}" if message else "")  # else the help has said it all
     except typer.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # of a file, for no command asks questions
             _fail(f"error: a file that was read ends too early ({stop.__cause__}). Restore it, or write it again.")
         raise SystemExit(130) from None
     except OSError as error:
         _fail(f"error: {in_one_line(error)}")
-    except MemoryError:
-        _fail("error: there is not enough memory for this.")
+    except (MemoryError, RuntimeError) as error:
+        if not wants_memory(error):
+            raise
+        _fail("error: there is not enough memory for this. Close other programs, or take a smaller model.")
     except KeyboardInterrupt:
         _fail("stopped", 130)
     # what was printed by others, such as the help, may be on its way still

@@ -27,7 +27,7 @@ from headshare.cli.options import (
 from headshare.cli.share_options import CalibrationOptions
 from headshare.errors import EvaluationError, TrainingError
 from headshare.files.atomic import write_whole
-from headshare.files.untrusted import read_yaml
+from headshare.files.untrusted import is_file, read_yaml
 
 # parameters whose words are joined by commas
 LISTS = ("methods", "ratios", "tasks")
@@ -145,9 +145,9 @@ def report_command(
 
     if out is not None:
         check_page(out)
-    has_results = {folder: (folder / RESULTS).is_file() for folder in folders}
+    has_results = {folder: is_file(folder / RESULTS) for folder in folders}
     compared = {
-        folder: Comparison.load(folder) for folder in folders if (folder / ABOUT).is_file() or not has_results[folder]
+        folder: Comparison.load(folder) for folder in folders if is_file(folder / ABOUT) or not has_results[folder]
     }
     loaded = {folder: Evaluated.load(folder) for folder in folders if has_results[folder]}
     # an evaluation beside a comparison is shown only if it has more than that

@@ -11,6 +11,7 @@ import typer
 
 from headshare.cli.streams import unprinted
 from headshare.errors import OptionError
+from headshare.files.printable import shown
 from headshare.progress import tell
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ def listed(text: str) -> list[str]:
 def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Path | None = None) -> None:
     """Print the result of a command on standard output: words for people, or one JSON object.
 
-    `written` is the output that the command wrote. Where printing fails, the output is there all the same, and the
-    command has done what it was to do. Without one, the command fails.
+    What strangers wrote (names, texts of a model) is shown without what a terminal would act on. `written` is the
+    output that the command wrote. Where printing fails, the output is there all the same, and the command has done what
+    it was to do. Without one, the command fails.
     """
-    text = json.dumps(data, default=str) if as_json else words.rstrip()
+    text = json.dumps(data, default=str) if as_json else shown(words.rstrip())
     error = unprinted(f"{text}\n")
     if error is None:
         return

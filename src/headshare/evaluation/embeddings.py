@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from headshare.architecture.config import text_config
 from headshare.errors import EvaluationError
+from headshare.integrations.transformers.loading import running
 from headshare.progress import track
 from headshare.text.windows import Windows
 
@@ -72,5 +73,6 @@ def _retrieved(first: Float[Tensor, "windows hidden"], second: Float[Tensor, "wi
 
 def hidden_states(model: Any, tokens: Int[Tensor, "batch tokens"]) -> Tensor:
     """Last hidden states, whatever head the model carries. Shape: batch x tokens x hidden."""
-    out = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True)
+    with running():
+        out = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True)
     return out.hidden_states[-1]  # type: ignore[no-any-return]

@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from headshare.errors import EvaluationError
 from headshare.evaluation.harness import Runner
-from headshare.integrations.transformers.loading import quiet
+from headshare.files.untrusted import foreign
+from headshare.integrations.transformers.loading import quiet, running
 from headshare.progress import track
 
 
@@ -57,7 +58,7 @@ def continuations(runner: Runner, prompts: Sequence[str], writing: Writing) -> l
 
 
 def _encoded(runner: Runner, prompt: str, writing: Writing) -> list[int]:
-    with quiet():
+    with foreign("the model's tokenizer cannot read a prompt", EvaluationError, "Its files are damaged."), quiet():
         tokens: list[int] = runner.tokenizer(prompt)["input_ids"]
     if not tokens:
         raise EvaluationError(f"the prompt {prompt!r:.60} has no tokens; there is nothing to go on from.")
@@ -84,7 +85,7 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
     stop = {"stop_strings": [writing.stop], "tokenizer": runner.tokenizer} if writing.stop else {}
     # the generators of the processor and of this device are put back afterwards, so that nobody else's draws change
     cards = [] if device.type == "cpu" else [device]
-    with _without_habits(runner.model) as own, quiet(), torch.random.fork_rng(devices=cards):
+    with running(), _without_habits(runner.model) as own, quiet(), torch.random.fork_rng(devices=cards):
         torch.manual_seed(writing.seed)
         config = GenerationConfig(
             max_new_tokens=writing.tokens,

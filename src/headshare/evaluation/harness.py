@@ -27,6 +27,7 @@ from headshare.evaluation.harness_tasks import (
 )
 from headshare.evaluation.results import TaskResult, key_of_result, versions
 from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
+from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.progress import say
 from headshare.text.windows import is_causal, longest_window, not_causal
@@ -273,13 +274,8 @@ class Runner:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn any exception of the harness into one error, as it lets through those of the libraries below it."""
-    try:
+    with foreign(f"lm-eval cannot run {name}", EvaluationError):
         yield
-    except EvaluationError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvaluationError(f"lm-eval cannot run {name}: {reason:.300}") from error
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from headshare.errors import EvaluationError
 from headshare.integrations.transformers.caches import cache_argument
+from headshare.integrations.transformers.loading import running
 from headshare.progress import track
 
 # rotary embeddings whose angles depend on the length of the whole text, so that a context cannot be read by itself
@@ -161,7 +162,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
     def _in_one(self, rows: Sequence[_Row]) -> list[tuple[_Row, Float[Tensor, "predicted words"]]]:
         """Logits of endings from one pass over contexts and endings, padded on the left so that endings stand last."""
         inputs = self._padded([row.tokens for row in rows])
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=max(row.predicted for row in rows)).logits
+        with running():
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=max(row.predicted for row in rows)).logits
         return [(row, words[-row.predicted :]) for row, words in zip(rows, logits, strict=True)]
 
     @torch.inference_mode()
@@ -177,7 +179,8 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
         cache = DynamicCache(config=self.model.config)
         inputs = self._padded([group[0].context[:-1] for group in groups])
         keys_and_values: dict[str, Any] = {str(self._cache_argument): cache, "use_cache": True}
-        self.model(**inputs, **keys_and_values, logits_to_keep=1)
+        with running():
+            self.model(**inputs, **keys_and_values, logits_to_keep=1)
         of_row = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         cache.batch_select_indices(of_row)
         # second pass: the last token of the context predicts the ending's first
@@ -193,12 +196,13 @@ class ContextsOnce(HFLM):  # type: ignore[misc]
             mask = torch.cat(
                 [inputs["attention_mask"][of_row.to(self.device)], torch.ones_like(ends, device=self.device)], dim=1
             )
-        logits = self.model(
-            input_ids=ends.to(self.device),
-            attention_mask=mask,
-            position_ids=positions.to(self.device),
-            **keys_and_values,
-        ).logits
+        with running():
+            logits = self.model(
+                input_ids=ends.to(self.device),
+                attention_mask=mask,
+                position_ids=positions.to(self.device),
+                **keys_and_values,
+            ).logits
         return [(row, words[: row.predicted]) for row, words in zip(rows, logits, strict=True)]
 
     def _padded(self, rows: Sequence[Tokens]) -> dict[str, Int[Tensor, "rows tokens"]]:

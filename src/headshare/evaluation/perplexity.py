@@ -13,7 +13,7 @@ from torch.nn import functional
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement, agreement
-from headshare.integrations.transformers.loading import load_model, load_tokenizer
+from headshare.integrations.transformers.loading import load_model, load_tokenizer, running
 from headshare.progress import track
 from headshare.text.windows import (
     Windows,
@@ -154,7 +154,8 @@ def _logits_of_all(model: Any, windows: Windows) -> Iterator[Float[Tensor, "pred
 
 def _logits(model: Any, windows: Int[Tensor, "batch window"]) -> Float[Tensor, "batch predicted words"]:
     tokens = windows.to(next(model.parameters()).device)
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    with running():
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     check_finite(logits)
     return logits
 

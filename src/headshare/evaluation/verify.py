@@ -21,8 +21,8 @@ from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.files.failures import in_one_line
 from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.scratch import scratch_folder
-from headshare.files.untrusted import read_json
-from headshare.integrations.transformers.loading import load_model
+from headshare.files.untrusted import is_file, read_json
+from headshare.integrations.transformers.loading import load_model, running
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan, added_tensors, bias_name
 from headshare.plan.units import READOUTS
@@ -105,7 +105,7 @@ def verify(
 
 def _check_files(shared: Checkpoint, result: Verification) -> None:
     manifest = shared.path / MANIFEST
-    if not manifest.is_file():
+    if not is_file(manifest):
         result.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
         return
     files = read_json(manifest).get("files")
@@ -116,7 +116,7 @@ def _check_files(shared: Checkpoint, result: Verification) -> None:
         result.fail(f"{MANIFEST} has no digest of {name}")
     for name, entry in track(files.items(), "digests", len(files)):
         path = shared.path / Path(name).name
-        if not path.is_file():
+        if not is_file(path):
             result.fail(f"{name} is missing")
         elif not isinstance(entry, dict) or file_digest(path) != entry.get("sha256"):
             result.fail(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
@@ -292,6 +292,7 @@ def _probe(checkpoint: Checkpoint) -> Tensor:
 @torch.inference_mode()
 def _outputs(checkpoint: Checkpoint, probe: Tensor, dtype: torch.dtype) -> Tensor:
     model: Any = load_model(checkpoint, storage=TRAINABLE, dtype="auto" if not dtype.is_floating_point else dtype)
-    out = model(input_ids=probe[:, : longest_window(checkpoint.config) or PROBE_TOKENS])
+    with running():
+        out = model(input_ids=probe[:, : longest_window(checkpoint.config) or PROBE_TOKENS])
     value: Tensor = out.logits if getattr(out, "logits", None) is not None else out[0]
     return value.float()

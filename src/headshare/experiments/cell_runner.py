@@ -24,8 +24,8 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, C
 from headshare.experiments.cells import DENSE, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
 from headshare.files.folder import file_digest
+from headshare.files.printable import MAX_TEXT
 from headshare.files.state_files import Workspace
-from headshare.files.untrusted import MAX_TEXT
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan

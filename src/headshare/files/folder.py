@@ -15,6 +15,7 @@ from headshare.errors import OutputError
 from headshare.files.atomic import flush_folder
 from headshare.files.failures import explain
 from headshare.files.lock import inode_of, locked
+from headshare.files.printable import CONTROL
 from headshare.files.resume import discard_committed, run_folder
 from headshare.files.scratch import remove_dead, scratch_folder
 
@@ -241,8 +242,11 @@ def flush_file(path: Path) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON as Hugging Face does, and flush it to disk."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if CONTROL.search(text.replace("\n", "")):  # half a character, which UTF-8 cannot hold, is an escape in JSON
+        text = json.dumps(data, indent=2)
     with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from headshare.errors import HeadshareError
 from headshare.files.atomic import write_whole
 from headshare.files.lock import locked
 from headshare.files.scratch import remove_dead
+from headshare.files.untrusted import foreign, is_file, parse_json, read_bytes
+
+MAX_BYTES = 256 * 2**20
 
 
 class Keyed:
@@ -114,11 +117,11 @@ def read_rows(file: Path, kind: type[Row], content: str, *, refused: type[Headsh
     Raises:
         HeadshareError: of the kind `refused`, if it is not there, or holds something else.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise refused(f"there is no {file}, which would hold {content}.")
-    try:
-        rows: list[Row] = TypeAdapter(list[kind]).validate_json(file.read_bytes())  # type: ignore[valid-type]
-    except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise refused(f"{file} holds no {content} ({reason}). Move it, or write elsewhere.") from None
+    # values are counted first; then pydantic reads, for which JSON has lists where rows have tuples
+    data = read_bytes(file, MAX_BYTES, refused)
+    parse_json(data, f"{file} holds no {content}: it", refused)
+    with foreign(f"{file} holds no {content}", refused, "Move it, or write elsewhere."):
+        rows: list[Row] = TypeAdapter(list[kind]).validate_json(data)  # type: ignore[valid-type]
     return rows

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from headshare.errors import HeadshareError, PlanError
+from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
+from headshare.files.untrusted import foreign, is_file, parse_json
 from headshare.plan.layout import Layout
 from headshare.plan.section import MAX_NAME
 from headshare.plan.units import Part
@@ -75,19 +76,15 @@ class Scores:
         Raises:
             PlanError: if the file is missing or is not a scores file.
         """
-        if not Path(path).is_file():
+        if not is_file(Path(path)):
             raise PlanError(f"there is no scores file at {path}. Make one with: headshare score MODEL -o {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["headshare"])
-                tables = tuple(
-                    _read_table(entry, file.get_tensor(str(index))) for index, entry in enumerate(header["tables"])
-                )
+        what = f"{path} is not a scores file of headshare"
+        with foreign(what, PlanError), safe_open(path, framework="pt") as file:
+            header = parse_json((file.metadata() or {})["headshare"], f"{what}: its description", PlanError)
+            tables = tuple(
+                _read_table(entry, file.get_tensor(str(index))) for index, entry in enumerate(header["tables"])
+            )
             return cls(model_type=str(header["model_type"]), tables=tables)
-        except HeadshareError:
-            raise
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-            raise PlanError(f"{path} is not a scores file of headshare: {error}") from None
 
 
 def _read_table(entry: dict[str, object], scores: Tensor) -> ScoreTable:

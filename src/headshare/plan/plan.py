@@ -23,6 +23,7 @@ from pydantic import (
 
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
+from headshare.files.untrusted import foreign, is_file, parse_json, read_bytes
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.removal import Removal
@@ -189,11 +190,7 @@ class SharePlan(BaseModel):
         """
         if len(text) > MAX_JSON_BYTES:
             raise PlanError(f"the plan is {len(text)} bytes of JSON; at most {MAX_JSON_BYTES} are read.")
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"the plan is not JSON: {error}.") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the plan", PlanError))
 
     @classmethod
     def from_dict(cls, data: Any) -> "SharePlan":
@@ -201,12 +198,13 @@ class SharePlan(BaseModel):
         if not isinstance(data, dict):
             raise PlanError(f"the plan should be a JSON object, found {type(data).__name__}.")
         check_format("the plan", data.get("format"))
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(step) for step in first["loc"])
-            raise PlanError(f"the plan is not valid at {where}: {first['msg']}.") from None
+        with foreign("the plan is not valid", PlanError):
+            try:
+                return cls.model_validate(data)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(str(step) for step in first["loc"])
+                raise PlanError(f"the plan is not valid at {where:.200}: {first['msg']:.300}.") from None
 
     def save(self, path: str | Path) -> None:
         """Write the plan as indented JSON, one tie a line.
@@ -224,13 +222,11 @@ class SharePlan(BaseModel):
             PlanError: if the file is missing or is not a valid plan.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise PlanError(
                 f"there is no plan file at {path}. Make one with: headshare plan --from-scores scores.safetensors"
             )
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise PlanError(f"{path} is {path.stat().st_size} bytes; a plan has at most {MAX_JSON_BYTES}.")
-        return cls.from_json(path.read_bytes())
+        return cls.from_json(read_bytes(path, MAX_JSON_BYTES, PlanError))
 
 
 def check_format(what: str, found: Any) -> None:

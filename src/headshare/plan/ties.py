@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_serializer, field_validator, model_validator
 
 from headshare.errors import PlanError
-from headshare.plan.layout import MAX_UNITS, Layout
+from headshare.plan.layout import Layout
 from headshare.plan.section import (
     KEPT,
     LENDS,
@@ -20,6 +20,9 @@ from headshare.plan.section import (
     section_kind,
 )
 from headshare.plan.units import HeadUnit, Part, Tie
+
+# each costs microseconds wherever a plan is read; the largest models have some 16,000 units in groups of neurons
+MAX_TIES = 200_000
 
 
 @section_kind
@@ -46,9 +49,9 @@ class Selection(Section):
         if not isinstance(value, list | tuple):
             raise PlanError(f"ties must be a list of [layer, group, donor layer, donor group], found {type(value)}.")
         layout = info.data.get("layout")
-        most = layout.units if isinstance(layout, Layout) else MAX_UNITS
+        most = min(layout.units, MAX_TIES) if isinstance(layout, Layout) else MAX_TIES
         if len(value) > most:
-            raise PlanError(f"the plan lists {len(value)} ties for {most} units.")
+            raise PlanError(f"the plan lists {len(value)} ties; for this grid there can be {most}.")
         return tuple(_read_tie(item) for item in value)
 
     @field_serializer("ties")

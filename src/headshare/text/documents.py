@@ -2,13 +2,13 @@
 
 import codecs
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from headshare.errors import CalibrationError
+from headshare.files.untrusted import foreign, parse_json
 
 DATA_SET = "hf:"
 SELF = "self"
@@ -54,13 +54,16 @@ def json_rows(path: Path, start: int, stop: int, end: int) -> Iterator[tuple[Whe
                 return  # the file has become shorter
             if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise CalibrationError(f"{where()} is not JSON: {error}. Correct or remove the line.") from None
-            yield where, row
+            yield where, _row(line, where)
             # Once a row was found, only those of the stretch itself follow.
             end = stop
+
+
+def _row(line: bytes, where: Where) -> Any:
+    try:
+        return parse_json(line.removeprefix(codecs.BOM_UTF8), "a line", CalibrationError)
+    except CalibrationError as error:  # only now are lines counted
+        raise CalibrationError(f"{where()}: {error} Correct or remove the line.") from None
 
 
 def _line(file: BinaryIO, where: Where) -> bytes:
@@ -91,15 +94,11 @@ def data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
         raise CalibrationError(
             f"{source} is read with the datasets library, which is not installed. Run: pip install 'headshare[data]'"
         ) from None
-    try:
+    form = "It is written hf:NAME[:CONFIG][:SPLIT], a split alone hf:NAME::SPLIT."
+    with foreign(f"{source} cannot be read", CalibrationError, form):
         rows = load_dataset(name, config or None, split=split or "train", streaming=True, trust_remote_code=False)
         for number, row in enumerate(rows):
             yield partial("row {} of {}".format, number, source), row
-    except Exception as error:  # the library raises whatever the ones that it reads with raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CalibrationError(
-            f"{source} cannot be read: {reason}. It is written hf:NAME[:CONFIG][:SPLIT], a split alone hf:NAME::SPLIT."
-        ) from error
 
 
 def documents_of(rows: Iterable[tuple[Where, Any]], field: str | None) -> Iterator[str]:

@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
-from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
+from headshare.files.untrusted import is_file
+from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet, running
 from headshare.progress import track
 from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
@@ -203,7 +204,7 @@ def _runs(
         return
     path = Path(source)
     try:
-        if not path.is_file():
+        if not is_file(path):
             hint = "" if path.suffix or path.exists() else f" For a data set of that name: {DATA_SET}{source}"
             raise CalibrationError(f"there is no file {str(source)!r:.300}. Calibration takes {SOURCES}.{hint}")
         stretches = _stretches(path.stat().st_size, length, count, seed)
@@ -292,7 +293,9 @@ def _written(
             f"{checkpoint.name} writes no text to calibrate it on: {not_causal(model)}. "
             "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
         )
-    check_finite(model(input_ids=starts[:1].to(model.device), use_cache=False).logits)
+    with running():
+        logits = model(input_ids=starts[:1].to(model.device), use_cache=False).logits
+    check_finite(logits)
 
     # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
     model.generation_config = GenerationConfig()
@@ -301,7 +304,7 @@ def _written(
     # Batches share one seed, so their order is part of the result.
     batches = torch.split(starts.to(model.device), BATCH)
     cards = [model.device] if model.device.type == "cuda" else []
-    with quiet(), torch.random.fork_rng(devices=cards):
+    with running(), quiet(), torch.random.fork_rng(devices=cards):
         torch.manual_seed(seed)
         written = [
             model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=drawn).cpu()

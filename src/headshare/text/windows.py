@@ -15,6 +15,7 @@ from headshare.architecture.config import text_config
 from headshare.architecture.families import family_of
 from headshare.architecture.model_class import predicts_next
 from headshare.errors import CalibrationError, EvaluationError
+from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.loading import quiet
 from headshare.text.formats import documents_in
 
@@ -83,7 +84,7 @@ def windows_of(
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text, without special tokens."""
-    with quiet():
+    with foreign("the model's tokenizer cannot read a text", EvaluationError, "Its files are damaged."), quiet():
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

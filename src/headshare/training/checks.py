@@ -16,6 +16,7 @@ from headshare.checkpoint.fingerprint import check_origin
 from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.errors import PlanError, TrainingError
 from headshare.files.failures import in_one_line
+from headshare.files.untrusted import wants_memory
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
@@ -134,7 +135,7 @@ def explained_set_up() -> Iterator[None]:
     try:
         yield
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        if _is_full(error):
+        if wants_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(f"the Trainer cannot begin with these arguments: {reason:.300}") from error
@@ -162,7 +163,7 @@ def enough_room(work: Path) -> Iterator[None]:
                 f"the state of training could not be written in {work}: {cause}. Free some room and run again: it goes "
                 "on from the last whole checkpoint there, if there is one."
             ) from error
-        if not _is_full(error):
+        if not wants_memory(error):
             raise
         raise TrainingError(
             "there is not enough memory for this step. Lower per_device_train_batch_size (and raise "
@@ -180,8 +181,3 @@ def _why_unwritten(error: BaseException) -> str | None:
         return reason if "os error" in reason.lower() or "i/o error" in reason.lower() else None
     # torch's writer of zip files says where in its source it failed, and nothing of the disk
     return "the disk is full or fails" if "PytorchStreamWriter" in reason or "inline_container" in reason else None
-
-
-def _is_full(error: BaseException) -> bool:
-    words = ("not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

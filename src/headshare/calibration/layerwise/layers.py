@@ -19,8 +19,8 @@ from headshare.architecture.families import FAMILIES
 from headshare.calibration.layerwise.observed import Batch, ReachedError, Seen, Stream, watching
 from headshare.calibration.layerwise.shell import Shell, on_device
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import ArchitectureError, CheckpointError
-from headshare.integrations.transformers.loading import quiet
+from headshare.errors import ArchitectureError, CheckpointError, EvaluationError
+from headshare.integrations.transformers.loading import quiet, running
 from headshare.plan.layout import Place
 from headshare.plan.units import Part
 from headshare.precision import full_float32
@@ -156,9 +156,9 @@ class Layers:
         """
         with self._recorded() as (entered, calls), full_float32():  # what layers are called with serves all their runs
             try:
-                with suppress(ReachedError), quiet():
+                with suppress(ReachedError), quiet(), running():
                     self.shell.model(input_ids=tokens.to(self.device))
-            except (NotImplementedError, RuntimeError) as error:
+            except EvaluationError as error:
                 if not self.shell.lacking():
                     raise
                 raise self.shell.lacks() from error
@@ -208,7 +208,8 @@ class Layers:
         if shape not in self._calls:
             self._enter(torch.ones(shape, dtype=torch.long))  # calls do not depend on what the tokens are
         call = self._calls[shape][layer]
-        out = module(hidden.to(self.device), *call.args, **call.kwargs)
+        with running():
+            out = module(hidden.to(self.device), *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]  # a module gives what it likes
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ Stream = Float[Tensor, "windows window hidden"]
 Batch = Float[Tensor, "batch window hidden"]
 
 
-class ReachedError(Exception):
+class ReachedError(BaseException):
     """An exception that leaves a model or a layer early, once the inputs that were wanted are known."""
 
 

@@ -17,7 +17,9 @@ from headshare.calibration.layerwise.observed import Batch
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.remote_code import check_model_code
 from headshare.errors import CheckpointError
+from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.loading import load_model, quiet
+from headshare.integrations.transformers.sized import check_size
 from headshare.plan.layout import Layout
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
@@ -106,7 +108,8 @@ class Shell:
             stored = next((known for known in map(self.stored_name, [*names, name]) if known in self.weights), None)
             if stored is not None:
                 state[name] = on_device(self.device, self.weights.read(stored))
-        self.model.load_state_dict(state, assign=True, strict=False)
+        with foreign(f"{self.checkpoint.name} does not hold the model that its config.json describes"):
+            self.model.load_state_dict(state, assign=True, strict=False)
         with quiet():  # a head that is the embedding has no tensor of its own
             self.model.tie_weights(missing_keys=set(self.lacking()), recompute_mapping=False)
 
@@ -182,12 +185,14 @@ def empty_shell(checkpoint: Checkpoint, head: bool) -> Any:
         CheckpointError: if the model needs code of its own.
     """
     check_model_code(checkpoint)
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    with quiet(), init_empty_weights(include_buffers=False):
-        built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        _without_cache(built)
-        kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-        return kind.from_config(built, trust_remote_code=False).eval()
+    with foreign(f"transformers cannot build {checkpoint.name}"), quiet():
+        check_size(checkpoint, kind)
+        with init_empty_weights(include_buffers=False):
+            built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+            _without_cache(built)
+            return kind.from_config(built, trust_remote_code=False).eval()
 
 
 def _without_cache(config: Any) -> None:

@@ -13,7 +13,8 @@ from headshare.evaluation.results import TaskResult as Row
 from headshare.experiments.about import ABOUT, About
 from headshare.experiments.cells import CELLS, Compared, read_cells
 from headshare.experiments.report.claims import checked
-from headshare.files.untrusted import is_shown, read_yaml
+from headshare.files.printable import is_shown
+from headshare.files.untrusted import read_yaml
 
 _ABOUT: TypeAdapter[About] = TypeAdapter(About)
 MAX_TABLES = 100

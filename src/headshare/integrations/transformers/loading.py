@@ -19,7 +19,9 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
-from headshare.errors import CheckpointError
+from headshare.errors import CheckpointError, EvaluationError
+from headshare.files.untrusted import foreign
+from headshare.integrations.transformers.sized import built, check_size
 from headshare.integrations.transformers.tokenizer import check_vocabulary, leave_unended, unloadable
 
 LOGGER = logging.getLogger("headshare")
@@ -57,6 +59,7 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     named = _class_of(checkpoint)
     for model_class in dict.fromkeys((named, transformers.AutoModel)):
         with quiet():
+            check_size(checkpoint, model_class)
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         checkpoint.check_unchanged()  # transformers opened the files by their names
         if not report["missing_keys"]:
@@ -82,20 +85,14 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         CheckpointError: if transformers has no such class, or the model needs code of its own.
     """
     check_model_code(checkpoint)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    model_class = _class_of(checkpoint)
-    with quiet(), torch.device("meta"):
-        built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        return (
-            model_class._from_config(built)
-            if issubclass(model_class, transformers.PreTrainedModel)
-            else model_class.from_config(built, trust_remote_code=False)
-        )
+    with foreign(f"transformers cannot build {checkpoint.name}"), quiet(), torch.device("meta"):
+        return built(checkpoint, _class_of(checkpoint))
 
 
 def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
     """The model's configuration, with a request for this storage."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    with foreign(f"transformers cannot read config.json of {checkpoint.name}"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     config.quantization_config = {**config.quantization_config, "storage": storage}
     return config
 
@@ -109,10 +106,8 @@ def _class_of(checkpoint: Checkpoint) -> Any:
 def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # tensors of other shapes are taken from the report below: transformers' own error names none, but a log
     given = {**LOCAL_ONLY, "ignore_mismatched_sizes": True, **options}
-    try:
+    with foreign(f"transformers cannot load {path}"):
         model, report = model_class.from_pretrained(path, output_loading_info=True, **given)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise CheckpointError(
@@ -147,15 +142,28 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     check_model_code(checkpoint)
     check_tokenizer_code(checkpoint)
     try:
-        with quiet():
+        with foreign("transformers cannot load a tokenizer", EvaluationError), quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise unloadable(error, checkpoint.path, checkpoint.name) from None
+    except EvaluationError as error:
+        raise unloadable(error.__cause__ or error, checkpoint.path, checkpoint.name) from None
     checkpoint.check_unchanged()  # so it is of the model that was opened
-    check_vocabulary(tokenizer, checkpoint.path, checkpoint.name)
-    with quiet():
+    with foreign(f"the tokenizer of {checkpoint.name} cannot be used", EvaluationError), quiet():
+        check_vocabulary(tokenizer, checkpoint.path, checkpoint.name)
         leave_unended(tokenizer)
     return tokenizer
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Run a model within this block: what its own code raises becomes one error.
+
+    Its configuration may describe what cannot be computed, such as fewer experts than a token is sent to.
+
+    Raises:
+        EvaluationError: with what transformers or torch said.
+    """
+    with foreign("the model cannot be run as its config.json describes it", EvaluationError):
+        yield
 
 
 def unique_parameter_bytes(model: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 
 from headshare.errors import EvaluationError
+from headshare.files.printable import reason_of
 
 # names of files that are a whole vocabulary, whatever the tokenizer's class, as transformers looks for them
 _WHOLE = re.compile(r"tokenizer(\.[^/]+)?\.json|tokenizer\.model.*|tekken\.json|tiktoken\.model|.+\.tiktoken")
@@ -79,7 +80,7 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(plain) :]
 
 
-def unloadable(error: Exception, folder: Path, name: str) -> EvaluationError:
+def unloadable(error: BaseException, folder: Path, name: str) -> EvaluationError:
     """The error for a tokenizer that transformers cannot load: what is missing, or else transformers' own reason."""
     models = sorted(file for file in _files(folder) if file.endswith(_SENTENCES))
     lacking = [library for library in _LIBRARIES if find_spec(library) is None]
@@ -88,7 +89,7 @@ def unloadable(error: Exception, folder: Path, name: str) -> EvaluationError:
             f"{name} has its tokenizer only as {models[0]}, and {lacking[0]}, which reads it, is not installed. "
             "Run: pip install sentencepiece protobuf. Or put a tokenizer.json beside it."
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason_of(error)
     if not models and "tokenizer.json" not in _files(folder):
         reason = "there is no tokenizer.json"
     return EvaluationError(f"{name} has no tokenizer that transformers can load ({reason}). {_ADVICE}.")

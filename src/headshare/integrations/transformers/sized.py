@@ -1,0 +1,45 @@
+"""The check, before a model takes memory, that what its configuration describes is what the checkpoint stores."""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+import transformers
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.justified import justified_numbers
+from headshare.errors import CheckpointError
+
+
+def check_size(checkpoint: Checkpoint, model_class: Any) -> None:
+    """Refuse a model that would be far larger than its tensors. It is built without memory to be measured.
+
+    A model that cannot be built is left to whoever loads it next, and says why.
+
+    Raises:
+        CheckpointError: with both counts of numbers.
+    """
+    numbers = 0
+    with suppress(Exception), torch.device("meta"):
+        numbers = _numbers_of(built(checkpoint, model_class))
+    allowed = justified_numbers(checkpoint.tensors, checkpoint.plan)
+    if numbers > allowed:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} describes a model of {numbers:,} numbers; its tensors are those of a "
+            f"model of {allowed:,} at most. Correct it, or download the file again."
+        )
+
+
+def built(checkpoint: Checkpoint, model_class: Any) -> Any:
+    """A stock model of this class as config.json describes it, with weights that nothing has filled."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    described = transformers.AutoConfig.for_model(config.pop("model_type", ""), **config)
+    if issubclass(model_class, transformers.PreTrainedModel):
+        return model_class._from_config(described)
+    return model_class.from_config(described, trust_remote_code=False)
+
+
+def _numbers_of(model: torch.nn.Module) -> int:
+    """The count of all numbers of a model; a buffer, such as a mask of bytes, counts by its size in float32."""
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    return sum(parameter.numel() for parameter in model.parameters()) + buffers // torch.float32.itemsize
