@@ -158,3 +158,21 @@ def test_whatever_the_system_reports_is_one_line_with_its_path_and_its_cause(
     assert found.status == 1
     assert found.err.strip().count("\n") == 0
     assert line in found.err
+
+
+def test_a_stream_whose_descriptor_is_another_by_now_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that a daemon put a pipe in the place of: Python takes it for one that it can seek in."""
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        reading, writing = os.pipe()
+        os.dup2(writing, log.fileno())
+        monkeypatch.setattr(sys, "stderr", log)
+        monkeypatch.setattr(sys, "argv", ["headshare", "nonsense"])
+        with pytest.raises(SystemExit):
+            main()
+        log.flush()
+        assert b"No such command" in os.read(reading, 1000)
+        os.close(writing)
+        os.close(reading)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())

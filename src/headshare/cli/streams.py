@@ -22,7 +22,8 @@ def prepare() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # its descriptor is not what it was when the stream was made
+                stream.reconfigure(errors="backslashreplace")
 
 
 def unprinted(text: str = "") -> OSError | None:
