@@ -1,6 +1,7 @@
-"""transformers is silenced while it loads, and is as loud afterwards as it was before."""
+"""transformers is silenced while it loads, is as loud afterwards as before, and is entered by few doors."""
 
 import ast
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from headshare.integrations.transformers.loading import quiet
 
 SOURCE = Path(headshare.__file__).parent
 # the modules in which models, tokenizers and configurations are made, behind the checks of `checkpoint/remote_code.py`
-DOORS = {"integrations/transformers/loading.py", "calibration/layerwise/shell.py"}
+DOORS = ("integrations/transformers/", "calibration/layerwise/shell.py")
+# classes of ours that have a `from_config` too
+OURS = ("SharingEntry",)
 
 
 @pytest.fixture
@@ -66,13 +69,28 @@ def test_a_block_that_fails_puts_back_what_was() -> None:
     assert how_loud() == before
 
 
+def trees() -> Iterator[tuple[str, ast.AST]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield str(path.relative_to(SOURCE)), ast.parse(path.read_text())
+
+
 def test_no_other_module_lets_transformers_choose_a_class() -> None:
     """Its automatic classes may run code of a checkpoint, or ask on standard input whether to."""
-    for path in sorted(SOURCE.rglob("*.py")):
-        found = {
-            name
-            for node in ast.walk(ast.parse(path.read_text()))
-            for name in (getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "name", ""))
-            if isinstance(name, str) and name.startswith(("AutoModel", "AutoTokenizer", "AutoConfig", "AutoProcessor"))
-        }
-        assert not found or str(path.relative_to(SOURCE)) in DOORS, path
+    for module, tree in trees():
+        names = {getattr(node, kind, "") for node in ast.walk(tree) for kind in ("attr", "id", "name")}
+        found = {name for name in names if re.match(r"Auto(Model|Tokenizer|Config|Processor)", str(name))}
+        assert not found or module.startswith(DOORS), (module, found)
+
+
+def test_whatever_transformers_loads_it_is_told_to_run_no_code() -> None:
+    loading = 0
+    for module, tree in trees():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if getattr(call.func, "attr", "") in ("from_pretrained", "from_config"):
+                told = {keyword.arg: keyword.value for keyword in call.keywords}
+                answer = told.get("trust_remote_code")
+                known = isinstance(answer, ast.Constant) and answer.value is False
+                ours = getattr(getattr(call.func, "value", None), "id", "") in OURS
+                assert ours or known or None in told, (module, call.lineno)  # None: **LOCAL_ONLY and options
+                loading += not ours
+    assert loading >= 4

@@ -119,6 +119,22 @@ def test_json_that_is_cut_or_holds_something_else_is_refused_by_its_row(
         list(documents_in(tmp_path / "a.json", None))
 
 
+def test_an_item_that_holds_more_than_can_be_meant_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "MAX_VALUES", 1000)
+    (tmp_path / "a.json").write_text('[{"text": "w5", "more": [' + "{}," * 40_000 + "{}]}]")
+    with pytest.raises(CalibrationError, match=r"row 1 of .* holds more than 1,000 values"):
+        list(documents_in(tmp_path / "a.json", None))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "missing"])
+def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
+    for read in (format_of, read_text):
+        with pytest.raises((CalibrationError, EvaluationError), match="there is no file"):
+            read(Path(name))
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [("1,w5,w6", "row 2 of .* has not as many fields as the heading"), ("1", "row 2 of .* has not as many fields"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from headshare.errors import CalibrationError
+from headshare.files.untrusted import MAX_VALUES, is_file, parse_json
 from headshare.text.documents import DATA_SET, ROW_BYTES, SELF, Where, documents_of, json_rows, text_of
 
 TAKEN = "a UTF-8 text file, documents as .jsonl, .json or .csv"
@@ -51,7 +52,7 @@ def format_of(path: Path) -> Format:
         CalibrationError: if it is not there, cannot be read, or holds neither text nor documents.
     """
     try:
-        if not path.is_file():
+        if not is_file(path):
             raise CalibrationError(f"there is no file {str(path)!r:.300}. {_ADVICE}")
         with path.open("rb") as file:
             return _told_by(path, file)
@@ -82,8 +83,8 @@ def _told_by(path: Path, file: BinaryIO) -> Format:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line.removeprefix(_MARK), "a line", CalibrationError), dict)
+    except CalibrationError:
         return False
 
 
@@ -197,6 +198,8 @@ class _Waiting:
                     self.text = self.text[end:]
                     return item
             except ValueError:
+                if sum(map(self.text.count, ",[{")) > MAX_VALUES:
+                    raise ValueError(f"it holds more than {MAX_VALUES:,} values") from None
                 if len(self.text) > ROW_BYTES or not (more := self.file.read(max(_PIECE, len(self.text)))):
                     raise
             self.text += more
