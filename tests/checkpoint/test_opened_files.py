@@ -77,14 +77,14 @@ def test_a_file_that_is_written_to_after_it_was_read_from_is_refused(llama: Path
 def test_a_configuration_of_one_checkpoint_is_not_taken_with_the_headers_of_another(
     llama: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = headshare.checkpoint.opening.read_header
+    headers = headshare.checkpoint.opening.read_whole_header
 
     def replaced_before(path: Path) -> Any:
         if not llama.with_name("gone").exists():
             put_in_place(llama, other)
         return headers(path)
 
-    monkeypatch.setattr(headshare.checkpoint.opening, "read_header", replaced_before)
+    monkeypatch.setattr(headshare.checkpoint.opening, "read_whole_header", replaced_before)
     with pytest.raises(CheckpointError, match=CHANGED):
         hs.open_checkpoint(llama)
 

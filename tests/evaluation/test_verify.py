@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import random
 import tempfile
 from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 import headshare as hs
 from headshare.evaluation.verify import verify
@@ -35,7 +37,8 @@ def passes(folder: Path, against: Path | None = None) -> bool:
 def test_one_flipped_bit_anywhere_in_the_weights_is_found(manifest: bool, llama: Path, tmp_path: Path) -> None:
     shared = share(llama, tmp_path / "shared")
     if not manifest:
-        (shared / MANIFEST).unlink()
+        hs.load(shared).save_pretrained(tmp_path / "again")
+        shared = tmp_path / "again"
     size, chance = (shared / WEIGHTS).stat().st_size, random.Random(0)
     header = 8 + int.from_bytes((shared / WEIGHTS).read_bytes()[:8], "little")
     places = [header, size // 2, size - 1, *(chance.randrange(header, size) for _ in range(20))]
@@ -79,9 +82,15 @@ def test_a_flipped_bit_in_a_sharded_checkpoint_names_its_shard(tmp_path: Path) -
     assert found.problems[0].startswith(shard.name)
 
 
-def test_missing_digests_are_a_note(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [True, False], ids=["written long ago", "saved by transformers"])
+def test_missing_digests_are_a_note_where_none_were_written(old: bool, llama: Path, tmp_path: Path) -> None:
     shared = share(llama, tmp_path / "shared")
-    (shared / MANIFEST).unlink()
+    if old:
+        save_file(load_file(shared / WEIGHTS), shared / WEIGHTS, metadata={"format": "pt"})
+        (shared / MANIFEST).unlink()
+    else:
+        hs.load(shared).save_pretrained(tmp_path / "again")
+        shared = tmp_path / "again"
     found = verify(hs.open_checkpoint(shared), hs.open_checkpoint(llama))
     assert found.ok
     assert found.max_logit_diff == 0.0
@@ -105,6 +114,40 @@ def test_digests_that_leave_a_weight_file_out_do_not_pass_for_a_check_of_it(llam
     flip(shared / WEIGHTS, -1)
     found = verify(hs.open_checkpoint(shared), logits=False)
     assert not found.ok or WEIGHTS in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "a fifo", "a folder", "a link to nowhere"])
+def test_digests_that_were_written_and_are_gone_are_a_problem(in_its_place: str, llama: Path, tmp_path: Path) -> None:
+    shared = share(llama, tmp_path / "shared")
+    (shared / MANIFEST).unlink()
+    if in_its_place == "a fifo":
+        os.mkfifo(shared / MANIFEST)
+    elif in_its_place == "a folder":
+        (shared / MANIFEST).mkdir()
+    elif in_its_place != "nothing":
+        (shared / MANIFEST).symlink_to("nowhere")
+    found = verify(hs.open_checkpoint(shared))
+    assert not found.ok
+    assert found.problems == [
+        f"{MANIFEST} is missing, which was written with these weights. Restore it, or share again"
+    ]
+
+
+def test_digests_of_another_checkpoint_are_a_problem(llama: Path, tmp_path: Path) -> None:
+    shared, other = (share(llama, tmp_path / name, ratio) for name, ratio in (("shared", 0.5), ("other", 0.3)))
+    (shared / MANIFEST).write_bytes((other / MANIFEST).read_bytes())
+    found = verify(hs.open_checkpoint(shared))
+    assert not found.ok
+    assert f"{MANIFEST} was written with another plan than config.json holds" in " ".join(found.problems)
+
+
+def test_digests_that_leave_the_configuration_out_are_a_problem(llama: Path, tmp_path: Path) -> None:
+    shared = share(llama, tmp_path / "shared")
+    manifest = json.loads((shared / MANIFEST).read_text())
+    assert manifest["plan"] == hs.open_checkpoint(shared).plan.digest
+    del manifest["files"]["config.json"]
+    (shared / MANIFEST).write_text(json.dumps(manifest))
+    assert verify(hs.open_checkpoint(shared)).problems == [f"{MANIFEST} has no digest of config.json"]
 
 
 def test_digests_name_no_file_outside_the_folder(llama: Path, tmp_path: Path) -> None:

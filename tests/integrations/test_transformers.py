@@ -38,13 +38,6 @@ def stock_of(folder: Path, dense: Path, **options: object) -> nn.Module:
     return model
 
 
-def test_transformers_without_headshare_stops_instead_of_loading_random_weights(shared: Path) -> None:
-    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(shared)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "mismatch" in done.stderr
-
-
 def test_a_loaded_model_generates_the_same_with_and_without_cache(shared: Path, llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(shared)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 10).long()}
@@ -250,7 +243,7 @@ def test_a_layer_that_gives_everything_up_stores_no_rows(tmp_path: Path) -> None
 def test_ratio_zero_is_the_identity_bit_for_bit(llama: Path, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(llama)
     out = hs.share(dense, hs.make_plan(hs.score_units(dense), 0.0)).save(tmp_path / "shared")
-    assert (out / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    assert stored_bytes(out) == stored_bytes(llama)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(model(tiny.tokens()).logits, LlamaForCausalLM.from_pretrained(llama)(tiny.tokens()).logits)
 

@@ -153,7 +153,7 @@ def dense_and_shared(
     if against is not None and model.plan is None:
         raise OptionError(f"{model.name} is dense itself: leave --against out, and it is shared for the time.")
     if against is not None:
-        fit_plan(model.require_sharing().plan, against)
+        fit_plan(model.require_sharing().plan, against.named_as(model))
         if note := check_origin(model, against, None if any_base else ANY_BASE):
             say(note)
     with scratch_folder(Path(gettempdir()), mode=0o700) as scratch:

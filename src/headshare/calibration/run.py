@@ -171,20 +171,21 @@ def refit_checkpoint(
     plan = open_shared(shared).plan
     entry = shared.require_sharing()
     dense.require_dense("refit to")
-    fit_plan(plan, dense)
+    fit_plan(plan, dense.named_as(shared))
     if note := check_origin(shared, dense, None if any_base else ANY_BASE):
         say(note)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True)
+    target = dense.named_as(shared)
 
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
-    with calibrated_run(dense, out, settings, **more) as run:
+    with calibrated_run(target, out, settings, **more) as run:
         if entry.refit and _has_replaced(run.resumable):
             return entry.refit  # a second refit would start from the first one's weights
 
         # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
-        refitter = Refitter(dense, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
+        refitter = Refitter(target, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
         run_refit(refitter, run.resumable.workspace, key_of(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.resumable.mark_committing(out)

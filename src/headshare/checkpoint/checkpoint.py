@@ -5,7 +5,7 @@ are opened: a pickle can run code. A hub id works wherever a folder does.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from headshare.architecture.config import text_config
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import TensorInfo
+from headshare.checkpoint.names import changed_prefixes, follow
+from headshare.checkpoint.seal import Metadata, check_seal
 from headshare.errors import CheckpointError
 from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
@@ -32,24 +34,29 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 class Checkpoint:
     """A checkpoint in a folder of safetensors files, or only the headers of one on the hub.
 
-    `stamps` tell whether config.json and the files of weights are still those that were opened: what was replaced or
-    changed since is refused when it is read.
+    `metadata` is that of each file of weights. `stamps` tell whether config.json and those files are still the ones
+    that were opened: what was replaced or changed since is refused when it is read.
     """
 
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     folder: Path | None = None
+    metadata: Mapping[str, Metadata] = field(default_factory=dict, repr=False)
     stamps: Mapping[str, Stamp | None] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def sharing(self) -> SharingEntry | None:
         """The checked entry of headshare in config.json, where this is a shared checkpoint; None where it is dense.
 
+        Tensors that were renamed since are called as they are here.
+
         Raises:
-            CheckpointError: if the entry is not valid.
+            CheckpointError: if the entry is not valid, or the weights were written by another plan.
         """
-        return SharingEntry.from_config(self.config.get("quantization_config"))
+        entry = SharingEntry.from_config(self.config.get("quantization_config"))
+        check_seal(self.name, entry, self.metadata)
+        return None if entry is None else follow(entry, self.tensors)
 
     @property
     def plan(self) -> SharePlan | None:
@@ -131,6 +138,14 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def named_as(self, shared: "Checkpoint") -> "Checkpoint":
+        """This dense checkpoint with its tensors called as they are in a shared checkpoint that came from it."""
+        prefixes = changed_prefixes(shared.require_sharing().plan, self.tensors)
+        if prefixes is None:
+            return self
+        infos = (replace(info, name=prefixes.back().renamed(name)) for name, info in self.tensors.items())
+        return replace(self, tensors={info.name: info for info in infos})
 
     def require_sharing(self) -> SharingEntry:
         """The entry of headshare in a shared checkpoint's config.json.

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,11 +62,27 @@ class TensorInfo:
         return DTYPES[self.dtype]
 
 
+class Header(NamedTuple):
+    """The header of a safetensors file: its tensors in the order of their bytes, and its metadata."""
+
+    tensors: list[TensorInfo]
+    metadata: Mapping[str, str]
+
+
 def read_header(path: Path) -> list[TensorInfo]:
     """The entries of one safetensors file, in the order of their bytes, checked against the file's size.
 
     Raises:
         CheckpointError: if the header is damaged, or the file is shorter or longer than it says.
+    """
+    return read_whole_header(path).tensors
+
+
+def read_whole_header(path: Path) -> Header:
+    """The header of one safetensors file, checked against the file's size.
+
+    Raises:
+        CheckpointError: as `read_header`.
     """
     # the header's length is checked before so many bytes are read
     size = path.stat().st_size
@@ -78,7 +94,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         raw = file.read(length)
     with foreign(f"{path} has a damaged header", CheckpointError, "Download it again."):
         header = parse_json(raw, f"the header of {path}", CheckpointError, VALUES_OF_TENSOR * MAX_TENSORS)
-        _check_metadata(header.get("__metadata__"))
+        metadata = _metadata(header.get("__metadata__"))
         infos = [
             tensor_info(path.name, name, entry, 8 + length, str(path))
             for name, entry in header.items()
@@ -98,7 +114,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         raise CheckpointError(
             f"{path} is {size} bytes, but its header describes {end}. It is truncated or damaged; download it again."
         )
-    return infos
+    return Header(infos, metadata)
 
 
 def check_type(dtype: Any, name: str, where: str) -> None:
@@ -123,10 +139,11 @@ def check_count(tensors: int, where: object) -> None:
         raise CheckpointError(f"{where} has {tensors:,} tensors; at most {MAX_TENSORS:,} are read.")
 
 
-def _check_metadata(metadata: Any) -> None:
-    pairs = {} if metadata is None else dict(metadata)
+def _metadata(found: Any) -> Mapping[str, str]:
+    pairs = {} if found is None else dict(found)
     if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
         raise ValueError("its metadata is not a map of strings")
+    return pairs
 
 
 def tensor_info(file: str, name: str, entry: Mapping[str, Any], base: int, where: str) -> TensorInfo:

@@ -4,9 +4,12 @@ The format is compressed-tensors' `pack-quantized` (symmetric, in groups of inpu
 is expanded. A matrix (rows, inputs) is stored as three tensors: `weight_packed` (rows, inputs / 8), `weight_scale`
 (rows, inputs / group) and `weight_shape`. An int32 of `weight_packed` holds eight numbers, each plus eight, from the
 lowest bits up. Rows lie along the first axis, so what a plan does to the rows of a matrix it does to those of both.
+
+A guard stands beside them: a tensor of no numbers under the name `weight`. Without it, transformers without headshare
+would find no `weight`, and go on with a random one. With it, it stops at the shape.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +33,9 @@ PARTS = (PACKED, SCALE, SHAPE)
 # in safetensors' words
 TYPES = {PACKED: "I32", SCALE: "F16", SHAPE: "I64"}
 SCALE_DTYPE = torch.float16
+GUARD = "weight"
+GUARD_TYPE = "I32"
+GUARD_DTYPE = torch.int32
 GROUPS = (128, 64, 32, 16, 8)
 # count of numbers that are unpacked together
 AT_ONCE = 2**19
@@ -102,6 +108,12 @@ class Packing(BaseModel):
 def part_of(name: str, part: str) -> str:
     """The name of a stored part of the matrix of this name."""
     return f"{name.removesuffix('.weight')}.{part}"
+
+
+def guards(names: Collection[str]) -> frozenset[str]:
+    """The names of the guards of packed matrices among these names of tensors."""
+    stems = (name.rpartition(".")[0] for name in names if name.endswith(f".{PACKED}"))
+    return frozenset(guard for stem in stems if (guard := f"{stem}.{GUARD}") in names)
 
 
 def check_types(stored: Iterable[tuple[str, str]]) -> None:

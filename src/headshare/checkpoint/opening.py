@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
-from headshare.checkpoint.header import TensorInfo, check_count, read_header, tensor_info
+from headshare.checkpoint.header import TensorInfo, check_count, read_whole_header, tensor_info
 from headshare.checkpoint.justified import check_config
+from headshare.checkpoint.seal import Metadata
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
@@ -92,15 +93,18 @@ def _open_folder(folder: Path) -> Checkpoint:
     stamps = {name: stamp_of(folder / name) for name in (CONFIG, INDEX) if (folder / name).exists()}
     config = read_json(folder / CONFIG, "A Hugging Face checkpoint has one beside its weights.")
     tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, Metadata] = {}
     for file in _weight_files(folder):
         stamps[file] = stamp_of(folder / file)
-        for info in read_header(folder / file):
+        header = read_whole_header(folder / file)
+        metadata[file] = header.metadata
+        for info in header.tensors:
             if info.name in tensors:
                 raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
             tensors[info.name] = info
         check_count(len(tensors), folder)
     _check_index(folder, tensors)
-    checkpoint = Checkpoint(name=str(folder), config=config, tensors=tensors, folder=folder, stamps=stamps)
+    checkpoint = Checkpoint(str(folder), config, tensors, folder=folder, metadata=metadata, stamps=stamps)
     checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
     return checkpoint
 
@@ -170,7 +174,8 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
             for name, info in header.tensors.items()
         ]
     check_count(len(infos), model)
-    return Checkpoint(name=model, config=read_json(Path(config)), tensors={info.name: info for info in infos})
+    sealed = {file: header.metadata or {} for file, header in metadata.files_metadata.items()}
+    return Checkpoint(model, read_json(Path(config)), {info.name: info for info in infos}, metadata=sealed)
 
 
 def _unreached(hub: Any, model: str, revision: str | None) -> str:

@@ -15,13 +15,11 @@ from torch import Tensor
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
-from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, part_of
+from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, guards, part_of
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.files.failures import in_one_line
-from headshare.files.folder import MANIFEST, file_digest
 from headshare.files.scratch import scratch_folder
-from headshare.files.untrusted import is_file, read_json
 from headshare.integrations.transformers.loading import load_model, running
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan, added_tensors, bias_name
@@ -29,6 +27,7 @@ from headshare.plan.units import READOUTS
 from headshare.progress import track
 from headshare.sharing.expand import expand, write_overwritten
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
+from headshare.sharing.manifest import check_manifest
 from headshare.sharing.size import parameter_infos
 from headshare.sharing.writer import same_numbers
 from headshare.storage.registry import TRAINABLE
@@ -88,11 +87,16 @@ def verify(
     if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to verify.")
     try:
-        _check_files(shared, result)
+        listing = check_manifest(shared)
+        result.files_checked = listing.checked
+        result.notes += listing.notes
+        for problem in listing.problems:
+            result.fail(problem)
         files = open_shared(shared)
         if against is not None:
             against.require_dense("verify against")
             _check_origin(shared, against, any_base, result)
+            against = against.named_as(shared)
             _check_numbers(shared, fit_plan(files.plan, against), result)
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
@@ -101,26 +105,6 @@ def verify(
     except HeadshareError as error:
         result.fail(str(error))
     return result
-
-
-def _check_files(shared: Checkpoint, result: Verification) -> None:
-    manifest = shared.path / MANIFEST
-    if not is_file(manifest):
-        result.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
-        return
-    files = read_json(manifest).get("files")
-    if not isinstance(files, dict):
-        result.fail(f"{MANIFEST} lists no files")
-        return
-    for name in sorted({info.file for info in shared.tensors.values()} - set(files)):
-        result.fail(f"{MANIFEST} has no digest of {name}")
-    for name, entry in track(files.items(), "digests", len(files)):
-        path = shared.path / Path(name).name
-        if not is_file(path):
-            result.fail(f"{name} is missing")
-        elif not isinstance(entry, dict) or file_digest(path) != entry.get("sha256"):
-            result.fail(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
-        result.files_checked += 1
 
 
 def _check_origin(shared: Checkpoint, dense: Checkpoint, any_base: bool, result: Verification) -> None:
@@ -143,9 +127,14 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
     entry = shared.require_sharing()
     # both checkpoints have the same tensors, but for those that the plan adds and the parts of packed ones
     packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
-    for name in set(dense.tensors) ^ ({packed.get(name, name) for name in shared.tensors} - set(files.added)):
-        result.fail(f"{name} is in only one of the two checkpoints")
-    common = sorted(set(dense.tensors) & set(shared.tensors))
+    ours = {packed.get(name, name) for name in parameter_infos(shared)} - set(files.added)
+    single = sorted(set(parameter_infos(dense)) ^ ours)
+    if single and not _same_class(shared, dense):
+        result.notes.append(f"saved as another class of model, so only one of the two has {', '.join(single[:3])}")
+    else:
+        for name in single:
+            result.fail(f"{name} is in only one of the two checkpoints")
+    common = sorted(set(dense.tensors) & set(shared.tensors) - guards(shared.tensors))
     # the record of a refit excuses differences, so it may name nothing that a refit cannot change
     converted = set()
     refitted = frozenset(entry.refit.tensors if entry.refit else ())
@@ -169,6 +158,10 @@ def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification)
         result.notes.append(f"not compared with the dense model: {entry.packing.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
+
+
+def _same_class(shared: Checkpoint, dense: Checkpoint) -> bool:
+    return bool(shared.config.get("architectures") == dense.config.get("architectures"))
 
 
 def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
@@ -270,11 +263,13 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
 def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in the place of recipients', in a temporary folder that is then removed."""
     entry = shared.require_sharing()
+    alike = against is not None and _same_class(shared, against)
     same_dtype = against is not None and all(
         against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
     )
+    copied = alike and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing)
     with scratch_folder(Path(tempfile.gettempdir()), mode=0o700) as scratch:
-        if against is not None and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing):
+        if against is not None and copied:
             folder = write_overwritten(against, entry.plan, scratch / "stock")
         else:
             folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)

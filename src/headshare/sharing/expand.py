@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES
-from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, part_of, unpack
+from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, guards, part_of, unpack
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.sharing.assembly import Assembly, copied, filled, overwritten, stream
@@ -37,11 +37,12 @@ def expand(
     why = files.plan.no_stock_equivalent
     if why is not None:
         raise CheckpointError(f"{shared.name} has no stock equivalent: {why}. Load it with headshare.")
-    # every tensor in its dense shape; those that the plan added are gone
+    # every tensor in its dense shape; those that the plan added are gone, and so are the guards of packed matrices
+    gone = {*files.added, *guards(shared.tensors)}
     assemblies = [
         filled(info, files.tensors[name], files.tensors) if name in files.tensors else copied(info)
         for name, info in shared.tensors.items()
-        if name not in files.added
+        if name not in gone
     ]
     # those that scales or factors belong to are more than copies
     computed = ExpandedTensors(files).computed(rounded=rounded)

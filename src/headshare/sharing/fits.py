@@ -5,7 +5,18 @@ from dataclasses import dataclass
 
 from headshare.architecture.removable import check_removals
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, SHAPE, TYPES, Packing, packed_tensors, part_of
+from headshare.checkpoint.int4 import (
+    A_WORD,
+    PACKED,
+    PARTS,
+    SCALE,
+    SHAPE,
+    TYPES,
+    Packing,
+    guards,
+    packed_tensors,
+    part_of,
+)
 from headshare.checkpoint.layouts import require_one_dtype
 from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.plan.plan import SharePlan
@@ -56,6 +67,8 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     # parts of packed matrices must fit each other before their shapes mean anything
     if packing is not None:
         _check_packed(checkpoint, files.tensors, packing)
+        for guard in guards(checkpoint.tensors):
+            _check_tensor(checkpoint, guard, (0,), what)
     # every tensor of the plan's grids, whole where the plan leaves it alone
     expected: dict[str, tuple[int, ...]] = {
         place.name(layer): place.shape

@@ -15,7 +15,17 @@ from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
-from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE, SHAPE, Packing, packed_tensors, part_of
+from headshare.checkpoint.int4 import (
+    A_WORD,
+    GUARD,
+    GUARD_DTYPE,
+    PACKED,
+    SCALE,
+    SHAPE,
+    Packing,
+    packed_tensors,
+    part_of,
+)
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.folder import MANIFEST, check_output, clear_left
@@ -125,7 +135,8 @@ def write_packed(
     else:
         entry = source.sharing
         tensors = packed_tensors(open_shared(source).tensors, packing)
-    # each matrix becomes three tensors: of two the plan keeps some rows, and the third says the dense shape
+    # each matrix becomes three tensors: of two the plan keeps some rows, and the third says the dense shape; a guard of
+    # no numbers keeps those from loading it who would look for the matrix itself
     assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
     given: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -136,8 +147,10 @@ def write_packed(
             rows = [whole[start:stop] for start, stop in tensors[part].kept()] if part in tensors else [whole]
             given[part] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
         given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
+        given[part_of(name, GUARD)] = torch.empty(0, dtype=GUARD_DTYPE)
         file = source.tensors[name].file
-        assemblies += [given_assembly(part, given[part], file) for part in (*parts, part_of(name, SHAPE))]
+        stored = (*parts, part_of(name, SHAPE), part_of(name, GUARD))
+        assemblies += [given_assembly(part, given[part], file) for part in stored]
     entry = dataclasses.replace(entry, packing=packing)
     config = {**source.config, "quantization_config": entry.to_config()}
     return write_checkpoint(source, assemblies, config, out, overwrite, given)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,16 @@ from headshare.errors import HeadshareError
 from headshare.sharing.assembly import PAGE, Assembly
 
 
-def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterable[Iterable[Tensor]]) -> str:
+def write_safetensors(
+    path: Path,
+    assemblies: Sequence[Assembly],
+    slices: Iterable[Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """Write tensors into one safetensors file, in this order, and return its SHA-256. The file is not flushed yet.
 
     `slices` yields, for each assembly, its numbers in order. One slice is digested while the next is read and written.
+    `metadata` goes into the header.
 
     Raises:
         HeadshareError: if an assembly does not yield as many bytes as its shape needs.
@@ -38,7 +44,7 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
                 done += file.write(view[done:])
             return done
 
-        write(_header(assemblies))
+        write(_header(assemblies, metadata or {}))
         for assembly, pieces in zip(assemblies, slices, strict=True):
             written = sum(write(piece.flatten().view(uint8).numpy()) for piece in pieces if piece.numel())
             if written != assembly.nbytes:
@@ -46,8 +52,8 @@ def write_safetensors(path: Path, assemblies: Sequence[Assembly], slices: Iterab
     return digest.hexdigest()
 
 
-def _header(assemblies: Sequence[Assembly]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(assemblies: Sequence[Assembly], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for assembly in assemblies:
         end = offset + assembly.nbytes

@@ -20,6 +20,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
+from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
@@ -37,14 +38,14 @@ from headshare.sharing.writer import all_finite, dtype_key, given_assembly, writ
 class SharedCheckpoint:
     """A dense checkpoint and a plan that fits it, from which `save` writes. No weight is read before.
 
-    `origin` is the model that the result names as the one that it came from, if that is not the dense checkpoint.
+    `origin` is what the model of that name held before training; by default it is what the dense checkpoint holds.
     """
 
     files: SharedFiles
     dtype: str | None = None
     refit: RefitRecord | None = None
     refitted: Mapping[str, Tensor] = field(default_factory=dict)
-    origin: Checkpoint | None = None
+    origin: Origin | None = None
 
     @property
     def dense(self) -> Checkpoint:
@@ -81,8 +82,7 @@ class SharedCheckpoint:
             for name, info in self.dense.tensors.items()
         ]
         # the plan travels in config.json, so that the folder alone can be loaded
-        origin = self.origin or self.dense
-        entry = SharingEntry(self.plan, self.refit, origin.name, origin=origin_of(origin))
+        entry = SharingEntry(self.plan, self.refit, self.dense.name, origin=self.origin or origin_of(self.dense))
         config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype
@@ -140,12 +140,12 @@ class SharedCheckpoint:
 
 
 def share(
-    dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None, origin: Checkpoint | None = None
+    dense: Checkpoint, plan: SharePlan, *, dtype: str | None = None, origin: Origin | None = None
 ) -> SharedCheckpoint:
     """The shared checkpoint of a dense one and a plan that fits it, checked and not yet written.
 
-    `dtype` (float32, float16, bfloat16) converts all weights. `origin` is the model that the result names as the one
-    that it came from; by default that is `dense`.
+    `dtype` (float32, float16, bfloat16) converts all weights. `origin` is what the model of that name held before it
+    was trained; by default it is what `dense` holds.
 
     Raises:
         PlanError: if the plan is for a model of other names or shapes.

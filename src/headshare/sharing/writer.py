@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import PICKLES, WEIGHT_DTYPES, WEIGHT_FILES, Checkpoint
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import DTYPES, read_header
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.checkpoint.seal import seal_of
 from headshare.errors import CheckpointError
-from headshare.files.folder import MANIFEST, check_output, copy_file, file_digest, flush_file, whole_folder, write_json
-from headshare.plan.plan import FORMAT
+from headshare.files.folder import MANIFEST, check_output, copy_file, flush_file, whole_folder, write_json
 from headshare.plan.tensors import NOTHING, TensorPlan
 from headshare.progress import track
 from headshare.sharing.assembly import Assembly, copied, kept_only, stream
 from headshare.sharing.fits import open_shared
+from headshare.sharing.manifest import write_manifest
 from headshare.sharing.safetensors_writer import canonical_order, write_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -50,19 +51,20 @@ def write_checkpoint(
     given = given or {}
     by_file = _by_file(assemblies)
     expected = sum(each.nbytes for many in by_file.values() for each in many)
+    entry = SharingEntry.from_config(config.get("quantization_config"))
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
     with whole_folder(out, overwrite=overwrite, expected_bytes=expected, in_place=in_place) as folder, source:
         copy_other_files(source.path, folder)
-        digests = _write_files(folder, source, by_file, given)
+        digests = _write_files(folder, source, by_file, given, entry)
         if (source.path / INDEX).is_file():
             write_json(folder / INDEX, _index(by_file, expected))
         for name, note in (notes or {}).items():
             write_json(folder / name, note)
         write_json(folder / "config.json", config)
         source.check_unchanged()  # what was copied beside the weights is of the same checkpoint
-        # the manifest comes last: it holds the digests of all others
-        _write_manifest(folder, digests)
+        # the manifest comes last: it holds the digests of all others, and the plan's
+        write_manifest(folder, digests, entry)
         # the result must pass the checks that are made on loading
         with open_checkpoint(folder) as written:
             if written.plan is not None:
@@ -71,15 +73,20 @@ def write_checkpoint(
 
 
 def _write_files(
-    folder: Path, source: Checkpoint, by_file: Mapping[str, list[Assembly]], given: Mapping[str, Tensor]
+    folder: Path,
+    source: Checkpoint,
+    by_file: Mapping[str, list[Assembly]],
+    given: Mapping[str, Tensor],
+    entry: SharingEntry | None,
 ) -> dict[str, str]:
     """Write each file, check it while the next is written, and return the digests by file."""
+    seal = {} if entry is None else seal_of(entry.plan)
     digests: dict[str, str] = {}
     checks: list[Future[None]] = []
     with ThreadPoolExecutor(1) as checker:
         for file, many in track(by_file.items(), "writing", len(by_file)):
             slices = ([given[each.name]] if each.name in given else _finite(each, source) for each in many)
-            digests[file] = write_safetensors(folder / file, many, slices)
+            digests[file] = write_safetensors(folder / file, many, slices, seal)
             checks.append(checker.submit(_check_file, folder / file, source, many, given))
             # a failed check ends the run now and not after the last file
             for check in checks:
@@ -176,16 +183,6 @@ def _module_folders(source: Path) -> set[str]:
         return set()
     paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     return {path for path in paths if isinstance(path, str) and path}
-
-
-def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    """List the files as they were written. `verify` looks at `files`, and --overwrite removes nothing but these."""
-    written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    others = {name: file_digest(path) for name, path in written.items() if name not in digests}
-    model = {**digests, "config.json": others.pop("config.json")}
-    files = {name: {"bytes": written[name].stat().st_size, "sha256": digest} for name, digest in model.items()}
-    manifest = {"format": FORMAT, "headshare": version("headshare"), "files": files, "beside": others}
-    write_json(folder / MANIFEST, manifest)
 
 
 def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Matrices rounded to 4 bits: each module keeps the packed rows it owns, and borrows the rest from its donors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headshare.architecture.modules import ModuleMap, replace_module
-from headshare.checkpoint.int4 import A_WORD, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
+from headshare.checkpoint.int4 import A_WORD, GUARD, GUARD_DTYPE, PACKED, SCALE_DTYPE, SHAPE, Packing, unpack
 from headshare.errors import CheckpointError
 from headshare.plan.tensors import TensorPlan
 from headshare.storage.owner import OWN, Slot, Spans, borrowed
@@ -18,11 +18,13 @@ from headshare.storage.owner import OWN, Slot, Spans, borrowed
 class PackedLinear(nn.Module):
     """A drop-in for nn.Linear whose weight is rounded to 4 bits. It is unpacked for each product, then dropped.
 
+    With `guarded` it holds the guard that the checkpoint has beside the matrix, so that it is saved again.
+
     Raises:
         CheckpointError: if groups do not fill its inputs.
     """
 
-    def __init__(self, dense: nn.Linear, packing: Packing, tensor: TensorPlan | None) -> None:
+    def __init__(self, dense: nn.Linear, packing: Packing, tensor: TensorPlan | None, *, guarded: bool) -> None:
         super().__init__()
         if dense.in_features % packing.group:
             raise CheckpointError(f"groups of {packing.group} do not fill the {dense.in_features} inputs of a matrix.")
@@ -37,6 +39,8 @@ class PackedLinear(nn.Module):
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_buffer(SHAPE, torch.empty((2,), dtype=torch.int64, device=device))
+        if guarded:
+            self.register_buffer(GUARD, torch.empty(0, dtype=GUARD_DTYPE, device=device))
         self.bias = None if dense.bias is None else nn.Parameter(torch.empty_like(dense.bias), requires_grad=False)
         # until it is linked, the module is the only source of its rows
         self._donors: tuple[PackedLinear, ...] = ()
@@ -106,10 +110,18 @@ class PackedLinear(nn.Module):
         )
 
 
-def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, TensorPlan], modules: ModuleMap) -> None:
+def install_packed(
+    model: nn.Module,
+    packing: Packing,
+    tensors: Mapping[str, TensorPlan],
+    modules: ModuleMap,
+    *,
+    guarded: Collection[str],
+) -> None:
     """Put a `PackedLinear` in place of every linear module that is not ignored, and link borrowers to donors.
 
-    `modules` has the modules of the tensors that a plan touches.
+    `modules` has the modules of the tensors that a plan touches. `guarded` has the paths of those whose
+    matrices have guards in the checkpoint.
 
     Raises:
         CheckpointError: if a module that the plan touches is not replaced.
@@ -123,7 +135,7 @@ def install_packed(model: nn.Module, packing: Packing, tensors: Mapping[str, Ten
     packed: dict[str, PackedLinear] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path not in ignored:
-            packed[path] = PackedLinear(module, packing, tensors.get(names.get(path, "")))
+            packed[path] = PackedLinear(module, packing, tensors.get(names.get(path, "")), guarded=path in guarded)
             replace_module(model, path, packed[path])
     if left := [path for path in paths.values() if path not in packed]:
         raise CheckpointError(f"the plan shares rows of {left[0]}, which is not a linear module of four bits here.")

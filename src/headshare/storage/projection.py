@@ -89,6 +89,11 @@ def shared_projections(model: nn.Module) -> Sequence[tuple[str, SharedProjection
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SharedProjection)]
 
 
+def is_loaded(tensor: Tensor) -> bool:
+    """True if transformers loaded this tensor from a checkpoint, and does not fill it in some other way."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
 def stored_dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
     """The types of number of these modules' weights."""
     return {_parameter(module, "weight").dtype for module in modules}

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
-from headshare.checkpoint.fingerprint import fingerprint
+from headshare.checkpoint.fingerprint import fingerprint, origin_of
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.checkpoint.origin import Origin
 from headshare.errors import TrainingError
 from headshare.files.folder import check_output, check_vacant
 from headshare.integrations.transformers.loading import load_model, quiet
@@ -118,6 +119,7 @@ class _TrainingRun:
     arguments: TrainingArguments
     tasks: MeasuredTasks | None
     teacher: Checkpoint | None
+    origin: Origin
     hub: Hub | None
 
     @classmethod
@@ -130,7 +132,7 @@ class _TrainingRun:
         arguments = arguments_of(settings, work_of(target), held_out=len(held_out))
         tasks = MeasuredTasks.of(source, settings.tasks) if settings.tasks.names else None
         teacher = open_teacher(source, settings.loss)
-        return cls(source, plan, windows, held_out, target, settings, arguments, tasks, teacher, hub)
+        return cls(source, plan, windows, held_out, target, settings, arguments, tasks, teacher, origin_of(source), hub)
 
     def identity(self) -> dict[str, str]:
         """All that makes it this run: a folder with other values is that of another.
@@ -277,9 +279,9 @@ class _TrainingRun:
             # where no step was better than none, the weights from before training are written
             trained = _named_as(before, saved) if result.best_step else before
             if self.pulls:
-                # it came from the model before training, as far as anything that is still there knows
-                result_of = share(trained, self.plan, dtype=dtype, origin=self.source)
-                result_of.save(self.target, overwrite=overwrite, notes=notes)
+                # the model that it is compared with later is the one before training, which is still there
+                shared = share(trained, self.plan, dtype=dtype, origin=self.origin)
+                shared.save(self.target, overwrite=overwrite, notes=notes)
                 return
             origin = self.source.name if shared_first else None  # as its entry says
             write_trained(trained, self.target, dtype=dtype, base_model=origin, overwrite=overwrite, notes=notes)

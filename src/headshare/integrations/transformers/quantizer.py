@@ -7,7 +7,8 @@ the plan touches while the model is still on the meta device. Weights then load 
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from headshare.architecture.modules import ModuleMap, replace_module
+from headshare.architecture.modules import ModuleMap, module_path, replace_module
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import METHOD
-from headshare.checkpoint.header import read_header
-from headshare.checkpoint.int4 import check_types, packed_tensors
-from headshare.errors import StorageError
+from headshare.checkpoint.header import read_whole_header
+from headshare.checkpoint.int4 import check_types, guards, packed_tensors
+from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
 from headshare.plan.tensors import reduced_tensors, tensor_plans
+from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
-from headshare.storage.projection import stored_dtypes
+from headshare.storage.projection import SharedProjection, is_loaded, stored_dtypes
 from headshare.storage.registry import STORAGES, TRAINABLE, choose_storage
 
 LOGGER = logging.getLogger("headshare")
@@ -44,10 +47,16 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     _gathered: Mapping[str, Any] | None = None
     _mapped: frozenset[str] = frozenset()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._guarded: set[str] = set()
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Replace the modules that the plan touches: take removed units out, add low-rank modules, then share.
+
+        The files must hold what the plan says, or a missing tensor would be left as memory happens to be.
 
         A device map that is still to be worked out is worked out on the storage that trains, whose parameters have the
         sizes of all stored tensors.
@@ -55,13 +64,13 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         entry = self.quantization_config.sharing
         plan = entry.plan
         packing = entry.packing
+        if checkpoint_files:
+            self._check_files(model, [Path(file) for file in checkpoint_files])
         # Matrices that are rounded to 4 bits have modules of their own, and plans for them only share rows.
         if packing is not None:
             tensors = tensor_plans(plan)
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
-            for file in checkpoint_files or ():
-                check_types((info.name, info.dtype) for info in read_header(Path(file)))
-            install_packed(model, packing, tensors, ModuleMap.of(model, tensors))
+            install_packed(model, packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
             return
         # From here on tensors count without removed units, so these must be gone before anything else is placed.
         if plan.removals:
@@ -76,6 +85,20 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             STORAGES[TRAINABLE]({}).install(model, self._tensors, self._modules)
         else:
             self._install(model, device_map)
+
+    def _check_files(self, model: Any, files: Sequence[Path]) -> None:
+        """Hold the plan against the files that are about to be loaded, as when headshare opens them itself."""
+        headers = {file.name: read_whole_header(file) for file in files}
+        tensors = {info.name: info for header in headers.values() for info in header.tensors}
+        metadata = {name: header.metadata for name, header in headers.items()}
+        for guard in guards(tensors):
+            with suppress(PlanError):  # a bare model lacks what stands in the head
+                self._guarded.add(module_path(model, guard))
+        check_types((info.name, info.dtype) for info in tensors.values())
+        config = {**model.config.to_dict(), "quantization_config": self.quantization_config.to_dict()}
+        # a model is being built without memory, and here numbers are read
+        with torch.device("cpu"), Checkpoint("the checkpoint", config, tensors, files[0].parent, metadata) as opened:
+            open_shared(opened)
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Install anew once transformers has worked a device map out: it then calls this for a second time."""
@@ -112,6 +135,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._stock = {}
         self._tensors = {}
         for path, module in model.named_modules():
+            if isinstance(module, SharedProjection | PackedLinear):
+                _check_loaded(path, module)
             if isinstance(module, PackedLinear):
                 module.check(path)
         self._frozen = read_banks(model)
@@ -147,7 +172,10 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._gathered = None
 
     def get_state_dict_and_metadata(self, _: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
-        """Tensors and metadata for transformers to save; None stands for the model's own tensors."""
+        """Tensors and metadata for transformers to save; None stands for the model's own tensors.
+
+        No seal is among the metadata: safetensors writes several keys in another order each time.
+        """
         return self._gathered, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -177,6 +205,20 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def is_compileable(self) -> bool:
         """True: torch.compile sees plain tensor operations."""
         return True
+
+
+def _check_loaded(path: str, module: nn.Module) -> None:
+    """Refuse a module with tensors that no file held: their memory holds anything. Those left on disk have none.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+        if not tensor.is_meta and not is_loaded(tensor):
+            raise CheckpointError(
+                f"nothing was loaded into {path}.{name}, which the plan or the packing needs: the checkpoint does not "
+                "hold it under a name that the model has. Download it again, or share again."
+            )
 
 
 def _converted(model: nn.Module, dtype: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from headshare.errors import StorageError
 from headshare.storage.pooled.bank import HOW_TO_TRAIN, BlockPool
 from headshare.storage.pooled.product import BlockTable
 from headshare.storage.pooled.readonly import ReadOnlyParameter, read_only
-from headshare.storage.projection import SharedProjection
+from headshare.storage.projection import SharedProjection, is_loaded
 
 
 class FrozenProjection(SharedProjection):
@@ -40,7 +40,8 @@ class FrozenProjection(SharedProjection):
             raise StorageError(f"this weight is read-only, and cannot be replaced either. {HOW_TO_TRAIN}")
         if name == "weight" and "bank" in self.__dict__ and isinstance(value, Tensor) and not value.is_meta:
             self._parameters["weight"] = shown = ReadOnlyParameter(self.bank.put(self.name, value.detach()))
-            shown._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers asks
+            # transformers marks what it loaded, and asks
+            shown._is_hf_initialized = is_loaded(value)  # type: ignore[attr-defined]
         else:
             super().__setattr__(name, value)
 
