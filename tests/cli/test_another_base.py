@@ -98,3 +98,14 @@ def test_a_bench_is_not_beside_another_model(changed: Path, shared: Path, run: R
     assert_one_error_line(found)
     assert "is not the model that" in found.err
     assert run(*words, "--any-base").status == 0
+
+
+def test_embeddings_are_not_compared_with_another_model(run: Run, tmp_path: Path) -> None:
+    folder = add_tokenizer(tiny.make("bert", tmp_path / "bert"), bos=False)
+    assert run("share", folder, "out").status == 0
+    tiny.make("bert", folder, seed=1)
+    words = ["eval", "out", "--text", a_text(tmp_path / "text"), "--window", "32", "--against", folder]
+    found = run(*words)
+    assert_one_error_line(found)
+    assert "is not the model that out came from" in found.err
+    assert run(*words, "--any-base").status == 0

@@ -12,7 +12,16 @@ import typer
 
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
-from headshare.cli.options import Context, FieldOption, JsonOption, RevisionOption, listed, print_result, refuse_unused
+from headshare.cli.options import (
+    AnyBaseOption,
+    Context,
+    FieldOption,
+    JsonOption,
+    RevisionOption,
+    listed,
+    print_result,
+    refuse_unused,
+)
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement
 from headshare.evaluation.perplexity import evaluate
@@ -115,6 +124,7 @@ def evaluate_command(
         Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="For encoders: compare embeddings with this dense model.")] = None,
+    any_base: AnyBaseOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,6 +149,7 @@ def evaluate_command(
             window=texts.window,
             limit=texts.tokens,
             bos=texts.bos,
+            any_base=any_base,
             dtype=asked.dtype.value,
             device_map=device,
         )

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.fingerprint import ANY_BASE, check_origin
 from headshare.errors import EvaluationError
 from headshare.evaluation.embeddings import Agreement, agreement
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, running
-from headshare.progress import track
+from headshare.progress import say, track
 from headshare.text.windows import (
     Windows,
     check_finite,
@@ -172,9 +173,12 @@ def evaluate(
     window: int | None = None,
     limit: int | None = None,
     bos: bool | None = None,
+    any_base: bool = False,
     **options: Any,
 ) -> Perplexity | Agreement:
     """The perplexity of the text, or with `against` (for encoders) the agreement of both models' embeddings.
+
+    A shared encoder is compared with the dense model that it came from, unless `any_base` takes any.
 
     Windows have 512 tokens by default, or as many as both models read at once if those are fewer. `options`, such as
     `dtype` and `device_map`, go to `from_pretrained`.
@@ -182,6 +186,10 @@ def evaluate(
     Raises:
         EvaluationError, CheckpointError: if the model, its tokenizer or the text cannot be used.
     """
+    if against is not None and checkpoint.sharing is not None:
+        note = check_origin(checkpoint, against, None if any_base else ANY_BASE)
+        if note is not None:
+            say(note)
     readers = (checkpoint, *([] if against is None else [against]))
     window = window_for(window, *(read_by.config for read_by in readers))
     windows = windows_of(load_tokenizer(checkpoint), text, window=window, limit=limit, bos=bos)
