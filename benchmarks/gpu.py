@@ -28,7 +28,6 @@ from headshare.architecture.recognition import attention_layout
 from headshare.errors import StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
 from headshare.storage.pooled.cuda_driver import AddressSpan, Block, cuda_driver
@@ -181,7 +180,7 @@ def built(
     """A model whose weights are set one by one; `weights` gives each for its name and what stands there on meta."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(DTYPE)
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     if storage != "dense":
         STORAGES[storage](dict.fromkeys(tensors, device)).install(model, tensors, ModuleMap.of(model, tensors))
     for name, parameter in list(model.named_parameters()):
@@ -271,7 +270,7 @@ def differences(held: dict[str, Any], device: str) -> dict[str, float]:
 
 def saved_bytes(plan: SharePlan) -> int:
     """What the plan's gaps would take."""
-    tensors = tensor_plans(plan).values()
+    tensors = plan.tensors.values()
     return sum((t.shape[0] * t.shape[1] - t.stored_shape[0] * t.stored_shape[1]) * DTYPE.itemsize for t in tensors)
 
 

@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from headshare.plan.low_rank import LowRankRange, LowRankUnits
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice
-from headshare.plan.tensors import TensorPlan, added_tensors
+from headshare.plan.tensors import TensorPlan, tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.sharing.expand import write_overwritten
-from headshare.sharing.fits import open_shared
+from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import write_refitted
 from headshare.storage.low_rank import LowRankProjection
 from support import tiny
@@ -266,7 +267,7 @@ def test_factors_that_were_fitted_are_written_as_they_are(tmp_path: Path) -> Non
     assert all(torch.equal(stored[key], tensor) for key, tensor in fitted.items())
     assert torch.equal(stored[base + "weight"], torch.cat([whole[:8], whole[16:24]]))
     later = hs.open_checkpoint(hs.share(dense, plan).save(tmp_path / "shared first"))
-    write_refitted(later, record, {base + "weight": whole, **fitted}, tmp_path / "refitted later")
+    write_refitted(open_shared(later), record, {base + "weight": whole, **fitted}, tmp_path / "refitted later")
     assert raw(tmp_path / "refitted later") == raw(tmp_path / "shared")
     given = hs.share(dense, plan).with_refit(record, {base + "weight": whole}).save(tmp_path / "weight alone")
     for span, product in products(plan, given)[base + "weight"]:
@@ -297,7 +298,7 @@ def test_a_dense_readout_with_nan_is_not_factored(tmp_path: Path) -> None:
 def test_files_in_shards_keep_factors_beside_their_readout(tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense", max_shard_size="20KB"))
     out = hs.open_checkpoint(hs.share(dense, some_factored(dense)).save(tmp_path / "shared"))
-    for name, extra in added_tensors(some_factored(dense)).items():
+    for name, extra in some_factored(dense).added_tensors.items():
         assert out.tensors[name].file == out.tensors[extra.weight].file
     assert len({info.file for info in out.tensors.values()}) > 2
     assert verify(out, dense).ok
@@ -499,7 +500,8 @@ def test_overwriting_recipients_leaves_factored_columns_as_they_are(tmp_path: Pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for name in ("llama-gqa", "gpt2"):
         dense = hs.open_checkpoint(tiny.make(name, tmp_path / name))
-        assert raw(write_overwritten(dense, some_factored(dense), tmp_path / f"{name} overwritten")) == raw(dense.path)
+        files = fit_plan(some_factored(dense), dense)
+        assert raw(write_overwritten(files, tmp_path / f"{name} overwritten")) == raw(dense.path)
 
 
 def test_random_donors_lend_from_readouts_that_may(tmp_path: Path) -> None:
@@ -583,3 +585,31 @@ def test_a_plan_for_another_model_is_not_shared(tmp_path: Path) -> None:
     again = hs.open_checkpoint(dense.path)
     with pytest.raises(PlanError, match="factor_in, which is a tensor of"):
         hs.share(again, some_factored(again, {2: {0: 3}}))
+
+
+@pytest.mark.parametrize("load", [hs.load, tf.AutoModelForCausalLM.from_pretrained])
+def test_loading_works_out_once_what_each_plan_that_it_reads_means_for_tensors(
+    load: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shrinking, low-rank modules, the storage and the checkpoint's layouts all ask for it."""
+    dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense"))
+    plan = mixed(dense)
+    out = hs.share(dense, plan).save(tmp_path / "shared")
+    counted: list[int] = []
+    read: list[SharePlan] = []
+    from_dict = SharePlan.from_dict
+    monkeypatch.setattr(
+        "headshare.plan.plan.tensor_plans", lambda sections: counted.append(1) or tensor_plans(sections)
+    )
+    monkeypatch.setattr(SharePlan, "from_dict", lambda data: read.append(from_dict(data)) or read[-1])
+    load(out)
+    assert 1 <= len(counted) <= len(read)
+
+
+def test_what_a_plan_means_for_its_tensors_is_no_part_of_the_plan(tmp_path: Path) -> None:
+    plan = mixed(hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense")))
+    fresh = SharePlan.from_json(plan.to_json())
+    assert plan.tensors is plan.tensors
+    assert plan.tensors == tensor_plans(plan.sections)
+    assert (plan, plan.digest) == (fresh, fresh.digest)
+    assert pickle.loads(pickle.dumps(plan)) == copy.deepcopy(plan) == fresh

@@ -28,7 +28,6 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice
 from headshare.plan.spans import Span
-from headshare.plan.tensors import bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer, Tie
 from headshare.storage.projection import SharedProjection
@@ -259,7 +258,7 @@ def test_expanding_and_dequantising_write_zeros_where_units_were(name: str, tmp_
     folder = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
     expanded, original = load_file(folder / MODEL), load_file(dense.path / MODEL)
     assert {key: one.shape for key, one in expanded.items()} == {key: one.shape for key, one in original.items()}
-    tensors = {**tensor_plans(plan), **bias_plans(plan)}
+    tensors = {**plan.tensors, **plan.biases}
     lost = 0
     for key in set(tensors) & set(expanded):
         for start, stop in tensors[key].removed:
@@ -475,6 +474,6 @@ def test_transformers_does_not_load_removals_that_are_not_the_models(change: str
 
 def test_a_tensor_that_only_loses_units_needs_no_storage(tmp_path: Path) -> None:
     plan = some_removed(hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense")), *Sublayer)
-    assert reduced_tensors(plan) == {}
-    assert len(tensor_plans(plan)) == 3 * 7
-    assert tensor_plans(plan)["model.layers.0.self_attn.o_proj.weight"].removed in ((Span(0, 16),), (Span(16, 32),))
+    assert plan.reduced_tensors == {}
+    assert len(plan.tensors) == 3 * 7
+    assert plan.tensors["model.layers.0.self_attn.o_proj.weight"].removed in ((Span(0, 16),), (Span(16, 32),))

@@ -19,7 +19,7 @@ from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Borrowed, Choice
-from headshare.plan.tensors import TensorPlan, tensor_plans
+from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import Part
 from headshare.storage.changes import change_modules, changed_tensors
 from headshare.storage.int4 import install_packed
@@ -142,7 +142,7 @@ def test_what_shrinks_packs_or_factors_modules_refuses_those_that_fuse(llama: Pa
 
     removal = SharePlan(removals=(Removal(layout=attention, removed={1: [0]}, chosen=Choice()),))
     with pytest.raises(StorageError, match=FUSES):
-        shrink(model, removal, below_another(tensor_plans(removal)))
+        shrink(model, removal, below_another(removal.tensors))
     only_o = attention.model_copy(update={"parts": {Part.O: attention.parts[Part.O]}})
     factored = SharePlan(factored=(LowRankUnits(layout=only_o, units={1: [0]}, ranks={1: (2,)}, chosen=Choice()),))
     with pytest.raises(StorageError, match=FUSES):

@@ -22,7 +22,6 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.units import Part
 from headshare.precision import short_products
 from support import tiny
@@ -83,7 +82,7 @@ def check_untouched(dense: hs.Checkpoint, plan: SharePlan, before: Refit, found:
     """What others borrow is as the dense model has it, or as its readout was refitted."""
     changed = set(found.tensors) - set(before.tensors)
     assert any(".k" in name or "qkv" in name or "c_attn" in name or "query" in name for name in changed)
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     for tensor in tensors.values():
         for gap in tensor.gaps:
             if gap.donor in changed:

@@ -28,7 +28,6 @@ from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection, scale_name
 from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.text.tokens import Calibration
@@ -90,7 +89,7 @@ def test_a_refit_brings_the_last_hidden_states_nearer(name: str, kind: str, fami
 
 def check_lent_and_removed(dense: hs.Checkpoint, plan: SharePlan, found: Refit) -> None:
     """Removed inputs' numbers are zero, lent ones are the donor's as refitted, times the scale where there is one."""
-    for name, gapped in tensor_plans(plan).items():
+    for name, gapped in plan.tensors.items():
         if name not in found.tensors:
             continue
         whole, used = found.tensors[name].movedim(gapped.axis, 0), 0
@@ -205,7 +204,7 @@ def test_streams_go_on_with_the_weights_as_they_are_stored(dtype: torch.dtype, k
         found = refitter.result
         assert {tensor.dtype for tensor in found.tensors.values()} <= {dtype}
         model = stock(dense, plan, found)
-        for name, gapped in tensor_plans(plan).items():  # what a layer multiplies is not rounded once more
+        for name, gapped in plan.tensors.items():  # what a layer multiplies is not rounded once more
             used = 0
             for gap in gapped.gaps if scale_name(name) in found.tensors else ():
                 donor = found.tensors.get(gap.donor, dense.read(gap.donor) if gap.donor in dense.tensors else None)
@@ -479,7 +478,7 @@ def test_a_trained_shared_checkpoint_is_refitted_from_what_it_is(name: str, kind
 
 def rewrite(folder: Path, plan: SharePlan, found: Refit) -> None:
     """Put refitted tensors into a shared folder: of each, what it keeps."""
-    tensors, gapped = load_file(folder / "model.safetensors"), tensor_plans(plan)
+    tensors, gapped = load_file(folder / "model.safetensors"), plan.tensors
     for name, tensor in found.tensors.items():
         spans = gapped[name].kept() if name in gapped else None
         if spans is not None:

@@ -16,7 +16,6 @@ import headshare as hs
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.storage.projection import SharedProjection, shared_projections
 from support import tiny
@@ -150,7 +149,7 @@ def test_gradients_equal_those_of_the_expanded_model_with_tied_rows(
         one(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    expected, tensors = tied_gradients(stock, plan), tensor_plans(plan)
+    expected, tensors = tied_gradients(stock, plan), plan.tensors
     for name, parameter in model.named_parameters():
         whole = expected[name]
         if name in tensors:

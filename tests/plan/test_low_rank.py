@@ -12,7 +12,6 @@ from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import added_tensors, tensor_plans
 from headshare.plan.units import Part, Sublayer
 from headshare.sharing.factors import join_columns, split_columns
 
@@ -180,10 +179,10 @@ def test_factored_units_are_read_as_they_were_written(drawn: dict[int, dict[int,
         layer: ranks for layer, ranks in ordered.items() if ranks
     }
     assert factored.count == sum(map(len, drawn.values()))
-    for name, tensor in tensor_plans(plan).items():
+    for name, tensor in plan.tensors.items():
         layer = int(name.split(".")[1])
         assert tensor.stored_shape == (8, 16 - 4 * len(ordered[layer]))
-        extra = added_tensors(plan)
+        extra = plan.added_tensors
         total = sum(ordered[layer].values())
         assert extra[f"h.{layer}.o.factor_in"].shape == (total, 4)
         assert extra[f"h.{layer}.o.factor_out"].shape == (8, total)

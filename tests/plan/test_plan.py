@@ -17,7 +17,6 @@ import headshare.plan.ties
 from headshare.errors import PlanError
 from headshare.plan.layout import MAX_UNITS, Layout, Place
 from headshare.plan.section import Choice
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import Part, Sublayer
 
@@ -149,7 +148,7 @@ def assert_sound(plan: hs.SharePlan) -> None:
 
 
 def assert_every_gap_is_filled_by_what_is_stored(plan: hs.SharePlan) -> None:
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     for name, tensor in tensors.items():
         edges = [0, *(edge for gap in tensor.gaps for edge in (gap.start, gap.stop)), tensor.size]
         assert edges == sorted(edges), f"gaps of {name} overlap or lie outside it"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file as save_torch
 import headshare as hs
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.plan.section import Borrowed
-from headshare.plan.tensors import Source, TensorPlan, added_tensors, tensor_plans
+from headshare.plan.tensors import Source, TensorPlan
 from headshare.sharing import assembly
 from support import tiny
 from support.examples import Example, Json, Weights, examples, plan_of
@@ -121,7 +121,7 @@ def test_what_is_stored_is_the_dense_tensor_less_its_gaps(
 @settings(max_examples=300, deadline=None)
 @given(examples())
 def test_kept_stored_and_whole_coordinates_agree(example: Example) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     for tensor in tensors.values():
         gone = {index for gap in tensor.gaps for index in range(gap.start, gap.stop)}
         kept = [index for start, stop in tensor.kept() for index in range(start, stop)]
@@ -144,7 +144,7 @@ def test_kept_stored_and_whole_coordinates_agree(example: Example) -> None:
 @given(examples())
 def test_tensors_are_listed_where_they_give_or_take_and_nowhere_else(example: Example) -> None:
     moves = [move for one in example.selections for _, some in places_of(one) for move in some]
-    assert set(tensor_plans(example.plan)) == {name for into, _, donor, _ in moves for name in (into, donor)}
+    assert set(example.plan.tensors) == {name for into, _, donor, _ in moves for name in (into, donor)}
     for selection, given_ in zip(example.plan.selections, example.selections, strict=True):
         by_layer = selection.by_layer()
         assert sorted([layer, *rest] for layer, many in by_layer.items() for rest in many) == sorted(given_["ties"])
@@ -160,7 +160,7 @@ def test_a_scaled_plan_has_one_number_for_each_channel_that_a_recipient_reads_ou
             place = one["layout"]["parts"]["o"]
             name = place["tensor"].replace("{layer}", str(tie[0])).removesuffix("weight") + "tie_scale"
             expected[name] = expected.get(name, 0) + place["rows"]
-    assert {name: one.shape[0] for name, one in added_tensors(example.plan).items()} == expected
+    assert {name: one.shape[0] for name, one in example.plan.added_tensors.items()} == expected
 
 
 def test_neighbouring_runs_of_one_tensor_are_one_run() -> None:
@@ -244,7 +244,7 @@ def test_weights_converted_while_sharing_are_rounded_as_torch_rounds(dtype: str,
     out = hs.share(dense, plan, dtype=dtype).save(tmp_path / "shared")
     whole = load_torch(hs.expand(hs.open_checkpoint(out), tmp_path / "expanded") / MODEL)
     plain = load_torch(dense.path / MODEL)
-    kept = {name for name in plain if name not in tensor_plans(plan)}
+    kept = {name for name in plain if name not in plan.tensors}
     assert kept
     for name in plain:
         assert whole[name].dtype == getattr(torch, dtype)

@@ -26,7 +26,6 @@ from torch import Tensor
 import headshare as hs
 from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
-from headshare.plan.tensors import tensor_plans
 from headshare.storage.pooled.alias import AliasBank
 from headshare.storage.projection import SharedProjection, shared_projections
 from support import tiny
@@ -179,7 +178,7 @@ def test_memory_files_and_mappings_are_given_back(paged: Case, cases: Callable[[
 
 
 def test_a_refused_load_closes_its_files(paged: Case) -> None:
-    tensors, stored = tensor_plans(paged.plan), load_file(paged.shared / "model.safetensors")
+    tensors, stored = paged.plan.tensors, load_file(paged.shared / "model.safetensors")
     gc.collect()
     before = open_files()
     for _ in range(5):
@@ -285,7 +284,7 @@ def test_dequantize_gives_ordinary_weights_that_may_be_written(any_case: Case) -
 
 
 def banked(case: Case, change: Callable[[str, Tensor], Tensor | None]) -> AliasBank:
-    tensors, stored = tensor_plans(case.plan), load_file(case.shared / "model.safetensors")
+    tensors, stored = case.plan.tensors, load_file(case.shared / "model.safetensors")
     bank = AliasBank(tensors)
     for name in tensors:
         changed = change(name, stored[name])
@@ -295,7 +294,7 @@ def banked(case: Case, change: Callable[[str, Tensor], Tensor | None]) -> AliasB
 
 
 def donor_and_recipient(case: Case) -> tuple[str, str]:
-    tensors = tensor_plans(case.plan)
+    tensors = case.plan.tensors
     recipient = next(name for name, tensor in tensors.items() if tensor.gaps and "q_proj" in name)
     return tensors[recipient].gaps[0].donor, recipient
 
@@ -328,7 +327,7 @@ def test_numbers_are_those_that_were_loaded_whatever_stands_at_the_files_name_si
             save_file({n: torch.zeros_like(t) for n, t in stored.items()}, f"{file} (deleted)")
     else:
         file.rename(tmp_path / "elsewhere")
-    bank = AliasBank(tensor_plans(paged.plan))
+    bank = AliasBank(paged.plan.tensors)
     for name in bank.tensors:
         bank.put(name, stored[name])
     assert all(torch.equal(bank.held(name).stored, expected[name]) for name in bank.tensors)
@@ -367,7 +366,7 @@ def test_two_models_of_one_checkpoint_do_not_disturb_each_other(paged: Case) -> 
 
 def test_rows_changed_in_memory_after_they_were_mapped_are_taken_from_memory(paged: Case) -> None:
     """A loader may change what it maps: the file then is not what the model should read."""
-    tensors = tensor_plans(paged.plan)
+    tensors = paged.plan.tensors
     bank, stored = AliasBank(tensors), load_file(paged.shared / "model.safetensors")
     stored[Q][0] += 1
     for name in tensors:

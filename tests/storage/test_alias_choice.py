@@ -18,7 +18,6 @@ import headshare as hs
 import headshare.storage.pooled.alias as alias_module
 from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
-from headshare.plan.tensors import tensor_plans
 from headshare.storage.pooled.alias import AliasBank
 from support import tiny
 from support.aliases import Case, Q, kinds_of, logits, make_case
@@ -79,7 +78,7 @@ def test_mappings_are_counted_as_the_system_counts_them(cases: Callable[[str], C
         gc.collect()
         before = mappings_left()
         model = case.load()
-        used, needed = before - mappings_left(), mappings_needed(racks_of(tensor_plans(case.plan)))
+        used, needed = before - mappings_left(), mappings_needed(racks_of(case.plan.tensors))
         assert used <= needed + 8, "the loader's own mapping of the file aside"
         assert needed < 8 * used
         del model
@@ -104,7 +103,7 @@ def test_memory_that_the_system_refuses_is_an_error_that_names_owner(
 
     monkeypatch.setattr(os, "memfd_create", refuse)
     with pytest.raises(StorageError, match=r"Cannot allocate memory.*owner"):
-        AliasBank(tensor_plans(paged.plan)).put(Q, torch.zeros(256, 64))
+        AliasBank(paged.plan.tensors).put(Q, torch.zeros(256, 64))
 
 
 def test_a_storage_that_does_not_exist_is_refused_by_name(paged: Case) -> None:

@@ -26,7 +26,6 @@ from headshare.integrations.transformers.loading import load_model, unique_param
 from headshare.integrations.transformers.quantizer import device_of
 from headshare.plan.placement import held_again, split_evenly
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tensor_plans
 from headshare.plan.ties import Selection
 from headshare.storage.pooled import product
 from headshare.storage.pooled.indirect import IndirectBank, IndirectProjection
@@ -373,7 +372,7 @@ torch.testing.assert_close(found, expected)
 def test_a_weight_that_never_came_is_named(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, *others = tensors
     for name in others:
@@ -385,7 +384,7 @@ def test_a_weight_that_never_came_is_named(shared: Path) -> None:
 def test_two_types_of_number_in_one_bank_are_refused(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     bank = IndirectBank(tensors, dict.fromkeys(tensors, torch.device("cpu")))
     first, second = list(tensors)[:2]
     bank.put(first, torch.zeros(tensors[first].stored_shape))
@@ -422,7 +421,7 @@ def test_units_used_on_two_devices_are_held_on_both_and_said_so(
 def test_replicas_are_filled_whichever_comes_first(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     names = {f"device {n}": torch.device("cpu", n) for n in range(2)}
     devices = {name: names[device] for name, device in split_evenly(plan, 2).items() if name in tensors}
     stored = {name: torch.randn(tensor.stored_shape) for name, tensor in tensors.items()}
@@ -445,7 +444,7 @@ def test_replicas_are_filled_whichever_comes_first(shared: Path) -> None:
 def test_a_shelf_holds_its_tensors_slots_and_those_that_they_borrow(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     devices = {name: torch.device("cpu", n) for name, n in zip(tensors, [0, 1] * len(tensors), strict=False)}
     for rack in racks_of(tensors):
         for shelf in shelves_of(rack, devices):
@@ -520,7 +519,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = hs.open_checkpoint(tiny.make("qwen3", tmp_path / "wide"))
-    heads_of_16 = tensor_plans(hs.make_plan(hs.score_units(wide), 0.5))
+    heads_of_16 = hs.make_plan(hs.score_units(wide), 0.5).tensors
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
 
@@ -531,7 +530,7 @@ def test_cuda_devices_get_indirect_where_kernels_serve_and_owner_with_a_reason_e
     with caplog.at_level(logging.INFO, logger="headshare"):
         assert chosen(heads_of_16) == "indirect"
         assert "storage indirect: the model is placed on CUDA devices" in caplog.text
-        assert chosen(tensor_plans(plan)) == "owner"
+        assert chosen(plan.tensors) == "owner"
         assert "blocks of 8 rows, and kernels take multiples of 16" in caplog.text
         assert chosen(heads_of_16, torch.float64) == "owner"
         assert "no kernels for torch.float64" in caplog.text

@@ -5,7 +5,7 @@ from math import gcd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headshare.plan.tensors import TensorPlan, tensor_plans
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.pooled.slots import BlockLayout, racks_of
 from support.examples import Example, examples
 
@@ -41,7 +41,7 @@ def rows_of_the_whole(example: Example, name: str, tensor: TensorPlan) -> list[R
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_the_table_of_a_whole_weight_names_the_rows_that_filling_the_gaps_would_put_there(example: Example) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     racks = racks_of(tensors)
     assert sorted(name for rack in racks for name in rack.placed) == sorted(tensors)
     for rack in racks:
@@ -55,7 +55,7 @@ def test_the_table_of_a_whole_weight_names_the_rows_that_filling_the_gaps_would_
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_a_bank_has_as_many_slots_as_kept_rows_need_and_each_is_used(example: Example) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     for rack in racks_of(tensors):
         stored = sum(tensors[name].stored_shape[tensors[name].axis] for name in rack.placed)
         assert rack.slots * rack.height == stored
@@ -66,7 +66,7 @@ def test_a_bank_has_as_many_slots_as_kept_rows_need_and_each_is_used(example: Ex
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_slots_are_no_lower_than_the_plans_boundaries_make_them(example: Example) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     for rack in racks_of(tensors):
         edges: list[int] = []
         for name in rack.placed:
@@ -85,7 +85,7 @@ def test_slots_are_no_lower_than_the_plans_boundaries_make_them(example: Example
 @settings(max_examples=100, deadline=None)
 @given(examples())
 def test_runs_follow_each_other_and_only_a_tensor_that_gives_something_up_borrows(example: Example) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     for rack in racks_of(tensors):
         for name, placed in rack.placed.items():
             assert placed.borrows == bool(tensors[name].gaps)
@@ -99,7 +99,7 @@ def test_runs_follow_each_other_and_only_a_tensor_that_gives_something_up_borrow
 @settings(max_examples=50, deadline=None)
 @given(examples(), st.randoms(use_true_random=False))
 def test_the_order_in_which_tensors_are_listed_does_not_change_what_a_table_means(example: Example, chance) -> None:
-    tensors = tensor_plans(example.plan)
+    tensors = example.plan.tensors
     names = list(tensors)
     chance.shuffle(names)
     shuffled = {name: tensors[name] for name in names}

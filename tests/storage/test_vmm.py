@@ -19,7 +19,6 @@ import headshare as hs
 from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.plan.placement import split_evenly
-from headshare.plan.tensors import tensor_plans
 from headshare.storage.pooled import vmm
 from headshare.storage.pooled.cuda_driver import AddressSpan, Driver, access_of, allocation
 from headshare.storage.pooled.frozen import MappedProjection
@@ -164,7 +163,7 @@ def test_physical_memory_is_the_stored_bytes_and_handles_are_let_go_of(shared: P
 def test_a_donors_rows_are_one_memory_with_their_recipients(shared: Path, driver: FakeDriver) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     bank = VmmBank(tensors, dict.fromkeys(tensors, torch.device("cpu")), lambda _: driver)
     shown = {name: bank.put(name, torch.randn(tensor.stored_shape)) for name, tensor in tensors.items()}
     for tensor in tensors.values():
@@ -248,7 +247,7 @@ def test_saving_again_gives_the_tensors_that_owners_save(shared: Path, driver: F
 def test_each_device_has_blocks_of_its_own_for_what_it_uses(shared: Path) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     devices = {name: torch.device("cpu", int(place[-1])) for name, place in split_evenly(plan, 2).items()}
     stored = {name: torch.randn(tensor.stored_shape) for name, tensor in tensors.items()}
     for order in (list(tensors), list(tensors)[::-1]):
@@ -284,7 +283,7 @@ def test_transformers_reserves_no_memory_for_what_is_mapped(shared: Path, driver
 def test_a_tensor_that_never_came_is_named(shared: Path, driver: FakeDriver) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     bank = VmmBank(tensors, dict.fromkeys(tensors, torch.device("cpu")), lambda _: driver)
     first, *others = tensors
     for name in others:
@@ -296,7 +295,7 @@ def test_a_tensor_that_never_came_is_named(shared: Path, driver: FakeDriver) -> 
 def test_tied_tensors_of_two_types_of_number_are_refused(shared: Path, driver: FakeDriver) -> None:
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     bank = VmmBank(tensors, dict.fromkeys(tensors, torch.device("cpu")), lambda _: driver)
     recipient = next(tensor.name for tensor in tensors.values() if tensor.gaps)
     for name, tensor in tensors.items():

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from headshare.architecture.modules import module_path
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import tensor_plans
 from headshare.storage.projection import shared_projections
 
 
@@ -47,7 +46,7 @@ def in_memory(tensor: Tensor, among: list[Mapping] | None = None) -> tuple[bytes
 
 def assert_rows_are_the_donors_own(model: nn.Module, plan: SharePlan) -> None:
     """First and last row (or column) of every gap: the recipient's address and the donor's show the same bytes."""
-    tensors, modules, seen = tensor_plans(plan), dict(shared_projections(model)), 0
+    tensors, modules, seen = plan.tensors, dict(shared_projections(model)), 0
     wholes = {name: modules[module_path(model, name)].whole_weight() for name in tensors}
     now = mappings()  # while all of them are there
     for name, tensor in tensors.items():

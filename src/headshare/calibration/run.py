@@ -168,8 +168,9 @@ def refit_checkpoint(
         OutputError: if it cannot be written.
     """
     # What cannot be refitted or written is refused before hours of work.
-    plan = open_shared(shared).plan
-    entry = shared.require_sharing()
+    files = open_shared(shared)
+    plan = files.plan
+    entry = files.entry
     dense.require_dense("refit to")
     fit_plan(plan, dense.named_as(shared))
     if note := check_origin(shared, dense, None if any_base else ANY_BASE):
@@ -189,7 +190,7 @@ def refit_checkpoint(
         run_refit(refitter, run.resumable.workspace, key_of(plan.digest, ffn, steps))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
         run.resumable.mark_committing(out)
-        write_refitted(shared, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
+        write_refitted(files, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
     return record
 
 

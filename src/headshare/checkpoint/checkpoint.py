@@ -22,7 +22,6 @@ from headshare.checkpoint.seal import Metadata, check_seal
 from headshare.errors import CheckpointError
 from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import added_tensors, bias_plans, tensor_plans
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -73,8 +72,8 @@ class Checkpoint:
         """The shapes of the tensors in the dense model, by name, without tensors that a plan adds."""
         if self.plan is None:
             return self.shapes
-        changed = tensor_plans(self.plan) | bias_plans(self.plan)
-        added = added_tensors(self.plan)
+        changed = {**self.plan.tensors, **self.plan.biases}
+        added = self.plan.added_tensors
         return {
             name: changed[name].shape if name in changed else info.shape
             for name, info in self.tensors.items()

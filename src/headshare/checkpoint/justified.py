@@ -13,7 +13,6 @@ from typing import Any
 from headshare.checkpoint.header import TensorInfo
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import bias_plans, tensor_plans
 
 # modules that are built one by one, each of which has a tensor; what a few tensors may repeat; what nothing has
 LAYERS = re.compile(r"(^|(?<!_per)_)(layers?|blocks?|depths?|stages?|levels?)$")
@@ -85,7 +84,7 @@ def justified_numbers(tensors: Mapping[str, TensorInfo], plan: SharePlan | None)
     A byte of whole numbers may hold four of a rounded matrix. A tied head may have been left out, and what else a
     class has beside the stored tensors is small.
     """
-    changed = {} if plan is None else tensor_plans(plan) | bias_plans(plan)
+    changed = {} if plan is None else {**plan.tensors, **plan.biases}
     count = 0
     for name, info in tensors.items():
         if name in changed:

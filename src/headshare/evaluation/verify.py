@@ -22,10 +22,10 @@ from headshare.files.failures import in_one_line
 from headshare.files.scratch import scratch_folder
 from headshare.integrations.transformers.loading import load_model, running
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import TensorPlan, added_tensors, bias_name
+from headshare.plan.tensors import TensorPlan, bias_name
 from headshare.plan.units import READOUTS
 from headshare.progress import track
-from headshare.sharing.expand import expand, write_overwritten
+from headshare.sharing.expand import expand_files, write_overwritten
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.manifest import check_manifest
 from headshare.sharing.size import parameter_infos
@@ -93,14 +93,16 @@ def verify(
         for problem in listing.problems:
             result.fail(problem)
         files = open_shared(shared)
+        dense: SharedFiles | None = None
         if against is not None:
             against.require_dense("verify against")
             _check_origin(shared, against, any_base, result)
             against = against.named_as(shared)
-            _check_numbers(shared, fit_plan(files.plan, against), result)
+            dense = fit_plan(files.plan, against)
+            _check_numbers(files, dense, result)
         result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
         if logits and result.ok:
-            _check_logits(shared, files.plan, against, result)
+            _check_logits(files, dense, result)
         shared.check_unchanged()  # all checks were of one checkpoint
     except HeadshareError as error:
         result.fail(str(error))
@@ -117,17 +119,18 @@ def _check_origin(shared: Checkpoint, dense: Checkpoint, any_base: bool, result:
         result.notes += [note] if note else []
 
 
-def _check_numbers(shared: Checkpoint, files: SharedFiles, result: Verification) -> None:
-    """Check every tensor of the dense model (`files`) against the shared one, bit for bit.
+def _check_numbers(files: SharedFiles, original: SharedFiles, result: Verification) -> None:
+    """Check every tensor of the shared model against the original dense one, bit for bit.
 
     What the plan gave up, what a refit changed and what was rounded to 4 bits is left out.
     """
-    dense = files.checkpoint
-    tensors = files.tensors
-    entry = shared.require_sharing()
+    shared = files.checkpoint
+    dense = original.checkpoint
+    tensors = original.tensors
+    entry = files.entry
     # both checkpoints have the same tensors, but for those that the plan adds and the parts of packed ones
     packed = {part_of(name, part): name for name in dense.tensors for part in PARTS} if entry.packing else {}
-    ours = {packed.get(name, name) for name in parameter_infos(shared)} - set(files.added)
+    ours = {packed.get(name, name) for name in parameter_infos(shared)} - set(original.added)
     single = sorted(set(parameter_infos(dense)) ^ ours)
     if single and not _same_class(shared, dense):
         result.notes.append(f"saved as another class of model, so only one of the two has {', '.join(single[:3])}")
@@ -208,7 +211,9 @@ def _check_lent(
                 break
 
 
-def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | None, result: Verification) -> None:
+def _check_logits(files: SharedFiles, original: SharedFiles | None, result: Verification) -> None:
+    shared = files.checkpoint
+    plan = files.plan
     if "auto_map" in shared.config:
         result.notes.append("logits not compared: this model needs code of its own, which headshare does not run")
         return
@@ -230,7 +235,7 @@ def _check_logits(shared: Checkpoint, plan: SharePlan, against: Checkpoint | Non
         return
     # each model computes by itself, on the same tokens
     try:
-        with _stock_folder(shared, against) as stock:
+        with _stock_folder(files, original) as stock:
             probe = _probe(shared)
             ours = _outputs(shared, probe, dtype)
             theirs = _outputs(stock, probe, dtype)
@@ -260,19 +265,18 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
 
 
 @contextmanager
-def _stock_folder(shared: Checkpoint, against: Checkpoint | None) -> Iterator[Checkpoint]:
+def _stock_folder(files: SharedFiles, original: SharedFiles | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in the place of recipients', in a temporary folder that is then removed."""
-    entry = shared.require_sharing()
-    alike = against is not None and _same_class(shared, against)
-    same_dtype = against is not None and all(
-        against.tensors[name].dtype == info.dtype for name, info in shared.tensors.items() if name in against.tensors
-    )
-    copied = alike and same_dtype and not (added_tensors(entry.plan) or entry.refit or entry.packing)
+    entry = files.entry
+    dense = {} if original is None else original.checkpoint.tensors
+    alike = original is not None and _same_class(files.checkpoint, original.checkpoint)
+    stored = files.checkpoint.tensors
+    same_dtype = all(dense[name].dtype == info.dtype for name, info in stored.items() if name in dense)
     with scratch_folder(Path(tempfile.gettempdir()), mode=0o700) as scratch:
-        if against is not None and copied:
-            folder = write_overwritten(against, entry.plan, scratch / "stock")
+        if original is not None and alike and same_dtype and not (files.added or entry.refit or entry.packing):
+            folder = write_overwritten(original, scratch / "stock")
         else:
-            folder = expand(shared, scratch / "stock", rounded=False, unpacked=True)
+            folder = expand_files(files, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:
             yield stock
 

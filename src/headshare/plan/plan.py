@@ -6,7 +6,8 @@ check it. A plan from a checkpoint or a file is untrusted and is checked in the 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from itertools import combinations, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,8 @@ from headshare.files.untrusted import foreign, is_file, parse_json, read_bytes
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.removal import Removal
-from headshare.plan.section import MAX_NAME, SECTION_KINDS, Borrowed, Scaled, Section
+from headshare.plan.section import MAX_NAME, SECTION_KINDS, AddedTensor, Borrowed, Scaled, Section
+from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 
@@ -135,6 +137,28 @@ class SharePlan(BaseModel):
     def sections(self) -> tuple[Section, ...]:
         """All sections of the plan, in order: ties, removals, low-rank units, and kinds registered elsewhere."""
         return (*self.selections, *self.removals, *self.factored, *self.others)
+
+    # what the plan means for each tensor is asked for many times while one model loads, and worked out once
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorPlan]:
+        """Tensor plans of all tensors that the plan changes or borrows from, by name, in dense coordinates."""
+        return tensor_plans(self.sections)
+
+    @cached_property
+    def biases(self) -> Mapping[str, TensorPlan]:
+        """Tensor plans of the biases that lose numbers, by name. Not every model has them."""
+        return bias_plans(self.sections)
+
+    @cached_property
+    def reduced_tensors(self) -> Mapping[str, TensorPlan]:
+        """Tensor plans of all tensors that lend or borrow, by name, in reduced coordinates."""
+        return reduced_tensors(self.tensors)
+
+    @cached_property
+    def added_tensors(self) -> Mapping[str, AddedTensor]:
+        """The tensors that the plan adds to those of a dense model, by name."""
+        return added_tensors(self.sections)
 
     @property
     def ties(self) -> int:

@@ -10,15 +10,14 @@ removals, dense and reduced coordinates are the same.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
 from headshare.plan.low_rank import LowRankRange
-from headshare.plan.plan import SharePlan
-from headshare.plan.section import AddedTensor, Borrowed, Made, Removed, Scaled, Touched
+from headshare.plan.section import AddedTensor, Borrowed, Made, Removed, Scaled, Section, Touched
 from headshare.plan.spans import Span, Spans, joined
 
 # sources that are no tensor: zeros, and numbers that a maker computes from added tensors
@@ -171,13 +170,13 @@ def _joined(runs: list[Source]) -> list[Source]:
     return joined
 
 
-def tensor_plans(plan: SharePlan) -> dict[str, TensorPlan]:
-    """Tensor plans of all tensors that a section of the plan changes or borrows from, by name, in dense coordinates.
+def tensor_plans(sections: Iterable[Section]) -> dict[str, TensorPlan]:
+    """Tensor plans of all tensors that a section changes or borrows from, by name, in dense coordinates.
 
-    Tensors that a plan leaves alone are not listed. Nor are biases, which not every model has: see `bias_plans`.
+    Tensors that are left alone are not listed. Nor are biases, which not every model has: see `bias_plans`.
     """
     by_name: dict[str, list[Touched]] = {}
-    for section in plan.sections:
+    for section in sections:
         for touched in section.touched():
             by_name.setdefault(touched.name, []).append(touched)
     return {name: _merged(touched) for name, touched in by_name.items()}
@@ -194,10 +193,10 @@ def _merged(touched: list[Touched]) -> TensorPlan:
     return TensorPlan(first.name, first.shape, first.axis, gaps, scaled, removed, made)
 
 
-def bias_plans(plan: SharePlan) -> dict[str, TensorPlan]:
+def bias_plans(sections: Iterable[Section]) -> dict[str, TensorPlan]:
     """Tensor plans of the biases beside weights whose outputs are removed, by name. Not every model has them."""
     by_name: dict[str, list[Touched]] = {}
-    for section in plan.sections:
+    for section in sections:
         for touched in section.touched():
             if touched.outputs and isinstance(touched.range, Removed):
                 by_name.setdefault(bias_name(touched.name), []).append(touched)
@@ -212,9 +211,8 @@ def bias_plans(plan: SharePlan) -> dict[str, TensorPlan]:
     }
 
 
-def reduced_tensors(plan: SharePlan) -> dict[str, TensorPlan]:
+def reduced_tensors(tensors: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
     """Tensor plans of all tensors that lend or borrow, by name, in reduced coordinates."""
-    tensors = tensor_plans(plan)
     return {name: tensors[name].reduced(tensors) for name in tied_names(tensors)}
 
 
@@ -229,9 +227,9 @@ def bias_name(weight_name: str) -> str:
     return weight_name.removesuffix("weight") + "bias"
 
 
-def added_tensors(plan: SharePlan) -> dict[str, AddedTensor]:
-    """The tensors that the plan's sections add, by name."""
-    return {name: tensor for section in plan.sections for name, tensor in section.added()}
+def added_tensors(sections: Iterable[Section]) -> dict[str, AddedTensor]:
+    """The tensors that the sections add, by name."""
+    return {name: tensor for section in sections for name, tensor in section.added()}
 
 
 def total_rank(tensor: TensorPlan) -> int:

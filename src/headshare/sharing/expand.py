@@ -11,10 +11,9 @@ from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, guards, part_of, unpack
 from headshare.errors import CheckpointError
-from headshare.plan.plan import SharePlan
 from headshare.sharing.assembly import Assembly, copied, filled, overwritten, stream
 from headshare.sharing.expanded import ExpandedTensors, LazyTensors
-from headshare.sharing.fits import fit_plan, open_shared
+from headshare.sharing.fits import SharedFiles, open_shared
 from headshare.sharing.writer import write_checkpoint
 
 
@@ -33,7 +32,19 @@ def expand(
             computes the same.
         OutputError: if the folder exists or cannot be written.
     """
-    files = open_shared(shared)
+    return expand_files(open_shared(shared), out, overwrite=overwrite, rounded=rounded, unpacked=unpacked)
+
+
+def expand_files(
+    files: SharedFiles, out: str | Path, *, overwrite: bool = False, rounded: bool = True, unpacked: bool = False
+) -> Path:
+    """Write the files of a shared checkpoint, which were checked, back as `expand` does.
+
+    Raises:
+        CheckpointError: if no stock model computes the same.
+        OutputError: if the folder exists or cannot be written.
+    """
+    shared = files.checkpoint
     why = files.plan.no_stock_equivalent
     if why is not None:
         raise CheckpointError(f"{shared.name} has no stock equivalent: {why}. Load it with headshare.")
@@ -50,7 +61,7 @@ def expand(
         assemblies = [_widened(each) if each.name in computed else each for each in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
     # packed matrices can share rows only, so that none of them is computed
-    packing = shared.require_sharing().packing
+    packing = files.entry.packing
     if packing is None:
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite, computed)
     if not unpacked:
@@ -86,12 +97,14 @@ def _unpacked(shared: Checkpoint, assemblies: Sequence[Assembly]) -> tuple[list[
     return [*others, *meant.values()], LazyTensors(meant, unpack_matrix)
 
 
-def write_overwritten(dense: Checkpoint, plan: SharePlan, out: str | Path) -> Path:
-    """Write the dense checkpoint with recipients' indices overwritten by their donors', and removed ones by zeros.
+def write_overwritten(files: SharedFiles, out: str | Path) -> Path:
+    """Write a dense checkpoint that a plan was fitted to, with that plan's changes to its numbers.
 
-    A shared checkpoint should equal it, but for low-rank columns, which stay here as they are in the dense one.
+    Recipients' indices are overwritten by their donors', and removed ones by zeros. A shared checkpoint should equal
+    it, but for low-rank columns, which stay here as they are in the dense one.
     """
-    tensors = fit_plan(plan, dense).tensors
+    dense = files.checkpoint
+    tensors = files.tensors
     assemblies = [
         overwritten(info, tensors[name]) if name in tensors else copied(info) for name, info in dense.tensors.items()
     ]

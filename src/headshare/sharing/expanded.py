@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.entry import SharingEntry
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan
@@ -58,7 +59,7 @@ class ExpandedTensors:
             CheckpointError: if it is shared and does not hold what its plan says.
         """
         if checkpoint.sharing is None:
-            return cls(SharedFiles(checkpoint, SharePlan(), {}, {}, stored=False))
+            return cls(SharedFiles(checkpoint, SharingEntry(SharePlan()), {}, {}, stored=False))
         if checkpoint.sharing.packing is not None:
             raise CheckpointError(
                 f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."

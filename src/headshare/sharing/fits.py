@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from headshare.architecture.removable import check_removals
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.int4 import (
     A_WORD,
     PACKED,
@@ -21,24 +22,30 @@ from headshare.checkpoint.layouts import require_one_dtype
 from headshare.errors import CheckpointError, HeadshareError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
-from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, tensor_plans, tied_names
+from headshare.plan.tensors import TensorPlan, tied_names
 from headshare.sharing.makers import check_makers
 
 
 @dataclass(frozen=True)
 class SharedFiles:
-    """A checkpoint and a plan that was checked against it. The functions of this package take such a pair.
+    """A checkpoint and an entry that was checked against it. The functions of this package take such a pair.
 
-    `tensors` has the tensor plans of all weights and biases that the plan touches, by name. `added` has the tensors
-    that the plan adds to those of a dense model. `stored` is true for a shared checkpoint, which holds only what the
-    plan keeps, and false for a dense one that is to be shared.
+    The entry is the checkpoint's own, or one that is made for a dense checkpoint and its plan. `tensors` has the tensor
+    plans of all weights and biases that the plan touches, by name. `added` has the tensors that the plan adds to those
+    of a dense model. `stored` is true for a shared checkpoint, which holds only what the plan keeps, and false for a
+    dense one that is to be shared.
     """
 
     checkpoint: Checkpoint
-    plan: SharePlan
+    entry: SharingEntry
     tensors: Mapping[str, TensorPlan]
     added: Mapping[str, AddedTensor]
     stored: bool
+
+    @property
+    def plan(self) -> SharePlan:
+        """The plan of the entry."""
+        return self.entry.plan
 
     @property
     def tied(self) -> frozenset[str]:
@@ -56,12 +63,13 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     """
     if checkpoint.sharing is None:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
-    plan = checkpoint.sharing.plan
-    packing = checkpoint.sharing.packing
+    entry = checkpoint.sharing
+    plan = entry.plan
+    packing = entry.packing
     tensors = _tensors_of(plan, checkpoint)
     if packing is not None:
         tensors = packed_tensors(tensors, packing)
-    files = SharedFiles(checkpoint, plan, tensors, added_tensors(plan), stored=True)
+    files = SharedFiles(checkpoint, entry, tensors, plan.added_tensors, stored=True)
     check_makers(files.tensors.values())
     what = "the checkpoint does not hold what its plan says"
     # parts of packed matrices must fit each other before their shapes mean anything
@@ -115,7 +123,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
     # what the plan does with them
     if plan.removals:
         check_removals(plan, dense.layouts)
-    files = SharedFiles(dense, plan, _tensors_of(plan, dense), added_tensors(plan), stored=False)
+    files = SharedFiles(dense, SharingEntry(plan), _tensors_of(plan, dense), plan.added_tensors, stored=False)
     check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():
         _check_tensor(dense, name, tensor.shape, what, PlanError)
@@ -127,8 +135,8 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
 
 def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """Tensor plans of this checkpoint: of the weights, and of biases that are there and lose numbers."""
-    biases = {name: bias for name, bias in bias_plans(plan).items() if name in checkpoint.tensors}
-    return {**tensor_plans(plan), **biases}
+    biases = {name: bias for name, bias in plan.biases.items() if name in checkpoint.tensors}
+    return {**plan.tensors, **biases}
 
 
 def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, TensorPlan], packing: Packing) -> None:

@@ -32,14 +32,14 @@ from headshare.files.folder import MANIFEST, check_output, clear_left
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied
-from headshare.sharing.fits import open_shared
+from headshare.sharing.fits import SharedFiles, open_shared
 from headshare.sharing.share import as_stored
 from headshare.sharing.size import dtype_code
 from headshare.sharing.writer import INDEX, all_finite, dtype_key, given_assembly, other_files, write_checkpoint
 
 
 def write_refitted(
-    shared: Checkpoint,
+    files: SharedFiles,
     refit: RefitRecord,
     tensors: Mapping[str, Tensor],
     out: Path,
@@ -56,10 +56,10 @@ def write_refitted(
     Raises:
         OutputError: if it cannot be written, or files of the folder that is to be replaced would be lost.
     """
+    shared = files.checkpoint
     check_written_again(shared, out, overwrite=overwrite)
-    files = open_shared(shared)
     assemblies = [dataclasses.replace(copied(info), shared=name in files.tied) for name, info in shared.tensors.items()]
-    entry = dataclasses.replace(shared.require_sharing(), refit=refit)
+    entry = dataclasses.replace(files.entry, refit=refit)
     if entry.base_model is None and dense is not None:
         entry = dataclasses.replace(entry, base_model=dense.name, origin=entry.origin or origin_of(dense))
     config = {**shared.config, "quantization_config": entry.to_config()}

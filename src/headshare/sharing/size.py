@@ -10,7 +10,7 @@ from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, tensor_plans
+from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import Sublayer
 
 # fractions of the model below which a saving is called little, and the chosen parts small
@@ -72,7 +72,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
     parameters = parameter_infos(checkpoint)
     dense = sum(stored_bytes(info, code) for info in parameters.values())
     # indices that are not stored, of weights and of biases that are there
-    tensors = tensor_plans(plan) | bias_plans(plan)
+    tensors = {**plan.tensors, **plan.biases}
     present = {name: tensor for name, tensor in tensors.items() if name in checkpoint.tensors}
     saved = sum(absent_numbers(tensor) * item_size(checkpoint.tensors[name], code) for name, tensor in present.items())
     # bytes of all units in the plan's parts: no ratio can save more
@@ -82,7 +82,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         for layout, place in places.values()
     )
     # scales and factors take some bytes back
-    for extra in added_tensors(plan).values():
+    for extra in plan.added_tensors.values():
         saved -= prod(extra.shape) * item_size(checkpoint.tensors[extra.weight], code)
     return Estimate(
         units=sum(selection.layout.units for selection in plan.selections),

@@ -14,7 +14,7 @@ from headshare.errors import StorageError
 from headshare.plan.low_rank import LOW_RANK
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Section
-from headshare.plan.tensors import TensorPlan, tensor_plans
+from headshare.plan.tensors import TensorPlan
 from headshare.storage.low_rank import LowRankProjection
 from headshare.storage.projection import SharedProjection, dense_module
 
@@ -60,7 +60,7 @@ def change_modules(model: nn.Module, plan: SharePlan, modules: ModuleMap) -> Non
         PlanError: if a module has another shape than the plan says.
         StorageError: if it multiplies in another way than we know.
     """
-    tensors = tensor_plans(plan)
+    tensors = plan.tensors
     paths = modules.paths()
     for section in plan.sections:
         for change in section.modules():

@@ -25,7 +25,6 @@ from headshare.checkpoint.int4 import check_types, guards, packed_tensors
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
-from headshare.plan.tensors import reduced_tensors, tensor_plans
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
@@ -68,7 +67,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._check_files(model, [Path(file) for file in checkpoint_files])
         # Matrices that are rounded to 4 bits have modules of their own, and plans for them only share rows.
         if packing is not None:
-            tensors = tensor_plans(plan)
+            tensors = plan.tensors
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
             install_packed(model, packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
             return
@@ -76,7 +75,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         if plan.removals:
             shrink(model, plan, ModuleMap.of(model, shrunk_of(plan)))
         change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
-        self._tensors = reduced_tensors(plan)
+        self._tensors = plan.reduced_tensors
         self._modules = ModuleMap.of(model, self._tensors)
         self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
         self._model = model

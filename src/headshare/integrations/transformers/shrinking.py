@@ -19,7 +19,7 @@ from headshare.architecture.removable import check_removals, counts_of
 from headshare.errors import ArchitectureError, StorageError
 from headshare.plan.plan import SharePlan
 from headshare.plan.spans import length
-from headshare.plan.tensors import TensorPlan, bias_name, bias_plans, tensor_plans
+from headshare.plan.tensors import TensorPlan, bias_name
 from headshare.plan.units import Part, Sublayer
 
 
@@ -46,11 +46,9 @@ class FewerHeads:
 
 def shrunk_of(plan: SharePlan) -> dict[str, Shrunk]:
     """The removals of a plan, module by module, under the names of their tensors."""
-    biases = bias_plans(plan)
+    biases = plan.biases
     return {
-        name: Shrunk(tensor, biases.get(bias_name(name)))
-        for name, tensor in tensor_plans(plan).items()
-        if tensor.removed
+        name: Shrunk(tensor, biases.get(bias_name(name))) for name, tensor in plan.tensors.items() if tensor.removed
     }
 
 
