@@ -73,15 +73,15 @@ FAMILIES: dict[str, tuple[type, object, str | None]] = {
 }
 
 
-def make(name: str, folder: Path, *, seed: int = 0, **save: object) -> Path:
-    """A checkpoint folder of this family. `save` goes to save_pretrained (max_shard_size)."""
+def make(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: object) -> Path:
+    """A checkpoint folder of this family, stored in this type. `save` goes to save_pretrained (max_shard_size)."""
     model_class, config, _ = FAMILIES[name]
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, so that a test can see them go missing
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter if parameter.ndim == 1 else 0))
-    model.save_pretrained(folder, **save)
+    model.to(dtype).save_pretrained(folder, **save)
     return folder
 
 

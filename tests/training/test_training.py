@@ -148,6 +148,7 @@ def test_what_is_written_is_a_checkpoint_like_any_other(
     if method is TrainingMethod.DENSE:
         expected = hs.open_checkpoint(hs.expand(expected, tmp_path / "expanded"))
     assert written.plan == expected.plan
+    assert {info.dtype for info in written.tensors.values()} == {"BF16"}
     assert {name: (info.dtype, info.shape) for name, info in written.tensors.items()} == {
         name: (info.dtype, info.shape) for name, info in expected.tensors.items()
     }
