@@ -88,6 +88,39 @@ def test_the_architectures_tree_lists_every_package() -> None:
     assert set(re.findall(r"── (\w+)/", tree)) == packages
 
 
+def test_the_glossary_has_the_architectures_words() -> None:
+    architecture = (ROOT / "ARCHITECTURE.md").read_text()
+    words = architecture[architecture.index("## Words") : architecture.index("## Packages")]
+    in_order = sorted(re.findall(r"^\| .*", words, re.M)[1:], key=str.casefold)
+    assert re.findall(r"^\| .*", (ROOT / "docs" / "glossary.md").read_text(), re.M)[1:] == in_order
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    listed = re.findall(r"\]\(([\w./]+)\)", (ROOT / "docs" / "index.md").read_text())
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages - set(listed) == {"index.md"}
+
+
+def test_lines_of_documentation_pages_end_at_100_columns() -> None:
+    """Tables, pictures and words that cannot be broken, such as commands, are as long as they are."""
+    long = [
+        f"{page.name}:{number}"
+        for page in (ROOT / "docs").glob("*.md")
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > 100 and not line.startswith(("|", "!")) and not re.search(r"`[^`]{40,}`|^ {4}|`$", line)
+    ]
+    assert long == []
+
+
 def test_a_folder_holds_at_most_fourteen_modules_and_a_file_at_most_320_lines() -> None:
     source = ROOT / "src" / "headshare"
     folders = [source, *(path.parent for path in source.rglob("*/__init__.py"))]

@@ -1,6 +1,5 @@
 """Gradient steps after a refit bring a layer nearer to the dense one, and touch nothing that is shared."""
 
-import copy
 import itertools
 import json
 from pathlib import Path

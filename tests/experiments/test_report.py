@@ -419,11 +419,11 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
-    folders = sorted(path.parent for path in (ROOT / "docs" / "measured").glob("*/cells.json"))
+    folders = sorted(path.parent for path in (ROOT / "results" / "measured").glob("*/cells.json"))
     measured = [Comparison.load(folder) for folder in folders]
     drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
-    shown = [[(title, f"results/{path.name}") for title, path in some] for some in drawn]
-    assert report(measured, published(PUBLISHED), shown) == (ROOT / "docs" / "results.md").read_text()
+    shown = [[(title, f"figures/{path.name}") for title, path in some] for some in drawn]
+    assert report(measured, published(PUBLISHED), shown) == (ROOT / "results" / "README.md").read_text()
     assert {path.name for some in drawn for _, path in some} == {
-        path.name for path in (ROOT / "docs" / "results").iterdir()
+        path.name for path in (ROOT / "results" / "figures").iterdir()
     }
