@@ -23,7 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
-from fuzz.kinds import KINDS, good_folder, linked, make_good
+from fuzz.kinds import FAMILIES, KINDS, good_folder, linked, make_good
 from fuzz.watched import Limits, Outcome, in_forks, run_command
 
 EXAMPLES = 2
@@ -63,10 +63,9 @@ class Report:
         return new
 
 
-def one_input(kind: str, seed: int, number: int, good: Path, folder: Path, limits: Limits) -> list[Outcome]:
-    """Make input `number` in a new folder and run one or two of the commands that read it."""
-    random = Random(f"{seed}/{kind}/{number}")
-    for _ in linked(good_folder(kind, random, good), folder):
+def one_input(kind: str, random: Random, start: Path, folder: Path, limits: Limits) -> list[Outcome]:
+    """Make an input in a new folder, from the good one, and run one or two of the commands that read it."""
+    for _ in linked(start, folder):
         pass
     commands = KINDS[kind](random, folder)
     chosen = random.sample(commands, min(len(commands), 2))
@@ -75,21 +74,29 @@ def one_input(kind: str, seed: int, number: int, good: Path, folder: Path, limit
 
 
 def try_inputs(
-    kinds: Sequence[str], numbers: Sequence[int], seed: int, *, limits: Limits, kept: Path, minutes: float
+    kinds: Sequence[str],
+    numbers: Sequence[int],
+    seed: int,
+    *,
+    limits: Limits,
+    kept: Path,
+    minutes: float,
+    families: Sequence[str] = FAMILIES,
 ) -> Report:
     """Try inputs of these kinds by their numbers, until the minutes are over. Folders of findings go to `kept`."""
     report = Report()
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="headshare-fuzz-") as scratch:
         good = Path(scratch) / "good"
-        make_good(good)
+        make_good(good, families)
         plan = [(kind, number) for number in numbers for kind in kinds]
 
         def job(index: int) -> list[Outcome]:
             kind, number = plan[index]
             folder = Path(scratch) / str(index)
             folder.mkdir()
-            return one_input(kind, seed, number, good, folder, limits)
+            random = Random(f"{seed}/{kind}/{number}")
+            return one_input(kind, random, good_folder(kind, random, good, families), folder, limits)
 
         for index, outcomes in in_forks(job, range(len(plan)), limits):
             kind, number = plan[index]

@@ -44,9 +44,9 @@ DENSE: tuple[Words, ...] = (
 )
 
 
-def make_good(folder: Path) -> None:
+def make_good(folder: Path, families: Sequence[str]) -> None:
     """Write the good folder: models of several families, shared ones, a tokenizer, texts, plans and results."""
-    for name in FAMILIES:
+    for name in families:
         place = folder / name
         place.mkdir(parents=True)
         add_tokenizer(tiny.make(name, place / "model"))
@@ -58,8 +58,8 @@ def make_good(folder: Path) -> None:
         a_text(place / "text", 120)
         rows = [json.dumps({"text": line}) for line in (place / "text").read_text().split("w9")]
         (place / "rows.jsonl").write_text("\n".join(rows))
-    _add_inputs(folder / FAMILIES[0])
-    make_writer(folder / FAMILIES[0] / "writer")
+    _add_inputs(folder / families[0])
+    make_writer(folder / families[0] / "writer")
 
 
 def _add_inputs(place: Path) -> None:
@@ -366,9 +366,9 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def good_folder(kind: str, random: Random, good: Path) -> Path:
-    """The good folder that an input of this kind starts from."""
-    return good / (random.choice(FAMILIES) if kind in ("configurations", "headers", "plans") else FAMILIES[0])
+def good_folder(kind: str, random: Random, good: Path, families: Sequence[str]) -> Path:
+    """The good folder that an input of this kind starts from; only the first has a tokenizer and files of ours."""
+    return good / (random.choice(families) if kind in ("configurations", "headers", "plans") else families[0])
 
 
 def linked(source: Path, folder: Path) -> Iterator[Path]:

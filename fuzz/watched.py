@@ -147,9 +147,14 @@ def in_forks(job: Job, numbers: Sequence[int], limits: Limits) -> Iterator[tuple
             _work(job, left, writer, limits)
         os.close(writer)
         with os.fdopen(reader, "rb", buffering=0) as pipe:
-            for number, outcomes in _answers(pipe, child, left, limits):
-                left.remove(number)
-                yield number, outcomes
+            try:
+                for number, outcomes in _answers(pipe, child, left, limits):
+                    left.remove(number)
+                    yield number, outcomes
+            except GeneratorExit:  # nobody wants the rest
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise
 
 
 def _work(job: Job, numbers: Sequence[int], writer: int, limits: Limits) -> None:

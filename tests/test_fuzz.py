@@ -3,11 +3,14 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fuzz import watched
+from fuzz.inputs import try_inputs
+from fuzz.kinds import KINDS
 from fuzz.watched import Limits, in_forks, run_command
 
 LIMITS = Limits(cpu_s=0.3, wall_s=30, memory=50 * 2**20)
@@ -70,3 +73,10 @@ def test_a_death_and_a_standstill_are_found_and_the_rest_is_done(monkeypatch: py
 
     found = dict(in_forks(job, range(4), Limits(wall_s=1)))
     assert [bool(found[number][0].trouble) for number in range(4)] == [False, True, True, False]
+
+
+def test_hostile_inputs_end_in_success_or_in_one_line_of_error(tmp_path: Path) -> None:
+    limits = Limits(cpu_s=60, wall_s=300)  # as wide as can be: no machine is too slow
+    report = try_inputs(list(KINDS), range(6), 0, limits=limits, kept=tmp_path, minutes=30, families=("llama-gqa",))
+    assert report.inputs == dict.fromkeys(KINDS, 6)
+    assert not report.findings

@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import mmap
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import headshare as hs
 import headshare.storage.pooled.alias as alias_module
+import headshare.storage.pooled.arena as arena_module
 from headshare.errors import StorageError
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.storage.pooled.alias import AliasBank
@@ -154,3 +156,41 @@ def test_layers_on_disk_mean_owner(paged: Case, tmp_path: Path, log: pytest.LogC
 def test_aliases_asked_for_on_disk_are_refused_in_words(paged: Case, tmp_path: Path) -> None:
     with pytest.raises(hs.HeadshareError, match=r"alias|owner"):
         paged.load("alias", device_map="auto", max_memory={"cpu": 200_000}, offload_folder=tmp_path)
+
+
+class Refusing:
+    """The C library on a system that maps no shared pages, or none of these files."""
+
+    def __init__(self, real: Any, refused: Callable[[int], bool]) -> None:
+        self.real = real
+        self.refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def mmap(self, start: Any, length: int, protection: int, flags: int, descriptor: int, offset: int) -> Any:
+        if flags & mmap.MAP_SHARED and self.refused(descriptor):
+            return arena_module._failed()
+        return self.real.mmap(start, length, protection, flags, descriptor, offset)
+
+
+@pytest.mark.parametrize(
+    ("refused", "kept"),
+    [
+        (lambda _: True, {"owner"}),
+        (lambda file: "memfd" not in str(Path(f"/proc/self/fd/{file}").readlink()), {"alias"}),
+    ],
+    ids=["no shared pages at all", "none of the checkpoint's files"],
+)
+def test_where_the_system_maps_no_shared_pages_auto_holds_the_model_otherwise(
+    refused: Callable[[int], bool], kept: set[str], paged: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = arena_module._libc()
+    monkeypatch.setattr(arena_module, "_libc", lambda: Refusing(real, refused))
+    arena_module._allowed.cache_clear()
+    try:
+        model = paged.load("auto")
+    finally:
+        arena_module._allowed.cache_clear()
+    assert kinds_of(model) == kept
+    assert torch.equal(logits(model), logits(paged.stock()))

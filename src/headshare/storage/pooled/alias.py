@@ -81,7 +81,10 @@ class AliasBank(BlockPool):
         if place is None or place.offset % PAGE:
             return None
         # a mapping of its own: when a page is read the system maps its neighbours, as far as the mapping goes
-        rows = mapped([Piece(0, place.descriptor, place.offset, stored.nbytes)], stored.nbytes)
+        try:
+            rows = mapped([Piece(0, place.descriptor, place.offset, stored.nbytes)], stored.nbytes)
+        except StorageError:  # some file systems lend no shared pages
+            return None
         return Backing(place.descriptor, place.offset, row, rows.view(stored.dtype).view(stored.shape))
 
     def _in_arena(self, name: str, stored: Tensor) -> Backing:

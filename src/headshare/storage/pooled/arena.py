@@ -49,8 +49,18 @@ class Piece(NamedTuple):
 
 
 def supported() -> bool:
-    """Whether this system can map one piece of memory at several addresses."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create")
+    """Whether this system can map one piece of memory at several addresses, and lets this process do it."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create") and _allowed()
+
+
+@cache
+def _allowed() -> bool:
+    """Whether a page can be shared: a sandbox may refuse it to the processes in it."""
+    try:
+        Arena(PAGE)
+    except StorageError:
+        return False
+    return True
 
 
 class Arena:
