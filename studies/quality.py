@@ -126,7 +126,7 @@ class Bench:
             words = "-".join(map(str, actions))
             rough = SavedCurves(self.work, key_of("priced", words))
             found = price_units(self.dense, self.calibration, actions, device=self.device, done=rough)
-            found = replace(found, paths=tuple(path for path in found.paths if path.kind is kind))
+            found = replace(found, curves=tuple(path for path in found.curves if path.kind is kind))
             if self.probe:
                 fine = SavedCurves(self.work, key_of("probed", words, kind, self.ffn))
                 found = probe_prices(self.dense, self.calibration, found, ffn=self.ffn, device=self.device, done=fine)
@@ -136,7 +136,7 @@ class Bench:
     def both(self) -> CostCurves:
         """The prices of ties and removals of units, and of removals of neurons."""
         units, neurons = self.prices(AUTO_ACTIONS), self.prices((REMOVE,), Sublayer.FFN)
-        return replace(units, paths=units.paths + neurons.paths)
+        return replace(units, curves=units.curves + neurons.curves)
 
     def measure(self, cell: Cell) -> Row:
         """Plan, refit, and the perplexity of a stock model with the same numbers in place."""
@@ -197,8 +197,8 @@ def at_ratio(bench: Bench, ratio: float, seed: int) -> Iterator[Cell]:
     def scaled() -> tuple[SharePlan, float]:
         prices = bench.prices(AUTO_ACTIONS)
         deleted = plan_for_bytes(prices.only((REMOVE,)), least)
-        ties = [path for path in prices.paths if path.actions == {REMOVE if path.layer == 0 else QKVO}]
-        return priced(plan_for_bytes(replace(prices, paths=tuple(ties)), int(SCALED * deleted.saved_bytes)))
+        ties = [path for path in prices.curves if path.actions == {REMOVE if path.layer == 0 else QKVO}]
+        return priced(plan_for_bytes(replace(prices, curves=tuple(ties)), int(SCALED * deleted.saved_bytes)))
 
     yield Cell(budget, CONTROL, lambda: saving(REMOVE))
     yield Cell(budget, "sharing, o factored", lambda: saving(LOW_RANK))

@@ -134,7 +134,7 @@ Beginning = tuple[CurveStep, ...]
 def beginnings(prices: CostCurves) -> dict[Half, list[Beginning]]:
     """All that each half could do: nothing, or so many steps along one of its paths."""
     found: dict[Half, list[Beginning]] = {}
-    for path in prices.paths:
+    for path in prices.curves:
         ends = range(1, len(path.steps) + 1)
         found.setdefault((path.kind, path.layer), [()]).extend(path.steps[:end] for end in ends)
     return found
@@ -155,7 +155,7 @@ def saved_by(steps: Sequence[CurveStep]) -> int:
 
 def most_units(prices: CostCurves) -> int:
     """As many as can be given up: of each half, as many as its longest path. Single neurons are none."""
-    of_neurons = {(path.kind, path.layer) for path in prices.paths if path.is_of_neurons}
+    of_neurons = {(path.kind, path.layer) for path in prices.curves if path.is_of_neurons}
     return sum(max(map(len, some)) for half, some in beginnings(prices).items() if half not in of_neurons)
 
 
@@ -217,9 +217,9 @@ def test_a_mix_costs_no_more_than_each_form_of_each_half_alone(drawn: Any, share
     wanted = int(share * most_bytes(prices))
     found = plan_for_bytes(prices, wanted)
     assert found.saved_bytes == saved_by(taken_by(prices, found)) >= wanted
-    for kind, forms in {(path.kind, path.actions) for path in prices.paths}:
-        same = tuple(path for path in prices.paths if path.kind is kind and path.actions == forms)
-        alone = replace(prices, paths=same)
+    for kind, forms in {(path.kind, path.actions) for path in prices.curves}:
+        same = tuple(path for path in prices.curves if path.kind is kind and path.actions == forms)
+        alone = replace(prices, curves=same)
         if most_bytes(alone) >= wanted:
             assert found.price <= plan_for_bytes(alone, wanted).price
 
@@ -304,7 +304,7 @@ def test_a_path_is_left_for_another_where_that_saves_more_for_its_price() -> Non
     for wanted, price, units in ((100, 1, {(1, 0)}), (200, 2.5, {(1, 0), (2, 0)}), (350, 5.5, {(1, 1), (2, 0)})):
         found = plan_for_bytes(prices, wanted)
         assert (found.price, removed(found.plan, Sublayer.ATTENTION)) == (price, units)
-        alone = [plan_for_bytes(replace(prices, paths=(kept, other)), wanted).price for kept in (first, second)]
+        alone = [plan_for_bytes(replace(prices, curves=(kept, other)), wanted).price for kept in (first, second)]
         assert found.price == min(alone) < max(alone)
 
 
@@ -355,7 +355,7 @@ def raised(form: Action, groups: tuple[int, ...], price: float, *rest: Any, by: 
 def test_the_plan_of_some_steps_takes_those_and_nothing_else(drawn: Any, number: int, share: float) -> None:
     """Nothing else is given up, so every donor is there, and the best is taken."""
     prices = made(drawn)
-    path = prices.paths[number % len(prices.paths)]
+    path = prices.curves[number % len(prices.curves)]
     steps = path.steps[: round(share * len(path.steps))]
     plan = plan_for_steps(prices, path, len(steps))
     taken = {one for step in steps for one in deeds_of(step)}
@@ -364,7 +364,7 @@ def test_the_plan_of_some_steps_takes_those_and_nothing_else(drawn: Any, number:
     assert {tie for one in plan.selections for tie in one.ties} == set(best.items())
     assert plan.model_type == "llama"
     assert SharePlan.from_json(plan.to_json()) == plan
-    alone = replace(prices, paths=(replace(path, steps=steps),))
+    alone = replace(prices, curves=(replace(path, steps=steps),))
     assert plan == plan_for_bytes(alone, saved_by(steps)).plan
 
 
@@ -596,7 +596,7 @@ def test_what_a_plan_saves_is_what_the_accounting_says_of_it(name: str, tmp_path
             assert found.saved_bytes == saved_in(found.plan, checkpoint)
         assert bool(found.plan.factored) == (LOW_RANK in forms)
         assert found.saved_bytes == most_bytes(prices)
-        for path in prices.paths:
+        for path in prices.curves:
             for steps in {1, len(path.steps)}:
                 plan = plan_for_steps(prices, path, steps)
                 assert saved_in(plan, checkpoint) == saved_by(path.steps[:steps])

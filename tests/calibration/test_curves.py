@@ -76,7 +76,7 @@ def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -
     assert make(tied).layout_of(tied) == groups
     assert make(removed).layout_of(removed) == neurons
     several = (tied, replace(tied, steps=(replace(tied.steps[0], groups=(0,)),)))
-    assert make(*several).paths == several
+    assert make(*several).curves == several
     for wrong, words in [
         ((tied, removed), "one or the other"),
         ((tied, replace(removed, layer=1)), "one or the other"),

@@ -25,7 +25,7 @@ def test_only_the_top_of_the_queue_is_priced_again_and_the_order_is_that_of_pric
     monkeypatch.setattr(Remainder, "price", lambda *args: priced.append(args) or real(*args))
     prices = fitted(checkpoint, calibration(), [REMOVE])
     layout = prices.layouts[Sublayer.ATTENTION]
-    for path in (path for path in prices.paths if path.kind is Sublayer.ATTENTION):
+    for path in (path for path in prices.curves if path.kind is Sublayer.ATTENTION):
         reference = Reference(checkpoint, layout, path.layer)
         assert [step.groups[0] for step in path.steps] == cheapest_first(reference, layout.groups)
     everything = layout.layers * (4 + 3 + 2)
@@ -116,7 +116,7 @@ def saved_in(checkpoint: Checkpoint, layout: Layout, form: Action, rank: int) ->
 def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_removed(tmp_path: Folder) -> None:
     checkpoint = opened("llama-mha", tmp_path)
     prices = price_units(checkpoint, calibration(), [*OWN, GATEUP])
-    attention = [path for path in prices.paths if path.kind is Sublayer.ATTENTION]
+    attention = [path for path in prices.curves if path.kind is Sublayer.ATTENTION]
     lengths = {
         form: [(path.layer, len(path.steps)) for path in attention if form in forms_of(path)]
         for form in (QKV, REMOVE, LOW_RANK)
@@ -130,7 +130,7 @@ def test_a_unit_given_up_once_is_not_given_up_in_another_form_and_one_is_never_r
     for path in attention:
         assert len({step.groups for step in path.steps}) == len(path.steps)
         assert len(forms_of(path)) == 1 or forms_of(path) <= {QK, QKV}
-    removed = price_units(checkpoint, calibration(), [REMOVE]).paths
+    removed = price_units(checkpoint, calibration(), [REMOVE]).curves
     assert [(path.layer, len(path.steps)) for path in removed if path.kind is Sublayer.ATTENTION] == [
         (layer, 3) for layer in range(4)
     ]

@@ -113,7 +113,7 @@ def test_both_halves_are_priced_as_if_the_other_had_not_been_looked_at(tmp_path:
     checkpoint = opened("llama-gqa", tmp_path)
     both = price_units(checkpoint, calibration(), [QK, GATEUP], ffn_groups=2)
     alone = [price_units(checkpoint, calibration(), [form], ffn_groups=2) for form in (QK, GATEUP)]
-    assert set(both.paths) == {path for prices in alone for path in prices.paths}
+    assert set(both.curves) == {path for prices in alone for path in prices.curves}
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "falcon-mha", "mpnet", "gpt2"])
@@ -297,7 +297,7 @@ def test_a_share_of_tokens_that_leaves_none_to_fit_is_refused(share: float, tmp_
 
 
 def kinds_and_forms(prices: CostCurves) -> set[tuple[Sublayer, Action]]:
-    return {(path.kind, step.action) for path in prices.paths for step in path.steps}
+    return {(path.kind, step.action) for path in prices.curves for step in path.steps}
 
 
 def test_neurons_are_removed_where_groups_of_them_could_also_be_tied(tmp_path: Folder) -> None:
@@ -312,9 +312,9 @@ def test_layer_0_ties_nothing_and_keeps_a_unit_that_ties_may_need(tmp_path: Fold
     path = path_of(tied, Sublayer.ATTENTION, 0)
     assert forms_of(path) == {REMOVE}
     assert len(path.steps) == tied.layouts[Sublayer.ATTENTION].groups - 1
-    assert (Sublayer.FFN, 0) in {(path.kind, path.layer) for path in tied.paths}
+    assert (Sublayer.FFN, 0) in {(path.kind, path.layer) for path in tied.curves}
     for forms in ([QKV], [GATEUP]):
-        assert {path.layer for path in price_units(checkpoint, calibration(), forms).paths} == {1, 2, 3}
+        assert {path.layer for path in price_units(checkpoint, calibration(), forms).curves} == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_at_least_one_donor_is_priced(tmp_path: Folder) -> None:
 
 def test_protected_layers_give_nothing_up_and_lend(tmp_path: Folder) -> None:
     prices = price_units(opened("llama-gqa", tmp_path), calibration(), [QKV], protect=[1, 2])
-    (path,) = prices.paths
+    (path,) = prices.curves
     assert path.layer == LAST
     assert {donor.layer for step in path.steps for donor, _ in step.donors} == {0, 1, 2}
 

@@ -140,21 +140,21 @@ def llama_prices(tmp_path_factory: pytest.TempPathFactory) -> tuple[hs.Checkpoin
 
 def shortened(prices: CostCurves, most: int) -> CostCurves:
     """The same with the first steps of each path, as every mark of it is a refit here."""
-    return replace(prices, paths=tuple(replace(path, steps=path.steps[:most]) for path in prices.paths))
+    return replace(prices, curves=tuple(replace(path, steps=path.steps[:most]) for path in prices.curves))
 
 
 @pytest.fixture(scope="module")
 def truth(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> list[dict[int, float]]:
     dense, prices = llama_prices
-    return losses(dense, prices, prices.paths, text().mixed().tokens[-3:])
+    return losses(dense, prices, prices.curves, text().mixed().tokens[-3:])
 
 
 @pytest.fixture
 def thin(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> tuple[hs.Checkpoint, CostCurves]:
     """The same with one path a layer, which is enough where it is not about numbers."""
     dense, prices = llama_prices
-    first = {path.layer: path for path in reversed(prices.paths) if path.kind is Sublayer.ATTENTION}
-    return dense, replace(prices, paths=tuple(first[layer] for layer in sorted(first)))
+    first = {path.layer: path for path in reversed(prices.curves) if path.kind is Sublayer.ATTENTION}
+    return dense, replace(prices, curves=tuple(first[layer] for layer in sorted(first)))
 
 
 def probe(dense: hs.Checkpoint, prices: CostCurves, **more: Any) -> CostCurves:
@@ -168,7 +168,7 @@ def test_prices_add_up_to_what_a_stock_model_loses_by_the_steps_of_one_layer(
     found = probe(dense, prices)
     assert found.in_nats
     assert not prices.in_nats
-    assert_adds_up(found.paths, truth, TIGHT)
+    assert_adds_up(found.curves, truth, TIGHT)
     assert min(loss for losses in truth for loss in losses.values()) > 1e-4  # there is something to see
 
 
@@ -177,26 +177,26 @@ def test_paths_of_the_same_half_are_each_measured(
 ) -> None:
     """Ties and removals are of the same units; each is what it is without the other."""
     dense, prices = llama_prices
-    both = [path for path in prices.paths if (path.kind, path.layer) == (Sublayer.ATTENTION, 1)]
+    both = [path for path in prices.curves if (path.kind, path.layer) == (Sublayer.ATTENTION, 1)]
     assert [{step.action for step in path.steps} for path in both] == [{QKV}, {REMOVE}]
     for path in both:
-        (alone,) = probe(dense, replace(prices, paths=(path,))).paths
-        assert_adds_up([alone], [truth[prices.paths.index(path)]], TIGHT)
+        (alone,) = probe(dense, replace(prices, curves=(path,))).curves
+        assert_adds_up([alone], [truth[prices.curves.index(path)]], TIGHT)
 
 
 def test_short_products_change_little(
     llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]]
 ) -> None:
     dense, prices = llama_prices
-    assert_adds_up(probe(dense, prices).paths, truth, {"rel": 0.1, "abs": 1e-4})
+    assert_adds_up(probe(dense, prices).curves, truth, {"rel": 0.1, "abs": 1e-4})
 
 
 def test_a_price_does_not_depend_on_which_other_paths_there_are(thin: tuple[hs.Checkpoint, CostCurves]) -> None:
     """Each layer gives up its own alone: nothing of an earlier layer's steps reaches it."""
     dense, prices = thin
-    found = probe(dense, prices).paths
-    for at, path in enumerate(prices.paths):
-        assert probe(dense, replace(prices, paths=(path,))).paths == (found[at],)
+    found = probe(dense, prices).curves
+    for at, path in enumerate(prices.curves):
+        assert probe(dense, replace(prices, curves=(path,))).curves == (found[at],)
 
 
 @pytest.mark.parametrize(("probed", "windows"), [(1, 1), (2 * WINDOW + 15, 2), (10**9, WINDOWS - FITTED)])
@@ -204,19 +204,19 @@ def test_as_many_of_the_last_windows_are_measured_as_were_asked_for_and_never_fi
     probed: int, windows: int, llama_prices: tuple[hs.Checkpoint, CostCurves], full: None
 ) -> None:
     dense, prices = llama_prices
-    one = replace(prices, paths=(prices.paths[2],))
-    wanted = losses(dense, prices, one.paths, text().mixed().tokens[-windows:])
-    assert_adds_up(probe(dense, one, probed=probed).paths, wanted, TIGHT)
+    one = replace(prices, curves=(prices.curves[2],))
+    wanted = losses(dense, prices, one.curves, text().mixed().tokens[-windows:])
+    assert_adds_up(probe(dense, one, probed=probed).curves, wanted, TIGHT)
 
 
 def test_without_the_feed_forwards_refit_attention_pays_alone(
     llama_prices: tuple[hs.Checkpoint, CostCurves], truth: list[dict[int, float]], full: None
 ) -> None:
     dense, prices = llama_prices
-    one = replace(prices, paths=(prices.paths[0],))
-    wanted = losses(dense, prices, one.paths, text().mixed().tokens[-3:], ffn=False)
+    one = replace(prices, curves=(prices.curves[0],))
+    wanted = losses(dense, prices, one.curves, text().mixed().tokens[-3:], ffn=False)
     assert wanted[0] != pytest.approx(truth[0], rel=0.01)
-    assert_adds_up(probe(dense, one, ffn=False).paths, wanted, TIGHT)
+    assert_adds_up(probe(dense, one, ffn=False).curves, wanted, TIGHT)
 
 
 def test_batches_change_nothing(
@@ -224,9 +224,9 @@ def test_batches_change_nothing(
 ) -> None:
     """Two windows and then one."""
     dense, prices = thin
-    whole = [sums(path, marked(len(path.steps))) for path in probe(dense, prices).paths]
+    whole = [sums(path, marked(len(path.steps))) for path in probe(dense, prices).curves]
     monkeypatch.setattr(streams, "BATCH_TOKENS", 2 * WINDOW + 5)
-    assert_adds_up(probe(dense, prices).paths, whole, TIGHT)
+    assert_adds_up(probe(dense, prices).curves, whole, TIGHT)
 
 
 def test_a_number_added_to_all_logits_changes_nothing(
@@ -234,24 +234,24 @@ def test_a_number_added_to_all_logits_changes_nothing(
 ) -> None:
     """Those of GPT-2 lie about -100, where one more bit is as large as a small price."""
     dense, prices = llama_prices
-    one = replace(prices, paths=prices.paths[-1:])
-    (before,) = probe(dense, one).paths
+    one = replace(prices, curves=prices.curves[-1:])
+    (before,) = probe(dense, one).curves
     marks = sums(before, marked(len(before.steps)))
     assert min(marks.values()) < 2e-4
     logits = streams.Layers.logits
     monkeypatch.setattr(streams.Layers, "logits", lambda self, leaving: logits(self, leaving) - 100)
-    assert_adds_up(probe(dense, one).paths, [marks], {"rel": 1e-4, "abs": 3e-7})
+    assert_adds_up(probe(dense, one).curves, [marks], {"rel": 1e-4, "abs": 3e-7})
 
 
 def test_what_changes_no_prediction_costs_nothing_and_not_less_by_rounding(
     thin: tuple[hs.Checkpoint, CostCurves], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, prices = thin
-    last = shortened(replace(prices, paths=prices.paths[-1:]), 1)
+    last = shortened(replace(prices, curves=prices.curves[-1:]), 1)
     for _ in range(8):  # of such sums, about every other is rounded to less than nothing
         same = torch.randn(1, WINDOW // EVERY, 1000)
         monkeypatch.setattr(streams.Layers, "logits", lambda self, leaving, same=same: same.clone())
-        assert 0 <= probe(dense, last).paths[0].steps[0].price < 2e-6
+        assert 0 <= probe(dense, last).curves[0].steps[0].price < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_every_kind_of_model_is_measured_as_the_stock_model_runs(
     monkeypatch.setattr(tiny, "FAMILIES", ALL)
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / name))
     prices = shortened(price_units(dense, text(), forms, **SEEN), 3)
-    prices = replace(prices, paths=tuple(path for path in prices.paths if path.layer == 2))
-    assert prices.paths
-    assert_adds_up(probe(dense, prices).paths, losses(dense, prices, prices.paths, text().mixed().tokens[-3:]), TIGHT)
+    prices = replace(prices, curves=tuple(path for path in prices.curves if path.layer == 2))
+    assert prices.curves
+    assert_adds_up(probe(dense, prices).curves, losses(dense, prices, prices.curves, text().mixed().tokens[-3:]), TIGHT)
 
 
 def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
@@ -277,16 +277,16 @@ def test_ties_that_follow_a_removal_cost_it_less_part_of_what_they_make_up_for(
     """They are not measured themselves, and do not change what is."""
     dense = llama_in(tmp_path)
     prices = price_units(dense, text(), (QKVO, LOW_RANK), **SEEN)
-    removals = [path for path in prices.paths if path.steps[0].action is REMOVE]
+    removals = [path for path in prices.curves if path.steps[0].action is REMOVE]
     found = probe(dense, prices)
-    assert [path for path in found.paths if path.steps[0].action is REMOVE] == list(
-        probe(dense, replace(prices, paths=tuple(removals))).paths
+    assert [path for path in found.curves if path.steps[0].action is REMOVE] == list(
+        probe(dense, replace(prices, curves=tuple(removals))).curves
     )
     leaders = {
-        path.layer: (path, after) for path, after in zip(prices.paths, found.paths, strict=True) if path in removals
+        path.layer: (path, after) for path, after in zip(prices.curves, found.curves, strict=True) if path in removals
     }
     seen = 0
-    for path, after in zip(prices.paths, found.paths, strict=True):
+    for path, after in zip(prices.curves, found.curves, strict=True):
         before, led = leaders[path.layer]
         assert without_prices(after) == without_prices(path)
         for steps in range(1, len(path.steps) + 1):
@@ -335,8 +335,8 @@ def test_nothing_but_prices_and_donors_prices_changes(thin: tuple[hs.Checkpoint,
     before = tokens.tokens.clone()
     found = probe_prices(dense, tokens, prices, **SEEN, probed=PROBED)
     assert tokens.tokens.equal(before)
-    assert replace(found, paths=prices.paths, in_nats=False) == prices
-    assert [without_prices(path) for path in found.paths] == [without_prices(path) for path in prices.paths]
+    assert replace(found, curves=prices.curves, in_nats=False) == prices
+    assert [without_prices(path) for path in found.curves] == [without_prices(path) for path in prices.curves]
 
 
 def without_prices(path: CostCurve) -> CostCurve:
@@ -380,16 +380,16 @@ def test_what_was_measured_of_other_layers_neither_hides_these_nor_comes_along(
 ) -> None:
     dense, prices = thin
     whole = probe(dense, prices)
-    done = {0: [path for path in whole.paths if path.layer == 0]}
-    later = tuple(path for path in prices.paths if path.layer > 0)
-    found = probe(dense, replace(prices, paths=later), done=done)
-    assert found.paths == tuple(path for path in whole.paths if path.layer > 0)
+    done = {0: [path for path in whole.curves if path.layer == 0]}
+    later = tuple(path for path in prices.curves if path.layer > 0)
+    found = probe(dense, replace(prices, curves=later), done=done)
+    assert found.curves == tuple(path for path in whole.curves if path.layer > 0)
 
 
 def test_nothing_to_price_is_nothing_to_measure(thin: tuple[hs.Checkpoint, CostCurves]) -> None:
     dense, prices = thin
-    found = probe(dense, replace(prices, paths=()))
-    assert found.paths == ()
+    found = probe(dense, replace(prices, curves=()))
+    assert found.curves == ()
     assert found.in_nats
 
 
@@ -410,8 +410,8 @@ def test_too_few_windows_are_one_error(
 
 def test_three_windows_are_enough(llama_prices: tuple[hs.Checkpoint, CostCurves]) -> None:
     dense, prices = llama_prices
-    one = replace(prices, paths=(prices.paths[2],))
-    assert probe_prices(dense, text(3), one).paths[0].steps[0].price > 0
+    one = replace(prices, curves=(prices.curves[2],))
+    assert probe_prices(dense, text(3), one).curves[0].steps[0].price > 0
 
 
 def test_predictions_that_are_not_finite_are_one_error(

@@ -85,7 +85,7 @@ def _registered() -> Iterator[None]:
 
 
 def steps_by(prices: CostCurves, action: Action) -> list[CurveStep]:
-    return [step for path in prices.paths for step in path.steps if step.action == action]
+    return [step for path in prices.curves for step in path.steps if step.action == action]
 
 
 def saved_in(checkpoint: Checkpoint, plan: hs.SharePlan) -> int:
@@ -144,7 +144,7 @@ def test_a_plan_of_toys_saves_what_it_says_and_can_be_shared_expanded_and_verifi
 ) -> None:
     dense = opened(name, tmp_path)
     prices = price_units(dense, calibration(4), actions).only(actions)
-    for path in prices.paths:
+    for path in prices.curves:
         plan = plan_for_steps(prices, path, len(path.steps))
         assert saved_in(dense, plan) == sum(step.saved_bytes for step in path.steps)
     most = sum(step.saved_bytes for step in longest(prices))
@@ -157,7 +157,7 @@ def test_a_plan_of_toys_saves_what_it_says_and_can_be_shared_expanded_and_verifi
 def longest(prices: CostCurves) -> list[CurveStep]:
     """The steps of the path that saves most of each half of each layer."""
     most: dict[tuple[Sublayer, int], CostCurve] = {}
-    for path in sorted(prices.paths, key=lambda path: sum(step.saved_bytes for step in path.steps)):
+    for path in sorted(prices.curves, key=lambda path: sum(step.saved_bytes for step in path.steps)):
         most[path.kind, path.layer] = path
     return [step for path in most.values() for step in path.steps]
 
@@ -182,15 +182,15 @@ def test_an_action_prices_units_by_its_own_formula_and_puts_its_own_section_in_a
     dense = opened(name, tmp_path)
     prices = price_units(dense, calibration(), [NARROW, QKV], held_out=0.0)
     groups = prices.layouts[Sublayer.ATTENTION].groups
-    own = [path for path in prices.paths if path.actions == {NARROW}]
+    own = [path for path in prices.curves if path.actions == {NARROW}]
     assert [path.layer for path in own] == [0, 1, 2, 3]
     for path in own:
         costs = [step.price for step in path.steps]
         assert costs == sorted(costs)
         assert len(costs) == groups
         assert min(costs) > 0
-    assert [path for path in prices.paths if path.actions != {NARROW}] == list(
-        price_units(dense, calibration(), [QKV], held_out=0.0).paths
+    assert [path for path in prices.curves if path.actions != {NARROW}] == list(
+        price_units(dense, calibration(), [QKV], held_out=0.0).curves
     )
     found = plan_for_units(prices.only([NARROW]), 5)
     cheapest = sorted(step.price for step in steps_by(prices, NARROW))[:5]
@@ -207,7 +207,7 @@ def test_an_action_prices_units_by_its_own_formula_and_puts_its_own_section_in_a
 def test_an_action_can_remove_by_its_own_measure_beside_the_removal_that_there_is(tmp_path: Folder) -> None:
     dense = opened("llama-mha", tmp_path)
     prices = price_units(dense, calibration(4), [QUIET, REMOVE, QKV])
-    assert {(path.kind, action) for path in prices.paths for action in path.actions} == {
+    assert {(path.kind, action) for path in prices.curves for action in path.actions} == {
         (Sublayer.ATTENTION, QKV), (Sublayer.ATTENTION, REMOVE), (Sublayer.ATTENTION, QUIET),
         (Sublayer.FFN, REMOVE), (Sublayer.FFN, QUIET),
     }  # fmt: skip
@@ -228,7 +228,7 @@ def test_what_a_toy_does_to_predictions_is_measured(tmp_path: Folder) -> None:
     prices = price_units(dense, calibration(14), [NARROW, KV], tokens=160)
     found = probe_prices(dense, calibration(14), prices, tokens=160, probed=48)
     assert found.in_nats
-    for before, after in zip(prices.paths, found.paths, strict=True):
+    for before, after in zip(prices.curves, found.curves, strict=True):
         assert [step.groups for step in before.steps] == [step.groups for step in after.steps]
         assert sum(step.price for step in after.steps) > 0
         assert before != after

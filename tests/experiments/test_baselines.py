@@ -112,7 +112,7 @@ def test_taylors_importance_is_torch_prunings_of_the_same_group(dense: hs.Checkp
 def test_the_least_important_go_first_and_every_layer_keeps_one(dense: hs.Checkpoint) -> None:
     importance = torch.tensor([5.0, 6.0, 1.0, 2.0, 8.0, 3.0, 7.0, 4.0], dtype=torch.float64)
     prices = removal_prices(dense, importance)
-    one = prices.paths[0].steps[0].saved_bytes
+    one = prices.curves[0].steps[0].saved_bytes
     for count, wanted in ((1, {(1, 0)}), (2, {(1, 0), (2, 1)}), (4, {(0, 0), (1, 0), (2, 1), (3, 1)})):
         plan = plan_for_bytes(prices, count * one).plan
         (removal,) = plan.removals

@@ -141,7 +141,7 @@ def fitted(checkpoint: Checkpoint, text: Calibration, forms: Sequence[Action], *
 
 
 def paths_of(prices: CostCurves, kind: Sublayer, layer: int) -> list[CostCurve]:
-    return [path for path in prices.paths if (path.kind, path.layer) == (kind, layer)]
+    return [path for path in prices.curves if (path.kind, path.layer) == (kind, layer)]
 
 
 def path_of(prices: CostCurves, kind: Sublayer, layer: int) -> CostCurve:

@@ -30,11 +30,12 @@ def plan_for_units(prices: CostCurves, units: int, *, choice: Choice | None = No
     Raises:
         PlanError: if so many units cannot be given up.
     """
-    halves = [_Half.of(paths) for paths in _by_half(path for path in prices.paths if not path.is_of_neurons)]
-    most = sum(half.most_steps for half in halves)
+    of_units = (curve for curve in prices.curves if not curve.is_of_neurons)
+    sublayers = [_SublayerCurves.of(curves) for curves in _by_sublayer(of_units)]
+    most = sum(sublayer.most_steps for sublayer in sublayers)
     if not 0 <= units <= most:
         raise PlanError(f"{units} units cannot be given up; of those that were priced, {most} can. Ask for less.")
-    return budgeted(prices, _cheapest(halves, units), choice)
+    return budgeted(prices, _cheapest(sublayers, units), choice)
 
 
 def plan_for_bytes(prices: CostCurves, saved: int, *, choice: Choice | None = None) -> Budgeted:
@@ -50,41 +51,41 @@ def plan_for_bytes(prices: CostCurves, saved: int, *, choice: Choice | None = No
         PlanError: if so many bytes cannot be saved.
     """
     # Nothing is searched for where even the end of every curve saves too little.
-    most = sum(_most_saved(paths) for paths in _by_half(prices.paths))
+    most = sum(_most_saved(curves) for curves in _by_sublayer(prices.curves))
     if not 0 <= saved <= most:
         raise PlanError(f"{saved} bytes cannot be saved; what was priced can save {most}. Ask for less, or allow more.")
 
     # The greedy choice can be led astray by a mix, and donors that give something up make their ties dearer than was
     # predicted: so the plans are compared as they are, not the choices.
-    able = (paths for paths in _alternatives(prices.paths) if sum(map(_most_saved, _by_half(paths))) >= saved)
-    return min((budgeted(prices, _saving(paths, saved), choice) for paths in able), key=lambda plan: plan.price)
+    able = (curves for curves in _alternatives(prices.curves) if sum(map(_most_saved, _by_sublayer(curves))) >= saved)
+    return min((budgeted(prices, _saving(curves, saved), choice) for curves in able), key=lambda plan: plan.price)
 
 
-def _most_saved(paths: Sequence[CostCurve]) -> int:
+def _most_saved(curves: Sequence[CostCurve]) -> int:
     """The bytes that a sublayer saves on the curve that saves most."""
-    return max(sum(step.saved_bytes for step in path.steps) for path in paths)
+    return max(sum(step.saved_bytes for step in curve.steps) for curve in curves)
 
 
-def _alternatives(paths: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
+def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
     """Selections of the curves: all of them, then those of each kind of sublayer and each set of actions alone."""
-    yield paths
-    kinds = sorted({(path.kind, tuple(sorted(path.actions))) for path in paths})
+    yield curves
+    kinds = sorted({(curve.kind, tuple(sorted(curve.actions))) for curve in curves})
     if len(kinds) > 1:
         for kind, actions in kinds:
-            yield [path for path in paths if path.kind is kind and path.actions == set(actions)]
+            yield [curve for curve in curves if curve.kind is kind and curve.actions == set(actions)]
 
 
-def _saving(paths: Sequence[CostCurve], wanted: int) -> list[End]:
+def _saving(curves: Sequence[CostCurve], wanted: int) -> list[End]:
     """The ends to which these curves are followed to save so many bytes."""
-    halves = [_Half.of(some).worth_having() for some in _by_half(paths)]
-    return _ends(halves, _trimmed(halves, _greedy(halves, wanted), wanted))
+    sublayers = [_SublayerCurves.of(alternatives).worth_having() for alternatives in _by_sublayer(curves)]
+    return _ends(sublayers, _trimmed(sublayers, _greedy(sublayers, wanted), wanted))
 
 
 # ---- how far to follow which curve
 
 
 @dataclass(frozen=True)
-class _Half:
+class _SublayerCurves:
     """All choices that one sublayer has: to give nothing up, or the first steps of one of its cost curves.
 
     Each of the `ends` is a curve with a number of steps; they are sorted by saved bytes. `price` and `saved` are the
@@ -96,24 +97,24 @@ class _Half:
     saved: NDArray[np.int64]
 
     @classmethod
-    def of(cls, paths: Sequence[CostCurve]) -> "_Half":
+    def of(cls, curves: Sequence[CostCurve]) -> "_SublayerCurves":
         """The choices that these curves of one sublayer give. Giving nothing up is one choice, whatever the curve."""
-        ends = [(0, 0.0, paths[0], 0)]
-        for path in paths:
+        ends = [(0, 0.0, curves[0], 0)]
+        for curve in curves:
             price = 0.0
             saved = 0
-            for end, step in enumerate(path.steps, 1):
+            for end, step in enumerate(curve.steps, 1):
                 price += step.price
                 saved += step.saved_bytes
-                ends.append((saved, price, path, end))
+                ends.append((saved, price, curve, end))
         ends.sort(key=lambda choice: choice[:2])
         return cls(
-            tuple((path, end) for _, _, path, end in ends),
+            tuple((curve, end) for _, _, curve, end in ends),
             np.array([price for _, price, _, _ in ends]),
             np.array([saved for saved, _, _, _ in ends], dtype=np.int64),
         )
 
-    def worth_having(self) -> "_Half":
+    def worth_having(self) -> "_SublayerCurves":
         """The choices without those that cost something, save no more than another and cost no less."""
         # Ends come by saved bytes. Each drops those before it that cost as much or more, unless they cost nothing; it
         # stays if it saves more than the last that is left.
@@ -123,7 +124,7 @@ class _Half:
                 kept.pop()
             if self.saved[kept[-1]] < self.saved[at]:
                 kept.append(at)
-        return _Half(tuple(self.ends[at] for at in kept), self.price[kept], self.saved[kept])
+        return _SublayerCurves(tuple(self.ends[at] for at in kept), self.price[kept], self.saved[kept])
 
     @property
     def most_steps(self) -> int:
@@ -135,51 +136,51 @@ class _Half:
         return self.price[at + 1 :] - self.price[at], self.saved[at + 1 :] - self.saved[at]
 
 
-def _by_half(paths: Iterable[CostCurve]) -> list[list[CostCurve]]:
+def _by_sublayer(curves: Iterable[CostCurve]) -> list[list[CostCurve]]:
     """The curves of each sublayer together, in order of appearance."""
-    halves: dict[tuple[Sublayer, int], list[CostCurve]] = {}
-    for path in paths:
-        halves.setdefault((path.kind, path.layer), []).append(path)
-    return list(halves.values())
+    sublayers: dict[tuple[Sublayer, int], list[CostCurve]] = {}
+    for curve in curves:
+        sublayers.setdefault((curve.kind, curve.layer), []).append(curve)
+    return list(sublayers.values())
 
 
-def _ends(halves: Sequence[_Half], taken: Taken) -> list[End]:
+def _ends(sublayers: Sequence[_SublayerCurves], taken: Taken) -> list[End]:
     """The curve and the number of steps that each sublayer takes."""
-    return [half.ends[at] for half, at in zip(halves, taken, strict=True)]
+    return [sublayer.ends[at] for sublayer, at in zip(sublayers, taken, strict=True)]
 
 
-def _cheapest(halves: Sequence[_Half], units: int) -> list[End]:
+def _cheapest(sublayers: Sequence[_SublayerCurves], units: int) -> list[End]:
     """The ends of least cost that have this many steps in all. Among equals, later sublayers give less up."""
     # `best` is the least cost of every number of steps in the sublayers so far: at first there is no sublayer.
     best = np.full(units + 1, np.inf)
     best[0] = 0
-    chosen = np.zeros((len(halves), units + 1), dtype=np.int64)
-    for number, half in enumerate(halves):
+    chosen = np.zeros((len(sublayers), units + 1), dtype=np.int64)
+    for number, sublayer in enumerate(sublayers):
         # A sublayer takes one of its ends, so each is put on top of what was best without this sublayer.
         before = best
         best = best.copy()
-        for at, (_, steps) in enumerate(half.ends):
+        for at, (_, steps) in enumerate(sublayer.ends):
             if 0 < steps <= units:
-                costs = before[: units + 1 - steps] + half.price[at]
+                costs = before[: units + 1 - steps] + sublayer.price[at]
                 better = costs < best[steps:]
                 best[steps:][better] = costs[better]
                 chosen[number, steps:][better] = at
-    return _followed_back(halves, chosen, units)
+    return _followed_back(sublayers, chosen, units)
 
 
-def _followed_back(halves: Sequence[_Half], chosen: NDArray[np.int64], units: int) -> list[End]:
+def _followed_back(sublayers: Sequence[_SublayerCurves], chosen: NDArray[np.int64], units: int) -> list[End]:
     """The end of each sublayer in the best choice of this many units, traced back from the last sublayer."""
     taken = []
-    for half, row in zip(halves[::-1], chosen[::-1], strict=True):
+    for sublayer, row in zip(sublayers[::-1], chosen[::-1], strict=True):
         # A sublayer without part in the choice takes the first of its ends, at 0, which gives nothing up.
-        taken.append(half.ends[int(row[units])])
+        taken.append(sublayer.ends[int(row[units])])
         units -= taken[-1][1]
     return taken[::-1]
 
 
-def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
+def _greedy(sublayers: Sequence[_SublayerCurves], wanted: int) -> Taken:
     """The cheapest choice that saves so many bytes, among those one turn away from a state of the greedy search."""
-    taken = [0] * len(halves)
+    taken = [0] * len(sublayers)
     price = 0.0
     left = wanted
     best = list(taken)
@@ -189,8 +190,8 @@ def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
         # the cheapest turn that saves all of those at once.
         extensions = []
         completions = []
-        for number, half in enumerate(halves):
-            more, saved = half.beyond(taken[number])
+        for number, sublayer in enumerate(sublayers):
+            more, saved = sublayer.beyond(taken[number])
             if more.size:
                 rates = more / np.minimum(saved, left)
                 extensions.append((rates.min(), number, int(rates.argmin())))
@@ -203,7 +204,7 @@ def _greedy(halves: Sequence[_Half], wanted: int) -> Taken:
             least = cost
         # The search itself goes on by the best rate, until enough is saved.
         _, number, further = min(extensions)
-        more, saved = halves[number].beyond(taken[number])
+        more, saved = sublayers[number].beyond(taken[number])
         taken = _followed(taken, number, further)
         price += more[further]
         left -= int(saved[further])
@@ -215,19 +216,19 @@ def _followed(taken: Taken, number: int, further: int) -> Taken:
     return [at + 1 + further if position == number else at for position, at in enumerate(taken)]
 
 
-def _trimmed(halves: Sequence[_Half], taken: Taken, wanted: int) -> Taken:
+def _trimmed(sublayers: Sequence[_SublayerCurves], taken: Taken, wanted: int) -> Taken:
     """The choice without steps that cost something and are not needed; the dearest go first."""
-    spare = sum(int(half.saved[at]) for half, at in zip(halves, taken, strict=True)) - wanted
+    spare = sum(int(sublayer.saved[at]) for sublayer, at in zip(sublayers, taken, strict=True)) - wanted
     while True:
         # The ways to go back in one sublayer that lower the cost and still leave enough saved.
         shorter = [
-            (half.price[at] - half.price[end], number, end)
-            for number, (half, at) in enumerate(zip(halves, taken, strict=True))
+            (sublayer.price[at] - sublayer.price[end], number, end)
+            for number, (sublayer, at) in enumerate(zip(sublayers, taken, strict=True))
             for end in range(at)
-            if half.saved[at] - half.saved[end] <= spare and half.price[at] > half.price[end]
+            if sublayer.saved[at] - sublayer.saved[end] <= spare and sublayer.price[at] > sublayer.price[end]
         ]
         if not shorter:
             return taken
         _, number, end = max(shorter)
-        spare -= int(halves[number].saved[taken[number]] - halves[number].saved[end])
+        spare -= int(sublayers[number].saved[taken[number]] - sublayers[number].saved[end])
         taken = [end if position == number else at for position, at in enumerate(taken)]

@@ -109,7 +109,7 @@ def prices_on(
     what = tuple(map(str, actions)), ffn_groups, protect
     done = _saved_paths(workspace, *what)
     prices = price_units(dense, calibration, actions, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
-    prices = replace(prices, paths=tuple(path for path in prices.paths if path.kind in kinds))
+    prices = replace(prices, curves=tuple(curve for curve in prices.curves if curve.kind in kinds))
 
     # Measured costs replace the output errors; they are kept apart, as other runs may want either.
     if probe:

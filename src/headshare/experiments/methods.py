@@ -59,7 +59,7 @@ def _cheapest(case: Case) -> SharePlan:
     units = case.common.units(*AUTO_ACTIONS)
     neurons = case.common.neurons()
     return case.saving(
-        replace(neurons, layouts={**neurons.layouts, **units.layouts}, paths=units.paths + neurons.paths)
+        replace(neurons, layouts={**neurons.layouts, **units.layouts}, curves=units.curves + neurons.curves)
     )
 
 

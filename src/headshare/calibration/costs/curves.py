@@ -79,7 +79,7 @@ class CostCurve:
     steps: tuple[CurveStep, ...]
 
     def __post_init__(self) -> None:
-        where = f"the {self.kind} path of layer {self.layer}"
+        where = f"the {self.kind} curve of layer {self.layer}"
         given = [group for step in self.steps for group in step.groups]
         if len(set(given)) < len(given):
             raise PlanError(f"{where} gives a unit up twice.")
@@ -117,51 +117,51 @@ class CostCurves:
 
     model_type: str
     layouts: Mapping[Sublayer, Layout]
-    paths: tuple[CostCurve, ...]
+    curves: tuple[CostCurve, ...]
     neurons: Layout | None = None
     in_nats: bool = False
 
     def __post_init__(self) -> None:
-        if len({path.is_of_neurons for path in self.paths if path.kind is Sublayer.FFN and path.steps}) > 1:
+        if len({curve.is_of_neurons for curve in self.curves if curve.kind is Sublayer.FFN and curve.steps}) > 1:
             raise PlanError("some layers remove neurons and others tie groups of them; a model does one or the other.")
-        for path in self.paths:
-            self._check(path)
+        for curve in self.curves:
+            self._check(curve)
 
     def only(self, actions: Collection[Action]) -> "CostCurves":
         """The curves that have no actions but these."""
-        return replace(self, paths=tuple(path for path in self.paths if path.actions <= set(actions)))
+        return replace(self, curves=tuple(curve for curve in self.curves if curve.actions <= set(actions)))
 
-    def layout_of(self, path: CostCurve) -> Layout:
+    def layout_of(self, curve: CostCurve) -> Layout:
         """The layout of this curve's units.
 
         Raises:
             PlanError: if the model has none.
         """
-        layout = self.neurons if path.is_of_neurons else self.layouts.get(path.kind)
+        layout = self.neurons if curve.is_of_neurons else self.layouts.get(curve.kind)
         if layout is None:
-            raise PlanError(f"the {path.kind} path of layer {path.layer} is of units that have no layout.")
+            raise PlanError(f"the {curve.kind} curve of layer {curve.layer} is of units that have no layout.")
         return layout
 
-    def _check(self, path: CostCurve) -> None:
+    def _check(self, curve: CostCurve) -> None:
         """Refuse a curve whose units or donors are not in its layout, or that removes all units."""
-        layout = self.layout_of(path)
-        groups = [group for step in path.steps for group in step.groups]
-        groups += [donor.group for step in path.steps for donor, _ in step.donors]
-        if path.layer >= layout.layers or max(groups, default=0) >= layout.groups:
+        layout = self.layout_of(curve)
+        groups = [group for step in curve.steps for group in step.groups]
+        groups += [donor.group for step in curve.steps for donor, _ in step.donors]
+        if curve.layer >= layout.layers or max(groups, default=0) >= layout.groups:
             raise PlanError(
-                f"the {path.kind} path of layer {path.layer} is not of this model, which has {layout.layers} layers of "
-                f"{layout.groups} groups. Price it again."
+                f"the {curve.kind} curve of layer {curve.layer} is not of this model, which has {layout.layers} "
+                f"layers of {layout.groups} groups. Price it again."
             )
-        if sum(len(step.groups) for step in path.steps if step.action.removes) >= layout.groups:
-            raise PlanError(f"the {path.kind} path of layer {path.layer} removes all its units; keep one.")
+        if sum(len(step.groups) for step in curve.steps if step.action.removes) >= layout.groups:
+            raise PlanError(f"the {curve.kind} curve of layer {curve.layer} removes all its units; keep one.")
 
 
-_PATHS: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])
+_CURVES: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])
 
 
-def curves_to_json(paths: Sequence[CostCurve]) -> str:
+def curves_to_json(curves: Sequence[CostCurve]) -> str:
     """The curves of one layer as JSON, exact to the last bit; the inverse of `curves_from_json`."""
-    return _PATHS.dump_json(list(paths), by_alias=True).decode()
+    return _CURVES.dump_json(list(curves), by_alias=True).decode()
 
 
 def curves_from_json(text: str | bytes) -> list[CostCurve]:
@@ -171,8 +171,8 @@ def curves_from_json(text: str | bytes) -> list[CostCurve]:
         PlanError: if they are not JSON, or not cost curves.
     """
     try:
-        return _PATHS.validate_json(text, strict=True)
+        return _CURVES.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"]) or "the first character"
-        raise PlanError(f"these paths are not valid at {where}: {first['msg']}. Price the layer again.") from None
+        raise PlanError(f"these curves are not valid at {where}: {first['msg']}. Price the layer again.") from None

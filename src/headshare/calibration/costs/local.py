@@ -135,19 +135,19 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _S
     asked = {kind: _asked(kind, actions) for kind in layouts}
 
     # Families differ in the sublayers that can go without units.
-    removing = [kind for kind, some in asked.items() if any(action.removes for action in some)]
+    removing = [kind for kind, actions in asked.items() if any(action.removes for action in actions)]
     refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in removing}
     if Sublayer.ATTENTION in refusals and layouts[Sublayer.ATTENTION].groups == 1:
         refusals[Sublayer.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
-    allowed = {kind: _allowed(kind, some, kind in removable) for kind, some in asked.items()}
+    allowed = {kind: _allowed(kind, actions, kind in removable) for kind, actions in asked.items()}
 
     # A sublayer may be left without actions, but not both.
     if not any(allowed.values()):
         words = ", ".join(map(str, actions)) or "none"
         reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
         raise PlanError(f"this model can have none of the forms asked for: {words}.{reasons}")
-    return _SupportedActions({kind: some for kind, some in allowed.items() if some}, layouts, neurons)
+    return _SupportedActions({kind: actions for kind, actions in allowed.items() if actions}, layouts, neurons)
 
 
 def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
@@ -191,12 +191,12 @@ def _paths(
     """The cost curves of both sublayers of a layer, without empty ones."""
     paths: list[CostCurve] = []
     for kind, actions in wanted.actions.items():
-        half = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
-        paths += _half_paths(half, actions, donors)
+        data = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
+        paths += _curves_of(data, actions, donors)
     return [path for path in paths if path.steps]
 
 
-def _half_paths(half: SublayerData, actions: Sequence[Action], donors: int) -> Iterator[CostCurve]:
+def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int) -> Iterator[CostCurve]:
     """The cost curves of a sublayer: of ties, removals, actions in the order of removal, and those with own costs."""
     described = [action for action in actions if action.costs is None]
     beside = tuple(action for action in described if action.order is Order.REMOVAL and REMOVE in actions)
@@ -205,19 +205,19 @@ def _half_paths(half: SublayerData, actions: Sequence[Action], donors: int) -> I
     # Columns that units keep or take from donors are fitted together: each unit has the cheapest of these actions.
     together = tuple(action for action in alone if action.output in (Output.OWN, Output.SCALED))
     if together:
-        yield unit_path(half, together, donors=donors)
+        yield unit_path(data, together, donors=donors)
 
     # Products are not fitted again with scales, and all others are compared with removal, so each has its own curve.
     for action in alone:
-        if action.removes and half.layout.kind is Sublayer.FFN:
-            yield neuron_path(half, action)
+        if action.removes and data.layout.kind is Sublayer.FFN:
+            yield neuron_path(data, action)
         elif action not in together:
-            path = unit_path(half, (action,), donors=donors)
+            path = unit_path(data, (action,), donors=donors)
             yield path
-            if action is REMOVE and beside and half.dense.number > 0:
-                yield from paths_beside(half, path, beside, donors=donors)
+            if action is REMOVE and beside and data.dense.number > 0:
+                yield from paths_beside(data, path, beside, donors=donors)
 
     # An action that its traits do not describe makes its curve itself.
     for action in actions:
         if action.costs is not None:
-            yield own_path(half, action)
+            yield own_path(data, action)

@@ -62,15 +62,15 @@ def probe_prices(
         raise ArchitectureError(
             f"{dense.name} predicts no next token, so that cannot be measured. Plan without probing."
         )
-    layers = {path.layer for path in prices.paths}
+    layers = {curve.layer for curve in prices.curves}
     if layers - set(curves):
         with short_products(), torch.no_grad():
             fitted = check_windows(calibration, tokens=tokens, held_out=held_out)
             walk = _Walk(dense, calibration.mixed(), prices, fitted, probed, ffn, device)
             for _ in track(walk.measure(curves), "measuring", walk.layers.count):
                 pass
-    paths = tuple(path for number in sorted(layers) for path in curves[number])
-    return replace(prices, paths=paths, in_nats=True)
+    in_order = tuple(curve for number in sorted(layers) for curve in curves[number])
+    return replace(prices, curves=in_order, in_nats=True)
 
 
 def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held_out: float = HELD_OUT) -> int:
@@ -121,7 +121,7 @@ class _Walk:
         self.measured = self.layers.start(calibration.tokens[-measured:])
 
         # Every refit orders these windows alike: those that it fits to first, then those that it holds out.
-        self.fitted = self.layers.start(self._refitter(prices.paths[0], 0).tokens)
+        self.fitted = self.layers.start(self._refitter(prices.curves[0], 0).tokens)
 
         # The dense model's own last hidden states, which all predictions are compared with.
         self.last = self._through(range(self.layers.count), [self.measured.clone()])[0][:, ::EVERY]
@@ -129,26 +129,26 @@ class _Walk:
     def measure(self, done: MutableMapping[int, list[CostCurve]]) -> Iterator[int]:
         """Measure the curves of each layer that is not in `done`, and put them there."""
         for layer in range(self.layers.count):
-            paths = [path for path in self.prices.paths if path.layer == layer]
-            if paths and layer not in done:
-                done[layer] = self._priced(layer, paths)
+            curves = [curve for curve in self.prices.curves if curve.layer == layer]
+            if curves and layer not in done:
+                done[layer] = self._priced(layer, curves)
             # Later layers are measured on the dense layer's output, whatever was measured for this layer.
             dense = self.layers.build(layer)
             for stream in (self.fitted, self.measured):
                 self.layers.run_over(dense, layer, stream)
             yield layer
 
-    def _priced(self, layer: int, paths: Sequence[CostCurve]) -> list[CostCurve]:
+    def _priced(self, layer: int, curves: Sequence[CostCurve]) -> list[CostCurve]:
         """The curves of this layer with measured costs."""
         # Ties in the order of removal follow the removal's costs; all other curves are measured at their marks.
-        leaders = {path: leader for path in paths if (leader := leader_of(path, paths))}
-        marks = [(path, steps) for path in paths if path not in leaders for steps in marked(len(path.steps))]
+        leaders = {curve: leader for curve in curves if (leader := leader_of(curve, curves))}
+        marks = [(curve, steps) for curve in curves if curve not in leaders for steps in marked(len(curve.steps))]
 
         # The layer alone is changed and refitted. Its output then goes through the dense layers after it, for all
         # changes together, so that each of those layers is built once.
         streams = []
-        for path, steps in marks:
-            module = self._refitter(path, steps).refitted(layer, self.fitted)
+        for curve, steps in marks:
+            module = self._refitter(curve, steps).refitted(layer, self.fitted)
             streams.append(self.layers.run_over(module, layer, self.measured.clone()))
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
@@ -156,14 +156,17 @@ class _Walk:
 
         # Steps between two marks share the measured cost. Curves that follow a removal then take its new costs.
         measured: dict[CostCurve, dict[int, float]] = {}
-        for (path, steps), loss in zip(marks, lost, strict=True):
-            measured.setdefault(path, {})[steps] = loss
-        after = {path: repriced(path, losses) for path, losses in measured.items()}
-        return [beside(path, leaders[path], after[leaders[path]]) if path in leaders else after[path] for path in paths]
+        for (curve, steps), loss in zip(marks, lost, strict=True):
+            measured.setdefault(curve, {})[steps] = loss
+        after = {curve: repriced(curve, losses) for curve, losses in measured.items()}
+        return [
+            beside(curve, leaders[curve], after[leaders[curve]]) if curve in leaders else after[curve]
+            for curve in curves
+        ]
 
-    def _refitter(self, path: CostCurve, steps: int) -> Refitter:
+    def _refitter(self, curve: CostCurve, steps: int) -> Refitter:
         """A refit of the model that takes the first steps of this curve alone."""
-        plan = plan_for_steps(self.prices, path, steps)
+        plan = plan_for_steps(self.prices, curve, steps)
         return Refitter(self.dense, plan, self.fit, ffn=self.ffn, device=self.device, layers=self.layers)
 
     # ---- running
@@ -203,43 +206,43 @@ def marked(steps: int) -> list[int]:
     return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
 
 
-def leader_of(path: CostCurve, paths: Sequence[CostCurve]) -> CostCurve | None:
+def leader_of(curve: CostCurve, curves: Sequence[CostCurve]) -> CostCurve | None:
     """The removal curve that a curve of ties follows: it removes the same units in the same order.
 
     None for a curve whose action does not follow removals, or if no such removal is among these curves.
     """
-    if len(path.actions) != 1 or any(action.order is not Order.REMOVAL for action in path.actions):
+    if len(curve.actions) != 1 or any(action.order is not Order.REMOVAL for action in curve.actions):
         return None
-    order = [step.groups for step in path.steps]
-    removals = (other for other in paths if other.kind is path.kind and other.actions == {REMOVE})
+    order = [step.groups for step in curve.steps]
+    removals = (other for other in curves if other.kind is curve.kind and other.actions == {REMOVE})
     return next((other for other in removals if [step.groups for step in other.steps[: len(order)]] == order), None)
 
 
-def beside(path: CostCurve, before: CostCurve, after: CostCurve) -> CostCurve:
+def beside(curve: CostCurve, before: CostCurve, after: CostCurve) -> CostCurve:
     """A curve of ties with costs derived from the removal of the same units, before and after it was measured.
 
     Ties make up for a part of the removal's error. They are taken to make up for the same part of its measured cost,
     times the action's `lasting`.
     """
-    (action,) = path.actions
+    (action,) = curve.actions
     measured: dict[int, float] = {}
     own = old = new = 0.0
-    for number, (step, removed, priced) in enumerate(zip(path.steps, before.steps, after.steps, strict=False), 1):
+    for number, (step, removed, priced) in enumerate(zip(curve.steps, before.steps, after.steps, strict=False), 1):
         own += step.price
         old += removed.price
         new += priced.price
         measured[number] = new * (1 - action.lasting * (1 - own / old)) if old > 0 else new
-    return repriced(path, measured)
+    return repriced(curve, measured)
 
 
-def repriced(path: CostCurve, measured: dict[int, float]) -> CostCurve:
+def repriced(curve: CostCurve, measured: dict[int, float]) -> CostCurve:
     """The curve with costs that add up to those measured after some of its steps, the last included."""
     steps: list[CurveStep] = []
     before = 0.0
     for end, lost in sorted(measured.items()):
-        steps += _sharing(path.steps[len(steps) : end], lost - before)
+        steps += _sharing(curve.steps[len(steps) : end], lost - before)
         before = lost
-    return replace(path, steps=tuple(steps))
+    return replace(curve, steps=tuple(steps))
 
 
 def _sharing(steps: Sequence[CurveStep], cost: float) -> Iterator[CurveStep]:
