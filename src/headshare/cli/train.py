@@ -47,7 +47,7 @@ class TopOptions:
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class TrainTextOptions:
     """The settings of `text`."""
 
     data: Annotated[
@@ -123,7 +123,7 @@ class LearningOptions:
 
 
 @dataclass(frozen=True)
-class TaskOptions:
+class TrainTaskOptions:
     """The settings of `tasks`."""
 
     tasks: Annotated[str, typer.Option(metavar="NAMES", help="Also measure these tasks each time, as in `eval`.")] = ""
@@ -147,11 +147,11 @@ def train(
     ] = None,
     *,
     top: TopOptions,
-    text: TextOptions,
+    text: TrainTextOptions,
     sharing: SharingOptions,
     loss: LossOptions,
     learning: LearningOptions,
-    tasks: TaskOptions,
+    tasks: TrainTaskOptions,
     restart: RestartOption = False,
     common: CommonOptions,
 ) -> None:
