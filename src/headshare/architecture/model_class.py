@@ -28,8 +28,8 @@ def class_name(config: Mapping[str, Any], tensors: Collection[str]) -> str | Non
     if not isinstance(names, list):
         raise CheckpointError(f"config.json has architectures {names!r:.100}; it should be a list.")
     named = str(names[0]) if names else ""
-    found = getattr(transformers, named, None) if named.isidentifier() else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+    kind = getattr(transformers, named, None) if named.isidentifier() else None
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return named
     model_type = str(config.get("model_type"))
     by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)

@@ -245,14 +245,14 @@ def load_once(subject: Subject, options: dict[str, Any], threads: int, cold: boo
 
 
 def _ratios(loaded: Mapping[str, Sequence[Loaded]], first: str, what: str) -> dict[str, Ratio]:
-    values = {name: [getattr(one, what) for one in many] for name, many in loaded.items()}
+    values = {name: [getattr(reading, what) for reading in many] for name, many in loaded.items()}
     return {name: Ratio.of(many, values[first]) for name, many in values.items()}
 
 
 def _memory(loaded: Sequence[Loaded], dense: Sequence[Loaded]) -> Memory:
     parameters = loaded[0].parameter_bytes
     taken = [
-        statistics.median([one.pss_bytes for one in many if one.pss_bytes is not None] or [0])
+        statistics.median([reading.pss_bytes for reading in many if reading.pss_bytes is not None] or [0])
         for many in (loaded, dense)
     ]
     if not all(taken):

@@ -11,23 +11,31 @@ def bench_table(results: Bench) -> str:
     lines = [("", *names)]
     for task, ratios in results.tasks.items():
         per_pass = 1 if task == "decode" else int(task.split()[1])
-        lines.append((f"{task}, tokens/s", *(_ratio(one, f"{per_pass / one.median:,.1f}") for one in ratios.values())))
+        lines.append(
+            (f"{task}, tokens/s", *(_ratio(ratio, f"{per_pass / ratio.median:,.1f}") for ratio in ratios.values()))
+        )
     for what, ratios in results.loading.items():
         label = {"load_s": "load, s", "first_token_s": "load and first token, s"}[what]
-        lines.append((label, *(_ratio(one, f"{one.median:.3f}") for one in ratios.values())))
-    lines.append(("parameters", *(mib(one.parameter_bytes) for one in results.memory.values())))
+        lines.append((label, *(_ratio(ratio, f"{ratio.median:.3f}") for ratio in ratios.values())))
+    lines.append(("parameters", *(mib(loaded.parameter_bytes) for loaded in results.memory.values())))
     lines.append(
-        ("PSS", *("unknown" if one.pss_bytes is None else mib(one.pss_bytes) for one in results.memory.values()))
+        (
+            "PSS",
+            *("unknown" if loaded.pss_bytes is None else mib(loaded.pss_bytes) for loaded in results.memory.values()),
+        )
     )
-    saved = (f"{one.saved_of_ideal:.1%}" if one.saved_of_ideal is not None else "" for one in results.memory.values())
+    saved = (
+        f"{loaded.saved_of_ideal:.1%}" if loaded.saved_of_ideal is not None else ""
+        for loaded in results.memory.values()
+    )
     lines.append(("saved PSS, of ideal", *saved))
     return markdown(lines)
 
 
-def _ratio(one: Ratio, figure: str) -> str:
-    if one.low == one.high == 1:
+def _ratio(ratio: Ratio, figure: str) -> str:
+    if ratio.low == ratio.high == 1:
         return figure
-    return f"{figure} (time x{one.ratio:.3f}, {one.low:.3f} to {one.high:.3f})"
+    return f"{figure} (time x{ratio.ratio:.3f}, {ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

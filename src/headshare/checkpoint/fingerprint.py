@@ -85,8 +85,8 @@ def check_origin(shared: Checkpoint, dense: Checkpoint, otherwise: str | None) -
         return f"{shared.name} does not say what its dense model held, so {dense.name} was not checked to be that one"
     if content_digest(dense) == origin.digest:
         return None
-    found = f"{dense.name} is not the model that {shared.name} came from: its weights are others"
+    difference = f"{dense.name} is not the model that {shared.name} came from: its weights are others"
     if otherwise is None:
-        return found
+        return difference
     commit = "" if origin.commit is None else f" (commit {origin.commit})"
-    raise CheckpointError(f"{found}. Give the right one{commit}, or {otherwise} to take this one all the same.")
+    raise CheckpointError(f"{difference}. Give the right one{commit}, or {otherwise} to take this one all the same.")

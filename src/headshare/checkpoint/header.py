@@ -139,8 +139,8 @@ def check_count(tensors: int, where: object) -> None:
         raise CheckpointError(f"{where} has {tensors:,} tensors; at most {MAX_TENSORS:,} are read.")
 
 
-def _metadata(found: Any) -> Mapping[str, str]:
-    pairs = {} if found is None else dict(found)
+def _metadata(stored: Any) -> Mapping[str, str]:
+    pairs = {} if stored is None else dict(stored)
     if not all(isinstance(text, str) for pair in pairs.items() for text in pair):
         raise ValueError("its metadata is not a map of strings")
     return pairs

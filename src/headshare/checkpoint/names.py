@@ -53,8 +53,10 @@ def changed_prefixes(plan: SharePlan, names: Collection[str]) -> Prefixes | None
         return None
     # wherever the first layer's tensor ends as one in the checkpoint does, its beginning may have been changed so
     own, core = _split(templates[0])
-    found = {_prefixes(own, name.removesuffix(end)) for end in _ends(core) for name in names if name.endswith(end)}
-    fitting = [each for each in sorted(found) if all(_is_stored(_of_layer(each.renamed(t)), names) for t in templates)]
+    changes = {_prefixes(own, name.removesuffix(end)) for end in _ends(core) for name in names if name.endswith(end)}
+    fitting = [
+        each for each in sorted(changes) if all(_is_stored(_of_layer(each.renamed(t)), names) for t in templates)
+    ]
     return fitting[0] if len(fitting) == 1 else None
 
 

@@ -52,7 +52,7 @@ def continuations(runner: Runner, prompts: Sequence[str], writing: Writing) -> l
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     texts = [""] * len(prompts)
     for batch in track(batches, "batches", len(batches)):
-        for number, text in zip(batch, _written(runner, [encoded[one] for one in batch], writing), strict=True):
+        for number, text in zip(batch, _written(runner, [encoded[index] for index in batch], writing), strict=True):
             texts[number] = text
     return texts
 
@@ -75,8 +75,8 @@ def _written(runner: Runner, prompts: Sequence[list[int]], writing: Writing) -> 
     # padding goes on the left, so that every prompt ends where writing begins
     longest = max(map(len, prompts))
     device = next(runner.model.parameters()).device
-    tokens = torch.tensor([[0] * (longest - len(one)) + one for one in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # the settings say all about the choice of tokens: top_k and top_p would cut the distribution that is drawn from
     end = runner.tokenizer.eos_token_id
     chosen: dict[str, Any] = {"do_sample": False}

@@ -102,11 +102,11 @@ def _row(kind: type[QuestionRow], row: Mapping[str, str], task: str, where: str)
 def _malformed(error: ValidationError, kind: type[QuestionRow], task: str, where: str) -> EvaluationError:
     first = error.errors(include_url=False)[0]
     at = ".".join(str(step) for step in first["loc"]) or "the row"
-    found = first["input"]
-    found = sorted(found) if isinstance(found, dict) else found
+    given = first["input"]
+    given = sorted(given) if isinstance(given, dict) else given
     fields = ", ".join(kind.model_fields)
     what = first["msg"].replace(" at line 1 ", " at ")
-    return EvaluationError(f"{where} is no row of {task}, which has {fields}. At {at}: {what}; found {found!r:.100}.")
+    return EvaluationError(f"{where} is no row of {task}, which has {fields}. At {at}: {what}; found {given!r:.100}.")
 
 
 def _members(path: Path, ending: str) -> dict[str, str]:
@@ -115,10 +115,10 @@ def _members(path: Path, ending: str) -> dict[str, str]:
         return {str(file.relative_to(path)): _text(file) for file in path.rglob(f"*{ending}") if file.is_file()}
     try:
         with zipfile.ZipFile(path) as archive:
-            chosen = [one for one in archive.infolist() if one.filename.endswith(ending) and not one.is_dir()]
-            if sum(one.file_size for one in chosen) > FILE_BYTES:
+            chosen = [file for file in archive.infolist() if file.filename.endswith(ending) and not file.is_dir()]
+            if sum(file.file_size for file in chosen) > FILE_BYTES:
                 raise EvaluationError(f"{path} unpacks to more than {FILE_BYTES:,} bytes. Name the right file.")
-            return {one.filename: archive.read(one).decode("utf-8-sig") for one in chosen}
+            return {file.filename: archive.read(file).decode("utf-8-sig") for file in chosen}
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise EvaluationError(f"{path} cannot be read as a zip of CSV files: {error}") from None
 

@@ -72,7 +72,7 @@ class TaskResult(Keyed):
     @property
     def guessed(self) -> tuple[float, ...]:
         """The accuracy of guessing, and that of a constant answer where all questions have the same options."""
-        return tuple(one for one in (self.chance, self.constant) if one is not None)
+        return tuple(share for share in (self.chance, self.constant) if share is not None)
 
     @property
     def in_cell(self) -> str:

@@ -119,8 +119,8 @@ def exam(
                 raise EvaluationError(f"{path} holds no file SUBJECT_{split}.csv, which {name} is read from.")
             return {
                 subject: TaskPart(
-                    tuple(_asked(lambda rows: question(rows[0]), [one]) for one in rows),
-                    tuple(_asked(lambda rows: question(rows[0]), [one]) for one in shown.get(subject, ())),
+                    tuple(_asked(lambda rows: question(rows[0]), [row]) for row in rows),
+                    tuple(_asked(lambda rows: question(rows[0]), [row]) for row in shown.get(subject, ())),
                     heading(subject.replace("_", " ")),
                 )
                 for subject, rows in asked.items()

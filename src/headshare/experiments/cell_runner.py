@@ -135,7 +135,7 @@ class CellRunner:
 
     def _rounded(self, cell: Compared, rounded: QuantizedModel, begun: float) -> Compared:
         with open_checkpoint(rounded.save(self.folder.with_name(MADE_ROUNDED), overwrite=True)) as written:
-            whole, left = (sum(i.nbytes for i in parameter_infos(one).values()) for one in (self.dense, written))
+            whole, left = (sum(i.nbytes for i in parameter_infos(model).values()) for model in (self.dense, written))
             return self._measured(cell, written, saved=whole - left, seconds=time.monotonic() - begun)
 
     def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:

@@ -16,13 +16,13 @@ def is_shown(text: str) -> bool:
 
 def shown(text: str) -> str:
     """The text with escapes, such as \\x1b, for all that a terminal would act on; new lines and tabs stay."""
-    return CONTROL.sub(lambda found: found[0] if found[0] in "\n\t" else _escaped(found[0]), text)
+    return CONTROL.sub(lambda match: match[0] if match[0] in "\n\t" else _escaped(match[0]), text)
 
 
 def one_line(text: str, most: int = MAX_LINE) -> str:
     """The text as one line that can be printed, shortened in its middle if it is longer than `most` characters."""
     joined = _BREAKS.sub(" ", text.strip())
-    line = CONTROL.sub(lambda found: _escaped(found[0]), joined if len(joined) < 8 * most else _short(joined, most))
+    line = CONTROL.sub(lambda match: _escaped(match[0]), joined if len(joined) < 8 * most else _short(joined, most))
     return _short(line, most)
 
 

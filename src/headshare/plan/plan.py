@@ -253,10 +253,10 @@ class SharePlan(BaseModel):
         return cls.from_json(read_bytes(path, MAX_JSON_BYTES, PlanError))
 
 
-def check_format(what: str, found: Any) -> None:
+def check_format(what: str, version: Any) -> None:
     """Raise PlanError unless this is the format that this headshare reads."""
-    if found != FORMAT:
-        raise PlanError(f"{what} has format {found!r:.50}; this headshare reads format {FORMAT}. Upgrade headshare.")
+    if version != FORMAT:
+        raise PlanError(f"{what} has format {version!r:.50}; this headshare reads format {FORMAT}. Upgrade headshare.")
 
 
 def _refuse(reason: str | None) -> None:

@@ -173,5 +173,5 @@ def _check_tensor(
 ) -> None:
     info = checkpoint.tensors.get(name)
     if info is None or info.shape != shape:
-        found = "no such tensor" if info is None else f"shape {info.shape}"
-        raise error(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {found}.")
+        there = "no such tensor" if info is None else f"shape {info.shape}"
+        raise error(f"{what}: {name} should have shape {shape}; {checkpoint.name} has {there}.")

@@ -44,35 +44,35 @@ def check_manifest(shared: Checkpoint) -> Listing:
     Raises:
         CheckpointError: if the manifest cannot be read.
     """
-    found = Listing()
+    listing = Listing()
     manifest = shared.path / MANIFEST
     if not is_file(manifest):
         if is_sealed(shared.metadata) or os.path.lexists(manifest):
-            found.problems.append(
+            listing.problems.append(
                 f"{MANIFEST} is missing, which was written with these weights. Restore it, or share again"
             )
         else:
-            found.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
-        return found
+            listing.notes.append(f"no digests: {MANIFEST} is not there, as after save_pretrained")
+        return listing
     listed = read_json(manifest)
     files = listed.get("files")
     if not isinstance(files, dict):
-        found.problems.append(f"{MANIFEST} lists no files")
-        return found
+        listing.problems.append(f"{MANIFEST} lists no files")
+        return listing
     # all that makes the model must be listed, and the plan be the one that was written
     for name in sorted({"config.json", *(info.file for info in shared.tensors.values())} - set(files)):
-        found.problems.append(f"{MANIFEST} has no digest of {name}")
+        listing.problems.append(f"{MANIFEST} has no digest of {name}")
     entry = SharingEntry.from_config(shared.config.get("quantization_config"))
     if entry is not None and listed.get("plan", entry.plan.digest) != entry.plan.digest:
-        found.problems.append(
+        listing.problems.append(
             f"{MANIFEST} was written with another plan than config.json holds. Restore it, or share again"
         )
     # what is listed must be there as it was
     for name, written in track(files.items(), "digests", len(files)):
         path = shared.path / Path(name).name
         if not is_file(path):
-            found.problems.append(f"{name} is missing")
+            listing.problems.append(f"{name} is missing")
         elif not isinstance(written, dict) or file_digest(path) != written.get("sha256"):
-            found.problems.append(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
-        found.checked += 1
-    return found
+            listing.problems.append(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
+        listing.checked += 1
+    return listing

@@ -98,8 +98,8 @@ def check_field(field: str | None, *sources: str | Path | None) -> None:
     if field is None or any(str(source).startswith(DATA_SET) for source in given):
         return
     if all(source == SELF or format_of(Path(source)) is Format.TEXT for source in given):
-        found = f"{' and '.join(map(str, given))}: plain text, no rows" if given else "no file of rows is read"
-        raise CalibrationError(f"there are no fields to take {field!r:.60} from ({found}). Leave --field out.")
+        why = f"{' and '.join(map(str, given))}: plain text, no rows" if given else "no file of rows is read"
+        raise CalibrationError(f"there are no fields to take {field!r:.60} from ({why}). Leave --field out.")
 
 
 def documents_in(path: Path, field: str | None) -> Iterator[str]:
@@ -183,9 +183,9 @@ class _Waiting:
             if not (more := self.file.read(_PIECE)):
                 break
             self.text = more
-        found = text.startswith(mark)
-        self.text = text[len(mark) :] if found else text
-        return found
+        comes = text.startswith(mark)
+        self.text = text[len(mark) :] if comes else text
+        return comes
 
     def item(self, decoder: json.JSONDecoder) -> Any:
         """The next item. More is read until it is whole, twice as much each time."""

@@ -90,10 +90,10 @@ def open_teacher(source: Checkpoint, loss: Loss) -> Checkpoint | None:
     elif source.sharing is None:
         return source
     else:
-        found = open_base(source)
-        if found is None:
+        base = open_base(source)
+        if base is None:
             raise TrainingError(f"{source.name} does not say which dense model it came from; name it as teacher.")
-        teacher = found
+        teacher = base
         if note := check_origin(source, teacher, "name it as teacher"):
             say(note)
     words = [text_config(model.config).get("vocab_size") for model in (source, teacher)]

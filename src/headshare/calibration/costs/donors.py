@@ -60,11 +60,11 @@ def find_donors(half: SublayerData, fit: Fit, actions: Sequence[Action], few: in
     for action in actions:
         if not set(half.parts) <= set(action.shares):
             search.look_again(action)
-    return search.found
+    return search.donors
 
 
 class _Search:
-    """A search for donors of the units of one sublayer. `found` holds the donors of each group, by action."""
+    """A search for donors of the units of one sublayer. `donors` holds the donors of each group, by action."""
 
     def __init__(self, half: SublayerData, lost: Lost, fit: Fit, actions: Sequence[Action], few: int) -> None:
         self.half = half
@@ -72,7 +72,7 @@ class _Search:
         self.fit = fit
         self.actions = actions
         self.groups = half.layout.groups
-        self.found = [{action: Donors(few) for action in actions} for _ in range(self.groups)]
+        self.donors = [{action: Donors(few) for action in actions} for _ in range(self.groups)]
 
     def look_at(self, layer: int) -> None:
         """Offer every unit of this layer to every unit of the recipients' layer."""
@@ -99,13 +99,13 @@ class _Search:
             scaled = own if action.output is Output.SCALED else None
             gains = _gains(beside, lost, scaled).tolist()
             for group, gain in zip(recipients, gains, strict=True):
-                self.found[group][action].offer(Candidate(donor, gain, features, scaled))
+                self.donors[group][action].offer(Candidate(donor, gain, features, scaled))
 
     def look_again(self, action: Action) -> None:
         """Look at this action's best donors with the parts that recipients keep."""
         # Each pass over the layer serves all groups whose donors are as many groups away.
         wanted: dict[tuple[int, int], list[tuple[int, HeadUnit, Readout | None]]] = {}
-        for group, donors in enumerate(self.found):
+        for group, donors in enumerate(self.donors):
             for candidate in donors[action].best:
                 key = candidate.unit.layer, (candidate.unit.group - group) % self.groups
                 wanted.setdefault(key, []).append((group, candidate.unit, candidate.readout))
@@ -119,7 +119,7 @@ class _Search:
                 own = features[:, self.half.columns[group]]
                 beside = self.fit.beside(own[: self.half.fitted])
                 gain = float(_gains(beside, self.lost.only(range(group, group + 1)), readout))
-                insort(self.found[group][action].best, Candidate(unit, gain, own, readout), key=_rank)
+                insort(self.donors[group][action].best, Candidate(unit, gain, own, readout), key=_rank)
 
 
 def _gains(beside: Beside, lost: Lost, readout: Readout | None) -> Float[Tensor, " units"]:

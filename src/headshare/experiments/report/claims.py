@@ -50,16 +50,16 @@ def checked(cells: Sequence[Compared]) -> list[Checked]:
     return claims + ([] if dense is None else list(_four_bits(dense, made)))
 
 
-def _more_loss(one: Compared, other: Compared) -> tuple[float, float, str]:
+def _more_loss(cell: Compared, other: Compared) -> tuple[float, float, str]:
     """The extra loss of the first cell over the other, its standard error, and both results in words."""
-    if one.losses and other.losses:
-        more, error = one.loses_more_than(other)
-        return more, error, f"{one.method} {one.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
-    first = score(one)
+    if cell.losses and other.losses:
+        more, error = cell.loses_more_than(other)
+        return more, error, f"{cell.method} {cell.perplexity:,.4g}, {other.method} {other.perplexity:,.4g}"
+    first = score(cell)
     second = score(other)
     if first is None or second is None:
         return math.nan, math.nan, ""
-    words = f"{one.method} {first.shown}, {other.method} {second.shown}"
+    words = f"{cell.method} {first.shown}, {other.method} {second.shown}"
     return second.value - first.value, math.hypot(first.error, second.error), words
 
 

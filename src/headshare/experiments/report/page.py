@@ -27,10 +27,10 @@ def check_page(out: Path) -> None:
         OutputError: if there is one.
     """
     try:
-        found = out.read_bytes().split(b"\n", 1)[0] if out.exists() else TITLE.encode()
+        heading = out.read_bytes().split(b"\n", 1)[0] if out.exists() else TITLE.encode()
     except OSError as error:
         raise OutputError(explain(error, out)) from None
-    if found != TITLE.encode():
+    if heading != TITLE.encode():
         raise OutputError(f"{out} is no page that `report` wrote. Move it, or write elsewhere.")
 
 
@@ -46,11 +46,15 @@ def report(
     `evaluated`, come last.
     """
     lines = [TITLE, "", *_summary(measured)]
-    for one, shown in zip_longest(measured, figures, fillvalue=()):
-        assert isinstance(one, Comparison)
-        heading = f"{one.about.title}, on {one.about.model}" if one.about.title else one.about.model
-        lines += ["", f"## {heading}", "", _about(one.about), "", in_words(one.cells)]
-        lines += [*_beside(one, tables), *_claims(checked(one.cells))]
+    for comparison, shown in zip_longest(measured, figures, fillvalue=()):
+        assert isinstance(comparison, Comparison)
+        heading = (
+            f"{comparison.about.title}, on {comparison.about.model}"
+            if comparison.about.title
+            else comparison.about.model
+        )
+        lines += ["", f"## {heading}", "", _about(comparison.about), "", in_words(comparison.cells)]
+        lines += [*_beside(comparison, tables), *_claims(checked(comparison.cells))]
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     for results in evaluated:
         lines += ["", f"## {results.title}", "", table_of(results.rows)]
@@ -132,14 +136,14 @@ def _claims(claims: Sequence[Checked]) -> list[str]:
     if not claims:
         return []
     lines = ["", "| claim | at, or of | says | figures |", "|---|---|---|---|"]
-    return lines + [f"| {one.claim} | {one.where} | {one.says.value} | {one.evidence} |" for one in claims]
+    return lines + [f"| {claim.claim} | {claim.where} | {claim.says.value} | {claim.evidence} |" for claim in claims]
 
 
-def _beside(one: Comparison, tables: Sequence[Published]) -> list[str]:
+def _beside(comparison: Comparison, tables: Sequence[Published]) -> list[str]:
     """Tables of our accuracies beside the paper's, in percent, if the paper has this model."""
     lines: list[str] = []
-    for table in (table for table in tables if table.model.casefold() == one.about.model.casefold()):
-        ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in one.cells}
+    for table in (table for table in tables if table.model.casefold() == comparison.about.model.casefold()):
+        ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in comparison.cells}
         common = [task for task in table.tasks if any(task in results for results in ours.values())]
         if not common:
             continue
