@@ -1,5 +1,6 @@
 """Walking a model layer by layer gives the hidden states that the stock model has."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,11 @@ def test_an_error_inside_the_model_comes_through(llama: Path) -> None:
     with pytest.raises(IndexError):
         layers.start(torch.full((1, 4), tiny.VOCABULARY + 5))
     assert layers.start(tiny.tokens()).shape == (2, 10, 32)
+
+
+def test_logits_are_the_same_where_config_json_asks_for_outputs_without_names(llama: Path) -> None:
+    leaving = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    expected = Layers(hs.open_checkpoint(llama), head=True).logits(leaving)
+    file = llama / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "return_dict": False}))
+    assert torch.equal(Layers(hs.open_checkpoint(llama), head=True).logits(leaving), expected)

@@ -198,8 +198,9 @@ def empty_shell(checkpoint: Checkpoint, head: bool) -> Any:
 def _without_cache(config: Any) -> None:
     """Set a config so that layers are called without a cache of keys, which would grow with every run.
 
-    Router losses are switched off too, as they are added up over layers that may not run.
+    Router losses are switched off too, as they are added up over layers that may not run, and outputs have names.
     """
     for part in (config, config.get_text_config()):
         part.use_cache = False
         part.output_router_logits = False
+        part.return_dict = True
