@@ -201,7 +201,7 @@ def test_a_refit_that_fails_keeps_the_old_folder(things: Path, run: Run, monkeyp
 def test_a_refit_in_place_refuses_to_lose_files_that_would_not_come_along(name: str, things: Path, run: Run) -> None:
     (things / "shared" / name).parent.mkdir(exist_ok=True)
     (things / "shared" / name).write_bytes(b"precious")
-    (things / "shared" / "notes.md").write_text("too")
+    (things / "shared" / "LICENSE.md").write_text("too")
     before = contents(things / "shared")
     found = run(*REFIT)
     assert_one_error_line(found)
@@ -210,7 +210,7 @@ def test_a_refit_in_place_refuses_to_lose_files_that_would_not_come_along(name: 
     assert contents(things / "shared") == before
     assert left_behind(things) == []
     assert run(*REFIT, "--out", "new").status == 0
-    assert (things / "new" / "notes.md").read_text() == "too"
+    assert (things / "new" / "LICENSE.md").read_text() == "too"
 
 
 def test_a_refit_in_place_follows_a_link_and_keeps_it(things: Path, run: Run) -> None:

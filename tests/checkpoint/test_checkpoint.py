@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, filter_repo_objects
 from huggingface_hub.utils import TensorInfo as HubTensorInfo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -259,7 +260,7 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(tmp_path: Path) -> N
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "./a/../b", "a/"])
 def test_an_index_that_names_files_outside_its_folder_is_refused(file: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", raw({}))
-    (tmp_path / "model.safetensors").write_bytes(raw({"a": entry(0, 4)}, bytes(4)))
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
     refused(folder, match=r"names files outside its folder|lacks 1 of its 1 weight files")
 
@@ -273,6 +274,7 @@ NONSENSE = [
 @pytest.mark.parametrize("index", NONSENSE)
 def test_an_index_that_makes_no_sense_is_refused(index: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", raw({}))
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(index)
     refused(folder)
 
@@ -489,11 +491,19 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.repository: Path | None = None
         self.calls: list[tuple[str, str, dict[str, Any]]] = []
         self.problem: Exception | None = None
 
     def snapshot_download(self, model: str, **options: Any) -> str:
         self._note("snapshot_download", model, options)
+        if self.repository is not None:
+            names = [
+                path.relative_to(self.repository).as_posix() for path in self.repository.rglob("*") if path.is_file()
+            ]
+            for name in filter_repo_objects(names, allow_patterns=options["allow_patterns"]):
+                (self.folder / name).parent.mkdir(exist_ok=True, parents=True)
+                shutil.copy(self.repository / name, self.folder / name)
         return str(self.folder)
 
     def model_info(self, model: str, **options: Any) -> None:
@@ -545,14 +555,39 @@ def test_a_hub_id_opens_as_its_folder_does(hub: Hub) -> None:
     assert ours.tensors == local.tensors
     assert ours.config == local.config
     assert ours.path == hub.folder
-    assert hub.called == ["snapshot_download"]
+    assert set(hub.called) == {"snapshot_download"}
 
 
-def test_pickles_are_not_fetched_from_the_hub(hub: Hub) -> None:
-    hs.open_checkpoint("someone/tiny")
-    ignored = hub.calls[0][2]["ignore_patterns"]
-    assert {"*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.gguf"} <= set(ignored)
-    assert "*.safetensors" not in ignored
+NEVER_FETCHED = [
+    *("pytorch_model.bin", "rust_model.ot", "model.nemo", "onnx/model.onnx_data", "pytorch_model_fsdp_0/__0_0.distcp"),
+    *("old.tar.gz", "figure.png", "extra.safetensors", "scheduler.pkl", "runs/events.out", "original/params.json"),
+]
+
+
+@pytest.mark.parametrize("shape", ["one file", "shards", "shards beside one file", "named by config.json"])
+def test_only_what_a_model_needs_is_fetched_from_the_hub(hub: Hub, shape: str, tmp_path: Path) -> None:
+    """All of it would be fetched by a name that is too wide, or that is asked for too early."""
+    repository = tiny.make_llama(tmp_path / "all", save={} if shape == "one file" else SHARDED)
+    weights = {path.name for path in repository.glob("*.safetensors")}
+    if shape == "shards beside one file":
+        shutil.copy(hub.folder / "model.safetensors", repository)
+        weights = {"model.safetensors"}
+    if shape == "named by config.json":
+        shutil.copy(hub.folder / "model.safetensors", repository / "ema.safetensors")
+        config = json.loads((repository / "config.json").read_text())
+        (repository / "config.json").write_text(json.dumps({**config, "transformers_weights": "ema.safetensors"}))
+        weights = {"ema.safetensors"}
+    needed = ["tokenizer.json", "vocab.txt", "LICENSE", "modules.json", "2_Dense/model.safetensors"]
+    for name in (*needed, *NEVER_FETCHED):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text('[{}, {"path": "2_Dense"}]' if name == "modules.json" else "x")
+    hub.folder = tmp_path / "cache"
+    hub.repository = repository
+    with hs.open_checkpoint("someone/tiny") as checkpoint:
+        assert {info.file for info in checkpoint.tensors.values()} == weights
+    fetched = {path.relative_to(hub.folder).as_posix() for path in hub.folder.rglob("*") if path.is_file()}
+    index = {INDEX} - ({INDEX} if shape == "one file" else set())
+    assert fetched == {*needed, *weights, *index, "config.json", "generation_config.json"}
 
 
 @pytest.mark.parametrize("weights", [True, False])

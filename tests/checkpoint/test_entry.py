@@ -11,9 +11,8 @@ import pytest
 import transformers
 
 import headshare as hs
-from headshare.checkpoint.entry import METHOD, SharingEntry
+from headshare.checkpoint.entry import METHOD, Origin, SharingEntry
 from headshare.checkpoint.int4 import Packing
-from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, StorageError
 from headshare.integrations.transformers.config import HeadshareConfig

@@ -84,7 +84,7 @@ def test_a_model_of_the_hub_is_found_again_at_its_commit(
 
     from headshare.checkpoint.opening import open_base
 
-    commits = {None: "a" * 40, "a" * 40: "a" * 40}
+    commits = {None: "a" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
     shutil.copytree(llama, tmp_path / "snapshots" / ("a" * 40))
     shutil.copytree(tiny.make_llama(tmp_path / "newer", seed=1), tmp_path / "snapshots" / ("b" * 40))
     monkeypatch.setattr(

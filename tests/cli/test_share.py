@@ -1,14 +1,17 @@
 """A share step by step: score, plan and share give what share gives at once."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import headshare as hs
 from headshare.matching.scores import Scores
+from support import tiny
 from support.command_line import Run
 from support.folders import WEIGHTS
 
@@ -74,3 +77,34 @@ def test_existing_outputs_are_kept_unless_overwriting_is_asked_for(model: Path, 
         assert run(*words, "--overwrite").status == 0
         assert (tmp_path / output).read_bytes() == before
         assert (tmp_path / output).stat().st_ino != first  # a new file took its place in one step
+
+
+@pytest.mark.parametrize("verb", ["share", "train", "refit"])
+def test_the_command_that_is_printed_loads_the_output(
+    verb: str, model: Path, shared: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    words: dict[str, list[object]] = {
+        "share": [model, "out"],
+        "train": [model, "out", "--data", text, "--max_steps", 1, "--context", 16],
+        "refit": [shared, "--calibration", text, "--calibration-window", 16, "--dense", model, "--out", "out"],
+    }
+    printed = run(verb, *words[verb])
+    assert printed.status == 0, printed.err
+    found = re.search(r"Written and checked in .* s: out\nLoad it after `import headshare` with (\S+)\.$", printed.out)
+    assert found, printed.out
+    loaded = eval(found[1], {"transformers": transformers})
+    expanded = hs.expand(hs.open_checkpoint(tmp_path / "out"), tmp_path / "expanded")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(expanded)
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(tiny.tokens()).logits, stock.eval()(tiny.tokens()).logits)
+
+
+@pytest.mark.parametrize("keys", [{"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}, {"vocab_size": 3}])
+def test_what_cannot_be_loaded_is_not_called_loadable(keys: dict[str, object], model: Path, run: Run) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **keys}))
+    printed = run("share", model, "out")
+    assert (printed.status, printed.err) == (0, "")
+    assert "Written and checked" not in printed.out
+    assert "Load it" not in printed.out.splitlines()[-1].partition(":")[0]
+    assert "Its numbers are checked, but it cannot be loaded here: " in printed.out

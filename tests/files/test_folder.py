@@ -482,14 +482,17 @@ def test_an_empty_folder_and_a_checkpoint_may_be_overwritten(out: str, places: P
     assert left_behind(places) == []
 
 
-def test_the_input_is_read_through_links_and_never_written(llama: Path, tmp_path: Path) -> None:
-    """A hub cache is a folder of links."""
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+@pytest.mark.parametrize("store", ["models--someone--tiny/blobs", "blobs/ab"])
+def test_the_input_is_read_through_links_and_never_written(store: str, llama: Path, tmp_path: Path) -> None:
+    """A hub cache is a folder of links to blobs, of one model or of all."""
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / store).mkdir(parents=True)
     (llama / "tokenizer.json").write_text("{}")
-    for path in llama.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    with nothing_changes(llama), nothing_changes(snapshot):
+    for number, path in enumerate(sorted(llama.iterdir())):
+        blob = path.rename(tmp_path / store / f"{number:064x}")
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    with nothing_changes(tmp_path / store), nothing_changes(snapshot):
         out = share(snapshot, tmp_path / "out")
         assert verify(hs.open_checkpoint(out), hs.open_checkpoint(snapshot)).ok
         hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")

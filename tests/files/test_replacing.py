@@ -21,6 +21,7 @@ from support.shares import share
 def shared(llama: Path, tmp_path: Path) -> Path:
     """An output as `share` writes it, with what was copied beside the weights."""
     (llama / "README.md").write_text("the dense model's card")
+    (llama / "modules.json").write_text('[{"path": "1_Pooling"}]')
     (llama / "1_Pooling").mkdir()
     (llama / "1_Pooling" / "config.json").write_text("{}")
     return share(llama, tmp_path / "out")
@@ -48,18 +49,18 @@ def test_overwriting_refuses_to_remove_what_was_not_written_there(
 def test_overwriting_refuses_to_remove_a_copied_file_that_was_changed_since(
     shared: Path, llama: Path, run: Run
 ) -> None:
+    card = (shared / "README.md").read_text()
     (shared / "README.md").write_text("my own card")
     with nothing_changes(shared):
         done = run("share", llama, shared, "--overwrite")
     assert done.status == 1
     assert "README.md" in done.err
-    (shared / "README.md").write_text("the dense model's card")
+    (shared / "README.md").write_text(card)
     assert run("share", llama, shared, "--overwrite").status == 0
 
 
 def test_overwriting_refuses_a_file_that_is_now_a_link(shared: Path, llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_text("the dense model's card")
-    (shared / "README.md").unlink()
+    (shared / "README.md").rename(tmp_path / "elsewhere")
     (shared / "README.md").symlink_to(tmp_path / "elsewhere")
     with nothing_changes(tmp_path), pytest.raises(OutputError, match=r"README\.md"):
         share(llama, shared, overwrite=True)

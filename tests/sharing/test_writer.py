@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-from headshare.errors import OptionError
+from headshare.errors import CheckpointError, OptionError
 from headshare.evaluation.verify import verify
 from support import tiny
 from support.folders import INDEX, MANIFEST, WEIGHTS, contents, nothing_changes, numbers
@@ -24,9 +25,10 @@ from support.shares import a_plan, share, spoil
 def test_modes_follow_the_umask(mask: int, file_mode: int, folder_mode: int, llama: Path, tmp_path: Path) -> None:
     (llama / "1_Pooling").mkdir()
     (llama / "1_Pooling" / "config.json").write_text("{}")
+    (llama / "modules.json").write_text('[{"path": "1_Pooling"}]')
     (llama / "tokenizer.json").write_text("{}")
     for path in llama.rglob("*"):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+        path.chmod(0o700 if path.is_dir() else 0o644)
     before = os.umask(mask)
     try:
         out = share(llama, tmp_path / "out")
@@ -42,8 +44,23 @@ def test_modes_follow_the_umask(mask: int, file_mode: int, folder_mode: int, lla
         *expanded.rglob("*"),
         *(tmp_path / name for name in ("plan.json", "scores.safetensors")),
     ]
+    assert out / "1_Pooling" / "config.json" in written
     for path in (out, expanded, *written):
         assert stat.S_IMODE(path.stat().st_mode) == (folder_mode if path.is_dir() else file_mode), path
+
+
+@pytest.mark.parametrize("private", ["config.json", "tokenizer.json", "LICENSE"])
+def test_what_few_may_read_is_not_passed_on_to_more(private: str, llama: Path, tmp_path: Path) -> None:
+    """Weights are no copies, and follow the umask: the library that saves them lets nobody read any."""
+    for name in ("tokenizer.json", "LICENSE"):
+        (llama / name).write_text("{}")
+    (llama / private).chmod(0o600)
+    out = share(llama, tmp_path / "out")
+    again = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
+    for folder in (out, again):
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+        assert {name for name, mode in modes.items() if mode != 0o644} == {private}
+        assert modes[private] == 0o600
 
 
 COPIED = [
@@ -54,19 +71,21 @@ COPIED = [
     "vocab.txt",
     "merges.txt",
     "generation_config.json",
-    "README.md",
+    "preprocessor_config.json",
     "LICENSE",
+    "LICENSE.txt",
+    "USE_POLICY.md",
     "chat_template.jinja",
-    "modules.json",
-    "modeling_own.py",
+    "additional_chat_templates/tool_use.jinja",
+    "sentence_bert_config.json",
+    "training.json",
     "1_Pooling/config.json",
-    "a/b/c.txt",
+    "2_Dense/model.safetensors",
 ]
 LEFT = [
     ".git/config",
     ".gitattributes",
     ".cache/x.txt",
-    "a/.hidden",
     "pytorch_model.bin",
     "training_args.bin",
     "optimizer.pt",
@@ -75,23 +94,39 @@ LEFT = [
     "tf_model.h5",
     "flax_model.msgpack",
     "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "onnx/tokenizer.json",
+    "pytorch_model_fsdp_0/__0_0.distcp",
+    "model.nemo",
+    "old.tar.gz",
+    "wandb/run-1.wandb",
     "model.gguf",
     "pytorch_model.bin.index.json",
     "original/consolidated.00.pth",
+    "original/params.json",
     "extra.safetensors",
     "headshare.json",
+    "scheduler.pkl",
+    "state.pickle",
+    "scaler.joblib",
+    "LICENSE.pkl",
+    "2_Dense/pytorch_model.bin",
+    "2_Dense/.hidden.json",
+    "eval_results.json",
+    "notes.txt",
+    "modeling_own.py",
 ]
-PICKLES = ["scheduler.pkl", "state.pickle", "scaler.joblib"]  # under other endings
 
 
 @pytest.mark.parametrize("verb", ["share", "expand"])
-def test_small_files_come_along_and_hidden_files_and_other_weights_stay(verb: str, llama: Path, tmp_path: Path) -> None:
+def test_what_a_model_needs_comes_along_and_nothing_else(verb: str, llama: Path, tmp_path: Path) -> None:
     source = llama if verb == "share" else share(llama, tmp_path / "source")
-    for name in (*COPIED, *LEFT, *PICKLES):
+    for name in (*COPIED, *LEFT):
         if name == MANIFEST and verb == "expand":
             continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"this is {name}")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
     with nothing_changes(source):
         if verb == "share":
             out = share(source, tmp_path / "out")
@@ -100,7 +135,49 @@ def test_small_files_come_along_and_hidden_files_and_other_weights_stay(verb: st
     for name in COPIED:
         assert (out / name).read_text() == f"this is {name}"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert files == {*COPIED, "config.json", WEIGHTS, MANIFEST}
+    assert files == {*COPIED, "config.json", "modules.json", "README.md", WEIGHTS, MANIFEST}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "1_Pooling/config.json", "1_Pooling"])
+def test_a_link_that_leaves_the_folder_is_refused(name: str, llama: Path, tmp_path: Path) -> None:
+    """Else a stranger's checkpoint would put a file of one's own into what one publishes."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "config.json").write_text("secret")
+    (llama / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    (llama / name).parent.mkdir(exist_ok=True)
+    (llama / name).symlink_to(private if name == "1_Pooling" else private / "config.json")
+    with pytest.raises(CheckpointError, match=rf"{name}\S* is a link to .*private.*outside its folder"):
+        share(llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_within_the_folder_is_followed(llama: Path, tmp_path: Path) -> None:
+    (llama / "real.json").write_text("{}")
+    (llama / "tokenizer.json").symlink_to("real.json")
+    out = share(llama, tmp_path / "out")
+    assert not (out / "tokenizer.json").is_symlink()
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
+def test_a_file_that_may_not_be_read_is_blamed_and_not_the_output(
+    name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (llama / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    (llama / name).parent.mkdir(exist_ok=True)
+    (llama / name).write_text("{}")
+    really_open = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path == llama / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"llama/{name} cannot be read: Permission denied"):
+        share(llama, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_weights_of_a_sentence_embedders_own_modules_come_along(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from headshare.files.state_files import key_of
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
-from headshare.sharing.rewrite import check_written_again, write_refitted
+from headshare.sharing.rewrite import check_written_again, is_own, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
 from headshare.text.tokens import Calibration
 
@@ -176,7 +176,7 @@ def refit_checkpoint(
     if note := check_origin(shared, dense, None if any_base else ANY_BASE):
         say(note)
     check_written_again(shared, out, overwrite=overwrite)
-    check_output(out, dense.path, overwrite=True)
+    check_output(out, dense.path, overwrite=True, in_place=is_own(shared, out))
     target = dense.named_as(shared)
 
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.

@@ -25,22 +25,22 @@ from headshare.plan.plan import SharePlan
 
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
-PICKLES = (".pkl", ".pickle", ".joblib")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in a folder of safetensors files, or only the headers of one on the hub.
 
-    `metadata` is that of each file of weights. `stamps` tell whether config.json and those files are still the ones
-    that were opened: what was replaced or changed since is refused when it is read.
+    It is `sharded` if an index says which file holds which tensor. `metadata` is that of each file of weights. `stamps`
+    tell whether config.json and those files are still the ones that were opened: what was replaced or changed since is
+    refused when it is read.
     """
 
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     folder: Path | None = None
+    sharded: bool = False
     metadata: Mapping[str, Metadata] = field(default_factory=dict, repr=False)
     stamps: Mapping[str, Stamp | None] = field(default_factory=dict, repr=False, compare=False)
 

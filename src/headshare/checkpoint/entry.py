@@ -1,16 +1,42 @@
 """The entry of headshare in config.json, and the check of an entry that somebody else wrote."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from headshare.checkpoint.int4 import NESTED, Packing
-from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, PlanError
 from headshare.files.printable import is_shown
+from headshare.files.untrusted import checked_record
 from headshare.plan.plan import FORMAT, SharePlan, check_format
 
 METHOD = "headshare"
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class Origin(BaseModel):
+    """The record of what a dense model was: the digest of its tensors (`content_digest`), and its commit on the hub.
+
+    Raises:
+        CheckpointError: from `from_dict`, if a checkpoint's own record is not valid.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    digest: Digest
+    commit: Commit | None = None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Origin":
+        """Check a record that somebody else wrote."""
+        return checked_record(cls, data, "the checkpoint's record of the dense model that it came from")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON data, without what is not known."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 import re
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.origin import Origin
+from headshare.checkpoint.contents import used_files
+from headshare.checkpoint.entry import Origin
 from headshare.errors import CheckpointError
 
-_BESIDE = (".json", ".model", ".tiktoken", ".txt")
 # what is read of a large tensor to know it again: pieces at equal distances, the last one at its end
 PIECES = 16
 PIECE_BYTES = 4096
@@ -22,15 +22,14 @@ ANY_BASE = "pass --any-base"
 def fingerprint(checkpoint: Checkpoint) -> str:
     """The digest of a checkpoint's names and shapes, and of the sizes and times of its files. No weight is read.
 
-    The files of the tokenizer and of the generation settings count too.
+    All other files that a model is loaded from count too, such as those of its tokenizer.
     """
     checkpoint.check_unchanged()
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
         digest.update(f"{name} {info.dtype} {info.shape} {info.file}\n".encode())
-    beside = (path.name for path in checkpoint.path.iterdir() if path.suffix in _BESIDE and path.is_file())
-    for file in sorted({info.file for info in checkpoint.tensors.values()} | (set(beside) - {"config.json"})):
+    for file in sorted({*(info.file for info in checkpoint.tensors.values()), *used_files(checkpoint.path)}):
         status = os.stat(checkpoint.path / file)  # noqa: PTH116 - a path that is certainly there
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -1,21 +1,26 @@
 """Opening a checkpoint: a local folder, or a model on the hub."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from headshare.checkpoint.checkpoint import WEIGHT_FILES, Checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.contents import ADAPTER, CONFIG, INDEX, WEIGHTS, check_named, fetched, reading, weight_files
 from headshare.checkpoint.header import TensorInfo, check_count, read_whole_header, tensor_info
 from headshare.checkpoint.justified import check_config
 from headshare.checkpoint.seal import Metadata
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
-from headshare.files.untrusted import foreign, is_file, read_json
+from headshare.files.untrusted import foreign, read_json
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
+_HINT = "A Hugging Face checkpoint has one beside its weights."
+_HINT_OF_ADAPTER = "It holds an adapter; merge that into its model first (peft's merge_and_unload)."
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
@@ -89,12 +94,20 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    # each file is stamped before it is read, so that whatever comes in its place later is noticed
-    stamps = {name: stamp_of(folder / name) for name in (CONFIG, INDEX) if (folder / name).exists()}
-    config = read_json(folder / CONFIG, "A Hugging Face checkpoint has one beside its weights.")
+    with reading(folder):
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    # each file is stamped before it is read, so that whatever comes in its place later is noticed; one file of weights
+    # or an adapter also where there is none yet, for then another model would be loaded
+    index = [INDEX] if (folder / INDEX).exists() else []
+    stamps = {name: stamp_of(folder / name) for name in (CONFIG, WEIGHTS, ADAPTER, *index)}
+    config = read_json(folder / CONFIG, _HINT if not (folder / ADAPTER).is_file() else _HINT_OF_ADAPTER)
+    weights = weight_files(folder, config)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, Metadata] = {}
-    for file in _weight_files(folder):
+    for file in weights.files:
         stamps[file] = stamp_of(folder / file)
         header = read_whole_header(folder / file)
         metadata[file] = header.metadata
@@ -103,51 +116,16 @@ def _open_folder(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"the tensor {info.name} is in both {tensors[info.name].file} and {file}.")
             tensors[info.name] = info
         check_count(len(tensors), folder)
-    _check_index(folder, tensors)
-    checkpoint = Checkpoint(str(folder), config, tensors, folder=folder, metadata=metadata, stamps=stamps)
+    listed = weights.weight_map or {}
+    absent = [name for name, file in listed.items() if name not in tensors or tensors[name].file != file]
+    if absent:
+        raise CheckpointError(
+            f"{folder / str(weights.index)} lists {absent[0]} in {listed[absent[0]]}, where it is not."
+        )
+    sharded = weights.index is not None
+    checkpoint = Checkpoint(str(folder), config, tensors, folder, sharded, metadata=metadata, stamps=stamps)
     checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
     return checkpoint
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
-        files = sorted(set(weight_map.values()))
-        if any(Path(file).name != file for file in files):
-            raise CheckpointError(f"{index} names files outside its folder.")
-        missing = [file for file in files if not is_file(folder / file)]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(files)} weight files: {', '.join(missing[:3])}. "
-                "Download them again."
-            )
-        return files
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    raise CheckpointError(_no_weights(folder))
-
-
-def _no_weights(folder: Path) -> str:
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_FILES)
-    if not others or any(name.endswith(".safetensors") for name in others):
-        return f"{folder} holds no model.safetensors and no model.safetensors.index.json."
-    return (
-        f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
-        "(a pickle can run code). Convert it first: transformers' save_pretrained writes safetensors."
-    )
-
-
-def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    weight_map = read_json(index)["weight_map"]
-    absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file]
-    if absent:
-        raise CheckpointError(f"{index} lists {absent[0]} in {weight_map[absent[0]]}, where it is not.")
 
 
 def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
@@ -159,14 +137,15 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
         unreached = "" if weights else _unreached(hub, model, revision)
     with foreign(f"{what}: {unreached}".rstrip(": ")):
         if weights or unreached:
-            ignored = [f"*{end}" for end in WEIGHT_FILES if end != ".safetensors"]
-            folder = Path(
-                hub.snapshot_download(
-                    model, revision=revision, ignore_patterns=ignored, local_files_only=bool(unreached)
-                )
-            )
+            folder = _fetch(model, revision, local_files_only=bool(unreached))
             return dataclasses.replace(_open_folder(folder), name=model)
-        config = hub.hf_hub_download(model, "config.json", revision=revision)
+        config = read_json(Path(hub.hf_hub_download(model, CONFIG, revision=revision)))
+        check_named(model, config)
+        if named := config.get("transformers_weights"):
+            raise CheckpointError(
+                f"config.json of {model} names {named} as its weights, whose headers alone are not fetched. Download "
+                f"it (hf download {model} --local-dir FOLDER), and give the folder."
+            )
         metadata = hub.get_safetensors_metadata(model, revision=revision)
         infos = [
             _hub_tensor(model, name, file, info)
@@ -175,7 +154,37 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
         ]
     check_count(len(infos), model)
     sealed = {file: header.metadata or {} for file, header in metadata.files_metadata.items()}
-    return Checkpoint(model, read_json(Path(config)), {info.name: info for info in infos}, metadata=sealed)
+    return Checkpoint(model, config, {info.name: info for info in infos}, metadata=sealed)
+
+
+def _fetch(model: str, revision: str | None, *, local_files_only: bool) -> Path:
+    """The folder of a hub model in the hub's cache, which holds what `contents` names and nothing else.
+
+    Small files come first, for they name the rest.
+    """
+    import huggingface_hub as hub
+
+    def fetch(patterns: list[str], revision: str | None) -> Path:
+        found = hub.snapshot_download(
+            model, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
+        )
+        return Path(found)
+
+    folder = fetch(fetched(), revision)
+    # all that follows is of the same commit, which the hub's cache names the folder after
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    named = read_json(folder / CONFIG, _HINT).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    first = str(named or WEIGHTS)
+    fetch([*fetched(folder), escape(first)], commit)
+    if first == WEIGHTS and not (folder / WEIGHTS).is_file():
+        first = INDEX
+    if first.endswith(".json"):
+        with suppress(CheckpointError):  # it is opened again, and its damage told, with the folder
+            shards = read_json(folder / first).get("weight_map")
+            if isinstance(shards, dict):
+                files = {str(file) for file in shards.values() if str(file).endswith(".safetensors")}
+                fetch([escape(file) for file in sorted(files)], commit)
+    return folder
 
 
 def _unreached(hub: Any, model: str, revision: str | None) -> str:

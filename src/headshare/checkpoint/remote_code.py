@@ -21,8 +21,7 @@ def check_model_code(checkpoint: Checkpoint) -> None:
     """Refuse a model that transformers can only build with code from outside.
 
     Raises:
-        CheckpointError: if the model's class is in the folder, or its configuration names a kernel on the hub or
-            weights that are not safetensors.
+        CheckpointError: if the model's class is in the folder, or its configuration names a kernel on the hub.
     """
     if "auto_map" in checkpoint.config and str(checkpoint.config.get("model_type")) not in _known_types():
         raise CheckpointError(
@@ -33,12 +32,6 @@ def check_model_code(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"config.json of {checkpoint.name} names a kernel to fetch and run ({key}: {kernel!r:.100}), which "
             f"headshare does not do. Take {key} out of config.json."
-        )
-    weights = checkpoint.config.get("transformers_weights")
-    if weights is not None and not str(weights).endswith(".safetensors"):
-        raise CheckpointError(
-            f"config.json of {checkpoint.name} names {weights!r:.100} as its weights, which is not a safetensors file "
-            "(a pickle can run code). Take transformers_weights out of config.json."
         )
 
 

@@ -9,7 +9,15 @@ import typer
 from headshare.calibration.gptq import round_by_gptq
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
-from headshare.cli.options import WRITE, CommonOptions, JsonOption, OverwriteOption, RevisionOption, print_result
+from headshare.cli.options import (
+    WRITE,
+    CommonOptions,
+    JsonOption,
+    OverwriteOption,
+    RevisionOption,
+    print_result,
+    print_written,
+)
 from headshare.cli.share_options import CalibrationOptions, NeededCalibrationOption, OutArgument, SharedArgument
 from headshare.files.folder import check_output, check_vacant
 from headshare.sharing.expand import expand as expand_checkpoint
@@ -51,9 +59,9 @@ def quantize(
     }  # fmt: skip
     words = (
         f"{len(rounded.matrices)} matrices rounded to 4 bits in groups of {rounded.packing.group}: {before:,} bytes of "
-        f"weights before, {after:,} now ({1 - after / before:.1%} less)\nWritten and checked in {seconds:.1f} s: {out}"
+        f"weights before, {after:,} now ({1 - after / before:.1%} less)"
     )
-    print_result(data, words, common.as_json, written=out)
+    print_written(data, words, out, seconds, as_json=common.as_json)
 
 
 def expand(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headshare.cli.streams import unprinted
-from headshare.errors import OptionError
+from headshare.errors import HeadshareError, OptionError
 from headshare.files.printable import shown
 from headshare.progress import tell
 
@@ -93,3 +93,23 @@ def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Pa
     if error.errno != errno.EPIPE:  # its reader needs no more of it
         tell(f"error: the result could not be printed: {error.strerror}.")
     raise typer.Exit(1)
+
+
+def print_written(data: dict[str, Any], words: str, out: Path, seconds: float, *, as_json: bool) -> None:
+    """Print the result of a command that wrote a checkpoint, and for people how to load it."""
+    print_result(data, words if as_json else f"{words}\n{_how_to_load(out, seconds)}", as_json, written=out)
+
+
+def _how_to_load(out: Path, seconds: float) -> str:
+    """What was written, and the command that loads it, which is tried before it is printed, without the numbers."""
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.integrations.transformers.loading import load_model
+
+    try:
+        with open_checkpoint(out) as written:
+            name = type(load_model(written, device_map="meta")).__name__
+            first = "" if written.sharing is None else "after `import headshare` "
+    except HeadshareError as error:
+        return f"Written in {seconds:.1f} s: {out}\nIts numbers are checked, but it cannot be loaded here: {error}"
+    command = f"transformers.{name}.from_pretrained({str(out)!r})"
+    return f"Written and checked in {seconds:.1f} s: {out}\nLoad it {first}with {command}."

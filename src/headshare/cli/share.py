@@ -22,7 +22,7 @@ from headshare.cli.options import (
     CommonOptions,
     Context,
     RestartOption,
-    print_result,
+    print_written,
     refuse_unused,
 )
 from headshare.cli.share_options import (
@@ -151,13 +151,8 @@ def share(
         "peak_anonymous_bytes": peak.bytes,
         "out": str(out),
     }
-    lines = [
-        estimated.in_words(),
-        *outcome.in_words(),
-        f"Written and checked in {seconds:.1f} s: {out}",
-        f"Load it after `import headshare` with from_pretrained({str(out)!r}).",
-    ]
-    print_result(data, "\n".join(lines), common.as_json, written=out)
+    words = "\n".join([estimated.in_words(), *outcome.in_words()])
+    print_written(data, words, out, seconds, as_json=common.as_json)
 
 
 @with_bundles
@@ -208,5 +203,4 @@ def refit(
         )
     seconds = time.monotonic() - begun
     data = {**record.model_dump(mode="json"), "tensors": len(record.tensors), "seconds": seconds, "out": str(target)}
-    words = f"{record.in_words()}\nWritten and checked in {seconds:.1f} s: {target}"
-    print_result(data, words, common.as_json, written=target)
+    print_written(data, record.in_words(), target, seconds, as_json=common.as_json)

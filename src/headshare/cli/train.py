@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from headshare.cli.bundles import given_options, with_bundles
-from headshare.cli.options import CommonOptions, Context, RestartOption, is_given, listed, print_result, refuse_unused
+from headshare.cli.options import CommonOptions, Context, RestartOption, is_given, listed, print_written, refuse_unused
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
@@ -184,8 +184,7 @@ def train(
     settings = TrainSettings.made(merged, str(config) if config else "the options")
     result = run(model, out, settings, overwrite=common.overwrite, restart=restart, revision=common.revision)
     if PartialState().is_main_process:
-        words = f"{result.in_words()}\nWritten and checked in {result.seconds:.1f} s: {out}"
-        print_result(result.to_dict(), words, common.as_json, written=out)
+        print_written(result.to_dict(), result.in_words(), out, result.seconds, as_json=common.as_json)
 
 
 def _given(context: Context, bundle: Any) -> dict[str, Any]:

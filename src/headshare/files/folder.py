@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from headshare.errors import OutputError
+from headshare.errors import CheckpointError, OutputError
 from headshare.files.atomic import flush_folder
 from headshare.files.failures import explain
 from headshare.files.lock import inode_of, locked
@@ -32,8 +33,10 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+def check_output(out: Path, source: Path, *, overwrite: bool, in_place: bool = False) -> None:
     """Refuse an output that exists (unless it may be overwritten) or overlaps the input.
+
+    With `in_place`, all that the output holds is also in what replaces it.
 
     Raises:
         OutputError: saying which, and what to do.
@@ -47,7 +50,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     for path in source.rglob("*"):
         if path.is_symlink() and _lies_in(Path(os.path.realpath(path)), target):
             raise OutputError(f"{path} of the input is a link into the output {out}. Choose another output.")
-    check_vacant(out, overwrite=overwrite)
+    check_vacant(out, overwrite=overwrite, in_place=in_place)
 
 
 def _lies_in(inner: Path, outer: Path) -> bool:
@@ -245,17 +248,38 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False)
     if CONTROL.search(text.replace("\n", "")):  # half a character, which UTF-8 cannot hold, is an escape in JSON
         text = json.dumps(data, indent=2)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, and flush it to disk."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file, following links, and flush it to disk."""
+    """Copy a file, following links, and flush it to disk. Nobody may read the copy who may not read the source.
+
+    Raises:
+        CheckpointError: if the source cannot be read.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    flush_file(target)
+    try:
+        original = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror or error}.") from None
+    with original, target.open("wb") as copy:
+        shutil.copyfileobj(original, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+    narrow(target, source)
+
+
+def narrow(path: Path, source: Path) -> None:
+    """Take from a file the permissions of others that the file does not give which it was made from."""
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & (source.stat().st_mode | 0o700))
 
 
 def file_digest(path: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.contents import CARD, CONFIG, INDEX, companions
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.int4 import (
@@ -35,7 +36,7 @@ from headshare.sharing.assembly import copied
 from headshare.sharing.fits import SharedFiles, open_shared
 from headshare.sharing.share import as_stored
 from headshare.sharing.size import dtype_code
-from headshare.sharing.writer import INDEX, all_finite, dtype_key, given_assembly, other_files, write_checkpoint
+from headshare.sharing.writer import all_finite, dtype_key, given_assembly, write_checkpoint
 
 
 def write_refitted(
@@ -64,7 +65,7 @@ def write_refitted(
         entry = dataclasses.replace(entry, base_model=dense.name, origin=entry.origin or origin_of(dense))
     config = {**shared.config, "quantization_config": entry.to_config()}
     replaced = as_stored(tensors, assemblies, files.tensors)
-    in_place = _is_own(shared, out)
+    in_place = is_own(shared, out)
     return write_checkpoint(shared, assemblies, config, out, overwrite or in_place, replaced, in_place=in_place)
 
 
@@ -164,14 +165,13 @@ def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> No
     Raises:
         OutputError: saying which.
     """
-    if not _is_own(shared, out):
+    if not is_own(shared, out):
         check_output(out, shared.path, overwrite=overwrite)
         return
     clear_left(out)
-    kept = {*other_files(shared.path), *(shared.path / info.file for info in shared.tensors.values())}
-    kept |= {shared.path / name for name in ("config.json", INDEX, MANIFEST)}
-    lost = sorted(str(path.relative_to(shared.path)) for path in shared.path.rglob("*") if path.is_file())
-    lost = [name for name in lost if shared.path / name not in kept]
+    kept = {*companions(shared.path), *(info.file for info in shared.tensors.values()), CONFIG, INDEX, MANIFEST, CARD}
+    found = sorted(path.relative_to(shared.path).as_posix() for path in shared.path.rglob("*") if path.is_file())
+    lost = [name for name in found if name not in kept]
     if lost:
         raise OutputError(
             f"{shared.path} also holds {', '.join(lost[:3])}, which would be lost if it were replaced. "
@@ -179,5 +179,6 @@ def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> No
         )
 
 
-def _is_own(shared: Checkpoint, out: Path) -> bool:
+def is_own(shared: Checkpoint, out: Path) -> bool:
+    """True if an output is the checkpoint's own folder."""
     return os.path.realpath(out) == os.path.realpath(shared.path)

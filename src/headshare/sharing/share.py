@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import SharingEntry
+from headshare.checkpoint.entry import Origin, SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
-from headshare.checkpoint.origin import Origin
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan

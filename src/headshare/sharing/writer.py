@@ -1,6 +1,5 @@
 """The writer of checkpoint folders from assemblies, which checks every number that it wrote."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headshare.checkpoint.checkpoint import PICKLES, WEIGHT_DTYPES, WEIGHT_FILES, Checkpoint
+from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
+from headshare.checkpoint.contents import CONFIG, FILE_KEYS, INDEX, WEIGHTS, check_inside, companions
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import DTYPES, read_header
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.seal import seal_of
 from headshare.errors import CheckpointError
-from headshare.files.folder import MANIFEST, check_output, copy_file, flush_file, whole_folder, write_json
+from headshare.files.folder import check_output, copy_file, flush_file, narrow, whole_folder, write_json
 from headshare.plan.tensors import NOTHING, TensorPlan
 from headshare.progress import track
 from headshare.sharing.assembly import Assembly, copied, kept_only, stream
+from headshare.sharing.card import write_card
 from headshare.sharing.fits import open_shared
 from headshare.sharing.manifest import write_manifest
 from headshare.sharing.safetensors_writer import canonical_order, write_safetensors
-
-INDEX = "model.safetensors.index.json"
 
 
 def dtype_key(config: Mapping[str, Any]) -> str:
@@ -49,19 +48,23 @@ def write_checkpoint(
     itself is replaced.
     """
     given = given or {}
-    by_file = _by_file(assemblies)
+    config = {key: value for key, value in config.items() if key not in FILE_KEYS}
+    by_file = _by_file(assemblies, sharded=source.sharded)
     expected = sum(each.nbytes for many in by_file.values() for each in many)
     entry = SharingEntry.from_config(config.get("quantization_config"))
     if not in_place:
         check_output(out, source.path, overwrite=overwrite)
+    beside = companions(source.path)
     with whole_folder(out, overwrite=overwrite, expected_bytes=expected, in_place=in_place) as folder, source:
-        copy_other_files(source.path, folder)
+        copy_named(source.path, folder, beside)
         digests = _write_files(folder, source, by_file, given, entry)
-        if (source.path / INDEX).is_file():
+        if source.sharded:
             write_json(folder / INDEX, _index(by_file, expected))
         for name, note in (notes or {}).items():
             write_json(folder / name, note)
-        write_json(folder / "config.json", config)
+        write_card(folder, source, config, in_place=in_place)
+        write_json(folder / CONFIG, config)
+        narrow(folder / CONFIG, source.path / CONFIG)
         source.check_unchanged()  # what was copied beside the weights is of the same checkpoint
         # the manifest comes last: it holds the digests of all others, and the plan's
         write_manifest(folder, digests, entry)
@@ -143,10 +146,11 @@ def given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
     return Assembly(name, code, tuple(tensor.shape), file, 0, ())
 
 
-def _by_file(assemblies: Iterable[Assembly]) -> dict[str, list[Assembly]]:
+def _by_file(assemblies: Iterable[Assembly], *, sharded: bool) -> dict[str, list[Assembly]]:
+    """The assemblies by the file that each goes into. A single file gets the name under which it is found."""
     files: dict[str, list[Assembly]] = {}
     for assembly in assemblies:
-        files.setdefault(assembly.file, []).append(assembly)
+        files.setdefault(assembly.file if sharded else WEIGHTS, []).append(assembly)
     return {file: canonical_order(files[file]) for file in sorted(files)}
 
 
@@ -155,34 +159,15 @@ def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def copy_other_files(source: Path, folder: Path) -> None:
-    """Copy everything beside the weights: tokenizer, generation settings, a model card."""
-    for path in other_files(source):
-        copy_file(path, folder / path.relative_to(source))
+def copy_named(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy these files from one folder to another.
 
-
-def other_files(source: Path) -> Iterator[Path]:
-    """The files beside the weights that go into the output. Hidden files and pickles do not."""
-    modules = _module_folders(source)
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(step.startswith(".") for step in relative.parts)
-        written = relative.name in ("config.json", INDEX, MANIFEST) and len(relative.parts) == 1
-        weights = path.suffix in (*WEIGHT_FILES, *PICKLES) or path.name.endswith(".index.json")
-        own_module = path.suffix == ".safetensors" and str(relative.parent) in modules
-        if path.is_file() and not (hidden or written or (weights and not own_module)):
-            yield path
-
-
-def _module_folders(source: Path) -> set[str]:
-    """Subfolders that a sentence embedder's modules.json names: their weights belong to the model."""
-    listed = source / "modules.json"
-    try:
-        modules = json.loads(listed.read_bytes()) if listed.is_file() else []
-    except ValueError:
-        return set()
-    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    return {path for path in paths if isinstance(path, str) and path}
+    Raises:
+        CheckpointError: if a file cannot be read, or is a link to a file elsewhere, which may be private.
+    """
+    for name in names:
+        check_inside(source, name)
+        copy_file(source / name, folder / name)
 
 
 def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.checkpoint.contents import CARD, CONFIG, companions
+from headshare.checkpoint.entry import Origin
 from headshare.checkpoint.fingerprint import fingerprint, origin_of
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.checkpoint.origin import Origin
 from headshare.errors import TrainingError
-from headshare.files.folder import check_output, check_vacant
+from headshare.files.folder import check_output, check_vacant, narrow
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.plan import SharePlan
 from headshare.sharing.rewrite import write_trained
 from headshare.sharing.share import share
-from headshare.sharing.writer import copy_other_files
+from headshare.sharing.writer import copy_named
 from headshare.storage.projection import shared_projections
 from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import is_causal, not_causal
@@ -261,7 +262,9 @@ class _TrainingRun:
             else:
                 trainer.save_model(str(folder))
         if trainer.args.should_save:
-            copy_other_files(self.source.path, folder)
+            card = [CARD] if (self.source.path / CARD).is_file() else []  # for the licence that it names
+            copy_named(self.source.path, folder, [*companions(self.source.path), *card])
+            narrow(folder / CONFIG, self.source.path / CONFIG)
 
     # ---- the end
 

@@ -1,0 +1,88 @@
+"""The model card of a folder that headshare writes: its base model, its licence, what was done, and how to load it.
+
+The card of the model that it was made from is not passed on, for its figures are another model's. Only its licence is.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.contents import CARD, is_inside
+from headshare.checkpoint.entry import SharingEntry
+from headshare.files.folder import copy_file, write_text
+from headshare.files.printable import is_shown
+
+_MAX_FRONT = 100_000
+_LICENCE = re.compile(r"(license|license_name|license_link): *[\"']?([\w.+:/~-]+(?: [\w.+:/~-]+)*)[\"']? *")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_card(folder: Path, source: Checkpoint, config: Mapping[str, Any], *, in_place: bool = False) -> None:
+    """Write the card of a model with this configuration, made from this source, into its folder.
+
+    Where the source itself is replaced (`in_place`), a card that somebody else wrote for it stays.
+    """
+    card = source.path / CARD
+    if in_place and card.is_file() and card.read_bytes() != model_card(source, source.config).encode():
+        copy_file(card, folder / CARD)
+    else:
+        write_text(folder / CARD, model_card(source, config))
+
+
+def model_card(source: Checkpoint, config: Mapping[str, Any]) -> str:
+    """The text of the card, front matter first."""
+    entry = SharingEntry.from_config(config.get("quantization_config"))
+    before = source.sharing
+    base = next((each.base_model for each in (entry, before) if each and each.base_model), None)
+    # a name on the hub is a fact about the model; a folder's is one about somebody's disk
+    named = base or source.name
+    on_hub = _HUB_ID.fullmatch(named) is not None and not Path(named).exists()
+    shown = named if on_hub else Path(named).name
+    shown = shown if is_shown(shown) and "`" not in shown else "a model"
+    front = {"base_model": named} if on_hub else {}
+    front |= {"library_name": "transformers", **_licence(source.path)}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags: [headshare]", "---", ""]
+    lines += [f"# Made from `{shown}`", "", f"Written by headshare. {_kind(entry, before)}", ""]
+    lines += [f"* {step}" for step in _steps(entry)]
+    lines += ["", "How well it does was not measured when it was written.", "", "```python"]
+    lines += [f"from transformers import {model_class(config)}"]
+    lines += ["import headshare  # pip install headshare"] if entry else []
+    lines += ["", f'model = {model_class(config)}.from_pretrained("this folder")', "```", ""]
+    return "\n".join(lines)
+
+
+def model_class(config: Mapping[str, Any]) -> str:
+    """The name of the class in transformers that loads a model of this configuration."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) and first.isascii() and first.isidentifier() else "AutoModel"
+
+
+def _kind(entry: SharingEntry | None, before: SharingEntry | None) -> str:
+    if entry is not None:
+        return "Some of its weights are stored once and used in several layers:"
+    return "It computes what the shared model does that it was expanded from." if before else "It is an ordinary model."
+
+
+def _steps(entry: SharingEntry | None) -> list[str]:
+    """What was done to the base model, a line for each section of the plan and for what came after."""
+    if entry is None:
+        return []
+    sections = entry.plan.sections
+    steps = [section.picture(sections).splitlines()[0] for section in sections]
+    return steps + [each.in_words() for each in (entry.refit, entry.packing) if each is not None]
+
+
+def _licence(folder: Path) -> dict[str, str]:
+    """What the front matter of a folder's card says of its licence."""
+    card = folder / CARD
+    if not card.is_file() or not is_inside(folder, CARD):
+        return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_MAX_FRONT)
+    front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    found = map(_LICENCE.fullmatch, front[1].splitlines() if front else ())
+    return {line[1]: line[2] for line in found if line}
