@@ -8,6 +8,7 @@ import yaml
 
 import headshare as hs
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.sharing.fits import open_shared
 from headshare.sharing.rewrite import write_refitted
 from support.shares import a_plan, share
 
@@ -88,9 +89,9 @@ def test_a_folder_written_in_place_keeps_a_card_that_somebody_else_wrote(dense: 
     out = share(dense, tmp_path / "out")
     record = RefitRecord.of([], "text", "0" * 64, windows=(2, 16), seed=0)
     with hs.open_checkpoint(out) as shared:
-        write_refitted(shared, record, {}, out)
+        write_refitted(open_shared(shared), record, {}, out)
     assert "refitted on" in (out / "README.md").read_text()
     (out / "README.md").write_text("my own words")
     with hs.open_checkpoint(out) as shared:
-        write_refitted(shared, record, {}, out)
+        write_refitted(open_shared(shared), record, {}, out)
     assert (out / "README.md").read_text() == "my own words"

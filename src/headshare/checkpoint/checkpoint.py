@@ -40,9 +40,9 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     folder: Path | None = None
-    sharded: bool = False
     metadata: Mapping[str, Metadata] = field(default_factory=dict, repr=False)
     stamps: Mapping[str, Stamp | None] = field(default_factory=dict, repr=False, compare=False)
+    sharded: bool = False
 
     @cached_property
     def sharing(self) -> SharingEntry | None:

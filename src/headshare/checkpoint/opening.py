@@ -123,7 +123,7 @@ def _read_folder(folder: Path) -> Checkpoint:
             f"{folder / str(weights.index)} lists {absent[0]} in {listed[absent[0]]}, where it is not."
         )
     sharded = weights.index is not None
-    checkpoint = Checkpoint(str(folder), config, tensors, folder, sharded, metadata=metadata, stamps=stamps)
+    checkpoint = Checkpoint(str(folder), config, tensors, folder, metadata, stamps, sharded)
     checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
     return checkpoint
 
