@@ -172,7 +172,7 @@ def test_a_stray_file_of_weights_in_a_shared_folder_is_noticed(tmp_path: Path) -
     save_file(everything, out / WEIGHTS, metadata={"format": "pt"})
     found = hs.verify(hs.open_checkpoint(out), logits=False)
     assert not found.ok
-    assert "no digest of model.safetensors, from which the model is loaded" in found.problems[0]
+    assert "no digest of model.safetensors" in found.problems[0]
 
 
 def test_weights_that_are_not_loaded_are_mentioned_by_verify(llama: Path, tmp_path: Path) -> None:
