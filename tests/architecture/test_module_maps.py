@@ -149,7 +149,7 @@ def test_what_shrinks_packs_or_factors_modules_refuses_those_that_fuse(llama: Pa
         change_modules(model, factored, below_another(changed_tensors(factored)))
     tensors = tied()
     with pytest.raises(StorageError, match=FUSES):
-        install_packed(Engine(), Packing(group=8, ignore=()), tensors, fused())
+        install_packed(Engine(), Packing(group=8, ignore=()), tensors, fused(), guarded=set())
 
 
 # ---- an engine's own modules, on our banks

@@ -15,7 +15,7 @@ from headshare.architecture.recognition import ffn_layout
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
-from headshare.errors import ArchitectureError, CheckpointError
+from headshare.errors import ArchitectureError, CheckpointError, EvaluationError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
@@ -313,9 +313,9 @@ def test_a_module_that_is_never_reached_is_named(llama: Path) -> None:
     assert not built.aside._forward_pre_hooks
 
 
-def test_an_error_inside_the_model_comes_through(llama: Path) -> None:
+def test_an_error_inside_the_model_is_named(llama: Path) -> None:
     layers = Layers(hs.open_checkpoint(llama))
-    with pytest.raises(IndexError):
+    with pytest.raises(EvaluationError, match=r"cannot be run as its config\.json describes it: IndexError"):
         layers.start(torch.full((1, 4), tiny.VOCABULARY + 5))
     assert layers.start(tiny.tokens()).shape == (2, 10, 32)
 

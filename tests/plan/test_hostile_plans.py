@@ -12,7 +12,7 @@ import headshare as hs
 from headshare.errors import CheckpointError, PlanError
 from headshare.evaluation.verify import verify
 from support import tiny
-from support.folders import MANIFEST
+from support.folders import MANIFEST, unseal
 from support.shares import a_plan, share
 
 
@@ -189,8 +189,11 @@ def test_another_models_plan_is_neither_applied_nor_loaded(
     plan = hs.SharePlan.from_dict(data)
     shared = share(llama, tmp_path / "shared")
     put_plan(shared, data)
+    unseal(shared)
     (shared / MANIFEST).unlink()
-    with pytest.raises((PlanError, RuntimeError, ValueError)):  # transformers names mismatched shapes by itself
+    with pytest.raises(
+        (CheckpointError, PlanError, RuntimeError, ValueError)
+    ):  # transformers names mismatched shapes by itself
         transformers.AutoModelForCausalLM.from_pretrained(shared)
     assert not verify(hs.open_checkpoint(shared)).ok
     with pytest.raises(CheckpointError, match="does not hold what its plan says"):
@@ -201,13 +204,18 @@ def test_another_models_plan_is_neither_applied_nor_loaded(
 
 
 def test_ties_to_other_donors_than_were_shared_do_not_verify(llama: Path, tmp_path: Path) -> None:
-    """They fit every shape, so nothing but the digest of config.json can tell."""
+    """They fit every shape, so nothing but digests can tell: that of the plan in the weights, or of config.json."""
     shared = share(llama, tmp_path / "shared")
     plan = hs.open_checkpoint(shared).plan
     assert plan is not None
     recipient, donor = plan.selections[0].ties[0]
     ties = [[*recipient, 0, 1 - donor.group if donor.layer == 0 else 0]]
     put_plan(shared, edited(plan, ties=[*ties, *([*t.recipient, *t.donor] for t in plan.selections[0].ties[1:])]))
+    with pytest.raises(CheckpointError, match=r"does not hold the plan by which model\.safetensors was written"):
+        hs.open_checkpoint(shared)
+    manifest = (shared / MANIFEST).read_bytes()
+    unseal(shared)
+    (shared / MANIFEST).write_bytes(manifest)
     assert hs.open_checkpoint(shared).plan != plan
     found = verify(hs.open_checkpoint(shared))
     assert not found.ok
