@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from headshare.errors import OutputError
+from headshare.errors import CheckpointError, OutputError
 from headshare.files.atomic import write_whole
 from headshare.files.failures import explain, in_one_line
 from support import tiny
@@ -72,7 +72,7 @@ def test_a_file_that_may_not_be_read_is_blamed_and_the_output_is_not() -> None:
         (folder / "open").chmod(0o777)
 
         def refused() -> None:
-            with pytest.raises(OutputError, match=r"llama/tokenizer\.json cannot be used: Permission denied"):
+            with pytest.raises(CheckpointError, match=r"llama/tokenizer\.json cannot be read: Permission denied"):
                 share(llama, folder / "open" / "out")
             with pytest.raises(OutputError, match=r"llama/plan\.json could not be written: Permission denied"):
                 write_whole(llama / "plan.json", b"{}")
