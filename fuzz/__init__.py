@@ -3,7 +3,12 @@
 Tiny models and texts are those of the tests.
 """
 
+import os
 import sys
 from pathlib import Path
+
+# before transformers is imported: nothing is fetched, and forks of this process have no threads of tokenizers
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

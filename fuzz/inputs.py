@@ -4,9 +4,7 @@ Whatever is neither success nor one line of error, or takes too long or too much
 with its seed and number, by which it can be made again, and its folder is kept.
 """
 
-import argparse
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -17,13 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import torch
-import transformers
-
 from fuzz.kinds import FAMILIES, KINDS, good_folder, linked, make_good
+from fuzz.options import Choice, Count, parsed
 from fuzz.watched import Limits, Outcome, in_forks, run_command
 
 EXAMPLES = 2
@@ -112,17 +105,8 @@ def try_inputs(
 
 def main() -> int:
     """Run as many inputs as the command line asks for; print what was found and how much was tried."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz.inputs", description=__doc__)
-    parser.add_argument("--count", type=int, default=2000, help="inputs in all, spread over the kinds")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other inputs")
-    parser.add_argument("--minutes", type=float, default=30.0, help="stop after so many minutes")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of input, joined by commas")
-    parser.add_argument("--only", type=int, help="the one input of this number, as a finding names it")
-    parser.add_argument("--kept", type=Path, default=Path("fuzz-findings"), help="the folder of findings")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    count = Count("--count", 2000, "inputs in all, spread over the kinds")
+    options = parsed("fuzz.inputs", __doc__, count, Choice("--kinds", KINDS, "kinds of input"), "input")
     kinds = options.kinds.split(",")
     numbers = range(-(-options.count // len(kinds))) if options.only is None else [options.only]
     begun = time.monotonic()

@@ -4,9 +4,7 @@ Whatever is then half-written, lost, left behind, or other than what an uninterr
 run in forks of this process, which has imported everything, so that a run takes as long as its work.
 """
 
-import argparse
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -20,12 +18,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import torch
 import transformers
 
+from fuzz.options import Choice, Count, parsed
 from fuzz.stopped import MARK, Ended, hidden, run, same_for_all_times
 from support import tiny
 from support.folders import contents
@@ -254,17 +249,8 @@ def _gptq() -> None:
 
 def main() -> int:
     """Stop as many runs as the command line asks for; print what was found and how much was tried."""
-    parser = argparse.ArgumentParser(prog="python -m fuzz.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="runs to kill in all, by turns")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other instants")
-    parser.add_argument("--minutes", type=float, default=30.0, help="stop after so many minutes")
-    parser.add_argument("--cases", default=",".join(CASES), help="commands, joined by commas")
-    parser.add_argument("--only", type=int, help="the one trial of this number, as a finding names it")
-    parser.add_argument("--kept", type=Path, default=Path("fuzz-findings"), help="the folder of findings")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    count = Count("--kills", 200, "runs to kill in all, by turns")
+    options = parsed("fuzz.kills", __doc__, count, Choice("--cases", CASES, "commands"), "trial")
     names = options.cases.split(",")
     import_all(_gptq if "quantize" in names else None)
     begun = time.monotonic()
