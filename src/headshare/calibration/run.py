@@ -172,12 +172,12 @@ def refit_checkpoint(
     plan = files.plan
     entry = files.entry
     dense.require_dense("refit to")
-    fit_plan(plan, dense.named_as(shared))
+    target = dense.named_as(shared)
+    fit_plan(plan, target)
     if note := check_origin(shared, dense, None if any_base else ANY_BASE):
         say(note)
     check_written_again(shared, out, overwrite=overwrite)
     check_output(out, dense.path, overwrite=True, in_place=is_own(shared, out))
-    target = dense.named_as(shared)
 
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}

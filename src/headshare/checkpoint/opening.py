@@ -16,6 +16,7 @@ from headshare.checkpoint.seal import Metadata
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
 from headshare.files.opened import stamp_of
+from headshare.files.printable import reason_of
 from headshare.files.untrusted import foreign, read_json
 
 _HINT = "A Hugging Face checkpoint has one beside its weights."
@@ -197,7 +198,7 @@ def _unreached(hub: Any, model: str, revision: str | None) -> str:
     except hub.errors.HfHubHTTPError:  # it answered: there is no such model, or it is not to be had
         raise
     except Exception as error:
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return reason_of(error)
     return ""
 
 

@@ -13,7 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from headshare.cli.bundles import given_options, with_bundles
-from headshare.cli.options import CommonOptions, Context, RestartOption, is_given, listed, print_written, refuse_unused
+from headshare.cli.options import (
+    CommonOptions,
+    Context,
+    FieldOption,
+    RestartOption,
+    is_given,
+    listed,
+    print_written,
+    refuse_unused,
+)
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
@@ -58,9 +67,7 @@ class TrainTextOptions:
         ),
     ] = ""
     held_out_data: Annotated[str | None, typer.Option(help="Measure on this text. Default: the end of --data.")] = None
-    field: Annotated[
-        str | None, typer.Option(help="Read the text of a row from this field. Default: the one that it can be.")
-    ] = None
+    field: FieldOption = None
     context_length: Annotated[
         int | None,
         typer.Option(

@@ -54,7 +54,7 @@ def agreement(model: Any, dense: Any, windows: Windows) -> Agreement:
     ]
     whole, first, second = (torch.stack([window[piece] for window in embeddings]).unbind(1) for piece in range(3))
     cosine = functional.cosine_similarity(whole[0], whole[1], dim=-1).double().mean().item()
-    retrieved, dense_retrieved = (_retrieved(texts, pairs) for texts, pairs in zip(first, second, strict=True))
+    retrieved, dense_retrieved = (_retrieved(*halves) for halves in zip(first, second, strict=True))
     return Agreement(cosine, retrieved, dense_retrieved, windows.tokens.numel(), windows.length)
 
 

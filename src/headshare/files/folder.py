@@ -19,6 +19,7 @@ from headshare.files.lock import inode_of, locked
 from headshare.files.printable import CONTROL
 from headshare.files.resume import discard_committed, run_folder
 from headshare.files.scratch import remove_dead, scratch_folder
+from headshare.files.untrusted import read_json
 
 MANIFEST = "headshare.json"
 # files of a checkpoint that was written before the manifest listed all, or by another tool
@@ -125,10 +126,9 @@ def not_written_by_us(folder: Path) -> Iterator[str]:
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / MANIFEST)
+    except CheckpointError:
         return {}
-    return listed if isinstance(listed, dict) else {}
 
 
 @contextmanager

@@ -60,9 +60,9 @@ def check_manifest(shared: Checkpoint) -> Listing:
         listing.problems.append(f"{MANIFEST} lists no files")
         return listing
     # all that makes the model must be listed, and the plan be the one that was written
-    for name in sorted({"config.json", *(info.file for info in shared.tensors.values())} - set(files)):
-        listing.problems.append(f"{MANIFEST} has no digest of {name}")
     loaded = {info.file for info in shared.tensors.values()}
+    for name in sorted({"config.json", *loaded} - set(files)):
+        listing.problems.append(f"{MANIFEST} has no digest of {name}")
     for name in sorted({path.name for path in shared.path.glob("*.safetensors")} - loaded - set(files)):
         listing.notes.append(f"{name} is no part of this checkpoint, and is neither loaded nor checked")
     entry = SharingEntry.from_config(shared.config.get("quantization_config"))

@@ -5,6 +5,7 @@ A name that tells the format is believed, in small and capital letters. Else the
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import partial
@@ -23,7 +24,6 @@ _OTHERS = {
     b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
     b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
-_MARK = b"\xef\xbb\xbf"
 _BLANK = " \t\r\n"
 _PIECE = 2**16
 
@@ -68,12 +68,12 @@ def _told_by(path: Path, file: BinaryIO) -> Format:
     suffix = path.suffix.lower()
     if suffix in _BY_NAME:
         return _BY_NAME[suffix]
-    text = beginning.removeprefix(_MARK).lstrip()
+    text = beginning.removeprefix(BOM_UTF8).lstrip()
     if text.startswith(b"[") and text[1:].lstrip()[:1] == b"{":
         return Format.ARRAY
     if text.startswith(b"{"):
         file.seek(0)
-        lines = (line for line in iter(partial(file.readline, ROW_BYTES), b"") if line.removeprefix(_MARK).strip())
+        lines = (line for line in iter(partial(file.readline, ROW_BYTES), b"") if line.removeprefix(BOM_UTF8).strip())
         if _is_object(next(lines, b"")):
             return Format.LINES
     if suffix == ".json" and text:
@@ -83,7 +83,7 @@ def _told_by(path: Path, file: BinaryIO) -> Format:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(parse_json(line.removeprefix(_MARK), "a line", CalibrationError), dict)
+        return isinstance(parse_json(line.removeprefix(BOM_UTF8), "a line", CalibrationError), dict)
     except CalibrationError:
         return False
 

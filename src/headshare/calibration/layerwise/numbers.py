@@ -10,6 +10,7 @@ from torch import Tensor
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, CheckpointError
+from headshare.files.printable import reason_of
 from headshare.sharing.writer import check_finite
 
 
@@ -46,5 +47,5 @@ def solved() -> Iterator[None]:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch's stubs lack it
         raise CalibrationError(
             "what the layers give on the calibration text is too large, or too uneven, to be fitted to. Use another "
-            f"text, or look at the model's weights ({' '.join(str(error).split()):.120})."
+            f"text, or look at the model's weights ({reason_of(error):.120})."
         ) from error
