@@ -17,7 +17,7 @@ import headshare as hs
 from benchmarks.machine import machine
 from headshare.experiments import Recipe, compare
 from headshare.experiments.report.tables import table
-from headshare.files.folder import file_digest
+from headshare.files.digests import SHA256, file_digest
 from headshare.progress import shown
 from headshare.sharing.expand import expand
 from headshare.training import TrainSettings, train
@@ -49,7 +49,7 @@ def finetuned(args: argparse.Namespace, data: Path) -> Path:
     taught otherwise is not taken."""
     folder: Path = args.out / f"{Path(args.model).resolve().name}-finetuned"
     how = {
-        "model": str(Path(args.model).resolve()), "text": file_digest(data), "steps": args.finetune_steps,
+        "model": str(Path(args.model).resolve()), "text": file_digest(data, SHA256), "steps": args.finetune_steps,
         "rate": args.finetune_rate, "window": args.window, "products": args.products,
     }  # fmt: skip
     record = args.out / "finetuned.json"

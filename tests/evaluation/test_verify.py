@@ -57,7 +57,7 @@ def test_a_flipped_bit_loads_like_any_other_number_so_verify_names_the_file(llam
     found = verify(hs.open_checkpoint(shared))
     assert not found.ok
     assert found.max_logit_diff is None
-    assert found.problems == [f"{WEIGHTS} is not as it was written: its SHA-256 differs. Restore it, or share again"]
+    assert found.problems == [f"{WEIGHTS} is not as it was written: its digest differs. Restore it, or share again"]
 
 
 def test_a_flipped_bit_in_a_header_or_a_configuration_is_found(llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from blake3 import blake3
 
 import headshare as hs
 from headshare.checkpoint.contents import CARD
@@ -132,8 +133,12 @@ def test_it_is_expanded_byte_for_byte(name: str, expected: Any, tmp_path: Path) 
     assert digests(out, but=MANIFEST) == expected["expanded"]
     listed = json.loads((out / MANIFEST).read_text())
     assert listed["format"] == 1
-    written = {file: one["sha256"] for file, one in listed["files"].items()}
-    assert written == {**digests(out, "config.json"), **digests(out, WEIGHTS)}
+    assert listed["digest"] == "blake3"
+    written = {file: one["blake3"] for file, one in listed["files"].items()}
+    assert written == {
+        path.name: blake3(path.read_bytes()).hexdigest() for path in out.glob("*") if path.name in written
+    }
+    assert {"config.json", *(path.name for path in out.glob(WEIGHTS))} == set(written)
 
 
 @pytest.mark.parametrize("name", ["packed"])

@@ -23,7 +23,7 @@ from headshare.evaluation.translation import Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
 from headshare.experiments.cells import DENSE, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
-from headshare.files.folder import file_digest
+from headshare.files.digests import SHA256, file_digest
 from headshare.files.printable import MAX_TEXT
 from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import unique_parameter_bytes
@@ -67,7 +67,10 @@ class CellRunner:
         if name in TRAINED and self.grid.training is not None:
             training = self.grid.training
             texts = [Path(place) for place in (training.text.data, training.text.held_out_data) if place]
-            made = [training.model_dump_json(), *(file_digest(file) if file.is_file() else "" for file in texts)]
+            made = [
+                training.model_dump_json(),
+                *(file_digest(file, SHA256) if file.is_file() else "" for file in texts),
+            ]
             made += [task.digest for task in chosen_tasks(training.tasks.names, training.tasks.data_dir)]
         if name == DENSE:
             made = None

@@ -1,7 +1,6 @@
 """Folders written whole or not at all: a locked temporary sibling, then a rename. Only what we wrote is replaced."""
 
 import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.atomic import flush_folder
+from headshare.files.digests import algorithm_of, file_digest
 from headshare.files.failures import explain
 from headshare.files.lock import inode_of, locked
 from headshare.files.printable import CONTROL
@@ -108,8 +108,12 @@ def not_written_by_us(folder: Path) -> Iterator[str]:
 
     Files of weights count by their names, and others by their digests. Where the manifest does not list the others, or
     there is none, files that checkpoints have count as written.
+
+    Raises:
+        CheckpointError: if its digests are of a kind that is not known here.
     """
     listed = _manifest(folder)
+    algorithm = algorithm_of(listed, str(folder / MANIFEST))
     weights = listed.get("files")
     beside = listed.get("beside")
     names = {MANIFEST, *(weights if isinstance(weights, dict) else ())}
@@ -118,7 +122,7 @@ def not_written_by_us(folder: Path) -> Iterator[str]:
         if (path.is_dir() and not path.is_symlink()) or name in names:
             continue
         if isinstance(beside, dict):
-            if path.is_symlink() or not path.is_file() or file_digest(path) != beside.get(name):
+            if path.is_symlink() or not path.is_file() or file_digest(path, algorithm) != beside.get(name):
                 yield name
         elif not any(name.count("/") == form.count("/") and fnmatchcase(name, form) for form in BELONGING):
             yield name
@@ -280,9 +284,3 @@ def copy_file(source: Path, target: Path) -> None:
 def narrow(path: Path, source: Path) -> None:
     """Take from a file the permissions of others that the file does not give which it was made from."""
     path.chmod(stat.S_IMODE(path.stat().st_mode) & (source.stat().st_mode | 0o700))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

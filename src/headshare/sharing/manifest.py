@@ -9,7 +9,8 @@ from pathlib import Path
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.seal import is_sealed
-from headshare.files.folder import MANIFEST, file_digest, write_json
+from headshare.files.digests import BLAKE3, algorithm_of, file_digest
+from headshare.files.folder import MANIFEST, write_json
 from headshare.files.untrusted import is_file, read_json
 from headshare.plan.plan import FORMAT
 from headshare.progress import track
@@ -18,14 +19,14 @@ from headshare.progress import track
 def write_manifest(folder: Path, digests: Mapping[str, str], entry: SharingEntry | None) -> None:
     """List the files as they were written. `verify` looks at `files`, and --overwrite removes nothing but these.
 
-    `digests` are those of the files of weights.
+    `digests` are those of the files of weights, by BLAKE3.
     """
     written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    others = {name: file_digest(path) for name, path in written.items() if name not in digests}
+    others = {name: file_digest(path, BLAKE3) for name, path in written.items() if name not in digests}
     model = {**digests, "config.json": others.pop("config.json")}
-    files = {name: {"bytes": written[name].stat().st_size, "sha256": digest} for name, digest in model.items()}
+    files = {name: {"bytes": written[name].stat().st_size, BLAKE3: digest} for name, digest in model.items()}
     plan = {} if entry is None else {"plan": entry.plan.digest}
-    about = {"format": FORMAT, "headshare": version("headshare"), **plan}
+    about = {"format": FORMAT, "headshare": version("headshare"), "digest": BLAKE3, **plan}
     write_json(folder / MANIFEST, {**about, "files": files, "beside": others})
 
 
@@ -42,7 +43,7 @@ def check_manifest(shared: Checkpoint) -> Listing:
     """Check the files of a shared checkpoint, and its plan, against its manifest.
 
     Raises:
-        CheckpointError: if the manifest cannot be read.
+        CheckpointError: if the manifest cannot be read, or its digests are of a kind that is not known here.
     """
     listing = Listing()
     manifest = shared.path / MANIFEST
@@ -71,11 +72,12 @@ def check_manifest(shared: Checkpoint) -> Listing:
             f"{MANIFEST} was written with another plan than config.json holds. Restore it, or share again"
         )
     # what is listed must be there as it was
+    algorithm = algorithm_of(listed, MANIFEST)
     for name, written in track(files.items(), "digests", len(files)):
         path = shared.path / Path(name).name
         if not is_file(path):
             listing.problems.append(f"{name} is missing")
-        elif not isinstance(written, dict) or file_digest(path) != written.get("sha256"):
-            listing.problems.append(f"{name} is not as it was written: its SHA-256 differs. Restore it, or share again")
+        elif not isinstance(written, dict) or file_digest(path, algorithm) != written.get(algorithm):
+            listing.problems.append(f"{name} is not as it was written: its digest differs. Restore it, or share again")
         listing.checked += 1
     return listing

@@ -1,6 +1,5 @@
 """The writer of safetensors files: tensors streamed in a canonical order, aligned to pages, and digested."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor, uint8
 
 from headshare.checkpoint.header import DTYPES
@@ -21,7 +21,7 @@ def write_safetensors(
     slices: Iterable[Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write tensors into one safetensors file, in this order, and return its SHA-256. The file is not flushed yet.
+    """Write tensors into one safetensors file, in this order, and return its digest by BLAKE3. It is not flushed yet.
 
     `slices` yields, for each assembly, its numbers in order. One slice is digested while the next is read and written.
     `metadata` goes into the header.
@@ -29,9 +29,9 @@ def write_safetensors(
     Raises:
         HeadshareError: if an assembly does not yield as many bytes as its shape needs.
     """
-    digest = hashlib.sha256()
+    digest = blake3()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester:
-        digested: list[Future[None]] = []
+        digested: list[Future[Any]] = []
 
         def write(data: Any) -> int:
             view = memoryview(data).cast("B")

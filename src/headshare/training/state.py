@@ -9,7 +9,7 @@ from typing import Any
 
 from headshare.errors import TrainingError
 from headshare.files.atomic import write_whole
-from headshare.files.folder import file_digest
+from headshare.files.digests import SHA256, file_digest
 from headshare.files.resume import ResumableRun, discard_committed, run_folder
 from headshare.progress import say
 
@@ -56,7 +56,7 @@ def is_trained(out: Path) -> bool:
 def note_digests(checkpoint: Path) -> None:
     """Note the digests of a checkpoint's files in it, so that a run that goes on from it can tell damage."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    digests = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
+    digests = {path.relative_to(checkpoint).as_posix(): file_digest(path, SHA256) for path in files}
     write_whole(checkpoint / _DIGESTS, json.dumps(digests).encode())
 
 
@@ -90,7 +90,9 @@ def _damaged_file(checkpoint: Path) -> str | None:
     if digests is None:
         return _DIGESTS
     files = ((name, checkpoint / name) for name in digests)
-    return next((name for name, path in files if not path.is_file() or file_digest(path) != digests[name]), None)
+    return next(
+        (name for name, path in files if not path.is_file() or file_digest(path, SHA256) != digests[name]), None
+    )
 
 
 def _has_checkpoint(folder: Path) -> bool:
