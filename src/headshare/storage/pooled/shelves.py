@@ -74,11 +74,13 @@ def placed_on(devices: Set[str]) -> str:
 def torch_devices(devices: Mapping[str, str], storage: str) -> dict[str, torch.device]:
     """The devices of all tensors, checked to be of one kind: CUDA, or for testing this machine's CPU.
 
+    A plan that shares nothing, but removes units or stores them in low rank, has no tensors to be held.
+
     Raises:
         StorageError: if they are of several kinds, or of another one.
     """
     kinds = sorted({device.partition(":")[0] for device in devices.values()})
-    if kinds not in (["cuda"], ["cpu"]):
+    if kinds not in ([], ["cuda"], ["cpu"]):
         raise StorageError(
             f"storage {storage} holds all shared weights on CUDA devices; this model's are placed on "
             f'{" and ".join(kinds)}. Place them so (device_map=), or load the model with storage="owner".'
