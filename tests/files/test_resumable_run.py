@@ -427,7 +427,7 @@ def test_a_damaged_state_is_one_line_that_says_restart(name: str, damage: str, t
 
 def test_what_is_whole_and_no_json_or_tensors_is_damage_too(tmp_path: Path) -> None:
     files = Workspace(tmp_path, TrainingError)
-    for content in (b"{", b"[1]"):
+    for content in (b"{", b"[1]", b"[" * 100_000):
         files.write("some", content)
         with pytest.raises(TrainingError, match=r"some: .*--restart"):
             files.read_json("some")

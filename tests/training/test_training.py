@@ -296,6 +296,7 @@ def test_a_checkpoint_that_cannot_be_pushed_stays(
         ({"arguments": {"learning_rate": None}}, "does not take learning_rate None: .*valid number"),
         ({"arguments": {"learning_rate": [1]}}, r"does not take learning_rate \[1\]"),
         ({"arguments": {"max_steps": 1.5}}, "does not take max_steps 1.5"),
+        ({"arguments": {"accelerator_config": "/nowhere"}}, "does not take these arguments: .*/nowhere"),
         ({"arguments": {"adam_beta1": 2.0, "optim": "adamw_torch"}}, "cannot begin.*beta"),
         ({"arguments": {"optim": "adamw_8bit"}}, "cannot begin.*bitsandbytes"),
         ({"arguments": {"report_to": "wandb"}}, "cannot begin.*wandb"),

@@ -81,6 +81,32 @@ def test_checkpoints_that_are_half_written_or_after_the_last_step_are_not_gone_o
             pass
 
 
+NOT_THE_TRAINERS = {
+    "infinite": '{"global_step": Infinity, "max_steps": 20}',
+    "deep": "[" * 100_000,
+    "callbacks": '{"global_step": 8, "max_steps": 20, "stateful_callbacks": 5}',
+    "patience": '{"global_step": 8, "max_steps": 20, "stateful_callbacks": {"EarlyStoppingCallback": {}}}',
+}
+
+
+@pytest.mark.parametrize("content", NOT_THE_TRAINERS.values(), ids=NOT_THE_TRAINERS.keys())
+def test_a_state_that_is_not_the_trainers_is_left_out(content: str, tmp_path: Folder) -> None:
+    whole = a_state(tmp_path, 4, 20)
+    a_state(tmp_path, 8, 20, content)
+    assert list(checkpoints(tmp_path)) == [(4, whole)]
+
+
+def test_digests_of_names_that_no_file_can_have_are_damage(
+    tmp_path: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, strange = a_state(tmp_path, 4, 20), a_state(tmp_path, 8, 20)
+    Workspace(tmp_path, TrainingError).write_json(HEADER, {"identity": {}})
+    (strange / "digests.json").write_text(json.dumps({"a" * 300: ""}))
+    with shown(), trainer_run(tmp_path, {}, restart=False):
+        assert list(checkpoints(tmp_path)) == [(4, whole)]
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_a_state_in_which_nothing_was_saved_does_not_stand_in_the_way(
     model: Folder, text: Folder, tmp_path: Folder
 ) -> None:

@@ -3,19 +3,21 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from headshare.errors import HeadshareError
 from headshare.files.atomic import write_whole
+from headshare.files.untrusted import foreign
 
 _TENSORS = ".safetensors"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_TO_DO = "Pass --restart to throw it away and begin anew."
 
 
 class Workspace:
@@ -55,10 +57,8 @@ class Workspace:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The JSON object of a file; None if it is not there."""
         data = self.read(name)
-        try:
+        with self._parsing(name):
             content = None if data is None else json.loads(data)
-        except ValueError as error:
-            raise self.damaged(name, str(error)) from None
         if not isinstance(content, dict | None):
             raise self.damaged(name, "it holds no JSON object")
         return content
@@ -70,10 +70,8 @@ class Workspace:
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a safetensors file; None if it is not there."""
         data = self.read(name)
-        try:
+        with self._parsing(name):
             return None if data is None else load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise self.damaged(name, str(error)) from None
 
     def tensors(self, name: str) -> "FolderTensors":
         """The tensors of a subfolder that holds one tensor a file."""
@@ -85,10 +83,14 @@ class Workspace:
 
     def damaged(self, name: str, reason: str) -> HeadshareError:
         """The error for a damaged file, to be raised."""
-        return self.refused(
-            f"the state of the run that was stopped is damaged: {self.folder / name}: "
-            f"{reason.splitlines()[0].rstrip('.')}. Pass --restart to throw it away and begin anew."
-        )
+        return self.refused(f"{self._is_damaged(name)}: {reason.splitlines()[0].rstrip('.')}. {_TO_DO}")
+
+    def _parsing(self, name: str) -> AbstractContextManager[None]:
+        """The door to a parser with the bytes of a file, whose digest anybody can write."""
+        return foreign(self._is_damaged(name), self.refused, _TO_DO)
+
+    def _is_damaged(self, name: str) -> str:
+        return f"the state of the run that was stopped is damaged: {self.folder / name}"
 
 
 class FolderTensors(MutableMapping[str, Tensor]):

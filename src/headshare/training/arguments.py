@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser, TrainingArguments
 
 from headshare.errors import TrainingError
+from headshare.files.untrusted import foreign
 from headshare.training.settings import RECIPE, TrainingMethod, TrainSettings
 
 # evaluations in a run, unless `eval_steps` is given
@@ -57,10 +59,8 @@ def arguments_of(settings: TrainSettings, work: Path, *, held_out: int) -> Train
     for name in COUNTS:
         if given.get(name, 1) < 1:
             raise TrainingError(f"{name} is {given[name]}; use 1 or more.")
-    try:
+    with _taken():
         arguments = TrainingArguments(**{**ours, **given, **own, "push_to_hub": False})
-    except (TypeError, ValueError, ImportError) as error:
-        raise _refused(error) from error
     # the devices are known from here on, and defaults are filled in
     if settings.text.stream and arguments.max_steps < 1:
         raise TrainingError("a stream has no known end: say how long to train, with max_steps.")
@@ -129,16 +129,14 @@ def trainer_arguments(words: Sequence[str]) -> Mapping[str, Any]:
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # so that what is found is what was given
-    try:
+    with _taken():
         known, left = parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise _refused(error) from None
     if left:
         raise TrainingError(f"neither headshare nor the Trainer has an option {left[0]}. See headshare train --help.")
     given: Mapping[str, Any] = vars(known)
     return given
 
 
-def _refused(error: Exception) -> TrainingError:
-    reason = " ".join(str(error).split()).replace("TrainingArguments.__init__() got an", "there is an")
-    return TrainingError(f"the Trainer does not take these arguments: {reason:.300}. They are written --name value.")
+def _taken() -> AbstractContextManager[None]:
+    """The door to the Trainer with arguments that a person gave: whatever it raises becomes one error."""
+    return foreign("the Trainer does not take these arguments", TrainingError, "They are written --name value.")

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from headshare.errors import TrainingError
+from headshare.errors import CheckpointError, TrainingError
 from headshare.files.atomic import write_whole
 from headshare.files.digests import SHA256, file_digest
 from headshare.files.resume import ResumableRun, discard_committed, run_folder
+from headshare.files.untrusted import foreign, is_file, read_json
 from headshare.progress import say
 
 RECORD = "training.json"
@@ -90,9 +91,7 @@ def _damaged_file(checkpoint: Path) -> str | None:
     if digests is None:
         return _DIGESTS
     files = ((name, checkpoint / name) for name in digests)
-    return next(
-        (name for name, path in files if not path.is_file() or file_digest(path, SHA256) != digests[name]), None
-    )
+    return next((name for name, path in files if not is_file(path) or file_digest(path, SHA256) != digests[name]), None)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -107,9 +106,17 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     folders = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         state = _read(path / _STATE)
-        with suppress(KeyError, TypeError, ValueError, AttributeError):  # it is not what the Trainer writes
-            if state is not None and int(state["global_step"]) < int(state["max_steps"]) and not _impatient(state):
-                yield int(state["global_step"]), path
+        if state is not None and (step := _step_to_go_on_from(state)) is not None:
+            yield step, path
+
+
+def _step_to_go_on_from(state: Mapping[str, Any]) -> int | None:
+    """The step of a checkpoint, by its state; None where training was over, or it is not what the Trainer writes."""
+    with suppress(TrainingError), foreign("the state is not the Trainer's", TrainingError):
+        step = int(state["global_step"])
+        if step < int(state["max_steps"]) and not _impatient(state):
+            return step
+    return None
 
 
 def _impatient(state: Mapping[str, Any]) -> bool:
@@ -134,8 +141,7 @@ def remove_useless(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
+    """The JSON object of a file; None where there is none, whatever is there in its place."""
+    with suppress(CheckpointError):
+        return read_json(path)
+    return None
