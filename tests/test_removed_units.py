@@ -55,7 +55,7 @@ MORE: dict[str, tuple[type, Any, str | None]] = {
     "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**tiny.COMMON), "ffn"),
 }
 ALL = {**tiny.FAMILIES, **MORE}
-REFUSED = {"llama-mqa": "keep one", "falcon-mqa": "keep one", "falcon-mha": "with alibi", "mpnet": "'mpnet' models"}
+REFUSED = {"falcon-mha": "with alibi", "mpnet": "'mpnet' models"}
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}")
     for name, (_, _, ffn) in ALL.items()

@@ -85,11 +85,12 @@ def test_prices_that_contradict_their_layouts_cannot_be_made(tmp_path: Folder) -
             "not of this model",
         ),
         ((CostCurve(Sublayer.ATTENTION, 4, (TIE,)),), "not of this model"),
-        ((CostCurve(Sublayer.ATTENTION, 1, (replace(GONE, groups=(0, 1)),)),), "keep one"),
     ]:
         with pytest.raises(PlanError, match=words):
             make(*wrong)
     with pytest.raises(PlanError, match="have no layout"):
         make(removed, neurons=None)
+    whole = CostCurve(Sublayer.ATTENTION, 1, (replace(GONE, groups=(0, 1)),))
+    assert make(whole).curves == (whole,)
     with pytest.raises(PlanError, match="both removes neurons and ties"):
         CostCurve(Sublayer.FFN, 1, (*tied.steps, *removed.steps))

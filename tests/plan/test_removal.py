@@ -75,6 +75,14 @@ def test_a_plan_with_removals_is_read_as_it_was_written() -> None:
     assert Removal(layout=removal.layout, removed=removal.removed) == removal
 
 
+def test_a_layer_can_lose_all_its_units() -> None:
+    plan = SharePlan.from_dict(small(removed={"0": "0-3", "2": "1"}))
+    assert plan.removals[0].whole_layers == (0,)
+    assert plan.tensors["h.0.q.weight"].stored_shape == (0, 8)
+    assert plan.tensors["h.0.o.weight"].reduced_shape == (8, 0)
+    assert plan.tensors["h.2.o.weight"].stored_shape == (8, 12)
+
+
 def edited(change: str, value: Any) -> dict[str, Any]:
     plan = small("ffn" if change.startswith("ffn") else "attention")
     removal = plan["removals"][0]
@@ -125,7 +133,6 @@ HOSTILE: dict[str, Any] = {
     "a line's end": small(removed={"0": "1\n"}),
     "a text far too long": small(removed={"0": "1," * 10**6}),
     "a list far too long": small(removed={"0": [1] * 10**6}),
-    "a whole layer": small(removed={"0": "0-3"}),
     "parts missing": edited("layout.parts", {"q": small()["removals"][0]["layout"]["parts"]["q"]}),
     "parts of the other kind": edited("layout.kind", "ffn"),
     "neurons in groups": edited("ffn.layout.parts.down", {

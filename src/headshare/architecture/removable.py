@@ -1,6 +1,6 @@
 """Checks that a model can lose units, and that a plan's removals are for that model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from headshare.architecture.families import Counts, family_of
@@ -11,14 +11,17 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 
 
-def removal_refusal(config: Mapping[str, Any], kind: Sublayer) -> str | None:
+def removal_refusal(config: Mapping[str, Any], kind: Sublayer, *, whole: bool = False) -> str | None:
     """The reason why units of this kind cannot be removed from a model of this (text) configuration, or None.
 
-    The layout tells if there are any such units.
+    The layout tells if there are any such units. With `whole`, layers lose all their units or none. Then it does not
+    matter how attention counts its heads.
     """
     model_type = str(config.get("model_type", "unknown"))
     if kind is Sublayer.FFN:
         return None if family_of(model_type) else f"headshare does not know how '{model_type}' models use their neurons"
+    if whole and family_of(model_type):
+        return None
     counts = counts_of(model_type)
     if counts is None:
         return f"the attention of '{model_type}' models is not known to work with fewer heads in some layers"
@@ -42,11 +45,32 @@ def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
     """
     for removal in plan.removals:
         kind = removal.layout.kind
-        reason = removal_refusal(layouts.config, kind)
+        whole = removal.whole_layers
+        reason = removal_refusal(layouts.config, kind, whole=len(whole) == len(removal.removed))
         if reason is not None:
             raise PlanError(f"{kind} units cannot be removed from this model: {reason}. Share it without `removals`.")
         if _geometry(layouts.units(kind, removal.layout.groups)) != _geometry(removal.layout):
             raise PlanError(f"the plan removes {kind} units that are not laid out as this model's; it is for another.")
+        if kind is Sublayer.ATTENTION:
+            _check_counted(attention_kinds(layouts.config, removal.layout.layers), whole)
+
+
+def attention_kinds(config: Mapping[str, Any], layers: int) -> list[str]:
+    """The kind of each layer's attention, such as `sliding_attention`. They are alike where nothing else is said.
+
+    Keys and values are kept in another way for each kind, and each is counted and masked by its first layer.
+    """
+    kinds = config.get("layer_types")
+    return [str(kind) for kind in kinds] if isinstance(kinds, list) and len(kinds) == layers else [""] * layers
+
+
+def _check_counted(kinds: Sequence[str], whole: Collection[int]) -> None:
+    """Refuse a plan that leaves a model no attention of a kind that it has."""
+    left = {kind for layer, kind in enumerate(kinds) if layer not in whole}
+    for kind in kinds:
+        if kind not in left:
+            what = kind.replace("_", " ") or "attention"
+            raise PlanError(f"the plan removes all {what} of the model, which counts tokens by it. Keep a unit of it.")
 
 
 def _geometry(layout: Layout) -> tuple[Any, ...]:

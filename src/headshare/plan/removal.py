@@ -1,4 +1,4 @@
-"""Removals: units and single neurons that a model goes without."""
+"""Removals: units, single neurons and whole sublayers that a model goes without."""
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
@@ -16,6 +16,8 @@ from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, READOUTS, HeadUnit,
 
 # the width of a picture of neurons
 BAR = 32
+# sublayers as a picture names them
+WORDS = {Sublayer.ATTENTION: "attention", Sublayer.FFN: "feed-forward"}
 
 
 @section_kind
@@ -23,7 +25,8 @@ class Removal(Section):
     """Units that a model goes without: attention units, or single neurons (a feed-forward layout of rows = 1).
 
     The layout has all parts of its sublayer. `removed` lists the removed groups by layer. It is made from whole
-    numbers; in JSON the groups of each layer are one text, such as "3,7-9,15".
+    numbers; in JSON the groups of each layer are one text, such as "3,7-9,15". A layer of which all groups are listed
+    goes without its attention or its feed-forward: nothing is left of it but the output projection's bias.
     """
 
     key: ClassVar[str] = "removals"
@@ -67,10 +70,6 @@ class Removal(Section):
             raise PlanError(f"the units of a removal lie along the other axis in {readout.tensor} than elsewhere.")
         if not all(place.tensor.endswith(".weight") for place in layout.parts.values()):
             raise PlanError("units can only be removed from tensors whose names end with .weight.")
-        # every layer keeps a unit, so that no matrix becomes empty
-        for layer, spans in self.removed.items():
-            if length(spans) >= layout.groups:
-                raise PlanError(f"all {layout.groups} {layout.kind} units of layer {layer} are removed; keep one.")
         return self
 
     def _check_size(self) -> None:
@@ -88,6 +87,11 @@ class Removal(Section):
     def indices(self, layer: int) -> list[int]:
         """The removed groups of this layer, in order."""
         return flat(self.removed.get(layer, ()))
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """The layers that go without all units, and so without this sublayer, in order."""
+        return tuple(layer for layer, spans in self.removed.items() if length(spans) == self.layout.groups)
 
     def touched(self) -> Iterator[Touched]:
         """The removed indices of every part. In output projections they are inputs, elsewhere outputs."""
@@ -141,9 +145,10 @@ class Removal(Section):
         return min(self.removed, default=None)
 
     def describe(self) -> dict[str, Any]:
-        """Counts, and the removed groups of each layer as text, as plain data."""
+        """Counts, the removed groups of each layer as text, and the layers that lose all of them, as plain data."""
         indices = self.model_dump(mode="json")["removed"]
-        return {**counts(self, "removed", self.count), "indices": indices}
+        whole = list(self.whole_layers)
+        return {**counts(self, "removed", self.count), "indices": indices, "whole_layers": whole}
 
     def picture(self, others: Collection[Section]) -> str:
         """Signs of all attention units, a line for each layer; for neurons, of which there are thousands, a bar."""
@@ -161,7 +166,8 @@ class Removal(Section):
             else:
                 kept = round(BAR * (1 - count / layout.groups))
                 signs = KEPT * kept + self.sign * (BAR - kept)
-            lines.append(f"  layer {layer:{width}}  {signs}  {count:{digits}} of {layout.groups}")
+            none = f"  no {WORDS[layout.kind]}" if count == layout.groups else ""
+            lines.append(f"  layer {layer:{width}}  {signs}  {count:{digits}} of {layout.groups}{none}")
         return "\n".join(lines)
 
     def takes_from(self, unit: HeadUnit, layout: Layout) -> bool:

@@ -37,7 +37,8 @@ def without_adapters(model: Any) -> Any:
 
 
 def plain_projections(model: nn.Module) -> dict[str, Linear]:
-    """Projections within layers that lend nothing and borrow nothing, by their paths."""
-    modules = ((path, linear_of(module)) for path, module in model.named_modules())
+    """Projections within layers that lend nothing and borrow nothing, by their paths. Those without numbers are not."""
+    holding = ((path, module) for path, module in model.named_modules() if getattr(module, "weight", None) is not None)
+    modules = ((path, linear_of(module)) for path, module in holding if module.weight.numel())
     within = ((path, linear) for path, linear in modules if any(step.isdigit() for step in path.split(".")))
     return {path: linear for path, linear in within if linear is not None}

@@ -111,8 +111,8 @@ class CostCurves:
     model's predictions in nats a token; otherwise they are squared errors relative to the hidden state.
 
     Raises:
-        PlanError: if a curve reaches outside its layout or empties a layer, or curves of the feed-forward are of
-            neurons in one layer and of groups in another.
+        PlanError: if a curve reaches outside its layout, or curves of the feed-forward are of neurons in one layer and
+            of groups in another.
     """
 
     model_type: str
@@ -143,7 +143,7 @@ class CostCurves:
         return layout
 
     def _check(self, curve: CostCurve) -> None:
-        """Refuse a curve whose units or donors are not in its layout, or that removes all units."""
+        """Refuse a curve whose units or donors are not in its layout."""
         layout = self.layout_of(curve)
         groups = [group for step in curve.steps for group in step.groups]
         groups += [donor.group for step in curve.steps for donor, _ in step.donors]
@@ -152,8 +152,6 @@ class CostCurves:
                 f"the {curve.kind} curve of layer {curve.layer} is not of this model, which has {layout.layers} "
                 f"layers of {layout.groups} groups. Price it again."
             )
-        if sum(len(step.groups) for step in curve.steps if step.action.removes) >= layout.groups:
-            raise PlanError(f"the {curve.kind} curve of layer {curve.layer} removes all its units; keep one.")
 
 
 _CURVES: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])

@@ -13,6 +13,7 @@ from torch import Tensor
 from headshare.calibration.refit.regression import BorrowedColumns, LowRankColumns
 from headshare.plan.low_rank import LowRankRange
 from headshare.plan.plan import SharePlan
+from headshare.plan.spans import length
 from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
@@ -68,6 +69,11 @@ class PlannedColumns:
         tensor = self._tensors[name]
         spans = [*tensor.kept(), (tensor.size, count)]
         return torch.cat([self._range(start, stop) for start, stop in spans])
+
+    def nothing_to_fit(self, name: str, count: int) -> bool:
+        """True if the plan leaves this projection none of its `count` columns, the bias included."""
+        tensor = self._tensors.get(name)
+        return tensor is not None and count == tensor.size == length(tensor.removed)
 
     def lent(self, name: str, refitted: Mapping[str, Tensor]) -> tuple[BorrowedColumns, ...]:
         """Columns that are not fitted: those borrowed from donors, and those that other kinds of section make.

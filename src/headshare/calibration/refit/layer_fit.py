@@ -65,8 +65,13 @@ class LayerFit:
         The dense stream advances over the dense model's layer, the shared one does not.
         """
         residual, target = self._fit_attention(layer, dense, shared, streams)
-        if target is not None:
+        if target is not None and not self._is_absent(layer, Part.DOWN, shared):
             self._fit_feed_forward(layer, shared, streams, residual, target)
+
+    def _is_absent(self, layer: int, part: Part, shared: nn.Module) -> bool:
+        """True if nothing is left of this readout, which then gives zeros whatever enters the layer."""
+        weight, bias = self._readout(shared, part)
+        return self.columns.nothing_to_fit(self.layers.tensor(part, layer), weight.shape[1] + (bias is not None))
 
     def _fit_attention(
         self, layer: int, dense: nn.Module, shared: nn.Module, streams: Streams
@@ -74,7 +79,7 @@ class LayerFit:
         """Fit W_o and advance the dense stream. Returns how the layer adds, and where W_down should bring the shared
         stream to, if it is fitted too."""
         path = self.layers.path(Part.O)
-        sums = self._sums(shared, Part.O)
+        sums = None if self._is_absent(layer, Part.O, shared) else self._sums(shared, Part.O)
         target = torch.empty_like(streams.dense) if self.ffn else None
         residual: Residual | None = None
         for at in self.batches(streams.dense):
@@ -86,16 +91,18 @@ class LayerFit:
             residual = residual or residual_of(self.layers, entered, left, seen)
 
             # The shared layer runs up to W_o, on its own stream: neither fit changes what enters there.
-            inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
-            carried = residual.carried(entered, seen)
-            weights = token_weights(entered if carried is None else carried)
-            sums[at.start >= self.fitted].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
+            if sums is not None:
+                inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
+                carried = residual.carried(entered, seen)
+                weights = token_weights(entered if carried is None else carried)
+                sums[at.start >= self.fitted].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
 
             # All that W_down needs of the dense layer is noted now, so that the stream can go on in place.
             if target is not None:
                 target[at] = residual.target(entered, seen).cpu()
             streams.dense[at] = left.cpu()  # what entered may be a view of it
-        self._solve(layer, Part.O, shared, sums)
+        if sums is not None:
+            self._solve(layer, Part.O, shared, sums)
         assert residual is not None
         return residual, target
 

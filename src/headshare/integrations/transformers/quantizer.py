@@ -23,6 +23,7 @@ from headshare.checkpoint.entry import METHOD
 from headshare.checkpoint.header import read_whole_header
 from headshare.checkpoint.int4 import check_types, guards, packed_tensors
 from headshare.errors import CheckpointError, PlanError, StorageError
+from headshare.integrations.transformers.absent import AbsentAttention
 from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
@@ -138,6 +139,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                 _check_loaded(path, module)
             if isinstance(module, PackedLinear):
                 module.check(path)
+            if isinstance(module, AbsentAttention):
+                module.freeze()
         self._frozen = read_banks(model)
         return model
 

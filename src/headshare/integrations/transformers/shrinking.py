@@ -1,10 +1,11 @@
 """Take removed units out of a stock model before its weights load, and put zeros in their places afterwards.
 
 A module that loses rows or columns keeps its class, and only becomes smaller. Attention that counts its heads is told
-their new number. The attributes that it counts them by are data, in `families`.
+their new number. The attributes that it counts them by are data, in `families`. Attention that loses all its heads is
+replaced (`absent.py`); a feed-forward without neurons works as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import Counts
+from headshare.architecture.families import Counts, Linear
 from headshare.architecture.model_layouts import ModelLayouts
-from headshare.architecture.modules import ModuleMap, linear_of
-from headshare.architecture.removable import check_removals, counts_of
+from headshare.architecture.modules import ModuleMap, linear_of, module_path, replace_module
+from headshare.architecture.removable import attention_kinds, check_removals, counts_of
 from headshare.errors import ArchitectureError, StorageError
+from headshare.integrations.transformers.absent import AbsentAttention, BiasOnly, take_places
 from headshare.plan.plan import SharePlan
-from headshare.plan.spans import length
+from headshare.plan.removal import Removal
 from headshare.plan.tensors import TensorPlan, bias_name
 from headshare.plan.units import Part, Sublayer
 
@@ -62,29 +64,61 @@ def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
     """
     # refuse the plan before any module is changed
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    check_removals(plan, ModelLayouts(text_config(model.config.to_dict()), shapes))
+    config = text_config(model.config.to_dict())
+    check_removals(plan, ModelLayouts(config, shapes))
     # matrices first, then the numbers by which attention splits what they give into heads
     for name, shrunk in shrunk_of(plan).items():
-        _shrink_module(modules.module(model, name), shrunk)
-    for attention, counts, numbers in _counted(model, plan, modules):
+        module: Any = modules.module(model, name)
+        linear = _shrink_module(module, shrunk)
+        # a class that stores (input, output) flattens its inputs, which has no meaning where these have no width
+        if linear.in_out and module.weight.shape[0] == 0:
+            modules.replace(model, name, BiasOnly(module.weight, module.bias))
+    for attention, counts, numbers in _counted(model, plan):
         for name in counts.attributes:
             setattr(attention, name, _scaled(getattr(attention, name), *numbers))
         if counts.settings:
             own = {name: _scaled(getattr(attention.config, name), *numbers) for name in counts.settings}
             attention.config = FewerHeads(attention.config, own)
+    # last, attention of which nothing is left
+    for removal in _attention_removals(plan):
+        for layer in removal.whole_layers:
+            replace_module(model, _attention_path(model, removal, layer), _absent(model, removal, layer))
+        if removal.whole_layers:
+            kinds = attention_kinds(config, removal.layout.layers)
+            take_places(_attentions(model, removal), kinds, removal.whole_layers)
 
 
-def _counted(model: Any, plan: SharePlan, modules: ModuleMap) -> list[tuple[Any, Counts, tuple[int, int]]]:
-    """Attention modules that lose units, with the attributes that count them and the numbers (kept, all)."""
+def _attention_removals(plan: SharePlan) -> Iterator[Removal]:
+    return (removal for removal in plan.removals if removal.layout.kind is Sublayer.ATTENTION)
+
+
+def _attention_path(model: nn.Module, removal: Removal, layer: int) -> str:
+    """The path of the module that computes attention: the one that holds queries."""
+    return module_path(model, removal.layout.parts[Part.Q].name(layer)).rpartition(".")[0]
+
+
+def _attentions(model: nn.Module, removal: Removal) -> list[Any]:
+    """The attention modules of all layers."""
+    return [model.get_submodule(_attention_path(model, removal, layer)) for layer in range(removal.layout.layers)]
+
+
+def _absent(model: nn.Module, removal: Removal, layer: int) -> AbsentAttention:
+    """The module in the place of a layer's attention."""
+    path = _attention_path(model, removal, layer)
+    beside, _, output = module_path(model, removal.layout.parts[Part.O].name(layer)).rpartition(".")
+    return AbsentAttention(model.get_submodule(path), output if beside == path else None)
+
+
+def _counted(model: Any, plan: SharePlan) -> list[tuple[Any, Counts, tuple[int, int]]]:
+    """Attention modules that lose some units, with the attributes that count them and the numbers (kept, all)."""
     counted = []
-    for removal in plan.removals:
-        if removal.layout.kind is Sublayer.ATTENTION:
+    for removal in _attention_removals(plan):
+        groups = removal.layout.groups
+        for layer in removal.removed.keys() - set(removal.whole_layers):
             counts = counts_of(str(model.config.model_type))
             assert counts is not None  # else the removal was refused
-            groups = removal.layout.groups
-            for layer, spans in removal.removed.items():
-                path = modules.path(removal.layout.parts[Part.Q].name(layer)).rpartition(".")[0]
-                counted.append((model.get_submodule(path), counts, (groups - length(spans), groups)))
+            attention = model.get_submodule(_attention_path(model, removal, layer))
+            counted.append((attention, counts, (groups - len(removal.indices(layer)), groups)))
     return counted
 
 
@@ -96,7 +130,8 @@ def _scaled(number: Any, kept: int, groups: int) -> int:
     return number // groups * kept
 
 
-def _shrink_module(module: Any, shrunk: Shrunk) -> None:
+def _shrink_module(module: Any, shrunk: Shrunk) -> Linear:
+    """Make the module smaller, and return its kind."""
     weight = module.weight
     bias = getattr(module, "bias", None)
     linear = linear_of(module)
@@ -110,6 +145,7 @@ def _shrink_module(module: Any, shrunk: Shrunk) -> None:
         module.bias = nn.Parameter(bias.new_empty(shrunk.bias.reduced_shape), requires_grad=bias.requires_grad)
     for attribute, size in zip(linear.sizes, module.weight.shape, strict=True):
         setattr(module, attribute, size)
+    return linear
 
 
 def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules: ModuleMap) -> None:
@@ -117,7 +153,7 @@ def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules:
 
     `stock` holds an empty module of full size for each path.
     """
-    for attention, counts, (kept, groups) in _counted(model, plan, modules):
+    for attention, counts, (kept, groups) in _counted(model, plan):
         for name in counts.attributes:
             setattr(attention, name, getattr(attention, name) // kept * groups)
         if counts.settings:
@@ -125,6 +161,11 @@ def regrow(model: Any, plan: SharePlan, stock: Mapping[str, nn.Module], modules:
     for name, shrunk in shrunk_of(plan).items():
         whole = _whole(modules.module(model, name), stock[modules.path(name)], shrunk)
         modules.replace(model, name, whole)
+    for removal in _attention_removals(plan):
+        attentions = _attentions(model, removal)
+        for layer in removal.whole_layers:
+            replace_module(model, _attention_path(model, removal, layer), attentions[layer].stock)
+        take_places(_attentions(model, removal), [""] * len(attentions), ())
 
 
 @torch.no_grad()
