@@ -24,8 +24,9 @@ from headshare.evaluation.perplexity import evaluate
 from headshare.evaluation.task_files import TASKS
 from headshare.experiments import METHODS, Compared, Grid, Recipe, compare
 from headshare.experiments.case import REFIT, TRAINED, Case, Common
-from headshare.experiments.cells import CELLS, TakenUnits, read_cells
+from headshare.experiments.cells import CELLS, Asked, TakenUnits, read_cells
 from headshare.experiments.methods import DELETING, SHARING, TYING
+from headshare.experiments.peers.registry import PEERS
 from headshare.experiments.report.tables import as_csv, table, verdict
 from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
@@ -38,7 +39,7 @@ from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
 EDITS = [name for name, method in METHODS.items() if not method.refits and name not in (*TRAINED, "gptq4")]
-PLANS = [name for name, method in METHODS.items() if method.refits]
+PLANS = [name for name, method in METHODS.items() if method.refits and name not in PEERS]
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,7 @@ def test_a_page_of_the_users_is_not_written_over(place: Path, tmp_path: Path) ->
 def test_the_same_units_are_deleted_best_matched_first(place: Path, tmp_path: Path) -> None:
     """A unit that is deleted saves more than one that is tied, so fewer are: those that DirectShare would tie first."""
     dense = hs.open_checkpoint(place / "model")
-    case = Case(Common(dense, None, Workspace(tmp_path / "work", CalibrationError)), 0.5, 0)
+    case = Case(Common(dense, None, Workspace(tmp_path / "work", CalibrationError)), Asked(0.5), 0)
     plan = METHODS["deletion-same"].make(case)
     assert isinstance(plan, hs.SharePlan)
     gone = {HeadUnit(layer, group) for layer in range(4) for group in plan.removals[0].indices(layer)}

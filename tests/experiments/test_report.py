@@ -333,6 +333,19 @@ def lines_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+def test_shares_are_drawn_a_row_a_method_with_its_values_beside_it(tmp_path: Path, figures: list[Any]) -> None:
+    cells = [cell("dense", 0.0, 1.0, 1.0)]
+    for name, loss in (("flap", 1.5), ("flap+refit", 1.2), ("svd-llm", 1.9)):
+        cells.append(replace(cell(name, 0.0, loss, loss), save=0.2))
+    draw(cells, tmp_path, "x")
+    drawn = (tmp_path / "x-shares.svg").read_text()
+    low, high = (f"{math.exp(more):.2f}" for more in (0.2, 0.5))
+    assert all(text in drawn for text in (f"flap, {low} to {high}", "svd-llm, 2.46", "20 % of the bytes saved"))
+    assert drawn.index("svd-llm, ") < drawn.index("flap, ")
+    draw(cells[:1], tmp_path, "none")
+    assert not (tmp_path / "none-shares.svg").exists()
+
+
 def test_quality_is_drawn_above_dense_and_what_rounds_beside_it(tmp_path: Path, figures: list[Any]) -> None:
     cells = [
         cell("dense", 0.0, 1.0),

@@ -30,7 +30,7 @@ from headshare.files.atomic import write_whole
 from headshare.files.untrusted import is_file, read_yaml
 
 # parameters whose words are joined by commas
-LISTS = ("methods", "ratios", "tasks")
+LISTS = ("methods", "ratios", "save", "tasks")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ class GridOptions(CalibrationOptions):
     ratios: Annotated[
         str, typer.Option(metavar="NUMBERS", help="Compare at these fractions of all units, joined by commas.")
     ] = "0.1,0.3"
+    save: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARES",
+            help="Compare where these shares of the model's bytes are saved, joined by commas: 10%,20%. Without "
+            "--ratios, at these alone.",
+        ),
+    ] = ""
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE|DATASET|self", help="Choose units and refit on this text.")
     ] = None

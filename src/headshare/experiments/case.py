@@ -1,5 +1,6 @@
 """Cases and methods: the input and the results of a method of a comparison, and the registry of methods."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,8 @@ from headshare.calibration.gptq import QuantizedModel
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.experiments.baselines import Importance, magnitudes, taylor
+from headshare.experiments.cells import Asked
+from headshare.experiments.peers.peer import Bench
 from headshare.files.state_files import Workspace
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import make_plan
@@ -20,6 +23,7 @@ from headshare.matching.scores import Scores
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
+from headshare.sharing.size import parameter_infos
 from headshare.text.tokens import Calibration
 from headshare.training import Sharing, TrainSettings
 from headshare.training import TrainingMethod as Training
@@ -72,6 +76,11 @@ class Common:
         windows = replace(self.text, tokens=self.text.mixed().tokens[:GRADIENT_WINDOWS])
         return taylor(self.dense, windows, device=self.device)
 
+    @cached_property
+    def bench(self) -> Bench:
+        """The model and the text as methods of others read them."""
+        return Bench(self.dense, self.text, self.work, self.device)
+
     def units(self, *actions: Action) -> CostCurves:
         """Cost curves of attention units for these actions, in nats, measured once.
 
@@ -89,10 +98,13 @@ class Common:
 
 @dataclass(frozen=True)
 class Case:
-    """A request to a method: to save at least the bytes that sharing q, k and v of int(ratio x units) units saves."""
+    """A request to a method: to save at least the bytes that sharing q, k and v of int(ratio x units) units saves.
+
+    Or, where a share of the model's bytes is asked for, to save at least that.
+    """
 
     common: Common
-    ratio: float
+    asked: Asked
     seed: int
 
     @property
@@ -100,9 +112,22 @@ class Case:
         """The dense model."""
         return self.common.dense
 
+    @property
+    def ratio(self) -> float:
+        """The ratio of units.
+
+        Raises:
+            EvaluationError: if none is asked for, but a share of the model's bytes.
+        """
+        if not self.asked.ratio:
+            raise EvaluationError("this method gives up a ratio of the units, not a share of the bytes: use --ratios.")
+        return self.asked.ratio
+
     @cached_property
     def saved_bytes(self) -> int:
         """The bytes that a method must save at least."""
+        if self.asked.save:
+            return math.ceil(self.asked.save * sum(info.nbytes for info in parameter_infos(self.dense).values()))
         return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
 
     def directshare(self, match: str = "qk") -> SharePlan:
@@ -124,11 +149,13 @@ class Case:
 class Edit:
     """A change of a stock model in memory.
 
-    `change` makes it and returns the bytes that it would save if it were stored. `note` explains that number.
+    `change` makes it and returns the bytes that it would save if it were stored. `note` explains that number. `refit`,
+    where there is one, makes it with our refit of what is left.
     """
 
     change: Callable[[Any], int]
     note: str
+    refit: Callable[[Any], int] | None = None
 
 
 Make = Callable[[Case], SharePlan | Edit | TrainSettings | QuantizedModel]

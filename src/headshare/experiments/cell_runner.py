@@ -21,7 +21,7 @@ from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.evaluation.results import TaskResult, kept_results, key_of_result, versions
 from headshare.evaluation.translation import Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
-from headshare.experiments.cells import DENSE, Compared, TakenUnits
+from headshare.experiments.cells import DENSE, Asked, Compared, TakenUnits
 from headshare.experiments.recipe import Grid
 from headshare.files.digests import SHA256, file_digest
 from headshare.files.printable import MAX_TEXT
@@ -56,7 +56,7 @@ class CellRunner:
     device: str
     restart: bool
 
-    def key(self, name: str, ratio: float) -> str:
+    def key(self, name: str, asked: Asked) -> str:
         """Cache key of a cell."""
         model = fingerprint(self.dense)
         settings = self.grid.settings
@@ -75,7 +75,8 @@ class CellRunner:
         if name == DENSE:
             made = None
         packages = ("headshare", *self._packages(name))
-        return key_of_result(name, ratio, measured, made, self.grid.seed, packages=packages)
+        amount = f"save {asked.save}" if asked.save else asked.ratio
+        return key_of_result(name, amount, measured, made, self.grid.seed, packages=packages)
 
     def _packages(self, method: str) -> list[str]:
         """Packages beside transformers and torch that decide what a cell of this method holds."""
@@ -84,25 +85,26 @@ class CellRunner:
         rounding = ["gptqmodel", "compressed-tensors"] if ROUNDED.removeprefix("+") in method else []
         return [*tasks, *training, *rounding]
 
-    def cell(self, name: str, ratio: float, key: str) -> Compared:
+    def cell(self, name: str, asked: Asked, key: str) -> Compared:
         """Make the model, write it where it is smaller, and measure it."""
         begun = time.monotonic()
+        cell = Compared(key, name, asked.ratio, save=asked.save)
         if name == DENSE:
-            return self._measured(Compared(key, name, ratio), self.dense)
-        case = Case(self._common, ratio, self.grid.seed)
+            return self._measured(cell, self.dense)
+        case = Case(self._common, asked, self.grid.seed)
         try:
             made = METHODS[base_of(name)].make(case)
             if isinstance(made, TrainSettings):
-                return self._trained(Compared(key, name, ratio), made, begun)
+                return self._trained(cell, made, begun)
             if isinstance(made, QuantizedModel):
-                return self._rounded(Compared(key, name, ratio), made, begun)
+                return self._rounded(cell, made, begun)
             if isinstance(made, Edit):
-                return self._edited(Compared(key, name, ratio, note=made.note), made, begun)
-            return self._written(Compared(key, name, ratio), made, case, begun)
+                return self._edited(replace(cell, note=made.note), made, begun)
+            return self._written(cell, made, case, begun)
         except HeadshareError as error:
             if isinstance(error, TrainingError | OutputError):  # not the method's
                 raise
-            return Compared(key, name, ratio, failed=_in_one_line(error))
+            return replace(cell, failed=_in_one_line(error))
 
     def _written(self, cell: Compared, plan: SharePlan, case: Case, begun: float) -> Compared:
         shared = share(self.dense, plan)
@@ -143,7 +145,8 @@ class CellRunner:
 
     def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:
         runner = Runner.of(self.dense, self.grid.settings, name=cell.method)
-        saved = edit.change(runner.model)
+        change = edit.refit if REFIT in cell.method and edit.refit is not None else edit.change
+        saved = change(runner.model)
         return self._filled(cell, runner, saved=saved, seconds=time.monotonic() - begun)
 
     def _measured(self, cell: Compared, checkpoint: Checkpoint, *, saved: int = 0, seconds: float = 0.0) -> Compared:

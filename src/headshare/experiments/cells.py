@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict
 
@@ -48,11 +48,25 @@ class TakenUnits:
         return ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
 
 
+class Asked(NamedTuple):
+    """What a cell asks of a method: a ratio of the units, or a share of the model's bytes to save.
+
+    Both are 0 for the dense model and for methods that save the same whatever is asked.
+    """
+
+    ratio: float = 0.0
+    save: float = 0.0
+
+    def __str__(self) -> str:
+        """The amount as tables show it: 0.3 of the units, or 20 % of the bytes."""
+        return f"{100 * self.save:g} %" if self.save else f"{self.ratio:g}" if self.ratio else ""
+
+
 @dataclass(frozen=True)
 class Compared(Keyed):
-    """The result of one method at one ratio.
+    """The result of one method at one ratio, or for one share of the model's bytes, `save`.
 
-    The ratio is 0 for the dense model and for methods that save the same at every ratio.
+    Both are 0 for the dense model and for methods that save the same whatever is asked.
 
     Attributes:
         saved_bytes: bytes saved, by counting; for an edit, the bytes that it would save.
@@ -87,11 +101,17 @@ class Compared(Keyed):
     curve: tuple[Annotated[dict[str, float], AfterValidator(_point)], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     given_up: TakenUnits | None = None
+    save: float = 0.0
+
+    @property
+    def asked(self) -> Asked:
+        """What was asked of the method."""
+        return Asked(self.ratio, self.save)
 
     @property
     def title(self) -> str:
-        """The method, and its ratio where it has one."""
-        return f"{self.method} {self.ratio:g}" if self.ratio else self.method
+        """The method, and what was asked of it."""
+        return f"{self.method} {self.asked}" if any(self.asked) else self.method
 
     @property
     def perplexity(self) -> float | None:

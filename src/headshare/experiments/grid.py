@@ -16,7 +16,7 @@ from headshare.evaluation.translation import Parallel
 from headshare.experiments.about import ABOUT, About
 from headshare.experiments.case import METHODS, base_of, reads_text
 from headshare.experiments.cell_runner import MADE, MADE_ROUNDED, WORK, CellRunner
-from headshare.experiments.cells import CELLS, DENSE, Compared, kept_cells
+from headshare.experiments.cells import CELLS, DENSE, Asked, Compared, kept_cells
 from headshare.experiments.recipe import Grid
 from headshare.experiments.report.tables import as_csv, in_words
 from headshare.files.atomic import write_whole
@@ -91,9 +91,9 @@ def _cells(
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         runner = CellRunner(dense, grid, chosen, calibration, work, out / MADE, device, restart)
         # methods that save the same whatever the ratio come once, the others at every ratio
-        cells = [(DENSE, 0.0), *((name, 0.0) for name in grid.methods if METHODS[base_of(name)].fixed)]
-        cells += [(name, ratio) for ratio in grid.ratios for name in grid.methods if not METHODS[base_of(name)].fixed]
-        keys = {runner.key(name, ratio): (name, ratio) for name, ratio in cells}
+        cells = [(DENSE, Asked()), *((name, Asked()) for name in grid.methods if METHODS[base_of(name)].fixed)]
+        cells += [(name, asked) for asked in grid.asked for name in grid.methods if not METHODS[base_of(name)].fixed]
+        keys = {runner.key(name, asked): (name, asked) for name, asked in cells}
         # failed cells are measured again
         done = {row.key for row in kept.rows if not row.failed}
         missing = [key for key in keys if key not in done]

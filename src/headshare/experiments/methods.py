@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import headshare.experiments.peers.registry  # noqa: F401 - registers the methods of others
 from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, QKV, REMOVE
 from headshare.calibration.gptq import QuantizedModel, round_by_gptq

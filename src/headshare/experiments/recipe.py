@@ -1,11 +1,13 @@
 """Recipes: a comparison as one value, from YAML, from the command line, or both."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -14,6 +16,7 @@ from headshare.evaluation.harness import Settings
 from headshare.evaluation.measuring import EvalText
 from headshare.evaluation.translation import SOURCE, Parallel
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
+from headshare.experiments.cells import Asked
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
 from headshare.text.formats import check_field
@@ -25,9 +28,10 @@ LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitud
 
 @dataclass(frozen=True)
 class Grid:
-    """The methods, ratios and measurements of a comparison.
+    """The methods, amounts and measurements of a comparison.
 
-    Methods may end in `+refit`. They are measured on a text, on tasks, and on the translation of a parallel text.
+    Amounts are `ratios` of the units, and shares of the model's bytes to `save`. Methods may end in `+refit`. They are
+    measured on a text, on tasks, and on the translation of a parallel text.
     """
 
     methods: tuple[str, ...]
@@ -39,6 +43,12 @@ class Grid:
     settings: Settings = field(default_factory=Settings)
     seed: int = 0
     training: TrainSettings | None = None
+    save: tuple[float, ...] = ()
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """The amounts, ratios first."""
+        return (*(Asked(ratio=ratio) for ratio in self.ratios), *(Asked(save=share) for share in self.save))
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -51,19 +61,26 @@ class Grid:
                 raise EvaluationError(f"{ROUNDED} is for methods that tie q, k and v alone, as {method.name} does not.")
         if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
             raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
-        if not self.methods or not self.ratios:
+        if not self.methods or not self.asked:
             raise EvaluationError("there is nothing to compare: name methods and ratios.")
-        if wrong := [ratio for ratio in self.ratios if not 0 < ratio < 1]:
+        if wrong := [amount for amount in (*self.ratios, *self.save) if not 0 < amount < 1]:
             raise EvaluationError(f"a ratio of {wrong[0]} leaves nothing, or nothing to do; use one between 0 and 1.")
         if not self.tasks and self.text is None and self.parallel is None:
             raise EvaluationError("there is nothing to measure by: give --text FILE, or --tasks and --data-dir.")
+
+
+def _share(given: object) -> object:
+    """A share of the bytes, also as in 20%."""
+    number = re.fullmatch(r"\s*([0-9.]{1,12})\s*%\s*", given) if isinstance(given, str) else None
+    return float(Fraction(number[1]) / 100) if number and number[1].count(".") < 2 else given
 
 
 class Recipe(BaseModel):
     """A comparison of methods on a model, as one value.
 
     `title` says what it is for. `train` holds the settings of `headshare train` for methods that train, without the
-    method and the plan. `field` holds the text of a row, in files of rows and data sets.
+    method and the plan. `save` holds shares of the model's bytes, such as 20%. `field` holds the text of a row, in
+    files of rows and data sets.
     Windows that are not given have 512 tokens, or as many as the model reads.
     """
 
@@ -73,6 +90,7 @@ class Recipe(BaseModel):
     model: str | None = None
     methods: tuple[str, ...] = LIGHT
     ratios: tuple[float, ...] = (0.1, 0.3)
+    save: tuple[Annotated[float, BeforeValidator(_share)], ...] = ()
     text: Path | None = None
     field: str | None = None
     tokens: int | None = None
@@ -124,7 +142,8 @@ class Recipe(BaseModel):
         check_field(self.field, self.text, self.source, self.reference, self.calibration)
         return Grid(
             methods=self.methods,
-            ratios=self.ratios,
+            # the ratios that nobody gave make way for shares that somebody did
+            ratios=self.ratios if "ratios" in self.model_fields_set or not self.save else (),
             tasks=self.tasks,
             data=self.data_dir,
             text=None if self.text is None else EvalText(self.text, self.window, self.tokens, None, self.field),
@@ -136,6 +155,7 @@ class Recipe(BaseModel):
             settings=Settings(self.limit, self.few_shot, self.dtype, self.device, self.batch_size),
             seed=self.seed,
             training=self._training(),
+            save=self.save,
         )
 
     def _training(self) -> TrainSettings | None:

@@ -93,7 +93,7 @@ def _says(more: float, error: float, *, if_more: Says, if_less: Says, if_level: 
 
 def _by_ratio(cells: Iterable[Compared]) -> dict[float, dict[str, Compared]]:
     by_ratio: dict[float, dict[str, Compared]] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if not cell.save):
         by_ratio.setdefault(cell.ratio, {})[cell.method] = cell
     return dict(sorted(by_ratio.items()))
 
@@ -129,7 +129,7 @@ _postshare = _pairs(PAPERS, "postshare", "PostShare is above DirectShare")
 def _decay(cells: Sequence[Compared]) -> Iterator[Checked]:
     sharing = (cell.method for cell in cells if base_of(cell.method) in (*SHARING, *TRAINED, "random-donors"))
     for name in dict.fromkeys(sharing):
-        rising = sorted((cell for cell in cells if cell.method == name), key=lambda cell: cell.ratio)
+        rising = sorted((cell for cell in cells if cell.method == name and not cell.save), key=lambda cell: cell.ratio)
         if len(rising) < 2 or len({cell.saved_bytes for cell in rising}) < 2:
             continue
         steps = [_more_loss(later, before) for before, later in itertools.pairwise(rising)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from headshare.errors import EvaluationError, OutputError
 from headshare.evaluation.results import TaskResult
-from headshare.experiments.case import METHODS, ROUNDED
+from headshare.experiments.case import METHODS, REFIT, ROUNDED
 from headshare.experiments.cells import DENSE, Compared
 from headshare.files.atomic import write_whole
 from headshare.files.failures import explain
@@ -89,6 +89,56 @@ def _quality(figure: Any, cells: list[Compared]) -> bool:
     return True
 
 
+def _shares(figure: Any, cells: list[Compared]) -> bool:
+    """Draw perplexity over the dense model's at shares of the bytes: a row for each method, named beside it.
+
+    An open point is the method as it is, a filled one the method with our refit. Each share has a panel.
+    Returns False if no share was asked for.
+    """
+    dense = next((cell.perplexity for cell in cells if cell.method == DENSE), None)
+    asked = sorted({cell.asked for cell in cells if cell.save and cell.losses})
+    if dense is None or not asked:
+        return False
+    panels = figure.subplots(1, len(asked), squeeze=False)[0]
+    over = {
+        one: {cell.method: cell.perplexity / dense for cell in cells if cell.asked == one and cell.perplexity}
+        for one in asked
+    }
+    figure.set_figheight(
+        1.0 + 0.32 * max(len({name.removesuffix(REFIT) for name in points}) for points in over.values())
+    )
+    for axes, (one, points) in zip(panels, over.items(), strict=True):
+        _rows(axes, points)
+        axes.set_title(f"{one} of the bytes saved", fontsize="medium")
+    figure.supxlabel(
+        f"perplexity over the dense model's ({dense:,.4g}); open: as it is, filled: refitted", fontsize="medium"
+    )
+    return True
+
+
+def _rows(axes: Any, points: dict[str, float]) -> None:
+    """Draw the rows of one panel, the best method on top; its name and its values stand beside its points."""
+    names = list(dict.fromkeys(name.removesuffix(REFIT) for name in points))
+    best = {name: min(points[one] for one in (name, name + REFIT) if one in points) for name in names}
+    names.sort(key=best.__getitem__, reverse=True)
+    for row, name in enumerate(names):
+        both = [(points[one], filled) for one, filled in ((name, False), (name + REFIT, True)) if one in points]
+        axes.plot([value for value, _ in both], [row] * len(both), color="gray", linewidth=1)
+        for value, filled in both:
+            axes.plot(value, row, marker="o", markersize=5, color="C0", markerfacecolor="C0" if filled else "white")
+        low, high = min(value for value, _ in both), max(value for value, _ in both)
+        numbers = " to ".join(f"{value:.2f}" for value in dict.fromkeys((low, high)))
+        axes.annotate(f"{name}, {numbers}", (high, row), (6, -3), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    axes.set_yticks([])
+    axes.set_xlim(min(points.values()) / 1.03, max(points.values()) * 1.8)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize="small")
+    axes.grid(visible=True, axis="x", which="both", alpha=0.2)
+
+
 def _mark(number: int) -> dict[str, Any]:
     """Marker, line and colour of the method of this number."""
     return {"marker": MARKERS[number // 10 % 3], "markersize": 4, "linewidth": 1.2, "color": f"C{number}"}
@@ -104,7 +154,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
     names = list(dict.fromkeys(row.task for cell in cells for row in cell.results))
     if not methods:
         return False
-    places = sorted({cell.ratio for cell in cells if cell.results and cell.method != DENSE})
+    places = sorted({max(cell.asked) for cell in cells if cell.results and cell.method != DENSE})
     ratios = [ratio for ratio in places if ratio]
     beside = len(ratios) < 2
     # panels in rows of ACROSS; those that no task is left for are removed
@@ -116,7 +166,7 @@ def _tasks(figure: Any, cells: list[Compared]) -> bool:
         if name is None:
             axes.remove()
             continue
-        results = {(cell.method, cell.ratio): row for cell in cells for row in cell.results if row.task == name}
+        results = {(cell.method, max(cell.asked)): row for cell in cells for row in cell.results if row.task == name}
         metric = next(iter(results.values())).main[0]
         for number, method in enumerate(methods):
             points = sorted(
@@ -169,11 +219,11 @@ def _layers(figure: Any, cells: list[Compared]) -> bool:
 
     Returns False if no cell gives units up.
     """
-    same: dict[tuple[float, tuple[float, ...]], list[str]] = {}
+    same: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for cell in (cell for cell in cells if cell.by_layer):
-        same.setdefault((cell.ratio, cell.by_layer), []).append(cell.method)
+        same.setdefault((str(cell.asked), cell.by_layer), []).append(cell.method)
     rows = {
-        textwrap.fill(f"{', '.join(names)} {ratio:g}", LABEL, break_on_hyphens=False): by_layer
+        textwrap.fill(f"{', '.join(names)} {ratio}", LABEL, break_on_hyphens=False): by_layer
         for (ratio, by_layer), names in same.items()
     }
     if not rows:
@@ -224,6 +274,7 @@ def _accuracies(cells: list[Compared]) -> Iterator[tuple[str, list[tuple[float, 
 
 FIGURES: dict[str, tuple[str, Drawn]] = {
     "quality": ("perplexity above the dense model's, against the bytes that are saved", _quality),
+    "shares": ("perplexity over the dense model's at shares of the bytes, as methods are and with our refit", _shares),
     "tasks": (
         "each task: the gray band is the dense model and a standard error to each side, the dotted line guessing, or "
         "always the same answer where that is better",

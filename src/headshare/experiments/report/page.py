@@ -10,7 +10,7 @@ from headshare.errors import OutputError
 from headshare.evaluation.harness import named
 from headshare.evaluation.results import table_of
 from headshare.experiments.about import About
-from headshare.experiments.cells import Compared
+from headshare.experiments.cells import Asked, Compared
 from headshare.experiments.report.claims import ACCURACY, Checked, checked
 from headshare.experiments.report.sources import Comparison, Evaluated, Published
 from headshare.experiments.report.tables import in_words
@@ -113,9 +113,9 @@ def _pooled(measured: Sequence[Comparison]) -> list[tuple[str, list[Compared]]]:
 
     Comparisons of a model are merged if they have cells in common and agree in all of them; others stay apart.
     """
-    pools: list[tuple[str, dict[tuple[str, float], Compared]]] = []
+    pools: list[tuple[str, dict[tuple[str, Asked], Compared]]] = []
     for comparison in measured:
-        cells = {(cell.method, cell.ratio): cell for cell in comparison.cells if not cell.failed}
+        cells = {(cell.method, cell.asked): cell for cell in comparison.cells if not cell.failed}
         for model, pool in pools:
             both = pool.keys() & cells.keys()
             agree = bool(both) and all(_results_of(pool[key]) == _results_of(cells[key]) for key in both)

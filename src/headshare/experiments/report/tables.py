@@ -11,7 +11,7 @@ from typing import Any
 
 from headshare.evaluation.results import guesses_of
 from headshare.experiments.case import REFIT
-from headshare.experiments.cells import DENSE, Compared
+from headshare.experiments.cells import DENSE, Asked, Compared
 from headshare.experiments.methods import DELETING, SHARING
 
 
@@ -35,7 +35,7 @@ def table(cells: Sequence[Compared]) -> str:
         lines.append("| | guessing | | | | | | | " + " | ".join(guesses) + " | |")
     # a row for each cell; one that failed says why
     for cell in cells:
-        ratio = f"{cell.ratio:g}" if cell.ratio else ""
+        ratio = str(cell.asked)
         if cell.failed:
             lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
             continue
@@ -78,13 +78,13 @@ def verdict(cells: Sequence[Compared]) -> str:
     deleting. Methods that train or round do more, and count as neither.
     """
     lines = []
-    for ratio in dict.fromkeys(cell.ratio for cell in cells if cell.ratio) or [0.0]:
-        ranked = [cell for cell in cells if cell.ratio in (ratio, 0.0) and cell.losses and cell.method != DENSE]
+    for asked in dict.fromkeys(cell.asked for cell in cells if any(cell.asked)) or [Asked()]:
+        ranked = [cell for cell in cells if cell.asked in (asked, Asked()) and cell.losses and cell.method != DENSE]
         ranked.sort(key=lambda cell: statistics.mean(cell.losses))
         if not ranked:
             continue
         words = ", ".join(f"{cell.method} ({cell.perplexity:,.4g})" for cell in ranked)
-        by = f"At {ratio:g}, by" if ratio else "By"
+        by = f"At {asked}, by" if any(asked) else "By"
         lines.append(f"{by} perplexity, best first: {words}.")
         sharing = next(filter(_shares, ranked), None)
         deleting = next(filter(_deletes, ranked), None)
@@ -117,7 +117,18 @@ def as_csv(cells: Sequence[Compared]) -> str:
     """The cells as CSV, a line for each metric of each cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = ("method", "ratio", "tied", "removed", "neurons", "saved_bytes", "disk_bytes", "memory_bytes", "seconds")
+    names = (
+        "method",
+        "ratio",
+        "tied",
+        "removed",
+        "neurons",
+        "saved_bytes",
+        "disk_bytes",
+        "memory_bytes",
+        "seconds",
+        "save",
+    )
     writer.writerow([*names, "task", "metric", "value", "standard_error", "chance", "questions"])
     for row in _rows(cells):
         writer.writerow(row)
@@ -128,6 +139,7 @@ def _rows(cells: Sequence[Compared]) -> Iterator[list[Any]]:
     for cell in cells:
         given = ("", "", "") if cell.given_up is None else astuple(cell.given_up)
         start = [cell.method, cell.ratio, *given, cell.saved_bytes, cell.disk_bytes, cell.memory_bytes, cell.seconds]
+        start.append(cell.save)
         if cell.losses:
             yield [*start, "text", "perplexity", cell.perplexity, "", "", len(cell.losses)]
             yield [*start, "text", "divergence", statistics.mean(cell.divergences), "", "", len(cell.divergences)]
