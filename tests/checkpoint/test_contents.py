@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
 import headshare as hs
-from headshare.checkpoint.contents import SETTINGS, TOKENIZER, companions, used_files
+from headshare.checkpoint.contents import companions, used_files
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import CheckpointError
+from headshare.files.model_files import SETTINGS, TOKENIZER
+from headshare.progress import shown
 from support import tiny
 from support.folders import INDEX, WEIGHTS
 from support.shares import share
@@ -112,6 +114,31 @@ def test_a_fingerprint_follows_every_file_that_is_loaded(name: str, llama: Path)
     before = fingerprint(hs.open_checkpoint(llama))
     (llama / name).write_bytes(b"x")
     assert fingerprint(hs.open_checkpoint(llama)) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "said"),
+    [
+        ("models.Dense", ["pytorch_model.bin"], True),
+        ("own.Module", ["weights.pt"], True),
+        ("sentence_transformers.models.Dense", [], True),  # as the hub's cache has it, which fetches no pickle
+        ("models.Dense", ["pytorch_model.bin", "model.safetensors"], False),
+        ("models.Pooling", [], False),
+    ],
+)
+def test_a_module_that_is_left_without_its_weights_is_said(
+    kind: str, files: list[str], said: bool, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama / "modules.json").write_text(json.dumps([{"path": "", "type": "x"}, {"path": "2_Dense", "type": kind}]))
+    (llama / "2_Dense").mkdir()
+    for name in ("config.json", *files):
+        (llama / "2_Dense" / name).write_bytes(b"{}")
+    with shown():
+        out = share(llama, tmp_path / "out")
+    assert [path.name for path in (out / "2_Dense").iterdir() if path.suffix in (".bin", ".pt")] == []
+    lines = [line for line in capsys.readouterr().err.splitlines() if "2_Dense" in line]
+    assert len(lines) == said
+    assert all(re.search("left without its weights.*safetensors first", line) for line in lines)
 
 
 def test_a_fingerprint_does_not_follow_what_nobody_loads(llama: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 import headshare as hs
 from headshare.errors import OutputError
-from headshare.files.folder import check_output, whole_folder
+from headshare.files.folder import check_output, not_written_by_us, whole_folder
 from headshare.files.lock import locked
+from headshare.files.model_files import SETTINGS, TOKENIZER
 from support import tiny
 from support.command_line import Run
 from support.folders import MANIFEST, contents, left_behind, nothing_changes
@@ -28,6 +29,16 @@ def shared(llama: Path, tmp_path: Path) -> Path:
 
 
 # ---- what somebody else put into the folder
+
+
+def test_where_no_manifest_is_what_a_model_is_loaded_from_may_be_replaced_and_nothing_else(tmp_path: Path) -> None:
+    model = ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "training.json")
+    named = [name.replace("*", "x") for name in (*TOKENIZER, *SETTINGS)]
+    others = {"LICENSE", "own.py", "1_Notes/notes.txt", "sub/tokenizer.json"}
+    for name in (*model, *named, "1_Pooling/config.json", "2_Dense/model.safetensors", *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert set(not_written_by_us(tmp_path)) == others
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "plan.json", "sub/model.safetensors"])

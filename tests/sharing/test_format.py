@@ -16,9 +16,9 @@ import transformers
 from blake3 import blake3
 
 import headshare as hs
-from headshare.checkpoint.contents import CARD
 from headshare.checkpoint.fingerprint import content_digest
 from headshare.evaluation.verify import verify
+from headshare.files.model_files import CARD
 from headshare.sharing.rewrite import PackedMatrix, write_packed
 from support.folders import numbers
 

@@ -1,8 +1,8 @@
 """The contents of a checkpoint's folder: which files hold its weights, and which others its model needs.
 
-Both are decided here alone. Weights are chosen in transformers' order: those that config.json names, then
-`model.safetensors`, then the shards of an index. What transformers would choose by other rules is refused. Other files
-belong to the model only if they are named here, however small the rest may be.
+Both are decided here alone, by the names in `files.model_files`. Weights are chosen in transformers' order: those that
+config.json names, then `model.safetensors`, then the shards of an index. What transformers would choose by other rules
+is refused. Other files belong to the model only if they are named there, however small the rest may be.
 """
 
 import os
@@ -15,40 +15,29 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from headshare.errors import CheckpointError
+from headshare.files.model_files import (
+    ADAPTER,
+    CARD,
+    CODE,
+    CONFIG,
+    INDEX,
+    LICENCE,
+    MODULES,
+    OF_A_MODULE,
+    RECORDS,
+    SAFE,
+    SETTINGS,
+    TOKENIZER,
+    WEIGHTS,
+)
 from headshare.files.untrusted import MAX_JSON_BYTES, is_file, parse_json, read_bytes, read_json
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CARD = "README.md"
-ADAPTER = "adapter_config.json"
-MODULES = "modules.json"
 # keys of config.json that name files of their own folder, and so do not fit a copy
 FILE_KEYS = ("transformers_weights", "configuration_files")
+_OTHER_FORMATS = (SAFE, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
+# classes of sentence-transformers' modules that hold weights
+_WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling", "CNN", "LSTM", "WordEmbeddings", "WordWeights")
 
-_SAFE = ".safetensors"
-_OTHER_FORMATS = (_SAFE, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
-
-TOKENIZER = (
-    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "spiece.model", "spm.model",
-    "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "vocab.json",
-    "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json",
-    "entity_vocab.json", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "prophetnet.tokenizer",
-    "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
-SETTINGS = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "audio_tokenizer_config.json", MODULES, "config_sentence_transformers.json", "sentence_*_config.json",
-)  # fmt: skip
-_LICENCES = ("LICEN[CS]E", "Licen[cs]e", "licen[cs]e", "COPYING", "NOTICE", "Notice", "USE_POLICY")
-LICENCE = tuple(f"{word}{end}" for word in _LICENCES for end in ("", ".txt", ".md", "-*.txt", "-*.md"))
-CODE = ("*.py",)
-# what headshare itself adds to a folder
-RECORDS = ("training.json",)
-# within the folders of a sentence embedder's modules, which have weights of their own
-_OF_A_MODULE = ("*.json", "*.txt", "*.model", "*.jinja", f"*{_SAFE}")
 # a file of the hub's cache, which a model there is a folder of links to: of its own, or shared by all models
 _BLOB = re.compile(r"/(models--[^/]+/blobs|blobs/[0-9a-f]{2})/(?:[0-9a-f]{40}|[0-9a-f]{64})$")
 
@@ -91,7 +80,7 @@ def check_named(name: str, config: Mapping[str, Any]) -> None:
         CheckpointError: naming them.
     """
     weights = config.get("transformers_weights")
-    if weights is not None and not (isinstance(weights, str) and weights.endswith((_SAFE, f"{_SAFE}.index.json"))):
+    if weights is not None and not (isinstance(weights, str) and weights.endswith((SAFE, f"{SAFE}.index.json"))):
         raise CheckpointError(
             f"config.json of {name} names {weights!r:.100} as its weights, which is not a safetensors file "
             "(a pickle can run code). Take transformers_weights out of config.json."
@@ -117,7 +106,7 @@ def _shards(folder: Path, index: str) -> WeightFiles:
     files = sorted(set(weight_map.values()))
     if any(Path(file).name != file for file in files):
         raise CheckpointError(f"{path} names files outside its folder.")
-    if others := [file for file in files if not file.endswith(_SAFE)]:
+    if others := [file for file in files if not file.endswith(SAFE)]:
         raise CheckpointError(
             f"{path} names {others[0]!r:.100}, which is not a safetensors file (a pickle can run code)."
         )
@@ -134,7 +123,7 @@ def _shards(folder: Path, index: str) -> WeightFiles:
 
 def _no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
-    if not others or any(name.endswith(_SAFE) for name in others):
+    if not others or any(name.endswith(SAFE) for name in others):
         return f"{folder} holds no {WEIGHTS} and no {INDEX}."
     return (
         f"{folder} holds its weights only as {', '.join(others[:3])}, which headshare does not open "
@@ -174,7 +163,7 @@ def fetched(folder: Path | None = None) -> list[str]:
     """
     names = [CONFIG, INDEX, CARD, ADAPTER, *TOKENIZER, *SETTINGS, *LICENCE, *CODE]
     modules = [] if folder is None else module_folders(folder)
-    return [*names, *(f"{module}/{pattern}" for module in modules for pattern in _OF_A_MODULE)]
+    return [*names, *(f"{module}/{pattern}" for module in modules for pattern in OF_A_MODULE)]
 
 
 @contextmanager
@@ -211,14 +200,34 @@ def is_inside(folder: Path, name: str) -> bool:
 
 def module_folders(folder: Path) -> list[str]:
     """Subfolders that a sentence embedder's modules.json names: all that is in them belongs to the model."""
+    return sorted(_modules(folder))
+
+
+def without_weights(folder: Path) -> list[str]:
+    """The subfolders of a sentence embedder's modules whose weights do not come along: no safetensors file has them."""
+    return sorted(
+        module
+        for module, kind in _modules(folder).items()
+        if not any((folder / module).rglob(f"*{SAFE}"))
+        and (kind in _WITH_WEIGHTS or any(path.suffix in _OTHER_FORMATS for path in (folder / module).rglob("*")))
+    )
+
+
+def _modules(folder: Path) -> dict[str, str]:
+    """The subfolders that a sentence embedder's modules.json names, and the names of their modules' classes."""
     listed = folder / MODULES
     try:
         modules = parse_json(read_bytes(listed, MAX_JSON_BYTES), listed) if listed.is_file() else []
     except CheckpointError:
-        return []
-    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    named = {PurePosixPath(path) for path in paths if isinstance(path, str)}
-    return sorted(str(path) for path in named if path.parts and not any(step[0] in "./" for step in path.parts))
+        return {}
+    entries = [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    named = {
+        PurePosixPath(module["path"]): str(module.get("type")).rpartition(".")[2]
+        for module in entries
+        if isinstance(module.get("path"), str)
+    }
+    inside = {path: kind for path, kind in named.items() if path.parts and not any(s[0] in "./" for s in path.parts)}
+    return {str(path): kind for path, kind in inside.items()}
 
 
 def _of_modules(folder: Path) -> Iterator[str]:
@@ -226,7 +235,7 @@ def _of_modules(folder: Path) -> Iterator[str]:
         for path in (folder / module).rglob("*"):
             inside = path.relative_to(folder)
             hidden = any(step.startswith(".") for step in inside.parts)
-            if not hidden and path.is_file() and any(fnmatchcase(path.name, each) for each in _OF_A_MODULE):
+            if not hidden and path.is_file() and any(fnmatchcase(path.name, each) for each in OF_A_MODULE):
                 yield inside.as_posix()
 
 

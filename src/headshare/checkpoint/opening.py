@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import ADAPTER, CONFIG, INDEX, WEIGHTS, check_named, fetched, reading, weight_files
+from headshare.checkpoint.contents import check_named, fetched, reading, weight_files
 from headshare.checkpoint.header import TensorInfo, check_count, read_whole_header, tensor_info
 from headshare.checkpoint.justified import check_config
 from headshare.checkpoint.seal import Metadata
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
+from headshare.files.model_files import ADAPTER, CONFIG, INDEX, WEIGHTS
 from headshare.files.opened import stamp_of
 from headshare.files.printable import reason_of
 from headshare.files.untrusted import foreign, read_json

@@ -16,19 +16,13 @@ from headshare.files.atomic import flush_folder
 from headshare.files.digests import algorithm_of, file_digest
 from headshare.files.failures import explain
 from headshare.files.lock import inode_of, locked
+from headshare.files.model_files import CONFIG, INDEX, WEIGHTS, WRITTEN
 from headshare.files.printable import CONTROL
 from headshare.files.resume import discard_committed, run_folder
 from headshare.files.scratch import remove_dead, scratch_folder
 from headshare.files.untrusted import read_json
 
 MANIFEST = "headshare.json"
-# files of a checkpoint that was written before the manifest listed all, or by another tool
-BELONGING = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", MANIFEST, "training.json",
-    "tokenizer*.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
-    "*processor_config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
-    "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
-)  # fmt: skip
 # constants of Linux's renameat2
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -99,8 +93,8 @@ def _is_checkpoint(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    weights = {"model.safetensors", "model.safetensors.index.json", MANIFEST}
-    return not names or ("config.json" in names and bool(names & weights))
+    weights = {WEIGHTS, INDEX, MANIFEST}
+    return not names or (CONFIG in names and bool(names & weights))
 
 
 def not_written_by_us(folder: Path) -> Iterator[str]:
@@ -124,7 +118,7 @@ def not_written_by_us(folder: Path) -> Iterator[str]:
         if isinstance(beside, dict):
             if path.is_symlink() or not path.is_file() or file_digest(path, algorithm) != beside.get(name):
                 yield name
-        elif not any(name.count("/") == form.count("/") and fnmatchcase(name, form) for form in BELONGING):
+        elif not any(name.count("/") == form.count("/") and fnmatchcase(name, form) for form in WRITTEN):
             yield name
 
 

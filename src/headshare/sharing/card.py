@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import CARD, is_inside
+from headshare.checkpoint.contents import is_inside
 from headshare.checkpoint.entry import SharingEntry
 from headshare.files.folder import copy_file, write_text
+from headshare.files.model_files import CARD
 from headshare.files.printable import is_shown
 
 _MAX_FRONT = 100_000

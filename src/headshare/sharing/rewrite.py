@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import CARD, CONFIG, INDEX, companions
+from headshare.checkpoint.contents import companions
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.int4 import (
@@ -30,6 +30,7 @@ from headshare.checkpoint.int4 import (
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError, OutputError
 from headshare.files.folder import MANIFEST, check_output, clear_left
+from headshare.files.model_files import CARD, CONFIG, INDEX
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied

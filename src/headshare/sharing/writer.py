@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
-from headshare.checkpoint.contents import CONFIG, FILE_KEYS, INDEX, WEIGHTS, check_inside, companions
+from headshare.checkpoint.contents import FILE_KEYS, check_inside, companions, without_weights
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import DTYPES, read_header
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.seal import seal_of
 from headshare.errors import CheckpointError
 from headshare.files.folder import check_output, copy_file, flush_file, narrow, whole_folder, write_json
+from headshare.files.model_files import CONFIG, INDEX, WEIGHTS
 from headshare.plan.tensors import NOTHING, TensorPlan
-from headshare.progress import track
+from headshare.progress import say, track
 from headshare.sharing.assembly import Assembly, copied, kept_only, stream
 from headshare.sharing.card import write_card
 from headshare.sharing.fits import open_shared
@@ -160,7 +161,7 @@ def _index(by_file: Mapping[str, list[Assembly]], size: int) -> dict[str, Any]:
 
 
 def copy_named(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy these files from one folder to another.
+    """Copy these files from one folder to another, and say which modules of a sentence embedder lose their weights.
 
     Raises:
         CheckpointError: if a file cannot be read, or is a link to a file elsewhere, which may be private.
@@ -168,6 +169,11 @@ def copy_named(source: Path, folder: Path, names: Iterable[str]) -> None:
     for name in names:
         check_inside(source, name)
         copy_file(source / name, folder / name)
+    for module in without_weights(source):
+        say(
+            f"{module}, a module of this sentence embedder, is left without its weights: no safetensors file has them, "
+            "and a pickle, which can run code, is not copied. Save the embedder as safetensors first."
+        )
 
 
 def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:
