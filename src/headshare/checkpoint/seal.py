@@ -2,6 +2,12 @@
 
 Without it, nothing would tell that a plan in config.json was edited, or is another checkpoint's of equal shapes.
 Checkpoints that were written before there were seals, or by transformers, have none, and are not checked.
+
+`save_pretrained` cannot write one and be reproducible to the byte. safetensors keeps metadata in a hash map, whose
+order is drawn anew for each file, so that a second key moves; the only key that is left is `format`, whose value
+transformers sets after it asked the quantizer, and which accelerate refuses unless it is the bare name of a
+framework. A digest in config.json could name the weights only by what they hold, and every loading would then read
+them once more.
 """
 
 from collections.abc import Mapping
