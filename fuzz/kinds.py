@@ -1,24 +1,21 @@
 """Kinds of hostile input: each changes a file of a good folder, and says which commands then read it."""
 
-import contextlib
-import io
 import json
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import headshare as hs
-from fuzz.mutate import as_json, mutate_bytes, mutate_json
-from headshare.cli.app import main
+from fuzz.mutate import as_json, mutate_bytes, mutate_json, rewrite
+from fuzz.run_here import Words, run_here
+from fuzz.training import TRAIN, add_training, training
 from support import tiny
 from support.byte_level import make_writer
 from support.questions import ROWS
 from support.texts import a_text, add_tokenizer
 
-Words = tuple[str, ...]
 # a kind changes files of a folder by a drawn number, and names the commands that may follow
 Kind = Callable[[Random, Path], Sequence[Words]]
 FAMILIES = ("llama-gqa", "gpt2", "bert", "mixtral", "falcon-mqa", "opt", "gemma3", "phi3")
@@ -32,6 +29,8 @@ SHARED: tuple[Words, ...] = (
     ("verify", "shared", "--against", "model"),
     ("expand", "shared", "out"),
     ("eval", "shared", *TEXT),
+    ("quantize", "shared", "out", "--group", "8", "--calibration", "text", *CALIBRATION),
+    (*TRAIN, "--method", "recover", "--data", "text"),
 )
 DENSE: tuple[Words, ...] = (
     ("estimate", "model"),
@@ -41,6 +40,8 @@ DENSE: tuple[Words, ...] = (
     ("score", "model", "-o", "new.safetensors"),
     ("eval", "model", *TEXT),
     ("share", "model", "out", "--save", "2%", "--calibration", "text", *CALIBRATION),
+    ("quantize", "model", "out", "--calibration", "text", *CALIBRATION),
+    (*TRAIN, "--data", "text"),
 )
 
 
@@ -60,6 +61,7 @@ def make_good(folder: Path, families: Sequence[str]) -> None:
         (place / "rows.jsonl").write_text("\n".join(rows))
     _add_inputs(folder / families[0])
     make_writer(folder / families[0] / "writer")
+    add_training(folder / families[0])
 
 
 def _add_inputs(place: Path) -> None:
@@ -81,25 +83,6 @@ def _add_inputs(place: Path) -> None:
         ("eval", "model", *TEXT, "--out", "evaluated"),
     ):
         run_here(words, place)
-
-
-def run_here(words: Words, folder: Path) -> None:
-    """Run a command that has to succeed, in this folder."""
-    argv = sys.argv
-    sys.argv = ["headshare", *words]
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-            main()
-    except SystemExit as ended:
-        assert not ended.code, words
-    finally:
-        sys.argv = argv
-
-
-def rewrite(path: Path, data: bytes) -> None:
-    """Replace a file, which may be a link to one of the good folder's."""
-    path.unlink()
-    path.write_bytes(data)
 
 
 # ---------------------------------------------------------------- configurations
@@ -361,6 +344,7 @@ KINDS: Mapping[str, Kind] = {
     "plans": plans,
     "tokenizers": tokenizer_files,
     "ours": our_files,
+    "training": training,
 }
 
 

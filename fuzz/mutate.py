@@ -1,9 +1,10 @@
-"""Mutations of JSON trees and of bytes, drawn by a seed."""
+"""Mutations of JSON trees, of bytes and of files, drawn by a seed."""
 
 import copy
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -113,6 +114,12 @@ def mutate_bytes(random: Random, data: bytes, words: Sequence[bytes] = ()) -> by
         else:
             data = data[:at] + random.choice(list(words)) + data[at:]
     return data
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Replace a file, which may be a link to one of the good folder's."""
+    path.unlink()
+    path.write_bytes(data)
 
 
 def _noise(random: Random, size: int) -> bytes:

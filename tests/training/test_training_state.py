@@ -85,6 +85,8 @@ NOT_THE_TRAINERS = {
     "infinite": '{"global_step": Infinity, "max_steps": 20}',
     "deep": "[" * 100_000,
     "callbacks": '{"global_step": 8, "max_steps": 20, "stateful_callbacks": 5}',
+    "best": '{"global_step": 8, "max_steps": 20, "best_metric": "low"}',
+    "log": '{"global_step": 8, "max_steps": 20, "log_history": [{"step": 0, "eval_loss": "low"}]}',
     "patience": '{"global_step": 8, "max_steps": 20, "stateful_callbacks": {"EarlyStoppingCallback": {}}}',
 }
 
@@ -320,6 +322,26 @@ def test_where_no_whole_checkpoint_is_left_it_is_one_error_and_the_state_stays(
     for path in stopped.glob("checkpoint-*"):
         damaged(path / "optimizer.pt", "missing")
     with nothing_changes(stopped), pytest.raises(TrainingError, match=r"optimizer\.pt is not as it was .*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments=LONGER))
+
+
+def test_a_checkpoint_that_the_trainer_cannot_read_is_one_error_that_names_it(
+    stopped: Folder, model: Folder, text: Folder, tmp_path: Folder
+) -> None:
+    """Its digests may be missing, where a kill came before them, or somebody else's."""
+    for path in stopped.glob("checkpoint-*"):
+        damaged(path / "rng_state.pth", "half")
+        (path / "digests.json").unlink()
+    with pytest.raises(TrainingError, match=rf"cannot go on from .*{LAST}: .*--restart"):
+        train(model, tmp_path / "out", settings(text, arguments=LONGER))
+    assert (stopped / LAST).is_dir()
+
+
+def test_what_fails_in_a_step_is_not_blamed_on_the_checkpoint(
+    stopped: Folder, model: Folder, text: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharingTrainer, "compute_loss", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train(model, tmp_path / "out", settings(text, arguments=LONGER))
 
 

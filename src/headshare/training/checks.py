@@ -16,7 +16,7 @@ from headshare.checkpoint.fingerprint import check_origin
 from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.errors import PlanError, TrainingError
 from headshare.files.failures import in_one_line
-from headshare.files.untrusted import wants_memory
+from headshare.files.untrusted import foreign, wants_memory
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
@@ -134,11 +134,11 @@ def explained_set_up() -> Iterator[None]:
     """Turn the Trainer's complaints about its arguments, or about missing packages, into one error."""
     try:
         yield
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        if wants_memory(error):
+    except OSError:  # of the disk and not of the arguments: `enough_room` explains it
+        raise
+    except Exception:
+        with foreign("the Trainer cannot begin with these arguments", TrainingError):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrainingError(f"the Trainer cannot begin with these arguments: {reason:.300}") from error
 
 
 def try_optimizer(trainer: SharingTrainer) -> None:
@@ -153,7 +153,8 @@ def try_optimizer(trainer: SharingTrainer) -> None:
 def enough_room(work: Path) -> Iterator[None]:
     """Turn failures for want of memory or of room on the disk into an error that says what to do.
 
-    `work` is the Trainer's folder, whose files it writes by several libraries with errors of their own.
+    `work` is the Trainer's folder, whose files it writes by several libraries with errors of their own. This is not the
+    door to what others wrote: any other error of a step is the Trainer's or ours, and must come out as it is.
     """
     try:
         yield

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
-from headshare.checkpoint.contents import CARD, CONFIG, companions
+from headshare.checkpoint.contents import companions
 from headshare.checkpoint.entry import Origin
 from headshare.checkpoint.fingerprint import fingerprint, origin_of
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import TrainingError
 from headshare.files.folder import check_output, check_vacant, narrow
+from headshare.files.model_files import CARD, CONFIG
 from headshare.integrations.transformers.loading import load_model, quiet
 from headshare.plan.plan import SharePlan
 from headshare.sharing.rewrite import write_trained
@@ -49,7 +50,7 @@ from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
 from headshare.training.settings import TrainingMethod, TrainSettings
-from headshare.training.state import RECORD, checkpoints, trainer_run, work_of
+from headshare.training.state import RECORD, resumed, trainer_run, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer
 from headshare.training.windows import Packed, Streamed, sized_for, training_windows
@@ -191,11 +192,8 @@ class _TrainingRun:
             )
             try_optimizer(trainer)
         check_engine(trainer, lora=bool(self.settings.learning.lora), tasks=bool(self.tasks))
-        # a run that goes on has measured the beginning already
-        last = next(checkpoints(self.work), None)
-        trainer.args.eval_on_start = last is None
-        with quiet():
-            trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        with quiet(), resumed(trainer, self.work) as last:
+            trainer.train(resume_from_checkpoint=last)
         first, best = self._measured(trainer)
         self._save(trainer)
         return Trained(

@@ -7,6 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+from transformers import Trainer, TrainerCallback
+
 from headshare.errors import CheckpointError, TrainingError
 from headshare.files.atomic import write_whole
 from headshare.files.digests import SHA256, file_digest
@@ -18,6 +21,7 @@ RECORD = "training.json"
 _STATE = "trainer_state.json"
 # in each checkpoint: the digests of its files, as they were written
 _DIGESTS = "digests.json"
+_RESTART = "Restore it, or pass --restart to throw the state away and begin anew."
 
 
 def work_of(target: Path) -> Path:
@@ -76,7 +80,7 @@ def _remove_damaged(folder: Path) -> None:
     if lost is not None:
         raise TrainingError(
             f"the state of the run that was stopped is damaged: {lost / damaged[lost]} is not as it was written. "
-            "Restore it, or pass --restart to throw the state away and begin anew."
+            f"{_RESTART}"
         )
     for path, file in damaged.items():
         say(f"{path / file} is damaged: that state is thrown away, and training goes on from an earlier one")
@@ -110,13 +114,68 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
             yield step, path
 
 
+class _Logged(BaseModel):
+    """A row of the Trainer's log, as far as the best step is found by it."""
+
+    step: int
+    eval_loss: float | None = None
+    eval_shared_loss: float | None = None
+
+
+class _TrainerState(BaseModel):
+    """The Trainer's state, as far as a run that goes on reads it. Anybody may have written it."""
+
+    global_step: int = Field(ge=0)
+    max_steps: int
+    epoch: float = 0
+    num_train_epochs: int = 0
+    log_history: list[_Logged] = []
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0
+    train_batch_size: int | None = None
+    stateful_callbacks: dict[str, Any] | None = None
+
+
 def _step_to_go_on_from(state: Mapping[str, Any]) -> int | None:
     """The step of a checkpoint, by its state; None where training was over, or it is not what the Trainer writes."""
     with suppress(TrainingError), foreign("the state is not the Trainer's", TrainingError):
-        step = int(state["global_step"])
-        if step < int(state["max_steps"]) and not _impatient(state):
+        step = _TrainerState.model_validate(state, strict=True).global_step
+        if step < state["max_steps"] and not _impatient(state):
             return step
     return None
+
+
+@contextmanager
+def resumed(trainer: Trainer, folder: Path) -> Iterator[str | None]:
+    """The checkpoint that a run goes on from; None where it begins, and then also measures before its first step.
+
+    Raises:
+        TrainingError: in place of whatever is raised before the first step after a checkpoint, which is to blame.
+    """
+    last = next(checkpoints(folder), None)
+    # a run that goes on has measured the beginning already
+    trainer.args.eval_on_start = last is None
+    begun = _Begun()
+    trainer.add_callback(begun)
+    try:
+        yield None if last is None else str(last[1])
+    except Exception:
+        if last is None or begun.at_all:
+            raise
+        with foreign(f"the run that was stopped cannot go on from {last[1]}", TrainingError, _RESTART):
+            raise
+
+
+class _Begun(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Whether the Trainer has begun a step."""
+
+    at_all = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.at_all = True
 
 
 def _impatient(state: Mapping[str, Any]) -> bool:
