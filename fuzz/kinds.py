@@ -211,6 +211,8 @@ def _moved(random: Random, header: dict[str, Any]) -> dict[str, Any]:
 PLANS: list[tuple[str, Sequence[Any]]] = [
     ("removals", ([], [{}], [{"layout": {}, "units": []}])),
     ("factored", ([], [{}])),
+    ("narrow_values", ([], [{}], [{"layout": {}, "widths": {"0": 4}}])),
+    ("widths", ({}, {"0": 0}, {"0": 7}, {"1": 10**9}, {"-1": 3})),
     ("selections", ([], {}, [{}])),
     ("others", ([], [{}])),
     ("format", (1, 2, "1", True)),

@@ -79,7 +79,7 @@ def test_no_command_at_all_shows_the_help(run: Run) -> None:
 # ---- one JSON object
 
 ESTIMATED = {"units", "recipients", "dense_bytes", "shared_bytes", "saved_bytes", "saved_fraction", "parts_fraction"}
-ESTIMATED |= {"removed_units", "removed_neurons"}
+ESTIMATED |= {"removed_units", "removed_neurons", "narrow_layers"}
 SHARED = ESTIMATED | {
     "seconds",
     "peak_anonymous_bytes",

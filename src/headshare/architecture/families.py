@@ -75,10 +75,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of an attention module that are proportional to its count of heads.
+    """The numbers of an attention module that are proportional to its count of heads, or to the width of its values.
 
     They are attributes of its own, and settings that it reads from the model's configuration. `unless` is a setting
-    under which more depends on the count of heads; such models cannot lose heads.
+    under which more depends on that; such models keep all their heads, or the width of their values.
     """
 
     attributes: tuple[str, ...] = ()
@@ -113,6 +113,8 @@ class Family:
         post_norm: each sublayer ends in a norm of its output plus its input, as in BERT.
         removable: how attention counts its heads, where tests/test_removed_units.py shows that layers with fewer heads
             work. Most modules reshape by the size of a head, and so count nothing. None: not shown to work.
+        narrow_values: attributes that are proportional to the width of values, where tests/test_narrow_values.py shows
+            that layers work whose values are narrower than their keys. None: not shown to work.
         encoder: the model sees the whole text, unless its configuration says `is_decoder`.
         offset_positions: positions are counted from behind the padding token's number.
         multi_query: how key/value heads are counted, where not by their own setting alone.
@@ -133,6 +135,7 @@ class Family:
     linear: Linear = Linear()
     post_norm: bool = False
     removable: Counts | None = None
+    narrow_values: Counts | None = None
     encoder: bool = False
     offset_positions: bool = False
     multi_query: MultiQuery | None = None
@@ -164,6 +167,7 @@ _LLAMA = Family(
     o="self_attn.o_proj",
     ffn=_LLAMA_FFN,
     removable=Counts(),
+    narrow_values=Counts(unless="clip_qkv"),
     tied_outputs=("lm_head.weight", "language_model.lm_head.weight"),
     buffers=(_ROTARY,),
 )
@@ -176,6 +180,7 @@ _BERT = Family(
     ffn=Plain("intermediate.dense", "output.dense"),
     post_norm=True,
     removable=Counts(),
+    narrow_values=Counts(),
     encoder=True,
     embedding="word_embeddings",
     tied_outputs=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
@@ -261,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
         o="self_attn.out_proj",
         ffn=Plain("fc1", "fc2"),
         removable=Counts(attributes=("num_heads",)),
+        narrow_values=Counts(),
     ),
     _BERT,
     _ROBERTA,
@@ -271,6 +277,7 @@ FAMILIES: tuple[Family, ...] = (
         qkv=Separate("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         o="attention.attn.o",
         removable=None,  # its relative biases are one for each head
+        narrow_values=Counts(attributes=("all_head_size",)),
     ),
 )
 

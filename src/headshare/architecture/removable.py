@@ -1,9 +1,9 @@
-"""Checks that a model can lose units, and that a plan's removals are for that model."""
+"""Checks that a model can lose units or dimensions of values, and that a plan's removals of either are for it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from headshare.architecture.families import Counts, family_of
+from headshare.architecture.families import Counts, Separate, family_of
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout, Place
@@ -36,11 +36,25 @@ def counts_of(model_type: str) -> Counts | None:
     return None if family is None else family.removable
 
 
+def narrow_values_refusal(config: Mapping[str, Any]) -> str | None:
+    """The reason why values cannot be narrowed in a model of this (text) configuration, or None."""
+    model_type = str(config.get("model_type", "unknown"))
+    family = family_of(model_type)
+    if family is not None and not isinstance(family.qkv, Separate):
+        return f"'{model_type}' models compute values in one matrix with queries and keys"
+    counts = None if family is None else family.narrow_values
+    if counts is None:
+        return f"the attention of '{model_type}' models is not known to work with values narrower than keys"
+    if counts.unless is not None and config.get(counts.unless):
+        return f"with {counts.unless}, '{model_type}' models change single values, which are not to be rotated"
+    return None
+
+
 def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
-    """Check a plan's removals against the layouts of a checkpoint or a model.
+    """Check a plan's removals, of units and of dimensions of values, against the layouts of a checkpoint or a model.
 
     Raises:
-        PlanError: if the family's models cannot go without such units, or the plan's units are not this model's.
+        PlanError: if the family's models cannot go without them, or the plan's units are not this model's.
         ArchitectureError: if the model's layout is not known, or it is a mixture of experts.
     """
     for removal in plan.removals:
@@ -53,6 +67,15 @@ def check_removals(plan: SharePlan, layouts: ModelLayouts) -> None:
             raise PlanError(f"the plan removes {kind} units that are not laid out as this model's; it is for another.")
         if kind is Sublayer.ATTENTION:
             _check_counted(attention_kinds(layouts.config, removal.layout.layers), whole)
+    values = plan.narrow_values
+    if values is not None:
+        reason = narrow_values_refusal(layouts.config)
+        if reason is not None:
+            raise PlanError(f"values cannot be narrowed in this model: {reason}. Share it without `narrow_values`.")
+        if _geometry(layouts.attention.only(tuple(values.layout.parts))) != _geometry(values.layout):
+            raise PlanError(
+                "the plan narrows values of units that are not laid out as this model's; it is for another."
+            )
 
 
 def attention_kinds(config: Mapping[str, Any], layers: int) -> list[str]:

@@ -26,6 +26,7 @@ from headshare.plan.tensors import TensorPlan, bias_name
 from headshare.plan.units import READOUTS
 from headshare.progress import track
 from headshare.sharing.expand import expand_files, write_overwritten
+from headshare.sharing.expanded import rotated_otherwise
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.manifest import check_manifest
 from headshare.sharing.size import parameter_infos
@@ -141,17 +142,20 @@ def _check_numbers(files: SharedFiles, original: SharedFiles, result: Verificati
     # the record of a refit excuses differences, so it may name nothing that a refit cannot change
     converted = set()
     refitted = frozenset(entry.refit.tensors if entry.refit else ())
-    for name in sorted(refitted - _refittable(dense, stepped=bool(entry.refit and entry.refit.steps))):
+    may_be = _refittable(dense, stepped=bool(entry.refit and entry.refit.steps)) | files.plan.rewritten
+    for name in sorted(refitted - may_be):
         result.fail(f"the record of the refit names {name}, which no refit changes")
     _check_lent(shared, dense, refitted, tensors, result)
     # all other tensors are compared number by number, in the type of the shared checkpoint
-    common = [name for name in common if name not in refitted]
+    common = [name for name in common if name not in refitted | files.plan.rewritten]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
             converted.add(f"{dense.tensors[name].dtype} to {shared.tensors[name].dtype}")
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
+    for layer in rotated_otherwise(files, original) if not refitted & files.plan.rewritten else ():
+        result.fail(f"the narrow values of layer {layer} are not as near to the dense model's as they can be")
     # what could not be compared is said
     if entry.refit:
         result.notes.append(f"not compared with the dense model: {entry.refit.in_words()}")
@@ -267,18 +271,23 @@ def _why_rounding_differs(plan: SharePlan) -> str | None:
 @contextmanager
 def _stock_folder(files: SharedFiles, original: SharedFiles | None) -> Iterator[Checkpoint]:
     """A stock checkpoint with donors' rows in the place of recipients', in a temporary folder that is then removed."""
-    entry = files.entry
     dense = {} if original is None else original.checkpoint.tensors
     alike = original is not None and _same_class(files.checkpoint, original.checkpoint)
     stored = files.checkpoint.tensors
     same_dtype = all(dense[name].dtype == info.dtype for name, info in stored.items() if name in dense)
     with scratch_folder(Path(tempfile.gettempdir()), mode=0o700) as scratch:
-        if original is not None and alike and same_dtype and not (files.added or entry.refit or entry.packing):
+        if original is not None and alike and same_dtype and not _has_own_numbers(files):
             folder = write_overwritten(original, scratch / "stock")
         else:
             folder = expand_files(files, scratch / "stock", rounded=False, unpacked=True)
         with open_checkpoint(folder) as stock:
             yield stock
+
+
+def _has_own_numbers(files: SharedFiles) -> bool:
+    """True if some stored numbers are not the dense model's."""
+    entry = files.entry
+    return bool(files.added or files.plan.rewritten or entry.refit or entry.packing)
 
 
 def _probe(checkpoint: Checkpoint) -> Tensor:

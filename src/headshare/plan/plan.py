@@ -27,9 +27,11 @@ from headshare.files.atomic import write_whole
 from headshare.files.untrusted import foreign, is_file, parse_json, read_bytes
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
+from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.removal import Removal
-from headshare.plan.section import MAX_NAME, SECTION_KINDS, AddedTensor, Borrowed, Scaled, Section
-from headshare.plan.tensors import TensorPlan, added_tensors, bias_plans, reduced_tensors, tensor_plans
+from headshare.plan.section import MAX_NAME, SECTION_KINDS, AddedTensor, Borrowed, Removed, Scaled, Section
+from headshare.plan.spans import joined
+from headshare.plan.tensors import TensorPlan, added_tensors, bias_name, bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 
@@ -55,7 +57,7 @@ class SharePlan(BaseModel):
     selections: Annotated[tuple[Selection, ...], Field(max_length=len(Part))] = ()
     removals: Annotated[tuple[Removal, ...], Field(max_length=len(Sublayer))] = ()
     factored: Annotated[tuple[LowRankUnits, ...], Field(max_length=len(Sublayer))] = ()
-    # sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
+    # narrow values, and sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
     others: Annotated[tuple[SerializeAsAny[Section], ...], Field(max_length=MAX_SECTIONS)] = ()
 
     @model_validator(mode="before")
@@ -95,14 +97,20 @@ class SharePlan(BaseModel):
         return self
 
     def _check_ranges(self) -> None:
-        """Raise PlanError if two sections claim the same indices of a tensor; built-in sections check each other."""
+        """Raise PlanError if two sections claim the same indices of a tensor; built-in sections check each other.
+
+        Indices may be removed twice, as those of a unit that is removed from a layer of narrow values.
+        """
         by_name: dict[str, list[tuple[int, int]]] = {}
+        removed: dict[str, list[tuple[int, int]]] = {}
         for section in self.sections:
             for name, _, _, span, _ in section.touched():
                 if span is not None and not isinstance(span, Scaled):
-                    by_name.setdefault(name, []).append((span.start, span.stop))
+                    lists = removed if isinstance(span, Removed) else by_name
+                    lists.setdefault(name, []).append((span.start, span.stop))
         for name, spans in by_name.items():
-            if any(before[1] > after[0] for before, after in pairwise(sorted(spans))):
+            claimed = sorted([*spans, *joined(sorted(removed.get(name, ())))])
+            if any(before[1] > after[0] for before, after in pairwise(claimed)):
                 raise PlanError(f"two sections of the plan claim the same indices of {name}.")
 
     @model_serializer(mode="wrap")
@@ -159,6 +167,17 @@ class SharePlan(BaseModel):
     def added_tensors(self) -> Mapping[str, AddedTensor]:
         """The tensors that the plan adds to those of a dense model, by name."""
         return added_tensors(self.sections)
+
+    @property
+    def narrow_values(self) -> NarrowValues | None:
+        """The layers whose values are narrower than their keys, or None."""
+        return next((section for section in self.others if isinstance(section, NarrowValues)), None)
+
+    @cached_property
+    def rewritten(self) -> frozenset[str]:
+        """The names of the weights, and of biases beside them, whose kept numbers are not the dense model's."""
+        weights = {name for section in self.sections for name in section.rewritten()}
+        return frozenset(weights | {bias for bias in map(bias_name, weights) if bias in self.biases})
 
     @property
     def ties(self) -> int:

@@ -151,6 +151,10 @@ class Section(BaseModel, ABC):
         """The tensors that this section adds, by name."""
         return iter(())
 
+    def rewritten(self) -> Iterator[str]:
+        """The weights whose kept numbers are not the dense model's; biases beside them may be rewritten too."""
+        return iter(())
+
     def modules(self) -> Iterator[ModuleChange]:
         """The modules that a loaded model replaces; none where a storage of weights replaces them."""
         return iter(())

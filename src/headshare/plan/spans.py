@@ -58,11 +58,11 @@ def spans_of(indices: Iterable[int]) -> Spans:
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> Spans:
-    """Spans in ascending order, neighbours joined."""
+    """Spans in ascending order, neighbours joined, and those that overlap."""
     merged: list[Span] = []
     for start, stop in spans:
-        if merged and merged[-1].stop == start:
-            merged[-1] = Span(merged[-1].start, stop)
+        if merged and merged[-1].stop >= start:
+            merged[-1] = Span(merged[-1].start, max(stop, merged[-1].stop))
         else:
             merged.append(Span(start, stop))
     return tuple(merged)

@@ -90,8 +90,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     expected |= {name: tensor.stored_shape for name, tensor in files.tensors.items()}
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, what)
-    if plan.removals:
-        check_removals(plan, checkpoint.layouts)
+    check_removals(plan, checkpoint.layouts)
     # tensors that the plan adds, each in the type of the weight that it belongs to
     for name, added in files.added.items():
         _check_tensor(checkpoint, name, added.shape, what)
@@ -121,8 +120,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
         if section.one_type:
             require_one_dtype(section.layout, dense)
     # what the plan does with them
-    if plan.removals:
-        check_removals(plan, dense.layouts)
+    check_removals(plan, dense.layouts)
     files = SharedFiles(dense, SharingEntry(plan), _tensors_of(plan, dense), plan.added_tensors, stored=False)
     check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():

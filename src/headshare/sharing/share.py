@@ -26,7 +26,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import Assembly, copied, kept_only, output_dtype
-from headshare.sharing.expanded import LazyTensors
+from headshare.sharing.expanded import LazyTensors, rotated_tensors
 from headshare.sharing.fits import SharedFiles, fit_plan
 from headshare.sharing.makers import split
 from headshare.sharing.size import Estimate, dtype_code, estimate_plan
@@ -91,7 +91,10 @@ class SharedCheckpoint:
             given_assembly(name, tensor, self.dense.tensors[self.files.added[name].weight].file)
             for name, tensor in added.items()
         ]
-        replaced = as_stored(self.refitted, assemblies, tensors)
+        rotated = rotated_tensors(self.dense, self.plan)
+        self._check_refitted_together(rotated)
+        numbers: Mapping[str, Tensor] = ChainMap(self.refitted, rotated)  # type: ignore[arg-type]
+        replaced = as_stored(numbers, assemblies, tensors)
         given: Mapping[str, Tensor] = ChainMap(added, replaced)  # type: ignore[arg-type]
         return write_checkpoint(self.dense, assemblies, config, Path(out), overwrite, given, notes=notes)
 
@@ -102,6 +105,13 @@ class SharedCheckpoint:
         one if there is one, or the dense model's.
         """
         return dataclasses.replace(self, refit=refit, refitted=tensors)
+
+    def _check_refitted_together(self, rotated: Mapping[str, Tensor]) -> None:
+        """Refuse a refit of only some of the tensors of narrow values, which would be in other directions."""
+        given = [name for name in rotated if name in self.refitted]
+        lacking = [name for name in rotated if name not in self.refitted]
+        if given and lacking:
+            raise CheckpointError(f"{given[0]} was fitted, but {lacking[0]} was not. Give both or none.")
 
     def _added(self, code: str | None) -> dict[str, Tensor]:
         """The tensors that the plan adds, each in the type of the weight that it belongs to.

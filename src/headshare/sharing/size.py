@@ -23,8 +23,9 @@ class Estimate:
     """Bytes that a plan saves. They are of parameters, as the model holds them in memory and the checkpoint on disk.
 
     `units` and `recipients` are summed over the grids that share: attention, feed-forward, or each part when parts are
-    matched separately. `removed_units` counts attention units. `saved_fraction` is the saved part of the whole model,
-    and `parts_fraction` the part of it that the chosen parts have.
+    matched separately. `removed_units` counts attention units, and `narrow_layers` layers with narrow values.
+    `saved_fraction` is the saved part of the whole model, and `parts_fraction` the part of it that the chosen parts
+    have.
     """
 
     units: int
@@ -36,6 +37,7 @@ class Estimate:
     parts_fraction: float
     removed_units: int = 0
     removed_neurons: int = 0
+    narrow_layers: int = 0
 
     def to_dict(self) -> dict[str, int | float]:
         """The fields under the names that `--json` prints."""
@@ -46,6 +48,8 @@ class Estimate:
         gone = [f"{self.removed_units} attention units"] * bool(self.removed_units)
         gone += [f"{self.removed_neurons} neurons"] * bool(self.removed_neurons)
         removed = f", {' and '.join(gone)} removed" if gone else ""
+        if self.narrow_layers:
+            removed += f", narrow values in {self.narrow_layers} layer{'s'[: self.narrow_layers != 1]}"
         text = (
             f"{self.recipients} of {self.units} units shared{removed}: {_mib(self.dense_bytes)} becomes "
             f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
@@ -94,6 +98,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         parts_fraction=at_stake / dense,
         removed_units=plan.removed(Sublayer.ATTENTION),
         removed_neurons=plan.removed(Sublayer.FFN),
+        narrow_layers=len(plan.narrow_values.widths) if plan.narrow_values else 0,
     )
 
 

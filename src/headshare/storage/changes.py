@@ -12,10 +12,12 @@ from torch import nn
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.low_rank import LOW_RANK
+from headshare.plan.narrow_values import NARROW, NarrowValues
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Section
 from headshare.plan.tensors import TensorPlan
 from headshare.storage.low_rank import LowRankProjection
+from headshare.storage.narrow_values import NarrowValuesProjection
 from headshare.storage.projection import SharedProjection, dense_module
 
 
@@ -43,8 +45,14 @@ def _low_rank(stock: nn.Module, tensor: TensorPlan | None, section: Section) -> 
     return LowRankProjection(stock, tensor)
 
 
+def _narrow_values(stock: nn.Module, tensor: TensorPlan | None, section: Section) -> nn.Module:
+    assert tensor is not None, section
+    assert isinstance(section, NarrowValues), section
+    return NarrowValuesProjection(stock, tensor, section.width_in(tensor.name))
+
+
 # Functions by the kind of change that a section names.
-MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank}
+MODULE_CHANGES: dict[str, Build] = {LOW_RANK: _low_rank, NARROW: _narrow_values}
 
 
 def changed_tensors(plan: SharePlan) -> list[str]:

@@ -24,7 +24,7 @@ from headshare.checkpoint.header import read_whole_header
 from headshare.checkpoint.int4 import check_types, guards, packed_tensors
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
-from headshare.integrations.transformers.shrinking import regrow, shrink, shrunk_of
+from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
@@ -73,8 +73,10 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             install_packed(model, packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
             return
         # From here on tensors count without removed units, so these must be gone before anything else is placed.
-        if plan.removals:
-            shrink(model, plan, ModuleMap.of(model, shrunk_of(plan)))
+        check_attention(model.config, plan)
+        removed = shrunk_of(plan)
+        if removed:
+            shrink(model, plan, ModuleMap.of(model, removed))
         change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
         self._tensors = plan.reduced_tensors
         self._modules = ModuleMap.of(model, self._tensors)

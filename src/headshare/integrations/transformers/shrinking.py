@@ -1,8 +1,9 @@
 """Take removed units out of a stock model before its weights load, and put zeros in their places afterwards.
 
-A module that loses rows or columns keeps its class, and only becomes smaller. Attention that counts its heads is told
-their new number. The attributes that it counts them by are data, in `families`. Attention that loses all its heads is
-replaced (`absent.py`); a feed-forward without neurons works as it is.
+A module that loses rows or columns keeps its class, and only becomes smaller. So it is with dimensions of values.
+Attention that counts its heads, or all dimensions of their values, is told the new number. The attributes that it
+counts them by are data, in `families`. Attention that loses all its heads is replaced (`absent.py`); a feed-forward
+without neurons works as it is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import Counts, Linear
+from headshare.architecture.families import Counts, Linear, family_of
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.architecture.modules import ModuleMap, linear_of, module_path, replace_module
 from headshare.architecture.removable import attention_kinds, check_removals, counts_of
@@ -54,8 +55,22 @@ def shrunk_of(plan: SharePlan) -> dict[str, Shrunk]:
     }
 
 
+def check_attention(config: Any, plan: SharePlan) -> None:
+    """Refuse an implementation of attention that cannot run a plan's model.
+
+    Raises:
+        StorageError: naming it.
+    """
+    name = str(getattr(config, "_attn_implementation", None))
+    if plan.narrow_values is not None and "flash" in name:
+        raise StorageError(
+            f"{name} is for heads whose values are as wide as keys; this model has narrower ones. "
+            'Load it with attn_implementation="sdpa".'
+        )
+
+
 def shrink(model: Any, plan: SharePlan, modules: ModuleMap) -> None:
-    """Take removed units out of a stock model on the meta device.
+    """Take removed units, and dropped dimensions of values, out of a stock model on the meta device.
 
     Raises:
         PlanError: if the model cannot go without such units.
@@ -110,8 +125,14 @@ def _absent(model: nn.Module, removal: Removal, layer: int) -> AbsentAttention:
 
 
 def _counted(model: Any, plan: SharePlan) -> list[tuple[Any, Counts, tuple[int, int]]]:
-    """Attention modules that lose some units, with the attributes that count them and the numbers (kept, all)."""
+    """Attention modules that lose units or dimensions, with the attributes that count them and numbers (kept, all)."""
     counted = []
+    family = family_of(str(model.config.model_type))
+    values = plan.narrow_values
+    if values is not None and family is not None and family.narrow_values is not None:
+        for layer, width in values.widths.items():
+            path = module_path(model, values.places(layer).v).rpartition(".")[0]
+            counted.append((model.get_submodule(path), family.narrow_values, (width, values.dims)))
     for removal in _attention_removals(plan):
         groups = removal.layout.groups
         for layer in removal.removed.keys() - set(removal.whole_layers):
