@@ -97,6 +97,16 @@ def test_neurons_cost_what_their_columns_are_worth_and_a_quarter_stays(name: str
     check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:12]))
 
 
+@pytest.mark.parametrize("multiple", [1, 6, 16])
+def test_a_layer_keeps_a_multiple_of_neurons_after_each_step(multiple: int, tmp_path: Folder) -> None:
+    checkpoint = opened("llama-gqa", tmp_path)
+    prices = price_units(checkpoint, calibration(), [REMOVE], multiple=multiple)
+    path = path_of(prices, Sublayer.FFN, 2)
+    assert prices.neurons is not None
+    assert [len(step.groups) for step in path.steps] == [multiple] * (36 // multiple)
+    check_path(checkpoint, prices.neurons, replace(path, steps=path.steps[:3]), held_out=0.25)
+
+
 def test_the_neurons_that_go_first_are_those_that_cost_least(tmp_path: Folder) -> None:
     checkpoint = opened("llama-gqa", tmp_path)
     prices = fitted(checkpoint, calibration(), [REMOVE])

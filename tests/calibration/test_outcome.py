@@ -14,7 +14,10 @@ from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import measure
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.errors import CalibrationError
 from headshare.evaluation.verify import verify
+from headshare.files.state_files import Workspace
+from headshare.plan.units import Sublayer
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.calibrated import BY_OUTPUT, PLAN, TEXT, entry_of
@@ -132,3 +135,15 @@ def test_a_budget_is_met(save: str, allow: list[str], source: Path) -> None:
         whole = sum(tensor.nbytes for tensor in load_file(source / "model" / WEIGHTS).values())
         budget = Budget.parse(dense, save=save, allow=allow)
     assert budget.saved_bytes == (5000 if save == "5000" else int(whole * 0.03))
+
+
+def test_layers_keep_multiples_of_neurons_and_other_prices_are_not_taken(source: Path, tmp_path: Path) -> None:
+    state = Workspace(tmp_path, CalibrationError)
+    with hs.open_checkpoint(source / "model") as dense:
+        text = Calibration.load(source / "text", dense, tokens=256, window=16)
+        for multiple in (1, 16, 1):
+            budget = Budget.parse(dense, save="7%", parts="gateup", allow=["remove"], multiple=multiple)
+            plan = plan_on(dense, text, budget, probe=False, workspace=state).plan
+            (neurons,) = (removal for removal in plan.removals if removal.layout.kind is Sublayer.FFN)
+            counts = {neurons.layout.groups - len(neurons.indices(layer)) for layer in range(4)}
+            assert all(count % 16 == 0 for count in counts) == (multiple == 16)

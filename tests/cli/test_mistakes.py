@@ -192,6 +192,7 @@ share model out --refit                                 | needs text
 share model out --match output                          | needs text
 share model out --save 10%                              | needs text
 share model out --allow remove                          | needs text
+share model out --multiple 8                            | --multiple would not be used
 share model out --calibration text                      | would not be used
 share model out --calibration text --plan plan.json     | would not be used
 share model out --device cpu                            | --device would not be used
@@ -230,6 +231,9 @@ share model out --save nan --calibration text           | no amount to save
 share model out --save 5% --ratio 0.2 --calibration text | --ratio would not be used
 share model out --save 5% --match qk --calibration text | --match would not be used
 share model out --allow all --calibration text          | all
+share model out --save 5% --multiple 8 --calibration text | no neurons are removed, in multiples of 8
+share model out --save 5% --allow remove --multiple 32 --calibration text | no multiple of 32. Remove them in multiples
+share model out --save 5% --allow remove --multiple 0 --calibration text | --multiple
 share model out --match output --mode root --calibration text | --mode would not be used
 share model out --match output --ffn-ratio 0.2 --calibration text | --ffn-ratio would not be used
 share model out --match output --ffn-groups 4 --calibration text | --ffn-groups would not be used
@@ -243,6 +247,7 @@ share model out --save 5% --protect 99 --calibration text | no layer 99
 share model out --save 5% --protect -1 --calibration text | no layer -1
 plan --from-scores scores --save 5%                                   | --save would not be used
 plan --from-scores scores --allow remove                              | --allow would not be used
+plan --from-scores scores --multiple 8                                | --multiple would not be used
 plan --from-scores scores --no-measure                                | --measure would not be used
 plan --from-scores scores --restart                                   | --restart would not be used
 plan --from-scores scores --no-probe                                  | --probe would not be used

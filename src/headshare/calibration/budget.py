@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 
 from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, Action, Output
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -19,7 +20,8 @@ from headshare.sharing.size import parameter_infos
 class Budget:
     """An amount that a plan is to give up: units by one action, or bytes by the cheapest of several actions.
 
-    `ffn_groups` is the number of groups of neurons in a layer. Layers in `protect` give nothing up.
+    `ffn_groups` is the number of groups of neurons in a layer. Layers in `protect` give nothing up. A layer keeps a
+    multiple of `multiple` neurons.
     """
 
     actions: tuple[Action, ...]
@@ -27,6 +29,7 @@ class Budget:
     saved_bytes: int | None = None
     ffn_groups: int = 1
     protect: tuple[int, ...] = ()
+    multiple: int = 1
 
     @classmethod
     def parse(
@@ -39,6 +42,7 @@ class Budget:
         allow: Collection[str] = (),
         ffn_groups: int = 1,
         protect: Collection[int] = (),
+        multiple: int = 1,
     ) -> "Budget":
         """The budget that these options describe.
 
@@ -47,7 +51,8 @@ class Budget:
         `allow`) or of ranks, the budget is the number of bytes that sharing q, k and v at this ratio would save.
 
         Raises:
-            OptionError: if a word is not known, or `save` is not an amount.
+            OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
+                may be removed from a layer.
             PlanError: if the budget cannot be met by any plan.
         """
         dense.require_dense("plan for it")
@@ -58,13 +63,16 @@ class Budget:
         layout = next(iter(layouts_of(dense, Parts.parse(words), ffn_groups)))
         units = checked_recipients(layout, 0.0 if save is not None else ratio, protect)
 
+        if multiple != 1:
+            _check_multiple(dense, actions, multiple)
+
         # Different actions save different numbers of bytes a unit, so only bytes compare them.
         saved: int | None = None
         if save is not None:
             saved = _bytes_of(dense, save)
         elif len(actions) > 1 or actions[0].output is Output.LOW_RANK:
             saved = estimate(dense, ratio, parts="qkv").saved_bytes
-        return cls(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))))
+        return cls(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))), multiple)
 
 
 def _actions_of(parts: str) -> list[Action]:
@@ -88,6 +96,18 @@ def _allowed(word: str) -> Action:
             f"'{word}' is not something that can be allowed besides sharing. There is: {', '.join(known)}."
         )
     return known[word]
+
+
+def _check_multiple(dense: Checkpoint, actions: Collection[Action], multiple: int) -> None:
+    """Refuse a multiple in which no neurons can be removed."""
+    neurons = dense.layouts.neurons
+    if neurons is None or not any(action.removes and action.sublayer is not Sublayer.ATTENTION for action in actions):
+        raise OptionError(f"no neurons are removed, in multiples of {multiple} or else. Allow it by --allow remove.")
+    if multiple < 1 or neurons.groups % multiple:
+        raise OptionError(
+            f"a layer has {neurons.groups} neurons, which are no multiple of {multiple}. Remove them in multiples of "
+            f"a divisor, such as {gcd(neurons.groups, multiple)}."
+        )
 
 
 def _bytes_of(dense: Checkpoint, save: str) -> int:

@@ -69,6 +69,7 @@ def plan_on(
         budget.actions,
         ffn_groups=budget.ffn_groups,
         protect=budget.protect,
+        multiple=budget.multiple,
         probe=probe,
         device=device,
         workspace=workspace,
@@ -86,6 +87,7 @@ def prices_on(
     *,
     ffn_groups: int = 1,
     protect: tuple[int, ...] = (),
+    multiple: int = 1,
     kinds: Collection[Sublayer] = tuple(Sublayer),
     probe: bool = True,
     device: str = "cpu",
@@ -106,9 +108,18 @@ def prices_on(
         check_windows(calibration)  # before hours of work
 
     # Output errors are found for all sublayers, so that runs that differ in `kinds` alone can share them.
-    what = tuple(map(str, actions)), ffn_groups, protect
+    what = tuple(map(str, actions)), ffn_groups, protect, multiple
     done = _saved_paths(workspace, *what)
-    prices = price_units(dense, calibration, actions, ffn_groups=ffn_groups, protect=protect, device=device, done=done)
+    prices = price_units(
+        dense,
+        calibration,
+        actions,
+        ffn_groups=ffn_groups,
+        protect=protect,
+        multiple=multiple,
+        device=device,
+        done=done,
+    )
     prices = replace(prices, curves=tuple(curve for curve in prices.curves if curve.kind in kinds))
 
     # Measured costs replace the output errors; they are kept apart, as other runs may want either.

@@ -119,6 +119,16 @@ class ChoiceOptions:
         ),
     ] = None
 
+    multiple: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=CHOOSE,
+            help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
+            "formats, 8 to 128 for GPUs.",
+        ),
+    ] = 1
+
     @property
     def weight_parts(self) -> str:
         """The parts that are shared where units are chosen by their weights."""
@@ -145,6 +155,7 @@ class ChoiceOptions:
             allow=[self.allow] if self.allow else [],
             ffn_groups=self.ffn_groups,
             protect=whole_numbers(self.protect),
+            multiple=self.multiple,
         )
         refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
         if is_given(context, "save"):
@@ -286,4 +297,4 @@ DtypeOption = Annotated[
 
 # names of parameters, to refuse those that would not be used
 CALIBRATING = ("field", "calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
-CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow")
+CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow", "multiple")

@@ -263,10 +263,11 @@ class _Descent:
             yield unit, max(removal * lasting, least)
 
 
-def neuron_path(half: SublayerData, removal: Action) -> CostCurve:
+def neuron_path(half: SublayerData, removal: Action, multiple: int = 1) -> CostCurve:
     """The cost curve on which single neurons are removed, 1/64 of them in a step, up to three quarters.
 
-    Each step takes the neurons whose own removal costs least as things stand. Its cost is that of removing all of them.
+    A step removes a multiple of `multiple` neurons, and one at least. Each step takes the neurons whose own removal
+    costs least as things stand. Its cost is that of removing all of them.
     """
     fit = Fit.of(half.inputs[: half.fitted], half.weight)
     # Held-out tokens only enter by their Gram matrix, scaled as if all tokens were such.
@@ -275,7 +276,7 @@ def neuron_path(half: SublayerData, removal: Action) -> CostCurve:
 
     # Removing neurons one by one would cost as many fits, so each step removes a chunk of them.
     neurons = half.layout.groups
-    chunk = max(1, neurons // CHUNKS)
+    chunk = max(1, neurons // CHUNKS // multiple) * multiple
     saved = removal.saved_bytes(half.sizes) * chunk
     steps = []
     before = 0.0

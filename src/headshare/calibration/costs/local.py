@@ -42,6 +42,7 @@ def price_units(
     donors: int = DONORS,
     ffn_groups: int = 1,
     protect: Sequence[int] = (),
+    multiple: int = 1,
     device: str = "cpu",
     done: MutableMapping[int, list[CostCurve]] | None = None,
 ) -> CostCurves:
@@ -50,7 +51,8 @@ def price_units(
     `tokens` is the number of calibration tokens that are looked at, in whole windows drawn by the calibration's seed.
     The share `held_out` of these windows is not fitted to, and costs are errors on it. `donors` is the number of a
     unit's donors whose costs are measured again after each step. `ffn_groups` is the number of groups into which
-    `gateup` cuts a layer's neurons. Layers in `protect` give nothing up, and may lend. Layers that are in `done` are
+    `gateup` cuts a layer's neurons. Neurons are removed in multiples of `multiple`, which divides a layer's neurons.
+    Layers in `protect` give nothing up, and may lend. Layers that are in `done` are
     not looked at again; every other layer is put into it.
 
     A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
@@ -83,7 +85,7 @@ def price_units(
         walk = _walk(Layers(dense, device=device), dense, calibration.mixed(), tokens, tuple(wanted.actions))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted)
+                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted, multiple)
     return wanted.prices(dense, curves, protect)
 
 
@@ -186,17 +188,22 @@ def _walk(
 
 
 def _paths(
-    layer: DenseLayer, seen: Mapping[Sublayer, Weighted], wanted: _SupportedActions, donors: int, fitted: int
+    layer: DenseLayer,
+    seen: Mapping[Sublayer, Weighted],
+    wanted: _SupportedActions,
+    donors: int,
+    fitted: int,
+    multiple: int,
 ) -> list[CostCurve]:
     """The cost curves of both sublayers of a layer, without empty ones."""
     paths: list[CostCurve] = []
     for kind, actions in wanted.actions.items():
         data = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
-        paths += _curves_of(data, actions, donors)
+        paths += _curves_of(data, actions, donors, multiple)
     return [path for path in paths if path.steps]
 
 
-def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int) -> Iterator[CostCurve]:
+def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int, multiple: int) -> Iterator[CostCurve]:
     """The cost curves of a sublayer: of ties, removals, actions in the order of removal, and those with own costs."""
     described = [action for action in actions if action.costs is None]
     beside = tuple(action for action in described if action.order is Order.REMOVAL and REMOVE in actions)
@@ -210,7 +217,7 @@ def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int) -> It
     # Products are not fitted again with scales, and all others are compared with removal, so each has its own curve.
     for action in alone:
         if action.removes and data.layout.kind is Sublayer.FFN:
-            yield neuron_path(data, action)
+            yield neuron_path(data, action, multiple)
         elif action not in together:
             path = unit_path(data, (action,), donors=donors)
             yield path
