@@ -172,7 +172,7 @@ class Bench:
                 return load_file(file), float(found["seconds"])
         begun = time.perf_counter()
         tensors = refit_readouts(
-            self.dense, plan, self.calibration, ffn=self.ffn, steps=self.steps, device=self.device
+            self.dense, plan, self.calibration, ffn=self.ffn, refine=self.steps, device=self.device
         ).tensors
         seconds = round(time.perf_counter() - begun, 1)
         named = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -331,9 +331,7 @@ def main() -> None:
     parser.add_argument("--methods", help="only these rows, joined by ;, such as 'deletion of units;q,k,v'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention-only", action="store_true", help="refit W_o alone")
-    parser.add_argument(
-        "--reconstruct", type=int, default=0, help="gradient steps a layer after the refit, for all rows"
-    )
+    parser.add_argument("--refine", type=int, default=0, help="gradient steps a layer after the refit, for all rows")
     parser.add_argument(
         "--probe", action=argparse.BooleanOptionalAction, default=True, help="price by measured predictions"
     )
@@ -351,7 +349,7 @@ def main() -> None:
     calibration = Calibration.load(
         args.calibration, dense, tokens=args.calibration_tokens, window=args.window, seed=args.seed
     )
-    kept = args.out / (f"rows-{args.reconstruct}-steps.jsonl" if args.reconstruct else "rows.jsonl")
+    kept = args.out / (f"rows-{args.refine}-steps.jsonl" if args.refine else "rows.jsonl")
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
     identity = {"model": fingerprint(dense), "text": f"{calibration.digest} {calibration.seed}"}
     prices = ResumableRun(args.kept / "prices", identity, refused=CalibrationError, kept=True)
@@ -363,7 +361,7 @@ def main() -> None:
             args.kept,
             run.workspace,
             ffn=not args.attention_only,
-            steps=args.reconstruct,
+            steps=args.refine,
             probe=args.probe,
             device=args.device,
         )

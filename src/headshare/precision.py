@@ -25,6 +25,24 @@ def short_products() -> Iterator[None]:
 
 
 @contextmanager
+def short_layers(device: torch.device) -> Iterator[None]:
+    """Compute with bfloat16 numbers within this block, where the device multiplies those in hardware.
+
+    Weights stay as they are, and so do sums and norms where torch keeps them. Elsewhere it is `short_products`.
+    """
+    with short_products(), torch.autocast(device.type, torch.bfloat16, enabled=_multiplies_bfloat16(device)):
+        yield
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """True if the device has instructions for products of bfloat16 numbers."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    found = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(supported is not None and supported() for supported in found)
+
+
+@contextmanager
 def _products(cpu: str, cuda: str, both: str) -> Iterator[None]:
     backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
     settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]

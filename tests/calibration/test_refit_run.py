@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-import headshare.calibration.refit.reconstruction
+import headshare.calibration.refit.block_steps
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify
@@ -84,19 +84,20 @@ def test_gradient_steps_change_more_than_readouts_and_the_record_says_which(
     things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = itertools.count(1)  # every look is better than the last: the text is too short for real ones
-    monkeypatch.setattr(headshare.calibration.refit.reconstruction, "_held_out", lambda *_: 1 / next(errors))
-    share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--reconstruct", "8"]
+    monkeypatch.setattr(headshare.calibration.refit.block_steps, "_held_out", lambda *_: 1 / next(errors))
+    share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--refine", "8"]
     assert run(*share).status == 0
-    assert run(*REFIT, "--reconstruct", "8", "--out", "again").status == 0
+    assert run(*REFIT, "--refine", "8", "--out", "again").status == 0
     for name in ("stepped", "again"):
         named = set(entry_of(things / name)["refit"]["tensors"])
         assert any(tensor.endswith("up_proj.weight") for tensor in named)
+        assert any(tensor.endswith("input_layernorm.weight") for tensor in named)
         found = verify(hs.open_checkpoint(name), hs.open_checkpoint("model"))
         assert found.ok, found.problems
         assert found.tensors_checked  # embeddings, norms, and layers before the first that gives something up
-    found = run(*REFIT, "--reconstruct", "-1")
+    found = run(*REFIT, "--refine", "slow")
     assert found.status != 0
-    assert "--reconstruct" in found.err
+    assert "--refine" in found.err
 
 
 def test_a_record_and_the_dense_models_name_survive_loading_and_saving(things: Path, run: Run) -> None:

@@ -266,7 +266,7 @@ def test_a_state_of_another_model_is_refused(stopped: Path, things: Path, run: R
 
 @pytest.mark.parametrize(
     "words",
-    [["--parts", "qk"], ["--protect", "2"], ["--no-probe"], ["--no-refit-ffn"], ["--reconstruct", "4"]],
+    [["--parts", "qk"], ["--protect", "2"], ["--no-probe"], ["--no-refit-ffn"], ["--refine", "4"]],
     ids=" ".join,
 )
 def test_another_plan_or_setting_of_the_same_text_does_not_mix_with_what_was_done(

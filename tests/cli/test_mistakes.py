@@ -200,7 +200,7 @@ share model out --restart                               | --restart would not be
 share model out --measure                               | --measure would not be used
 share model out --seed 3                                | --seed would not be used
 share model out --no-refit-ffn                          | --refit-ffn would not be used
-share model out --reconstruct 8                         | --reconstruct would not be used
+share model out --refine fast                           | --refine would not be used
 share model out --no-probe                              | --probe would not be used
 share model out --refit --no-probe --calibration text   | --probe would not be used
 share model out --save 5% --calibration text --calibration-window 32 --calibration-tokens 64 | text gave 2 windows

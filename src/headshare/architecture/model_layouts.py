@@ -53,6 +53,15 @@ class ModelLayouts:
         """
         return (self.attention,) if self.ffn is None else (self.attention, self.ffn)
 
+    def vectors(self, layer: int) -> frozenset[str]:
+        """The names of a layer's tensors of one axis: its norms and biases.
+
+        Raises:
+            ArchitectureError: if the model's layout is not known.
+        """
+        prefix = self.attention.parts[Part.O].prefix(layer)
+        return frozenset(name for name, shape in self.shapes.items() if name.startswith(prefix) and len(shape) == 1)
+
     def ffn_in(self, groups: int) -> Layout:
         """The layout of the feed-forward in this many groups of neurons a layer.
 

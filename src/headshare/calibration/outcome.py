@@ -6,6 +6,7 @@ from typing import Any
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import HeldOutPerplexity
+from headshare.calibration.refit.refinement import Refinement
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import SharedCheckpoint
 
@@ -66,14 +67,14 @@ class Outcome:
 class ShareRequest:
     """A request for a shared checkpoint: a plan, or a budget to choose a plan for, and the stages that follow.
 
-    With `refit` the output projections are refitted, those of the feed-forward only with `ffn`. This many gradient
-    `steps` a layer follow. With `measure` the perplexity is measured. `dtype` is the type of the weights that are
+    With `refit` the output projections are refitted, those of the feed-forward only with `ffn`. `refine` names the
+    gradient steps that follow. With `measure` the perplexity is measured. `dtype` is the type of the weights that are
     written.
     """
 
     plan: SharePlan | Budget
     refit: bool = True
     ffn: bool = True
-    steps: int = 0
+    refine: str | int | Refinement | None = None
     measure: bool = False
     dtype: str | None = None

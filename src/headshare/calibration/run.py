@@ -16,8 +16,9 @@ from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.layerwise.numbers import check_numbers, solved
 from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
+from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
-from headshare.calibration.refit.run import record_of, refit, run_refit
+from headshare.calibration.refit.run import record_of, refit, run_refit, state_key
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import ANY_BASE, check_origin, fingerprint
@@ -25,7 +26,6 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
 from headshare.files.resume import ResumableRun, run_folder
-from headshare.files.state_files import key_of
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
@@ -52,10 +52,12 @@ class CalibratedRun:
         work = self.resumable.workspace
         return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=work)
 
-    def refit(self, shared: SharedCheckpoint, *, ffn: bool = True, steps: int = 0) -> SharedCheckpoint:
+    def refit(
+        self, shared: SharedCheckpoint, *, ffn: bool = True, refine: str | int | Refinement | None = None
+    ) -> SharedCheckpoint:
         """The checkpoint refitted by `refit` to the run's tokens."""
         work = self.resumable.workspace
-        return refit(shared, self.calibration, ffn=ffn, steps=steps, device=self.device, workspace=work)
+        return refit(shared, self.calibration, ffn=ffn, refine=refine, device=self.device, workspace=work)
 
     def measure(self, shared: Path) -> "HeldOutPerplexity":
         """Measure the dense model and the shared one in this folder, on the windows that the fits hold out."""
@@ -140,7 +142,7 @@ def share_calibrated(
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
         shared = share(dense, plan, dtype=wanted.dtype)
         if wanted.refit:
-            shared = run.refit(shared, ffn=wanted.ffn, steps=wanted.steps)
+            shared = run.refit(shared, ffn=wanted.ffn, refine=wanted.refine)
         run.resumable.mark_committing(out)
         shared.save(out, overwrite=overwrite)
     return Outcome(shared, chosen, run.measure(out) if wanted.measure else None)
@@ -153,7 +155,7 @@ def refit_checkpoint(
     out: Path,
     *,
     ffn: bool = True,
-    steps: int = 0,
+    refine: str | int | Refinement | None = None,
     any_base: bool = False,
     overwrite: bool = False,
 ) -> RefitRecord:
@@ -163,11 +165,13 @@ def refit_checkpoint(
     dense model may be another than the one that the checkpoint came from.
 
     Raises:
+        OptionError: if there is no such refinement.
         PlanError: if the dense model is not one that the plan is for.
         CheckpointError, ArchitectureError: if either cannot be used, or the dense model is another.
         OutputError: if it cannot be written.
     """
     # What cannot be refitted or written is refused before hours of work.
+    refinement = Refinement.of(refine)
     files = open_shared(shared)
     plan = files.plan
     entry = files.entry
@@ -180,15 +184,17 @@ def refit_checkpoint(
     check_output(out, dense.path, overwrite=True, in_place=is_own(shared, out))
 
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.
-    more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--reconstruct": str(steps)}
+    more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--refine": str(refinement and refinement.key())}
     with calibrated_run(target, out, settings, **more) as run:
         if entry.refit and _has_replaced(run.resumable):
             return entry.refit  # a second refit would start from the first one's weights
 
         # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
-        refitter = Refitter(target, plan, run.calibration, ffn=ffn, steps=steps, device=run.device, shared=shared)
-        run_refit(refitter, run.resumable.workspace, key_of(plan.digest, ffn, steps))
-        record = record_of(run.calibration, refitter.result.tensors, entry.refit, steps=steps)
+        refitter = Refitter(
+            target, plan, run.calibration, ffn=ffn, refinement=refinement, device=run.device, shared=shared
+        )
+        run_refit(refitter, run.resumable.workspace, state_key(plan, ffn, refinement))
+        record = record_of(run.calibration, refitter.result.tensors, entry.refit, refinement=refinement)
         run.resumable.mark_committing(out)
         write_refitted(files, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
     return record

@@ -1,9 +1,9 @@
 """The record of a refit in a checkpoint's config.json: the refitted tensors and the text. It holds no weight."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from headshare.files.printable import CONTROL, MAX_TEXT
 from headshare.files.untrusted import Text, checked_record
@@ -30,6 +30,7 @@ class RefitRecord(BaseModel):
     window: Count
     seed: Seed
     steps: Count = 0
+    step_tokens: Count = 0
 
     @classmethod
     def of(
@@ -41,10 +42,12 @@ class RefitRecord(BaseModel):
         windows: tuple[int, ...],
         seed: int,
         steps: int = 0,
+        step_tokens: int = 0,
     ) -> "RefitRecord":
         """The record of these tensors, fitted on `windows` (their count and length in tokens) of a text.
 
-        `steps` counts gradient steps a layer. Characters of the text's name that cannot be shown are replaced.
+        `steps` counts gradient steps a layer, `step_tokens` the tokens of each. Characters of the text's name that
+        cannot be shown are replaced.
         """
         shown = CONTROL.sub("?", text)[:MAX_TEXT]
         count, window = windows
@@ -56,6 +59,7 @@ class RefitRecord(BaseModel):
             window=window,
             seed=seed,
             steps=steps,
+            step_tokens=step_tokens,
         )
 
     @classmethod
@@ -63,7 +67,16 @@ class RefitRecord(BaseModel):
         """Check a record that somebody else wrote."""
         return checked_record(cls, data, "the checkpoint's record of its refit")
 
+    @model_serializer(mode="wrap")
+    def _written(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The record as JSON; one without steps is written as it was before there were tokens a step."""
+        data = plain(self)
+        if not self.step_tokens:
+            del data["step_tokens"]
+        return data
+
     def in_words(self) -> str:
         """The record in words, as a clause of a checkpoint's description."""
         how = f", {self.steps} gradient steps a layer" if self.steps else ""
+        how += f" of {self.step_tokens:,} tokens" if self.step_tokens else ""
         return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{how}"

@@ -60,7 +60,7 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
     if not calibrated:
         refuse_unused(context, "there is no --calibration text", CALIBRATING)
     if not refit:
-        refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn", "reconstruct"])
+        refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn", "refine"])
     if not by_output:
         refuse_unused(context, "only a plan by output is priced", ["probe", "multiple"])
 
@@ -133,7 +133,7 @@ def share(
                 wanted,
                 refit=repair.refit,
                 ffn=repair.refit_ffn,
-                steps=repair.reconstruct,
+                refine=repair.refine,
                 measure=repair.measure,
                 dtype=dtype,
             )
@@ -197,7 +197,7 @@ def refit(
             windows.settings(calibration, restart=restart),
             target,
             ffn=repair.refit_ffn,
-            steps=repair.reconstruct,
+            refine=repair.refine,
             any_base=any_base,
             overwrite=common.overwrite,
         )

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headshare.calibration.budget import Budget
+from headshare.calibration.refit.refinement import NONE, REFINEMENTS, Refinement
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.cli.options import CALIBRATE, CHOOSE, WRITE, Context, RestartOption, is_given, refuse_unused
+from headshare.errors import OptionError
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.pairing import MODES, make_plan
 from headshare.matching.scores import Scores
@@ -245,6 +247,17 @@ class RunOptions(CalibrationOptions):
         return self.settings(source, restart=self.restart, probe=self.probe)
 
 
+_PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
+
+
+def _a_refinement(word: str) -> str:
+    try:
+        Refinement.of(word)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    return word
+
+
 @dataclass(frozen=True)
 class RefitOptions:
     """How a model is repaired after sharing."""
@@ -252,17 +265,16 @@ class RefitOptions:
     refit_ffn: Annotated[
         bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
     ] = True
-    reconstruct: Annotated[
-        int,
+    refine: Annotated[
+        str,
         typer.Option(
-            metavar="STEPS",
-            min=0,
+            metavar="none|fast|best|STEPS",
+            callback=_a_refinement,
             rich_help_panel=CALIBRATE,
-            help="After the refit, take this many gradient steps in each layer. They update the weights of its "
-            "attention and feed-forward that it does not share, and pull its output towards the dense layer's. They "
-            "take several times as long as the refit.",
+            help="After its refit, pull each layer's output towards the dense layer's by gradient steps on all its "
+            f"weights that no other layer uses. {_PRESETS}.",
         ),
-    ] = 0
+    ] = NONE
 
 
 @dataclass(frozen=True)

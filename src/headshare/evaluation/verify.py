@@ -175,7 +175,7 @@ def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
     """Names of the tensors that a refit may change.
 
     They are the weights and biases of output projections (W_o and W_down), and with gradient steps the weights of all
-    parts.
+    parts, and the layers' norms and biases.
     """
     allowed: set[str] = set()
     for layout in dense.layouts.all:
@@ -185,6 +185,8 @@ def _refittable(dense: Checkpoint, *, stepped: bool) -> frozenset[str]:
                 allowed.update(names, map(bias_name, names))
             elif stepped:
                 allowed.update(names)
+    if stepped:
+        allowed.update(*(dense.layouts.vectors(layer) for layer in range(dense.layouts.attention.layers)))
     return frozenset(allowed)
 
 

@@ -37,6 +37,10 @@ class Place(BaseModel):
         """The tensor's name in that layer."""
         return self.tensor.replace("{layer}", str(layer))
 
+    def prefix(self, layer: int) -> str:
+        """The beginning of the names of that layer's tensors, such as `model.layers.7.`"""
+        return self.tensor[: self.tensor.index("{layer}")] + f"{layer}."
+
     def span(self, group: int) -> tuple[int, int]:
         """The indices along `axis` that belong to this group: first, and one past the last."""
         first = self.start + group * self.step

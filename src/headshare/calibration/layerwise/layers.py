@@ -104,6 +104,14 @@ class Layers:
         layouts = [layout for layout in (self.attention, self.ffn if ffn else None) if layout is not None]
         return {self.tensor(part, layer): self.path(part) for layout in layouts for part in layout.parts}
 
+    def vectors_of(self, layer: int) -> dict[str, str]:
+        """The paths, within this layer, of its norms and biases by their names in the checkpoint."""
+        prefix = self.shell.prefix(layer)
+        named = self.checkpoint.layouts.vectors(layer)
+        paths = (path for path, _ in self.shell.modules[layer].named_parameters())
+        stored = {self.shell.stored_name(prefix + path): path for path in paths}
+        return {name: path for name, path in stored.items() if name in named}
+
     def build(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Build this layer with its weights, in float32 and memory of its own.
 

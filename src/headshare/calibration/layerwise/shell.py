@@ -72,8 +72,7 @@ class Shell:
 
     def prefix(self, layer: int) -> str:
         """The beginning of the names of one layer's tensors in the checkpoint, such as `model.layers.7.`"""
-        template = self._o.tensor
-        return template[: template.index("{layer}")] + f"{layer}."
+        return self._o.prefix(layer)
 
     def stored_name(self, name: str) -> str:
         """The tensor's name in the checkpoint, which for old BERTs and GPT-NeoX is not its name in the model."""

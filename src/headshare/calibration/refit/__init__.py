@@ -1,6 +1,6 @@
-"""Refits: output projections in closed form, and gradient reconstruction of one layer.
+"""Refits: output projections in closed form, and the refinement of one layer by gradient steps.
 
 The hidden states of the dense model and of the shared one are kept side by side. Each output
-projection is fitted so that it brings the second back to the first; a layer's other matrices may
-then follow by gradient steps. The fits know no model.
+projection is fitted so that it brings the second back to the first; all weights of a layer may
+then take gradient steps. The fits know no model.
 """

@@ -62,6 +62,13 @@ class PlannedColumns:
             owned.narrow(tensor.axis, gap.donor_start, gap.stop - gap.start).fill_(value=False)
         return owned
 
+    def present(self, name: str) -> tuple[int, Int[Tensor, " present"] | None]:
+        """The axis along which a tensor's units lie, and its indices there less the removed ones; None for all."""
+        if name not in self._tensors or not self._tensors[name].removed:
+            return 0, None
+        tensor = self._tensors[name]
+        return tensor.axis, torch.cat([self._range(*span) for span in tensor.present()])
+
     def free(self, name: str, count: int) -> Int[Tensor, " free"]:
         """Columns that this projection stores, of `count`, the bias included."""
         if name not in self._tensors:

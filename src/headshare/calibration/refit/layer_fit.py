@@ -1,4 +1,4 @@
-"""The fits of one layer: its output projections in closed form, then its other matrices by gradient steps."""
+"""The fits of one layer: its output projections in closed form, then all its weights by gradient steps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
+from headshare.calibration.refit.block_steps import BlockTarget, refine_block
+from headshare.calibration.refit.block_weights import BlockWeights
 from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.normal_equations import NormalEquations, token_weights
-from headshare.calibration.refit.reconstruction import LayerTarget, reconstruct
+from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.regression import Fitted, LowRankColumns, assembled, fit_readout
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
 from headshare.calibration.refit.result import Refit, RefitStep
@@ -40,7 +42,7 @@ class LayerFit:
     All new tensors and steps are added to `result`.
     `layers` are the dense model's. `shared_layers` are those of the shared checkpoint, or the same where there is none
     yet. The first `fitted` windows of the streams are fitted to, the others are held out. With `ffn`, W_down is
-    fitted too. The fits are followed by `gradient_steps`, at this `rate` and on windows drawn by the `seed`.
+    fitted too. The fits are followed by the `refinement`, if there is one, on windows drawn by the `seed`.
     """
 
     layers: Layers
@@ -49,9 +51,8 @@ class LayerFit:
     result: Refit
     fitted: int
     ffn: bool
-    gradient_steps: int
+    refinement: Refinement | None
     seed: int
-    rate: float
 
     def batches(self, stream: Stream) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
@@ -160,7 +161,7 @@ class LayerFit:
             narrow,
             prior=prior,
             largest=torch.finfo(dtype).max,
-            all_tokens=not self.gradient_steps,
+            all_tokens=self.refinement is None,
         )
 
         # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with
@@ -212,42 +213,25 @@ class LayerFit:
 
     # ---- gradient steps
 
-    def reconstruct(self, layer: int, module: nn.Module, streams: Streams) -> None:
-        """Change the weight matrices of the shared model's built layer by gradient steps, and keep them in the result.
+    def refine(self, layer: int, module: nn.Module, streams: Streams) -> None:
+        """Change all weights of the shared model's built layer by gradient steps, and keep them in the result.
 
-        The layer has the matrices as they will be stored. The dense stream has advanced over the layer, the shared one
+        The layer has the weights as they will be stored. The dense stream has advanced over the layer, the shared one
         has not.
         """
-        weights = self._matrices(layer, module)
-        best = reconstruct(
-            self.shared_layers,
-            layer,
-            module,
-            LayerTarget(streams.shared, streams.dense, self.fitted),
-            weights,
-            self.columns.owned,
-            steps=self.gradient_steps,
-            seed=self.seed,
-            rate=self.rate,
-        )
+        assert self.refinement is not None
+        block = BlockWeights.of(self.shared_layers, layer, module, self.columns, ffn=self.ffn)
+        target = BlockTarget(streams.shared, streams.dense, self.fitted)
+        with block.narrowed() as (weights, own):
+            best = refine_block(
+                self.shared_layers, layer, module, target, weights, own, self.refinement, seed=self.seed
+            )
         if best.step:
-            for name, weight in best.weights.items():
-                rounded = weight.to(self.columns.dtype(name))
-                self.result.tensors[name] = rounded.cpu()
-                weights[name].copy_(torch.where(self.columns.owned(name, weight), rounded.to(weight), weights[name]))
+            self.result.tensors.update(block.put(best.weights))
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
         choice = f"best after {best.step}" if best.step else "none was better"
-        note = f"{self.gradient_steps} gradient steps, {choice}"
+        note = f"{self.refinement.steps} gradient steps, {choice}"
         self.result.steps.append(RefitStep(base, None, best.error_before, best.error_after, note))
-
-    def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights of a built layer's parts, by name."""
-        matrices = {}
-        for name, path in self.layers.tensors_of(layer, ffn=self.ffn).items():
-            weight = module.get_submodule(path).weight
-            assert isinstance(weight, nn.Parameter)
-            matrices[name] = weight
-        return matrices
 
 
 def _step(name: str, fitted: Fitted, left_out: int) -> RefitStep:

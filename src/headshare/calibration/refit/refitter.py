@@ -4,7 +4,7 @@ Two streams of hidden states are kept over the calibration tokens, the dense mod
 each readout, with Z its inputs in the shared model, the target is Y = (h_t + out_t) - h_s: the output that would bring
 the shared stream back to the dense one. Then both streams advance. Layers before the first tie stay as they are.
 
-With `steps`, a layer's other matrices follow by gradient steps before the streams advance (`reconstruction.py`); the
+With a refinement, all weights of a layer then take gradient steps before the streams advance (`block_steps.py`); the
 readouts are then fitted on the tokens that are not held out, so that those can say how many steps are best.
 """
 
@@ -17,10 +17,10 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.layer_fit import LayerFit, Streams
-from headshare.calibration.refit.reconstruction import RATE
+from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import CalibrationError, CheckpointError, PlanError
+from headshare.errors import CheckpointError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.progress import track
 from headshare.sharing.expanded import ExpandedTensors
@@ -35,20 +35,21 @@ def refit_readouts(
     calibration: Calibration,
     *,
     ffn: bool = True,
-    steps: int = 0,
+    refine: str | int | Refinement | None = None,
     device: str = "cpu",
 ) -> Refit:
     """Refit the output projections to make up for a plan's ties: W_o of every layer from the first tie on.
 
-    With `ffn`, W_down is refitted too. This many gradient `steps` a layer then change the other weight matrices of its
-    attention and, with `ffn`, of its feed-forward.
+    With `ffn`, W_down is refitted too. With `refine`, gradient steps then change all weights of each layer: a name or a
+    number of steps, as `Refinement.of` takes it.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
         PlanError: if the plan is for another model.
         CalibrationError: if the calibration has fewer than two windows.
+        OptionError: if there is no such refinement.
     """
-    refitter = Refitter(dense, plan, calibration, ffn=ffn, steps=steps, device=device)
+    refitter = Refitter(dense, plan, calibration, ffn=ffn, refinement=Refinement.of(refine), device=device)
     for _ in track(refitter.advance(), "refitting", refitter.layers.count):
         pass
     return refitter.result
@@ -64,7 +65,7 @@ class Refitter:
     Raises:
         CheckpointError, ArchitectureError: if a model cannot be walked layer by layer.
         PlanError: if the plan is for another model, or not that of the shared checkpoint.
-        CalibrationError: if the calibration has fewer than two windows, or `steps` is below zero.
+        CalibrationError: if the calibration has fewer than two windows.
     """
 
     def __init__(
@@ -74,14 +75,12 @@ class Refitter:
         calibration: Calibration,
         *,
         ffn: bool = True,
-        steps: int = 0,
+        refinement: Refinement | None = None,
         device: str = "cpu",
         shared: Checkpoint | None = None,
         layers: Layers | None = None,
     ) -> None:
         dense.require_dense("refit it")
-        if steps < 0:
-            raise CalibrationError(f"a layer cannot be reconstructed in {steps} steps. Ask for 0 or more.")
         if shared is not None and shared.plan != plan:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
         weights = ExpandedTensors.planned(dense, plan)  # which checks that the plan is for this model
@@ -109,9 +108,8 @@ class Refitter:
             self.result,
             fitted=len(fit.tokens),
             ffn=ffn and self.layers.ffn is not None,
-            gradient_steps=steps,
+            refinement=refinement,
             seed=calibration.seed,
-            rate=RATE,
         )
         self._streams: Streams | None = None
 
@@ -184,8 +182,8 @@ class Refitter:
         # The fit takes the dense stream over the layer. The shared one follows only when all of the layer is done,
         # so that the next layer is fitted to the output of the changed layers before it.
         module = self._fitted(layer, streams)
-        if self.layer_fit.gradient_steps:
-            self.layer_fit.reconstruct(layer, module, streams)
+        if self.layer_fit.refinement is not None:
+            self.layer_fit.refine(layer, module, streams)
         self._run_over(self.shared_layers, module, layer, streams.shared)
 
     def _run_over(self, layers: Layers, module: nn.Module, layer: int, stream: Stream) -> None:

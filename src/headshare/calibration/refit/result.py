@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RefitStep:
-    """A step of a refit: one output projection refitted, or one layer reconstructed by gradient steps.
+    """A step of a refit: one output projection refitted, or one layer refined by gradient steps.
 
     Errors are squared errors on held-out tokens, as parts of the target's own size.
     `ridge` is None where nothing was solved, or the readout was kept as it was; `note` says why, or what else is to be

@@ -3,10 +3,12 @@
 from collections.abc import Collection
 from dataclasses import asdict
 
+from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.state_files import Workspace, check_readable, key_of
+from headshare.plan.plan import SharePlan
 from headshare.progress import track
 from headshare.sharing.share import SharedCheckpoint
 from headshare.text.tokens import Calibration
@@ -17,22 +19,29 @@ def refit(
     calibration: Calibration,
     *,
     ffn: bool = True,
-    steps: int = 0,
+    refine: str | int | Refinement | None = None,
     device: str = "cpu",
     workspace: Workspace | None = None,
 ) -> SharedCheckpoint:
     """The checkpoint with its output projections refitted to the calibration text: W_o, and with `ffn` W_down.
 
-    They are refitted from the first layer on that gives something up. This many gradient `steps` a layer then change
-    the other matrices of those layers.
+    They are refitted from the first layer on that gives something up. `refine` then changes all weights of those layers
+    by gradient steps: none, fast, best, or a number of steps a layer.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+        OptionError: if there is no such refinement.
     """
-    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, steps=steps, device=device)
-    run_refit(refitter, workspace, key_of(shared.plan.digest, ffn, steps))
+    refinement = Refinement.of(refine)
+    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, refinement=refinement, device=device)
+    run_refit(refitter, workspace, state_key(shared.plan, ffn, refinement))
     tensors = refitter.result.tensors
-    return shared.with_refit(record_of(calibration, tensors, steps=steps), tensors)
+    return shared.with_refit(record_of(calibration, tensors, refinement=refinement), tensors)
+
+
+def state_key(plan: SharePlan, ffn: bool, refinement: Refinement | None) -> str:
+    """The key of a refit's state: all that it depends on, beside what identifies the run."""
+    return key_of(plan.digest, ffn, refinement.key() if refinement else 0)
 
 
 def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None:
@@ -79,7 +88,11 @@ def _streams_after(key: str, layer: int) -> str:
 
 
 def record_of(
-    calibration: Calibration, tensors: Collection[str], before: RefitRecord | None = None, *, steps: int = 0
+    calibration: Calibration,
+    tensors: Collection[str],
+    before: RefitRecord | None = None,
+    *,
+    refinement: Refinement | None = None,
 ) -> RefitRecord:
     """The record of a refit for the checkpoint, together with the tensors that an earlier refit changed."""
     fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
@@ -89,5 +102,6 @@ def record_of(
         calibration.digest,
         windows=tuple(calibration.tokens.shape),
         seed=calibration.seed,
-        steps=max(steps, before.steps if before else 0),
+        steps=max(refinement.steps if refinement else 0, before.steps if before else 0),
+        step_tokens=max(refinement.tokens if refinement else 0, before.step_tokens if before else 0),
     )

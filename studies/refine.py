@@ -1,51 +1,60 @@
 """After the refit, some hundred gradient steps for each layer on what it gives: what would that gain?
 
-    python -m studies.reconstruct MODEL --plan PLAN.json --calibration TEXT --text OTHER --steps 200 --rates 1e-4
+    python -m studies.refine MODEL --plan PLAN.json --calibration TEXT --text OTHER --steps 100,400 --rates 1e-4
 
-The steps are those of `headshare share --reconstruct`; `--train v` changes W_v and W_o alone, `all` every matrix.
+The steps are those of `headshare share --refine`; `--train readouts` changes W_o and W_down alone, `matrices` every
+matrix, `all` norms and biases too.
 Measured on another text, in pairs with the refit alone: loss and KL(dense | model), nats a token, errors over windows.
 """
 
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import headshare as hs
 from benchmarks.machine import machine
-from headshare.calibration.refit.layer_fit import LayerFit
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit.block_weights import BlockWeights
+from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
-from headshare.plan.units import Part
+from headshare.plan.units import READOUTS, Part
 from headshare.progress import shown, track
 from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows
 from studies.products import parsed
 from studies.quality import put
 
-TRAINED = {"v": (Part.V, Part.O), "all": tuple(Part)}
+TRAINED = {"readouts": READOUTS, "matrices": tuple(Part), "all": None}
 
 
-@dataclass
-class Chosen(LayerFit):
-    """A layer's fits whose gradient steps change only some parts of it."""
+def trained(parts: tuple[Part, ...] | None) -> Callable[..., BlockWeights]:
+    """A maker of a block's weights that leaves only the matrices of these parts, or all weights for None."""
 
-    parts: tuple[Part, ...] = tuple(Part)
+    def of(layers: Layers, layer: int, *rest: Any, **more: Any) -> BlockWeights:
+        block = WHOLE(layers, layer, *rest, **more)
+        if parts is None:
+            return block
+        places = [one.parts for one in (layers.attention, layers.ffn) if one is not None]
+        wanted = {layers.tensor(part, layer) for each in places for part in each if part in parts}
+        return BlockWeights({name: one for name, one in block.weights.items() if name in wanted}, block.columns)
 
-    def _matrices(self, layer: int, module: nn.Module) -> dict[str, nn.Parameter]:
-        places = [one.parts for one in (self.layers.attention, self.layers.ffn) if one is not None]
-        wanted = {self.layers.tensor(part, layer) for parts in places for part in parts if part in self.parts}
-        return {name: weight for name, weight in super()._matrices(layer, module).items() if name in wanted}
+    return of
+
+
+WHOLE = BlockWeights.of
 
 
 def main() -> None:
-    """Refit, reconstruct, measure, print."""
+    """Refit, refine, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--plan", required=True)
@@ -54,9 +63,10 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="a text file, or 'self'")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rates", default="1e-4", help="comma-separated")
-    parser.add_argument("--train", default="v,all", help="comma-separated: v, all")
+    parser.add_argument("--steps", default="100", help="comma-separated")
+    parser.add_argument("--step-tokens", default="4096", help="comma-separated")
+    parser.add_argument("--rates", default="3e-4", help="comma-separated")
+    parser.add_argument("--train", default="all", help=f"comma-separated: {', '.join(TRAINED)}")
     parser.add_argument("--seed", type=int, default=0)
     args = parsed(parser)
     dense, plan = hs.open_checkpoint(args.model), SharePlan.load(args.plan)
@@ -73,36 +83,51 @@ def main() -> None:
     base: tuple[Tensor, Tensor] | None = None
     with shown():
         predictions = Predictions(load_model(dense), windows)
-        cells = [("refit alone", 0, 0.0)]
-        cells += [(name, args.steps, float(rate)) for name in args.train.split(",") for rate in args.rates.split(",")]
-        for name, steps, rate in cells:
-            begun = time.perf_counter()
-            one = Refitter(dense, plan, fitted, steps=steps)
-            one.layer_fit = Chosen(**{**vars(one.layer_fit), "rate": rate, "parts": TRAINED.get(name, ())})
+        cells: list[tuple[str, Refinement | None]] = [("refit alone", None)]
+        cells += [
+            (name, Refinement(int(steps), int(tokens), float(rate)))
+            for name in args.train.split(",")
+            for steps in args.steps.split(",")
+            for tokens in args.step_tokens.split(",")
+            for rate in args.rates.split(",")
+        ]
+        for name, refinement in cells:
+            begun = time.process_time()
+            BlockWeights.of = trained(TRAINED.get(name))  # type: ignore[method-assign]
+            one = Refitter(dense, plan, fitted, refinement=refinement)
             for _ in track(one.advance(), name, one.layers.count):
                 pass
-            seconds = time.perf_counter() - begun
+            seconds = time.process_time() - begun
             model = load_model(dense)
             overwrite_recipients(model, plan)
             put(model, one.result.tensors)
             losses, divergences = losses_and_divergences(model, predictions)
             base = base or (losses, divergences)
             closed = [1 - step.error_after / step.error_before for step in one.result.steps if "gradient" in step.note]
+            less = sum(closed) / len(closed) if closed else 0.0
             rows.append(
-                f"| {name} | {rate:g} | {sum(closed) / len(closed) if closed else 0:.1%} | {losses.mean():.4f} | "
+                f"| {name} | {words(refinement)} | {less:.1%} | {losses.mean():.4f} | "
                 f"{difference(losses, base[0])} | {divergences.mean():.4f} | {difference(divergences, base[1])} | "
                 f"{seconds:.0f} |"
             )
             print(rows[-1], flush=True)
     print(json.dumps({**machine(), "products": args.products}))
     print(
-        f"\n{dense.name}, {args.steps} steps a layer, calibrated on "
+        f"\n{dense.name}, calibrated on "
         f"{fitted.tokens.numel()} tokens of {Path(args.calibration).name}, measured on {windows.tokens.numel()} of "
         f"{Path(args.text).name}\n"
     )
-    print("| trained | rate | less error a layer | loss, nats | against refit | divergence | against refit | seconds |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| trained | steps | tokens of each | rate | less error a layer | loss, nats | against refit | divergence | "
+        "against refit | CPU seconds |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     print("\n".join(rows))
+
+
+def words(refinement: Refinement | None) -> str:
+    """The cells of a row that say how the layers were refined."""
+    return " | | " if refinement is None else f"{refinement.steps} | {refinement.tokens} | {refinement.rate:g}"
 
 
 def difference(found: Tensor, base: Tensor) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,18 @@ from torch import Tensor, nn
 
 import headshare as hs
 from headshare.calibration.layerwise.layers import Layers
-from headshare.calibration.refit import reconstruction
-from headshare.calibration.refit import refitter as refitting
+from headshare.calibration.refit import block_steps, block_weights
+from headshare.calibration.refit.block_steps import BlockTarget, refine_block
 from headshare.calibration.refit.normal_equations import token_weights
-from headshare.calibration.refit.reconstruction import LayerTarget, reconstruct
+from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import CalibrationError
+from headshare.errors import OptionError
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part
-from headshare.precision import short_products
+from headshare.precision import full_float32, short_products
 from support import tiny
 from support.refits import WINDOW, calibration, dense_of, last_states, missed, plan_of, same, stock
 from support.walks import ALL
@@ -37,14 +38,13 @@ CASES = [
     ("bert", "qkv"),
     ("gemma2", "removed attention"),
 ]
-STEPS = 40
-SMALL = 5e-4
+SMALL = 5e-4  # a rate for models so small
+STEPS = Refinement(40, 2048, SMALL)
 
 
 @pytest.fixture(autouse=True)
 def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "FAMILIES", ALL)
-    monkeypatch.setattr(refitting, "RATE", SMALL)  # for models so small
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -54,7 +54,7 @@ def test_steps_bring_the_last_hidden_states_nearer_and_leave_alone_what_is_share
     dense, tokens = dense_of(name, tmp_path), calibration(windows=256)
     plan = plan_of(dense, kind)
     wanted = last_states(stock(dense), tokens.tokens)
-    before, found = refit_readouts(dense, plan, tokens), refit_readouts(dense, plan, tokens, steps=STEPS)
+    before, found = refit_readouts(dense, plan, tokens), refit_readouts(dense, plan, tokens, refine=STEPS)
     missed_before = missed(last_states(stock(dense, plan, before), tokens.tokens), wanted)
     missed_after = missed(last_states(stock(dense, plan, found), tokens.tokens), wanted)
     assert missed_after < missed_before
@@ -63,17 +63,18 @@ def test_steps_bring_the_last_hidden_states_nearer_and_leave_alone_what_is_share
     check_untouched(dense, plan, before, found)
 
 
-def test_of_a_mixture_of_experts_attention_takes_steps_and_experts_none(
+def test_of_a_mixture_of_experts_attention_and_norms_take_steps_and_experts_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So small a model only over-fits (routers choose other experts, which no gradient sees): so every look is taken
     to be better than the last."""
     errors = itertools.count(1)
-    monkeypatch.setattr(reconstruction, "_held_out", lambda *_: 1 / next(errors))
+    monkeypatch.setattr(block_steps, "_held_out", lambda *_: 1 / next(errors))
     dense, tokens = dense_of("mixtral", tmp_path), calibration(windows=64)
     plan = plan_of(dense, "qkv")
-    found = refit_readouts(dense, plan, tokens, steps=STEPS)
-    assert all(".self_attn." in name for name in found.tensors)
+    found = refit_readouts(dense, plan, tokens, refine=STEPS)
+    assert all(".self_attn." in name or "layernorm" in name for name in found.tensors)
+    assert any("layernorm" in name for name in found.tensors)
     check_untouched(dense, plan, refit_readouts(dense, plan, tokens), found)
 
 
@@ -102,7 +103,7 @@ def test_the_saved_model_is_the_one_that_was_walked(name: str, kind: str, dtype:
     plain.save_pretrained(tmp_path / "dense")
     dense, tokens = hs.open_checkpoint(tmp_path / "dense"), calibration(windows=256)
     plan = plan_of(dense, kind)
-    refitter = Refitter(dense, plan, tokens, steps=STEPS)
+    refitter = Refitter(dense, plan, tokens, refinement=STEPS)
     assert list(refitter.advance()) == [0, 1, 2, 3]
     tensors = refitter.result.tensors
     fitted = tuple(sorted(key for key in tensors if key.endswith((".weight", ".bias"))))
@@ -123,8 +124,9 @@ def test_one_step_is_adams_on_the_relative_error_of_what_leaves_the_layer(tmp_pa
     weight = module.get_submodule(layers.path(Part.Q)).weight
     assert isinstance(weight, nn.Parameter)
     first, free = weight.detach().clone(), torch.arange(weight.numel()).view_as(weight) % 3 > 0
-    wanted = LayerTarget(entering, leaving, 1)
-    found = reconstruct(layers, 1, module, wanted, {name: weight}, lambda *_: free, steps=1, seed=0, rate=SMALL)
+    wanted = BlockTarget(entering, leaving, 1)
+    one = Refinement(1, WINDOW, SMALL)
+    found = refine_block(layers, 1, module, wanted, {name: weight}, {name: free}, one, seed=0)
     assert torch.equal(weight, first)  # the module is as it was
 
     def error(changed: Tensor, at: slice) -> float:
@@ -155,9 +157,9 @@ def test_one_step_is_adams_on_the_relative_error_of_what_leaves_the_layer(tmp_pa
 
 def test_without_the_feed_forward_only_attention_takes_steps(tmp_path: Path) -> None:
     dense = dense_of("llama-gqa", tmp_path)
-    found = refit_readouts(dense, plan_of(dense, "qkv"), calibration(windows=256), ffn=False, steps=STEPS)
+    found = refit_readouts(dense, plan_of(dense, "qkv"), calibration(windows=256), ffn=False, refine=STEPS)
     assert any("gradient steps, best" in step.note for step in found.steps)
-    assert all(".self_attn." in name for name in found.tensors)
+    assert all(".self_attn." in name or "norm" in name for name in found.tensors)
 
 
 def test_what_layers_are_called_with_is_exact_whatever_products_are_allowed(tmp_path: Path) -> None:
@@ -176,23 +178,22 @@ def test_what_layers_are_called_with_is_exact_whatever_products_are_allowed(tmp_
 def test_steps_that_were_stopped_go_on_bit_for_bit(name: str, kind: str, tmp_path: Path) -> None:
     dense, tokens = dense_of(name, tmp_path), calibration(windows=256)
     plan = plan_of(dense, kind)
-    whole = Refitter(dense, plan, tokens, steps=STEPS)
+    whole = Refitter(dense, plan, tokens, refinement=STEPS)
     for layer in whole.advance():
         save_file(whole.state(), tmp_path / f"{layer}.streams")
         save_file(dict(whole.result.tensors), tmp_path / f"{layer}.tensors")
         (tmp_path / f"{layer}.json").write_text(json.dumps(whole.result.to_dict()))
-    again = Refitter(dense, plan, tokens, steps=STEPS)
+    again = Refitter(dense, plan, tokens, refinement=STEPS)
     steps = [RefitStep(**step) for step in json.loads((tmp_path / "1.json").read_text())["steps"]]
     again.resume(2, load_file(tmp_path / "1.streams"), load_file(tmp_path / "1.tensors"), steps)
     assert list(again.advance()) == [2, 3]
     assert same(whole.result, again.result)
 
 
-def test_the_best_step_is_kept_and_none_where_none_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_step_is_kept_and_none_where_none_is_better(tmp_path: Path) -> None:
     dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=256)
     plan = plan_of(dense, "qkv")
-    monkeypatch.setattr(refitting, "RATE", 100.0)
-    found = refit_readouts(dense, plan, tokens, steps=4)
+    found = refit_readouts(dense, plan, tokens, refine=Refinement(4, 2048, 100.0))
     assert found.tensors.keys() == refit_readouts(dense, plan, tokens).tensors.keys()  # readouts, and no more
     notes = [step.note for step in found.steps if "gradient" in step.note]
     assert notes == ["4 gradient steps, none was better"] * len(notes) != []
@@ -209,28 +210,101 @@ def test_tokens_that_are_not_finite_count_for_nothing(tmp_path: Path) -> None:
     leaving = layers.run(module, 1, entering)[0] + 0.1
     leaving[:, -1] = torch.inf
 
-    def own(_: str, weight: Tensor) -> Tensor:
-        return torch.ones_like(weight, dtype=torch.bool)
-
-    found = reconstruct(
-        layers, 1, module, LayerTarget(entering, leaving, 3), {name: weight}, own, steps=8, seed=2**64 - 1, rate=SMALL
-    )
+    own = {name: torch.ones_like(weight, dtype=torch.bool)}
+    target = BlockTarget(entering, leaving, 3)
+    found = refine_block(layers, 1, module, target, {name: weight}, own, Refinement(8, 2048, SMALL), seed=2**64 - 1)
     assert found.step
     assert found.error_after < found.error_before < 1
     assert torch.isfinite(found.weights[name]).all()
     assert not token_weights(torch.zeros(1, 1, 4)).any()
 
 
-def test_fewer_than_no_steps_are_refused(tmp_path: Path) -> None:
-    dense = dense_of("llama-gqa", tmp_path)
-    with pytest.raises(CalibrationError, match=r"in -1 steps. Ask for 0 or more"):
-        refit_readouts(dense, plan_of(dense, "qkv"), calibration(), steps=-1)
+def test_a_refinement_is_a_name_or_a_number_of_steps() -> None:
+    assert [Refinement.of(word) for word in ("none", "0", 0, None)] == [None] * 4
+    assert Refinement.of("fast") == REFINEMENTS["fast"] is not None
+    assert Refinement.of(7) == Refinement.of("7") == Refinement(7)
+    for wrong in ("-1", "slow", "", "1e3", "9" * 99, "\u0664", -1):
+        with pytest.raises(OptionError, match=r"is no refinement\. Give none, fast, best, or a number of steps"):
+            Refinement.of(wrong)
+
+
+def test_no_window_is_drawn_twice_before_all_were() -> None:
+    target = BlockTarget(torch.zeros(12, WINDOW, 1), torch.zeros(12, WINDOW, 1), 10)
+    drawn = list(target.drawn(Refinement(7, 3 * WINDOW), torch.Generator().manual_seed(0)))
+    assert [len(at) for at in drawn] == [3] * 7
+    order = torch.cat(drawn).tolist()
+    assert [sorted(order[:10]), sorted(order[10:20])] == [list(range(10))] * 2
+
+
+def test_the_rate_rises_and_then_falls_towards_nothing() -> None:
+    shares = [block_steps._share_of_rate(step, 40) for step in range(40)]
+    assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, shares[3]])
+    assert shares[3:] == sorted(shares[3:], reverse=True)
+    assert 0 < shares[-1] < 0.01
+
+
+def test_norms_and_biases_take_steps_too(tmp_path: Path) -> None:
+    dense = dense_of("llama-biased", tmp_path)
+    found = refit_readouts(dense, plan_of(dense, "qkv"), calibration(windows=256), refine=STEPS)
+    for leaf in ("input_layernorm.weight", "post_attention_layernorm.weight", "q_proj.bias", "up_proj.bias"):
+        changed = [name for name in found.tensors if name.endswith(leaf)]
+        assert changed, leaf
+        assert all(not torch.equal(found.tensors[name], dense.read(name)) for name in changed)
+
+
+def test_removed_neurons_are_not_there_in_steps_and_that_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, tokens = dense_of("llama-biased", tmp_path), calibration(windows=64)
+    plan = plan_of(dense, "removed neurons")
+    few = Refinement(4, 2048, SMALL)
+    widths, steps = set[int](), block_steps._descend
+
+    def seen(layers: Layers, layer: int, module: nn.Module, *rest: Any) -> None:
+        widths.add(module.get_submodule(layers.path(Part.UP)).weight.shape[0])
+        steps(layers, layer, module, *rest)
+
+    errors = itertools.count(1)  # the last look is the best, whatever rounding makes of so few steps
+    monkeypatch.setattr(block_steps, "_held_out", lambda *_: 1 / next(errors))
+    monkeypatch.setattr(block_steps, "_descend", seen)
+    monkeypatch.setattr(block_steps, "short_layers", lambda _: full_float32())
+    found = refit_readouts(dense, plan, tokens, refine=few)
+    assert dense.layouts.ffn is not None
+    whole = dense.layouts.ffn.parts[Part.UP].shape[0]
+    assert widths == {whole - len(plan.removals[0].indices(1)), whole}
+    monkeypatch.setattr(block_weights, "_narrow", lambda *_: frozenset())
+    with_zeros = refit_readouts(dense, plan, tokens, refine=few)
+    assert found.tensors.keys() == with_zeros.tensors.keys()
+    kept = torch.tensor([neuron for neuron in range(whole) if neuron not in plan.removals[0].indices(1)])
+    names = [name for name in found.tensors if "layers.1.mlp." in name]
+    assert len(names) == 6  # gate, up and down, with their biases
+    for name in names:  # of the first layer that is refined: those after it start from what rounding made of it
+        first, second = (each.tensors[name] for each in (found, with_zeros))
+        if whole in first.shape:
+            first, second = (each.index_select(first.shape.index(whole), kept) for each in (first, second))
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_a_refined_model_is_the_same_in_every_storage(tmp_path: Path) -> None:
+    dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=64)
+    plan = plan_of(dense, "scaled qkvo")
+    shared = hs.refit(hs.share(dense, plan), tokens, refine=STEPS)
+    assert shared.refit is not None
+    assert (shared.refit.steps, shared.refit.step_tokens) == (STEPS.steps, STEPS.tokens)
+    folder = shared.save(tmp_path / "shared")
+    assert hs.verify(hs.open_checkpoint(folder), dense).ok
+    expected = last_states(
+        load_model(hs.open_checkpoint(hs.expand(hs.open_checkpoint(folder), tmp_path / "stock"))), tokens.tokens
+    )
+    for storage in ("alias", "owner", "indirect"):
+        found = last_states(hs.load(folder, storage=storage), tokens.tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_refit_for_a_price_takes_no_steps(tmp_path: Path) -> None:
     dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=256)
     plan = plan_of(dense, "qkv")
-    with_steps, without = Refitter(dense, plan, tokens, steps=STEPS), Refitter(dense, plan, tokens)
+    with_steps, without = Refitter(dense, plan, tokens, refinement=STEPS), Refitter(dense, plan, tokens)
     layer = without.first  # a layer that ties nothing would be the dense one in any case
     entering = without.layers.start(without.tokens)
     plain = without.refitted(layer, entering).state_dict()

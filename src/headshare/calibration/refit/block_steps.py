@@ -1,0 +1,154 @@
+"""Gradient steps on one layer of a shared model, which bring its output back to the dense layer's.
+
+The refit solves for the readouts alone. These steps change every matrix, bias and norm of the layer: Adam on the
+squared error of what leaves the layer, on the calibration tokens, with no text to predict. What enters is what the
+changed layers before it give, what should leave is what the dense layer gives in the dense model (the block refinement
+of AA-SVD, arXiv 2604.02119). Beside the layer itself, that takes five times the bytes of its float32 weights.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Batch, Stream
+from headshare.calibration.refit.normal_equations import token_weights
+from headshare.calibration.refit.refinement import Refinement
+from headshare.precision import short_layers
+
+BETAS = (0.9, 0.99)
+LOOKS = 8
+WARM_UP = 0.1  # of all steps
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The best of the steps: its weights by name, its number, and the held-out errors before the first step and there.
+
+    An error is the squared error of each token as part of its squared size in the dense model, averaged over tokens.
+    """
+
+    weights: Mapping[str, Tensor]
+    step: int
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class BlockTarget:
+    """The hidden states that enter a layer in the shared model, and those that leave it in the dense one.
+
+    The first `fitted` windows are fitted to, the others are held out.
+    """
+
+    entering: Stream
+    leaving: Stream
+    fitted: int
+
+    def held_out(self, layers: Layers) -> Iterator[slice]:
+        """The held-out windows, as slices that are run at once."""
+        return layers.batches(range(self.fitted, len(self.entering)), self.entering.shape[1])
+
+    def drawn(self, refinement: Refinement, generator: torch.Generator) -> Iterator[Int[Tensor, " drawn"]]:
+        """The windows of each step. All that are fitted to come in random order before any comes again."""
+        size = max(1, refinement.tokens // self.entering.shape[1])
+        rounds = math.ceil(refinement.steps * size / self.fitted)
+        order = torch.cat([torch.randperm(self.fitted, generator=generator) for _ in range(rounds)])
+        return iter(torch.split(order, size)[: refinement.steps])
+
+
+def refine_block(
+    layers: Layers,
+    layer: int,
+    module: nn.Module,
+    wanted: BlockTarget,
+    weights: Mapping[str, nn.Parameter],
+    own: Mapping[str, Bool[Tensor, "..."]],
+    refinement: Refinement,
+    *,
+    seed: int,
+) -> Refined:
+    """The best weights that a refinement finds, on windows drawn by the seed.
+
+    Only those numbers of the built layer's `weights` change that are its `own`. The layer is left as it was.
+    """
+    first = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = torch.optim.Adam(weights.values(), refinement.rate, BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, refinement.steps))
+    generator = torch.Generator().manual_seed((seed + layer) % 2**63)
+
+    # The steps may fit the calibration text and nothing else, so held-out tokens choose among `LOOKS` of them; the
+    # weights before the first step are a choice too.
+    before = _held_out(layers, layer, module, wanted)
+    best = Refined(first, 0, before, before)
+    for weight in weights.values():
+        weight.requires_grad_()
+    try:
+        for step, at in enumerate(wanted.drawn(refinement, generator), start=1):
+            _descend(layers, layer, module, (wanted.entering[at], wanted.leaving[at]), weights, own)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step % max(refinement.steps // LOOKS, 1) == 0 or step == refinement.steps:
+                now = _held_out(layers, layer, module, wanted)
+                if now < best.error_after:
+                    kept = {name: weight.detach().clone() for name, weight in weights.items()}
+                    best = Refined(kept, step, before, now)
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.requires_grad = False
+                weight.copy_(first[name])
+    return best
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """The share of the highest rate at a step, from 0: a short rise, then half a cosine towards zero."""
+    rise = (step + 1) / max(1, round(WARM_UP * steps))
+    return min(rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _descend(
+    layers: Layers,
+    layer: int,
+    module: nn.Module,
+    batch: tuple[Batch, Batch],
+    weights: Mapping[str, nn.Parameter],
+    own: Mapping[str, Tensor],
+) -> None:
+    """Set the gradients of the weights on a batch of what enters and of what should leave, masked."""
+    windows, window, _ = batch[0].shape
+    pieces = [torch.split(tensor, layers.batch(window)) for tensor in batch]
+    for entering, leaving in zip(*pieces, strict=True):  # as much as is run at once, whatever a step takes
+        with torch.enable_grad():
+            with short_layers(layers.device):
+                left = layers.call(module, layer, entering)
+            error = _error(left.float(), leaving.to(layers.device)).sum() / (windows * window)
+            gradients = torch.autograd.grad(error, list(weights.values()))
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            # weights that others use too take part in the layer and stay as they are
+            masked = gradient * own[name]
+            weight.grad = masked if weight.grad is None else weight.grad + masked
+
+
+def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: BlockTarget) -> float:
+    """The error on the held-out tokens, averaged."""
+    errors = [
+        _error(layers.run(module, layer, wanted.entering[at])[0], wanted.leaving[at].to(layers.device)).flatten()
+        for at in wanted.held_out(layers)
+    ]
+    return torch.cat(errors).mean().item()
+
+
+def _error(left: Batch, wanted: Batch) -> Tensor:
+    """The squared error of each token as a part of its squared size in the dense model.
+
+    It is zero for a token whose size there is zero or not finite.
+    """
+    finite = torch.isfinite(wanted).all(dim=-1, keepdim=True)
+    difference = torch.where(finite, left - wanted, 0.0)  # not its square: infinity times zero has no gradient
+    return difference.square().sum(dim=-1) * token_weights(wanted)

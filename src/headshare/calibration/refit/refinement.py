@@ -1,0 +1,43 @@
+"""Refinements: how many gradient steps a layer takes after its refit, on how many tokens each, and at which rate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from headshare.errors import OptionError
+
+MOST_STEPS = 100_000
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The gradient steps that a layer takes after its refit: their number, the tokens of each, and the highest rate."""
+
+    steps: int
+    tokens: int = 4096
+    rate: float = 1e-4
+
+    @classmethod
+    def of(cls, wanted: "str | int | Refinement | None") -> "Refinement | None":
+        """The refinement of this name or number of steps; None for `none` and for 0.
+
+        Raises:
+            OptionError: if there is no such refinement.
+        """
+        if wanted is None or isinstance(wanted, Refinement):
+            return wanted
+        word = str(wanted)
+        if word in REFINEMENTS:
+            return REFINEMENTS[word]
+        if word.isascii() and word.isdecimal() and len(word) <= len(str(MOST_STEPS)) and int(word) <= MOST_STEPS:
+            return cls(int(word)) if int(word) else None
+        raise OptionError(
+            f"{word!r:.40} is no refinement. Give {', '.join(REFINEMENTS)}, or a number of steps up to {MOST_STEPS:,}."
+        )
+
+    def key(self) -> list[Any]:
+        """All that a refined layer depends on, for the key of its state."""
+        return [self.steps, self.tokens, self.rate]
+
+
+REFINEMENTS: dict[str, Refinement | None] = {NONE: None, "fast": Refinement(100), "best": Refinement(400)}
