@@ -257,7 +257,7 @@ def test_a_refit_walks_layers_without_sublayers(name: str, steps: int, tmp_path:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     tokens = calibration()
     plan = without(dense, (1,), (1, 2))
-    found = refit_readouts(dense, plan, tokens, steps=steps)
+    found = refit_readouts(dense, plan, tokens, refine=steps)
     before = load_model(hs.open_checkpoint(hs.share(dense, plan).save(tmp_path / "shared")))
     refitted = hs.share(dense, plan).with_refit(record_of(tokens, found.tensors), found.tensors)
     after = load_model(hs.open_checkpoint(refitted.save(tmp_path / "refitted")))

@@ -128,11 +128,12 @@ def _descend(
             with short_layers(layers.device):
                 left = layers.call(module, layer, entering)
             error = _error(left.float(), leaving.to(layers.device)).sum() / (windows * window)
-            gradients = torch.autograd.grad(error, list(weights.values()))
+            gradients = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             # weights that others use too take part in the layer and stay as they are
-            masked = gradient * own[name]
-            weight.grad = masked if weight.grad is None else weight.grad + masked
+            if gradient is not None:
+                masked = gradient * own[name]
+                weight.grad = masked if weight.grad is None else weight.grad + masked
 
 
 def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: BlockTarget) -> float:

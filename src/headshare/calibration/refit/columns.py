@@ -67,7 +67,7 @@ class PlannedColumns:
         if name not in self._tensors or not self._tensors[name].removed:
             return 0, None
         tensor = self._tensors[name]
-        return tensor.axis, torch.cat([self._range(*span) for span in tensor.present()])
+        return tensor.axis, torch.cat([self._range(0, 0), *(self._range(*span) for span in tensor.present())])
 
     def free(self, name: str, count: int) -> Int[Tensor, " free"]:
         """Columns that this projection stores, of `count`, the bias included."""
