@@ -36,9 +36,12 @@ class PlannedColumns:
         return self.weights.files.tensors
 
     def changed(self, layer: int) -> dict[str, Tensor]:
-        """Tensors of this layer that do not store all their numbers themselves, whole, by name."""
+        """Tensors of this layer that do not store all their numbers themselves, whole, by name.
+
+        Those that are rewritten are left out: the fit of a layer starts from the dense model's.
+        """
         names = {place.name(layer) for layout in self.plan.layouts for place in layout.parts.values()}
-        planned = [self._tensors[name] for name in sorted(names & self._tensors.keys())]
+        planned = [self._tensors[name] for name in sorted((names & self._tensors.keys()) - self.plan.rewritten)]
         return {
             tensor.name: self.weights.read(tensor.name) for tensor in planned if tensor.stored_shape != tensor.shape
         }

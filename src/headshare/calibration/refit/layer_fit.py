@@ -17,7 +17,9 @@ from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.regression import Fitted, LowRankColumns, assembled, fit_readout
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
 from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.values import bases_of, in_directions, narrowed
 from headshare.plan.low_rank import factor_names
+from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.tensors import bias_name
 from headshare.plan.ties import scale_name
 from headshare.plan.units import Part
@@ -103,9 +105,38 @@ class LayerFit:
                 target[at] = residual.target(entered, seen).cpu()
             streams.dense[at] = left.cpu()  # what entered may be a view of it
         if sums is not None:
-            self._solve(layer, Part.O, shared, sums)
+            values = self._fresh_values(layer)
+            if values is not None:
+                sums = self._turn_values(layer, values, shared, sums)
+            self._solve(layer, Part.O, shared, sums, turned=values is not None)
         assert residual is not None
         return residual, target
+
+    def _fresh_values(self, layer: int) -> NarrowValues | None:
+        """The plan's narrow values if this layer has some, and no shared checkpoint says yet what they are."""
+        values = self.columns.plan.narrow_values
+        fresh = self.shared_layers is self.layers
+        return values if values is not None and fresh and layer in values.widths else None
+
+    def _turn_values(
+        self, layer: int, values: NarrowValues, shared: nn.Module, sums: tuple[NormalEquations, NormalEquations]
+    ) -> tuple[NormalEquations, NormalEquations]:
+        """Put the values of the built layer, which are the dense model's, into the directions that are kept.
+
+        They are added to the result, and W_o reads them. Returns the sums for it.
+        """
+        fit, held = sums
+        weight, _ = self._readout(shared, Part.O)
+        bases = bases_of(fit, weight, values)
+        weight.copy_(bases.of_readers(weight))
+        made = shared.get_submodule(self.layers.path(Part.V))
+        name = values.places(layer).v
+        for key, numbers in ((name, made.weight), (bias_name(name), getattr(made, "bias", None))):
+            if isinstance(numbers, Tensor):
+                rounded = narrowed(numbers, bases, values.widths[layer]).to(self.columns.dtype(key))
+                numbers.copy_(rounded)
+                self.result.tensors[key] = rounded.cpu()
+        return in_directions(fit, bases), in_directions(held, bases)
 
     def _fit_feed_forward(
         self, layer: int, shared: nn.Module, streams: Streams, residual: Residual, target: Stream
@@ -138,8 +169,19 @@ class LayerFit:
         assert isinstance(weight, Tensor)
         return (weight.T if self.layers.in_out else weight), bias
 
-    def _solve(self, layer: int, part: Part, shared: nn.Module, sums: tuple[NormalEquations, NormalEquations]) -> None:
-        """Fit the readout, put it into the shared layer as it will be stored, and keep it."""
+    def _solve(
+        self,
+        layer: int,
+        part: Part,
+        shared: nn.Module,
+        sums: tuple[NormalEquations, NormalEquations],
+        *,
+        turned: bool = False,
+    ) -> None:
+        """Fit the readout, put it into the shared layer as it will be stored, and keep it.
+
+        It is new though nothing is fitted if its inputs have `turned`.
+        """
         name = self.layers.tensor(part, layer)
         weight, bias = self._readout(shared, part)
         start = weight.double() if bias is None else torch.cat([weight, bias[:, None]], dim=1).double()
@@ -166,7 +208,7 @@ class LayerFit:
 
         # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with
         # products of rounded numbers, since those are what a loaded model multiplies with.
-        if lent or not fitted.why_kept:
+        if lent or turned or not fitted.why_kept:
             scales = fitted.scales.to(dtype)
             exact = assembled(fitted.weight.to(dtype).double(), free, lent, scales.double())
             for unit, product in zip(narrow, self._kept_factors(name, fitted, narrow), strict=True):
