@@ -3,23 +3,26 @@
     python -m studies.refine MODEL --plan PLAN.json --calibration TEXT --text OTHER --steps 100,400 --rates 1e-4
 
 The steps are those of `headshare share --refine`; `--train readouts` changes W_o and W_down alone, `matrices` every
-matrix, `all` norms and biases too.
-Measured on another text, in pairs with the refit alone: loss and KL(dense | model), nats a token, errors over windows.
+matrix, `all` norms and biases too. Measured on another text, in pairs with the refit alone: loss and KL(dense | model),
+nats a token, errors over windows. With `--at LAYER` only that layer is refined, and its held-out error is all that is
+printed: some minutes, to choose settings by.
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import headshare as hs
 from benchmarks.machine import machine
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit.block_weights import BlockWeights
+from headshare.calibration.refit.layer_fit import LayerFit, Streams
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
@@ -60,7 +63,8 @@ def main() -> None:
     parser.add_argument("--plan", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--text", required=True, help="a text file, or 'self'")
+    parser.add_argument("--text", help="a text file, or 'self'")
+    parser.add_argument("--at", type=int, help="refine this layer alone, and look at its held-out error")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", default="100", help="comma-separated")
@@ -74,23 +78,25 @@ def main() -> None:
     def calibration(source: str, tokens: int, seed: int):  # type: ignore[no-untyped-def]
         return Calibration.load(source, dense, tokens=tokens, window=args.window, seed=seed)
 
-    fitted, held = (
-        calibration(args.calibration, args.calibration_tokens, args.seed),
-        calibration(args.text, args.tokens, args.seed + 1),
-    )
+    cells: list[tuple[str, Refinement | None]] = [
+        (name, Refinement(int(steps), int(tokens), float(rate)))
+        for name in args.train.split(",")
+        for steps in args.steps.split(",")
+        for tokens in args.step_tokens.split(",")
+        for rate in args.rates.split(",")
+    ]
+    fitted = calibration(args.calibration, args.calibration_tokens, args.seed)
+    if args.at is not None:
+        print(json.dumps({**machine(), "products": args.products}))
+        look_at(Refitter(dense, plan, fitted, refinement=cells[0][1]), args.at, cells)
+        return
+    held = calibration(args.text, args.tokens, args.seed + 1)
     windows = Windows(held.tokens, held.bos)
     rows = []
     base: tuple[Tensor, Tensor] | None = None
     with shown():
         predictions = Predictions(load_model(dense), windows)
-        cells: list[tuple[str, Refinement | None]] = [("refit alone", None)]
-        cells += [
-            (name, Refinement(int(steps), int(tokens), float(rate)))
-            for name in args.train.split(",")
-            for steps in args.steps.split(",")
-            for tokens in args.step_tokens.split(",")
-            for rate in args.rates.split(",")
-        ]
+        cells.insert(0, ("refit alone", None))
         for name, refinement in cells:
             begun = time.process_time()
             BlockWeights.of = trained(TRAINED.get(name))  # type: ignore[method-assign]
@@ -123,6 +129,36 @@ def main() -> None:
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     print("\n".join(rows))
+
+
+def look_at(refitter: Refitter, at: int, cells: list[tuple[str, Refinement | None]]) -> None:
+    """Refit the layers up to this one, and print what each refinement makes of its held-out error."""
+    fit = refitter.layer_fit
+    refined = LayerFit.refine
+    print(
+        "| trained | steps | tokens of each | rate | held-out error before | after | less | best step | CPU seconds |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+
+    def each(layer: int, module: nn.Module, streams: Streams) -> None:
+        for name, refinement in cells if layer == at else ():
+            begun = time.process_time()
+            BlockWeights.of = trained(TRAINED.get(name))  # type: ignore[method-assign]
+            copied = copy.deepcopy(module)
+            fit.refinement = refinement
+            refined(fit, layer, copied, streams)
+            step = fit.result.steps[-1]
+            print(
+                f"| {name} | {words(refinement)} | {step.error_before:.5f} | {step.error_after:.5f} | "
+                f"{1 - step.error_after / step.error_before:.1%} | {step.note.split()[-1]} | "
+                f"{time.process_time() - begun:.0f} |",
+                flush=True,
+            )
+
+    fit.refine = each  # type: ignore[method-assign]
+    for layer in refitter.advance():
+        if layer == at:
+            break
 
 
 def words(refinement: Refinement | None) -> str:

@@ -21,7 +21,7 @@ from headshare.calibration.refit.refinement import Refinement
 from headshare.precision import short_layers
 
 BETAS = (0.9, 0.99)
-LOOKS = 8
+LOOKS = 5
 WARM_UP = 0.1  # of all steps
 
 
