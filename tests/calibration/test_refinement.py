@@ -18,9 +18,11 @@ from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.run import record_of
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import OptionError
 from headshare.integrations.transformers.loading import load_model
+from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part
 from headshare.precision import full_float32, short_products
@@ -315,3 +317,16 @@ def test_a_refit_for_a_price_takes_no_steps(tmp_path: Path) -> None:
     # steps would change the other matrices that the layer does not share, such as gate and up
     for name in plain.keys() - fitted:
         assert torch.equal(refitted[name], plain[name]), name
+
+
+def test_values_that_were_narrowed_stay_as_narrow(tmp_path: Path) -> None:
+    dense, tokens = dense_of("llama-biased", tmp_path), calibration(windows=64)
+    values = NarrowValues(layout=dense.layouts.attention.only((Part.V, Part.O)), widths={1: 5, 2: 3})
+    plan = SharePlan.of_sections([values], str(dense.config["model_type"]))
+    refitter = Refitter(dense, plan, tokens, refinement=STEPS)
+    assert list(refitter.advance()) == [0, 1, 2, 3]
+    found = refitter.result
+    assert "model.layers.1.self_attn.v_proj.weight" in found.tensors
+    folder = hs.share(dense, plan).with_refit(record_of(tokens, found.tensors, refinement=STEPS), found.tensors)
+    loaded = load_model(hs.open_checkpoint(folder.save(tmp_path / "shared")), dtype=torch.float32)
+    torch.testing.assert_close(refitter.state()["shared"], last_states(loaded, refitter.tokens), rtol=1e-3, atol=1e-4)
