@@ -617,3 +617,6 @@ def test_the_words_say_where_removal_is_cheaper_than_sharing() -> None:
     assert Budgeted(both, 1, 0.5).in_words().endswith(f"{words} and for neurons in 2 layers")
     assert Budgeted(one, 1, 0.5, in_nats=True).in_words().endswith(words)
     assert "removal" not in Budgeted(SharePlan(), 1, 0.5).in_words()
+    whole = Removal(layout=SINGLE, removed={1: range(SINGLE.groups), 2: [3]})
+    found = Budgeted(SharePlan(model_type="llama", removals=(whole,)), 1, 0.5).in_words()
+    assert found.endswith("for neurons in 1 layer and for the whole feed-forward in 1 layer")

@@ -37,10 +37,17 @@ class Budgeted:
         )
 
     def _removals(self) -> str:
-        """The end of that line: in how many layers attention units or neurons are removed."""
-        layers = {removal.layout.kind: len(removal.removed) for removal in self.plan.removals if removal.removed}
-        words = {Sublayer.ATTENTION: "attention units", Sublayer.FFN: "neurons"}
-        places = [f"{words[kind]} in {count} layer{'s'[: count != 1]}" for kind, count in layers.items()]
+        """The end of that line: in how many layers attention units, neurons or whole sublayers are removed."""
+        words = {
+            Sublayer.ATTENTION: ("attention units", "all attention"),
+            Sublayer.FFN: ("neurons", "the whole feed-forward"),
+        }
+        places = []
+        for removal in self.plan.removals:
+            whole = len(removal.whole_layers)
+            for what, count in zip(words[removal.layout.kind], (len(removal.removed) - whole, whole), strict=True):
+                if count:
+                    places.append(f"{what} in {count} layer{'s'[: count != 1]}")
         return f"; removal costs less than sharing for {' and for '.join(places)}" if places else ""
 
 
