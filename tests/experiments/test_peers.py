@@ -249,9 +249,8 @@ def test_flap_adds_what_removed_inputs_give_on_average(bench: Bench) -> None:
         rows = inputs_of(bench, path)[path]
         weight = load_model(bench.dense, dtype=torch.float32).get_submodule(path).weight.detach()
         assert ffn.kept is not None
-        assert ffn.bias is not None
         assert bool((ffn.weights[Part.DOWN][:, ~ffn.kept] == 0).all())
-        after = rows @ ffn.weights[Part.DOWN].T + ffn.bias
+        after = rows @ ffn.weights[Part.DOWN].T + ffn.biases[Part.DOWN]
         assert torch.allclose(after.mean(0), (rows @ weight.T).mean(0), atol=1e-4)
         removed += int((~ffn.kept).sum())
     assert f"{removed} neurons" in peer.note
@@ -320,6 +319,18 @@ def test_channels_of_q_and_k_go_in_pairs_of_the_least_products(bench: Bench) -> 
     assert any(
         float(peer.make(Stage(bench, n, Sublayer.ATTENTION)).weights[Part.K].abs().sum(1).min()) == 0 for n in range(4)
     )
+
+
+def test_channels_that_go_take_their_biases_along(tmp_path: Path) -> None:
+    bench = bench_of(tiny.make("qwen2", tmp_path / "qwen2"), tmp_path / "work")
+    model = made(bench, modegpt(bench, int(0.3 * bench.sizes.whole)))
+    gone = 0
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            empty = (projection.weight == 0).all(dim=1)
+            assert torch.equal(projection.bias == 0, empty)
+            gone += int(empty.sum())
+    assert gone > 0
 
 
 # ---- layers

@@ -105,7 +105,7 @@ def _mapped(bench: Bench, run: range) -> Remade:
     transform = linear_map(outputs.flatten(0, 1), (stream - carried).flatten(0, 1) / factor).T.float()
     weight = bench.matrices.read(Part.DOWN, before)
     bias = bench.matrices.bias(Part.DOWN, before)
-    return Remade({Part.DOWN: transform @ weight}, bias=None if bias is None else transform @ bias)
+    return Remade({Part.DOWN: transform @ weight}, {} if bias is None else {Part.DOWN: transform @ bias})
 
 
 def _carried(residual: Residual, entered: Batch, seen: Seen) -> Batch:

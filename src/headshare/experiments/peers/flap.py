@@ -103,4 +103,4 @@ def _compensated(bench: Bench, stage: Stage, units: Bool[Tensor, " units"]) -> R
         kept[bench.matrices.unit_columns(stage.kind)[units].flatten()] = True
     bias = weight @ (stage.statistics.means[readout] * ~kept)
     own = bench.matrices.bias(readout, stage.layer)
-    return Remade({readout: weight * kept}, bias=bias if own is None else bias + own, kept=kept)
+    return Remade({readout: weight * kept}, {readout: bias if own is None else bias + own}, kept)

@@ -4,7 +4,7 @@ A matrix is (outputs, inputs), in float32. Fused parts (q, k and v in one tensor
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -27,7 +27,7 @@ class Remade:
 
     Attributes:
         weights: matrices of parts that changed.
-        bias: what the readout (W_o or W_down) adds, where the peer changes or brings a bias.
+        biases: biases of parts that changed, or that the peer brings to the readout (W_o or W_down).
         kept: the readout's inputs that are left; None if all are.
         rank: the rank of the stored readout, which a refit must not raise.
         gone: nothing is left of the sublayer: it adds nothing.
@@ -35,7 +35,7 @@ class Remade:
     """
 
     weights: Mapping[Part, Matrix]
-    bias: Float[Tensor, " outputs"] | None = None
+    biases: Mapping[Part, Float[Tensor, " outputs"]] = field(default_factory=dict)
     kept: Bool[Tensor, " inputs"] | None = None
     rank: int | None = None
     gone: bool = False
@@ -131,12 +131,14 @@ class Matrices:
         if part in remade.weights:
             stored = remade.weights[part].to(self.dtype(part))
             whole[self.outputs(part).to(whole.device)] = stored.to(whole)
-        if part not in READOUTS:
-            return
-        bias = remade.bias
-        if remade.gone:
+        if part in remade.biases and module.bias is None:
+            module.bias = nn.Parameter(torch.zeros_like(whole[:, 0]), requires_grad=False)
+        bias = module.bias
+        assert isinstance(bias, Tensor | None)
+        if part in remade.biases and bias is not None:
+            rounded = remade.biases[part].to(self.dtype(part))
+            bias[self.outputs(part).to(whole.device)] = rounded.to(whole)
+        if remade.gone and part in READOUTS:
             whole.zero_()
-            bias = None if module.bias is None else torch.zeros(len(whole))
-        if bias is not None:
-            rounded = bias.to(self.dtype(part)).to(whole)
-            module.bias = nn.Parameter(rounded, requires_grad=False)
+            if bias is not None:
+                bias.zero_()

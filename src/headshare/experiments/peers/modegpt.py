@@ -12,6 +12,7 @@ from headshare.errors import ArchitectureError
 from headshare.experiments.peers.matrices import Matrix, Remade
 from headshare.experiments.peers.peer import Bench, Peer, Stage
 from headshare.experiments.peers.svd import DAMPING, root_of
+from headshare.plan.tensors import bias_name
 from headshare.plan.units import Part, Sublayer
 
 TEMPERATURE = 0.15  # of the allocation over layers
@@ -27,7 +28,8 @@ def modegpt(bench: Bench, asked: int) -> Peer:
             position.
     """
     _check(bench)
-    shares = allocated(bench.statistics.influences(), 1 - bench.sizes.share_left(asked))
+    brought = bench.layers.count * _brought(bench) if asked else 0
+    shares = allocated(bench.statistics.influences(), 1 - bench.sizes.share_left(asked + brought))
     saved = sum(_saved(bench, share) for share in shares)
 
     def make(stage: Stage) -> Remade:
@@ -79,7 +81,10 @@ def _widths(bench: Bench, share: float) -> tuple[int, int, int]:
 
 
 def _saved(bench: Bench, share: float) -> int:
-    """Bytes that a layer saves which keeps this share, biases of removed channels included."""
+    """Bytes that a layer saves which keeps this share. Biases of what it loses are not counted.
+
+    A bias of v goes into W_o's, as attention adds up to one: where W_o has none, it gains one.
+    """
     neurons, channels, values = _widths(bench, share)
     size = _head_size(bench)
     left = {Part.Q: channels / size, Part.K: channels / size, Part.V: values / size, Part.O: values / size}
@@ -88,7 +93,13 @@ def _saved(bench: Bench, share: float) -> int:
     for kind in Sublayer:
         for part in bench.matrices.parts(kind):
             saved += bench.sizes.numbers(part) * bench.sizes.item(part) * (1 - left.get(part, neurons / whole))
-    return int(saved)
+    return int(saved) - (_brought(bench) if values < size else 0)
+
+
+def _brought(bench: Bench) -> int:
+    """Bytes of the bias that W_o gains where v has one and W_o has none."""
+    of_v, of_o = (bias_name(bench.layers.tensor(part, 0)) in bench.dense.tensors for part in (Part.V, Part.O))
+    return len(bench.matrices.outputs(Part.O)) * bench.sizes.item(Part.O) if of_v and not of_o else 0
 
 
 # ---- feed-forward: Nystroem
@@ -128,32 +139,33 @@ def nystroem(gram: Float[Tensor, "n n"], weight: Matrix, kept: Int[Tensor, " kep
 
 def _attention(bench: Bench, stage: Stage, share: float) -> Remade:
     _, channels, values = _widths(bench, share)
-    weights = _fewer_channels(bench, stage, channels // 2)
-    weights[Part.V] = _fewer_values(bench, stage, values)
-    return Remade(weights)
+    fewer = _fewer_channels(bench, stage, channels // 2)
+    return Remade({**fewer.weights, Part.V: _fewer_values(bench, stage, values)}, fewer.biases)
 
 
-def _fewer_channels(bench: Bench, stage: Stage, pairs: int) -> dict[Part, Matrix]:
+def _fewer_channels(bench: Bench, stage: Stage, pairs: int) -> Remade:
     """q and k without the pairs of channels (i, i + half a head) whose products are smallest (algorithm 2).
 
     A pair of a unit has the mean size of k there, times that of q over all query heads of the unit.
     """
     units, half = bench.matrices.layouts[Sublayer.ATTENTION].groups, _head_size(bench) // 2
     gram = stage.statistics.grams[Part.Q]
-    shaped, energies = {}, {}
+    shaped, energies, biases = {}, {}, {}
     for part in (Part.Q, Part.K):
         weight = bench.matrices.read(part, stage.layer)
         square = ((weight @ gram) * weight).sum(dim=1)
         bias = bench.matrices.bias(part, stage.layer)
         if bias is not None:
             square = square + bias * (2 * weight @ stage.statistics.means[Part.Q] + bias)
+            biases[part] = bias.reshape(units, -1, 2, half).clone()
         shaped[part] = weight.reshape(units, -1, 2, half, weight.shape[1]).clone()
         energies[part] = square.reshape(units, -1, 2, half).sum(dim=(1, 2))
     dropped = (energies[Part.Q] * energies[Part.K]).topk(half - pairs, largest=False).indices
     for unit, gone in enumerate(dropped):
-        for weight in shaped.values():
-            weight[unit][:, :, gone] = 0
-    return {part: weight.reshape(-1, weight.shape[-1]) for part, weight in shaped.items()}
+        for numbers in (*shaped.values(), *biases.values()):
+            numbers[unit][:, :, gone] = 0
+    weights = {part: weight.reshape(-1, weight.shape[-1]) for part, weight in shaped.items()}
+    return Remade(weights, {part: bias.flatten() for part, bias in biases.items()})
 
 
 def _fewer_values(bench: Bench, stage: Stage, rank: int) -> Matrix:

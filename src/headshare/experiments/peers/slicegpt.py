@@ -114,7 +114,7 @@ class Slicing:
         slicing = projection(self._sums(stage), self.width, centred=self._centred)
         bias = matrices.bias(part, stage.layer)
         weight = slicing @ matrices.read(part, stage.layer)
-        return Remade({part: weight}, bias=None if bias is None else slicing @ bias, slicing=slicing)
+        return Remade({part: weight}, {} if bias is None else {part: slicing @ bias}, slicing=slicing)
 
     def _sums(self, stage: Stage) -> Iterator[Batch]:
         """The hidden states behind a sublayer, before they are cut."""

@@ -186,7 +186,7 @@ class Walk:
         done = replace(
             remade,
             weights={**remade.weights, part: weight.cpu()},
-            bias=fitted.weight[:, -1].float().cpu() if bias else None,
+            biases={**remade.biases, part: fitted.weight[:, -1].float().cpu()} if bias else remade.biases,
         )
         look.put(kind, done)
         return done
