@@ -1,14 +1,15 @@
 """Plans for a budget, chosen on calibration text."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import Action
-from headshare.calibration.costs.curves import CostCurves
-from headshare.calibration.costs.local import price_units
+from headshare.calibration.costs.curves import CostCurve, CostCurves
+from headshare.calibration.costs.kept import KeptCurves
+from headshare.calibration.costs.local import price_units, priced_before
 from headshare.calibration.costs.measured import check_windows, predicts, probe_prices
 from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
@@ -52,28 +53,34 @@ def plan_on(
     probe: bool = True,
     device: str = "cpu",
     workspace: Workspace | None = None,
+    kept: KeptCurves | None = None,
 ) -> Budgeted:
     """The plan that meets this budget at the least cost on the calibration text.
 
     The cost of a unit is the change of its layer's output. With `probe`, it is the change of the model's next-token
-    predictions, if the model makes any.
+    predictions, if the model makes any. Curves that are `kept` in a file are read there, or written if there is none.
 
     Raises:
         PlanError: if the budget cannot be met.
-        CalibrationError: if the text is too short to measure predictions on.
+        CalibrationError: if the text is too short to measure predictions on, or what is kept is of something else.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
+    # All layers are priced, protected or not, so that one pricing serves whatever is protected.
+    known = None if kept is None else kept.read(budget.actions)
     prices = prices_on(
         dense,
         calibration,
         budget.actions,
         ffn_groups=budget.ffn_groups,
-        protect=budget.protect,
         multiple=budget.multiple,
         probe=probe,
         device=device,
         workspace=workspace,
-    ).only(budget.actions)
+        known=known,
+    )
+    if kept is not None and known is None:
+        kept.write(budget.actions, prices.curves)
+    prices = prices.only(budget.actions).without_layers(budget.protect)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
@@ -92,10 +99,12 @@ def prices_on(
     probe: bool = True,
     device: str = "cpu",
     workspace: Workspace | None = None,
+    known: Sequence[CostCurve] | None = None,
 ) -> CostCurves:
     """Cost curves of all sublayers of these kinds, by these actions.
 
-    They are made by `price_units`. With `probe`, `probe_prices` then measures them, if the model predicts tokens.
+    They are made by `price_units`. With `probe`, `probe_prices` then measures them, if the model predicts tokens. Where
+    all curves are `known`, they are only checked against the model.
 
     Raises:
         PlanError: if the model can have none of the actions.
@@ -107,8 +116,11 @@ def prices_on(
     if probe:
         check_windows(calibration)  # before hours of work
 
+    if known is not None:
+        return replace(priced_before(dense, actions, known, ffn_groups=ffn_groups), in_nats=probe)
+
     # Output errors are found for all sublayers, so that runs that differ in `kinds` alone can share them.
-    what = tuple(map(str, actions)), ffn_groups, protect, multiple
+    what = tuple(map(str, actions)), ffn_groups, protect, multiple, probe
     done = _saved_paths(workspace, *what)
     prices = price_units(
         dense,
@@ -119,6 +131,7 @@ def prices_on(
         multiple=multiple,
         device=device,
         done=done,
+        sensitive=probe,
     )
     prices = replace(prices, curves=tuple(curve for curve in prices.curves if curve.kind in kinds))
 

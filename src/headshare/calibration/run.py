@@ -12,6 +12,8 @@ from pathlib import Path
 
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
+from headshare.calibration.costs.kept import KeptCurves
+from headshare.calibration.costs.measured import predicts
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.layerwise.numbers import check_numbers, solved
 from headshare.calibration.measure import HeldOutPerplexity, measure
@@ -46,11 +48,31 @@ class CalibratedRun:
     device: str
     resumable: ResumableRun
     probe: bool
+    prices: Path | None = None
 
     def plan(self, budget: Budget) -> Budgeted:
         """The plan for this budget, chosen by `plan_on` on the run's tokens."""
-        work = self.resumable.workspace
-        return plan_on(self.dense, self.calibration, budget, probe=self.probe, device=self.device, workspace=work)
+        return plan_on(
+            self.dense,
+            self.calibration,
+            budget,
+            probe=self.probe,
+            device=self.device,
+            workspace=self.resumable.workspace,
+            kept=self._kept(budget),
+        )
+
+    def _kept(self, budget: Budget) -> KeptCurves | None:
+        """The file in which cost curves are kept, with all that decides them but the actions."""
+        if self.prices is None:
+            return None
+        of = {name: self.resumable.identity[name] for name in ("model", "text", "seed")}
+        windows, window = self.calibration.tokens.shape
+        of["windows"] = f"{windows} x {window}"
+        of["unit of cost"] = "nats" if self.probe and predicts(self.dense) else "relative error"
+        of["groups of neurons"] = str(budget.ffn_groups)
+        of["multiple of neurons"] = str(budget.multiple)
+        return KeptCurves(self.prices, of)
 
     def refit(
         self, shared: SharedCheckpoint, *, ffn: bool = True, refine: str | int | Refinement | None = None
@@ -94,7 +116,7 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
     }
     folder = run_folder(out, "calibrating")
     with ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart) as resumable, solved():
-        yield CalibratedRun(dense, text, device, resumable, settings.probe)
+        yield CalibratedRun(dense, text, device, resumable, settings.probe, settings.prices)
 
 
 def plan_calibrated(

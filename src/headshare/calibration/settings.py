@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ class CalibrationSettings:
 
     `source` is a text as `Calibration.load` takes it. With `restart` the state of a stopped run is thrown away. With
     `probe` costs are measured on predictions. `field` holds the text of a row, where the source has rows. A `window` of
-    None is that of `Calibration.load`.
+    None is that of `Calibration.load`. Cost curves are kept in the file `prices`, where one is named.
     """
 
     source: str
@@ -27,6 +28,7 @@ class CalibrationSettings:
     restart: bool = False
     probe: bool = True
     field: str | None = None
+    prices: Path | None = None
 
     @property
     def device_name(self) -> str:

@@ -62,7 +62,7 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
     if not refit:
         refuse_unused(context, "nothing is refitted without --refit", ["refit_ffn", "refine"])
     if not by_output:
-        refuse_unused(context, "only a plan by output is priced", ["probe", "multiple"])
+        refuse_unused(context, "only a plan by output is priced", ["probe", "multiple", "prices"])
 
 
 def _open_dense_of(shared: Checkpoint, given: str | None) -> Checkpoint:

@@ -1,6 +1,6 @@
 """Options that several commands share: how units are chosen, and on which text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -240,11 +240,21 @@ class RunOptions(CalibrationOptions):
             "output error.",
         ),
     ] = True
+    prices: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=CALIBRATE,
+            help="Keep the cost curves in this file, and read them there the next time: one pricing serves every "
+            "budget and every --protect of the same model and text.",
+        ),
+    ] = None
     restart: RestartOption = False
 
     def settings_on(self, source: str) -> CalibrationSettings:
         """The settings of a calibrated run on this text."""
-        return self.settings(source, restart=self.restart, probe=self.probe)
+        settings = self.settings(source, restart=self.restart, probe=self.probe)
+        return replace(settings, prices=self.prices)
 
 
 _PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
@@ -308,5 +318,15 @@ DtypeOption = Annotated[
 ]
 
 # names of parameters, to refuse those that would not be used
-CALIBRATING = ("field", "calibration_tokens", "calibration_window", "seed", "device", "restart", "probe", "measure")
+CALIBRATING = (
+    "field",
+    "calibration_tokens",
+    "calibration_window",
+    "seed",
+    "device",
+    "restart",
+    "probe",
+    "prices",
+    "measure",
+)
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow", "multiple")

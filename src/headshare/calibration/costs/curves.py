@@ -4,7 +4,8 @@ They are plain values, which are printed, compared and kept as JSON.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -131,6 +132,10 @@ class CostCurves:
         """The curves that have no actions but these."""
         return replace(self, curves=tuple(curve for curve in self.curves if curve.actions <= set(actions)))
 
+    def without_layers(self, protected: Collection[int]) -> "CostCurves":
+        """The curves of the layers that are not protected."""
+        return replace(self, curves=tuple(curve for curve in self.curves if curve.layer not in protected))
+
     def layout_of(self, curve: CostCurve) -> Layout:
         """The layout of this curve's units.
 
@@ -168,8 +173,25 @@ def curves_from_json(text: str | bytes) -> list[CostCurve]:
     Raises:
         PlanError: if they are not JSON, or not cost curves.
     """
-    try:
+    with _valid():
         return _CURVES.validate_json(text, strict=True)
+
+
+def checked_curves(data: object) -> list[CostCurve]:
+    """Curves made of values that were read from JSON.
+
+    Raises:
+        PlanError: if they are not cost curves.
+    """
+    with _valid():
+        return _CURVES.validate_python(data)
+
+
+@contextmanager
+def _valid() -> Iterator[None]:
+    """A block whose validation errors say where the curves are wrong."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"]) or "the first character"

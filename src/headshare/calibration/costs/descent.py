@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from headshare.calibration.costs.actions import Action, Output
@@ -14,6 +14,7 @@ from headshare.calibration.costs.curves import CostCurve, CurveStep
 from headshare.calibration.costs.donors import Candidate, Donors, find_donors
 from headshare.calibration.costs.least_squares import Columns, Fit, Inputs, Lost, Remainder
 from headshare.calibration.costs.sublayer import SublayerData
+from headshare.calibration.costs.surgery import Surgery
 from headshare.plan.units import HeadUnit
 
 # The ranks of low-rank products, each of which has a cost curve.
@@ -269,30 +270,15 @@ def neuron_path(half: SublayerData, removal: Action, multiple: int = 1) -> CostC
     A step removes a multiple of `multiple` neurons, and one at least. Each step takes the neurons whose own removal
     costs least as things stand. Its cost is that of removing all of them.
     """
-    fit = Fit.of(half.inputs[: half.fitted], half.weight)
     # Held-out tokens only enter by their Gram matrix, scaled as if all tokens were such.
-    held = half.inputs[half.fitted :].double()
-    gram = held.T @ held * (len(half.inputs) / max(1, len(held)))
+    surgery = Surgery.on(half.inputs[: half.fitted], half.inputs[half.fitted :], half.weight)
 
     # Removing neurons one by one would cost as many fits, so each step removes a chunk of them.
     neurons = half.layout.groups
     chunk = max(1, neurons // CHUNKS // multiple) * multiple
     saved = removal.saved_bytes(half.sizes) * chunk
     steps = []
-    before = 0.0
     for _ in range(int(neurons * MOST_NEURONS) // chunk):
-        gone = _cheapest(fit, chunk)
-        fit = fit.without(gone)
-        changed = fit.weight - half.weight.double()
-        error = float(((changed @ gram) * changed).sum()) if len(held) else fit.error
-        steps.append(CurveStep(removal, tuple(gone.tolist()), error - before, saved))
-        before = error
+        gone = surgery.cheapest(chunk)
+        steps.append(CurveStep(removal, tuple(gone.tolist()), surgery.remove(gone), saved))
     return CostCurve(half.layout.kind, half.dense.number, tuple(steps))
-
-
-def _cheapest(fit: Fit, count: int) -> Int[Tensor, " count"]:
-    """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
-    inverse = fit.inverse.diagonal()
-    costs = fit.weight.square().sum(dim=0) / inverse
-    costs[inverse == 0] = torch.inf
-    return costs.topk(count, largest=False).indices.sort().values

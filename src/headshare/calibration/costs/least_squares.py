@@ -52,7 +52,7 @@ class Fit:
 
     def without(self, columns: Columns) -> "Fit":
         """The fit that is left when these channels are gone."""
-        across = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
+        across = _solved(self.inverse[columns][:, columns], self.inverse[columns])
         inverse = self.inverse - self.inverse[:, columns] @ across
         weight = self.weight - self.weight[:, columns] @ across
         inverse[columns] = 0
@@ -105,7 +105,7 @@ class Fit:
 
     def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
         """Channels of several units, each unit given up alone, ready to be compared with many features."""
-        gram = torch.linalg.inv(self.inverse[columns[:, :, None], columns[:, None, :]])
+        gram = _inverse(self.inverse[columns[:, :, None], columns[:, None, :]])
         return Lost(columns, gram, self.weight[:, columns].movedim(1, 0))
 
 
@@ -171,7 +171,7 @@ class Beside:
         It holds only beside a fit without error.
         """
         gram, across = self._without(lost)
-        explained: Tensor = across.mT @ torch.linalg.solve(_ridged(gram, self.squares), across)
+        explained: Tensor = across.mT @ _solved(_ridged(gram, self.squares), across)
         return (explained * lost.weight_gram).sum(dim=(1, 2))
 
     def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
@@ -198,7 +198,7 @@ class Beside:
         between = gram[:count, count:]
         wanted = missed[count:]
         own = _ridged(gram[count:, count:], self.squares[count:])
-        solved = torch.linalg.solve(own, torch.cat([between.T, wanted], dim=1))
+        solved = _solved(own, torch.cat([between.T, wanted], dim=1))
         gain = float((solved[:, count:] * wanted).sum())
         gram = gram[:count, :count] - between @ solved[:, :count]
         missed = ((missed[:count] - between @ solved[:, count:]) * donor.double().T).sum(dim=1)
@@ -278,6 +278,20 @@ class Remainder:
         return Remainder(fit, fit.beside(scaled), donors)
 
 
+def _inverse(matrix: Float[Tensor, "*units size size"]) -> Float[Tensor, "*units size size"]:
+    """The inverse of positive definite matrices.
+
+    It is made by Cholesky factors: factors with pivots of several matrices at once never end in some builds of torch
+    once the number of threads was set.
+    """
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def _solved(matrix: Float[Tensor, "*units size size"], right: Tensor) -> Tensor:
+    """The solution of equations with positive definite matrices."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+
+
 def _ridged(
     gram: Float[Tensor, "*units size size"], squares: Float[Tensor, " size"]
 ) -> Float[Tensor, "*units size size"]:
@@ -296,5 +310,5 @@ def _scales(
     """The best scales. Their Gram matrix is the element-wise product of the features' and the donor columns'."""
     columns = donor.T @ donor
     inner = _ridged(gram * columns, squares * columns.diagonal())
-    scales: Tensor = torch.linalg.solve(inner, missed[..., None])[..., 0]
+    scales: Tensor = _solved(inner, missed[..., None])[..., 0]
     return scales

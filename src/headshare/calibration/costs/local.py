@@ -8,13 +8,14 @@ are relative to |h|^2 all the same. Chooses nothing across layers.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from headshare.architecture.removable import removal_refusal
 from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
 from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.descent import neuron_path, own_path, paths_beside, unit_path
+from headshare.calibration.costs.sensitivity import Metric, Metrics, sensitivities
 from headshare.calibration.costs.sublayer import DenseLayer, SublayerData, Weighted
 from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def price_units(
     multiple: int = 1,
     device: str = "cpu",
     done: MutableMapping[int, list[CostCurve]] | None = None,
+    sensitive: bool = False,
 ) -> CostCurves:
     """The cost curves of all layers, by those of the actions that this model supports.
 
@@ -80,13 +82,32 @@ def price_units(
     wanted.prices(dense, curves, protect)
     pending = set(range(wanted.layouts[Sublayer.ATTENTION].layers)) - set(protect) - set(curves)
     if pending:
+        metrics: Metrics = {}
+        if sensitive:
+            whole = Layers(dense, device=device, head=True)
+            metrics = sensitivities(whole, calibration.mixed(), tuple(wanted.actions))
         # The walk goes through every layer up to the last that is pending, as each gives the next its hidden states.
         fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
         walk = _walk(Layers(dense, device=device), dense, calibration.mixed(), tokens, tuple(wanted.actions))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
-                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted, multiple)
-    return wanted.prices(dense, curves, protect)
+                metric = metrics.get(layer.number, {})
+                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted, multiple, metric)
+    return replace(wanted.prices(dense, curves, protect), in_nats=sensitive)
+
+
+def priced_before(
+    dense: Checkpoint, actions: Sequence[Action], known: Sequence[CostCurve], *, ffn_groups: int = 1
+) -> CostCurves:
+    """Cost curves of this model that were made before, with its layouts.
+
+    Raises:
+        PlanError: if they are of another model, or the model supports none of the actions.
+    """
+    by_layer: dict[int, list[CostCurve]] = {}
+    for curve in known:
+        by_layer.setdefault(curve.layer, []).append(curve)
+    return _wanted(dense, actions, ffn_groups).prices(dense, by_layer, ())
 
 
 def looked_at(calibration: Calibration, tokens: int) -> int:
@@ -194,11 +215,12 @@ def _paths(
     donors: int,
     fitted: int,
     multiple: int,
+    metrics: Mapping[Sublayer, Metric],
 ) -> list[CostCurve]:
     """The cost curves of both sublayers of a layer, without empty ones."""
     paths: list[CostCurve] = []
     for kind, actions in wanted.actions.items():
-        data = SublayerData(layer, wanted.units(kind), seen[kind], fitted)
+        data = SublayerData(layer, wanted.units(kind), seen[kind], fitted, metrics.get(kind))
         paths += _curves_of(data, actions, donors, multiple)
     return [path for path in paths if path.steps]
 

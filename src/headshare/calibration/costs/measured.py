@@ -12,24 +12,31 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from headshare.architecture.model_class import class_name, predicts_next, reads_images
 from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
+from headshare.calibration.costs.sublayer import READOUT, DenseLayer
+from headshare.calibration.costs.surgery import Gram, gram_of, refitted_without
 from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.refitter import Refitter
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
-from headshare.precision import short_products
+from headshare.plan.units import Sublayer
+from headshare.precision import short_layers, short_products
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
 # The tokens that are run to measure, and one in how many of them has its predictions compared.
-PROBED_TOKENS = 8192
+PROBED_TOKENS = 2048
 EVERY = 4
+
+# A curve is measured where these shares of its steps are taken, or after each step if there are no more of them.
+MARKS = (0.1, 0.35, 1.0)
 
 
 def probe_prices(
@@ -120,6 +127,9 @@ class _Walk:
         measured = min(windows - fitted, max(1, probed // window))
         self.measured = self.layers.start(calibration.tokens[-measured:])
 
+        # Removals are refitted from sums over the windows to fit to, once for all marks of a layer.
+        self.to_fit = fitted
+
         # Every refit orders these windows alike: those that it fits to first, then those that it holds out.
         self.fitted = self.layers.start(self._refitter(prices.curves[0], 0).tokens)
 
@@ -146,10 +156,15 @@ class _Walk:
 
         # The layer alone is changed and refitted. Its output then goes through the dense layers after it, for all
         # changes together, so that each of those layers is built once.
+        changed = _Changed(self.layers, layer, self.prices, self.fitted[: self.to_fit])
         streams = []
         for curve, steps in marks:
-            module = self._refitter(curve, steps).refitted(layer, self.fitted)
-            streams.append(self.layers.run_over(module, layer, self.measured.clone()))
+            if curve.actions == {REMOVE}:
+                module = changed.without(curve, steps)
+            else:
+                module = self._refitter(curve, steps).refitted(layer, self.fitted)
+            with short_layers(self.layers.device):
+                streams.append(self.layers.run_over(module, layer, self.measured.clone()))
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
@@ -175,8 +190,9 @@ class _Walk:
         """Run these dense layers over each of the streams of hidden states, in place."""
         for layer in layers:
             module = self.layers.build(layer)
-            for stream in streams:
-                self.layers.run_over(module, layer, stream)
+            with short_layers(self.layers.device):
+                for stream in streams:
+                    self.layers.run_over(module, layer, stream)
         return streams
 
     def _divergences(self, streams: Sequence[Stream]) -> list[float]:
@@ -199,11 +215,39 @@ class _Walk:
         return [max(total / tokens, 0.0) for total in totals]  # rounding may give less than zero; NaN stays
 
 
+class _Changed:
+    """A dense layer that goes without units, its output projection refitted on what enters it in the dense model."""
+
+    def __init__(self, layers: Layers, layer: int, prices: CostCurves, entering: Stream) -> None:
+        self.layers = layers
+        self.layer = layer
+        self.prices = prices
+        self.entering = entering
+        self.grams: dict[Sublayer, Gram] = {}
+
+    def without(self, curve: CostCurve, steps: int) -> nn.Module:
+        """The layer without the units of the first steps of a curve of removals."""
+        module = self.layers.build(self.layer)
+        projection = module.get_submodule(self.layers.path(READOUT[curve.kind]))
+        weight = projection.weight.data.T if self.layers.in_out else projection.weight.data
+        place = self.prices.layout_of(curve).parts[READOUT[curve.kind]]
+        spans = [place.span(group) for step in curve.steps[:steps] for group in step.groups]
+        gone = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(weight.device)
+        weight.copy_(refitted_without(self._gram(module, curve.kind), weight, gone))
+        return module
+
+    def _gram(self, module: nn.Module, kind: Sublayer) -> Gram:
+        """The Gram matrix of the inputs of the dense layer's output projection, weighted as in `SublayerData`."""
+        if kind not in self.grams:
+            dense = DenseLayer(self.layers.checkpoint, self.layers, self.layer, module, self.entering)
+            seen, _ = dense.look((kind,))
+            self.grams[kind] = gram_of(seen[kind].inputs)
+        return self.grams[kind]
+
+
 def marked(steps: int) -> list[int]:
-    """The numbers of steps after which a curve is measured: 1, 2, 4, 8, ... and all."""
-    if not steps:
-        return []
-    return [*(1 << power for power in range(steps.bit_length()) if 1 << power < steps), steps]
+    """The numbers of steps after which a curve is measured: `MARKS` of them, at least one, and all."""
+    return sorted({max(1, round(share * steps)) for share in MARKS} if steps else ())
 
 
 def leader_of(curve: CostCurve, curves: Sequence[CostCurve]) -> CostCurve | None:

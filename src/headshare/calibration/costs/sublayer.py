@@ -67,16 +67,20 @@ class DenseLayer:
             leaving.append(left.cpu())
             for kind, batches in batches_of.items():
                 inputs = seen.inputs[self.layers.path(READOUT[kind])]
-                batches.append((inputs, self._hidden(kind, entering, left, seen)))
+                batches.append((inputs, hidden_with_output(self.layers, kind, entering, left, seen)))
         return {kind: Weighted.of(batches) for kind, batches in batches_of.items()}, torch.cat(leaving)
 
-    def _hidden(self, kind: Sublayer, entering: Hidden, left: Hidden, seen: Seen) -> Hidden:
-        """The hidden states with this sublayer's output added; before the norm where sublayers end in one."""
-        if kind is Sublayer.ATTENTION:
-            return entering.to(self.layers.device) + seen.outputs[self.layers.path(Part.O)]
-        if self.layers.post_norm:
-            return seen.inputs[self.layers.path(Part.UP)] + seen.outputs[self.layers.path(Part.DOWN)]
-        return left
+
+def hidden_with_output(layers: Layers, kind: Sublayer, entering: Hidden, left: Hidden, seen: Seen) -> Hidden:
+    """The hidden states with this sublayer's output added; before the norm where sublayers end in one.
+
+    `entering` and `left` are those that enter and leave the layer, and `seen` is what its modules received and gave.
+    """
+    if kind is Sublayer.ATTENTION:
+        return entering.to(layers.device) + seen.outputs[layers.path(Part.O)]
+    if layers.post_norm:
+        return seen.inputs[layers.path(Part.UP)] + seen.outputs[layers.path(Part.DOWN)]
+    return left
 
 
 @dataclass(frozen=True)
@@ -113,20 +117,25 @@ class UnitSizes:
 class SublayerData:
     """A sublayer of a layer, in the units of a layout: the inputs of its output projection, also those of donors.
 
-    `readout` is the part that is the output projection, and `weight` its matrix. `columns` are the inputs that belong
+    `readout` is the part that is the output projection, and `weight` its matrix, multiplied by the `metric` of its
+    outputs where there is one. `columns` are the inputs that belong
     to each group, and `parts` the parts that make them. Fits see the first `fitted` tokens; the others are held out.
     """
 
-    def __init__(self, dense: DenseLayer, layout: Layout, seen: Weighted, fitted: int) -> None:
+    def __init__(
+        self, dense: DenseLayer, layout: Layout, seen: Weighted, fitted: int, metric: Tensor | None = None
+    ) -> None:
         self.dense = dense
         self.layout = layout
         self.inputs = seen.inputs
         self.root = seen.root
         self.fitted = fitted
+        self.metric = metric
         self.device = dense.layers.device
         self.readout = READOUT[layout.kind]
         self.parts = tuple(part for part in layout.parts if part is not self.readout)
-        self.weight = self._as_readout(_weight(dense.module.get_submodule(dense.layers.path(self.readout))))
+        own = _weight(dense.module.get_submodule(dense.layers.path(self.readout)))
+        self.weight = self._in_metric(self._as_readout(own))
         self.columns: Int[Tensor, "groups columns"] = _columns(layout, self.readout).to(self.device)
 
     @cached_property
@@ -167,7 +176,11 @@ class SublayerData:
     def readout_of(self, donor_layer: int) -> Readout:
         """The whole output projection of another layer, as a matrix (outputs, inputs)."""
         name = self.layout.parts[self.readout].name(donor_layer)
-        return self._as_readout(self.dense.checkpoint.read(name).to(self.device, torch.float32))
+        return self._in_metric(self._as_readout(self.dense.checkpoint.read(name).to(self.device, torch.float32)))
+
+    def _in_metric(self, readout: Readout) -> Readout:
+        """The output projection followed by the metric, so that squared errors of its outputs are costs."""
+        return readout if self.metric is None else self.metric @ readout
 
     def _as_readout(self, stored: Tensor) -> Readout:
         return stored.T if self.dense.layers.in_out else stored

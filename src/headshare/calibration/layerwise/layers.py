@@ -175,9 +175,11 @@ class Layers:
         self._calls[len(tokens), tokens.shape[1]] = calls
         return entered[0]
 
-    @torch.no_grad()
     def logits(self, leaving: Batch) -> Float[Tensor, "batch window vocabulary"]:
-        """The logits, on `device`, that a model with its head computes from the last layer's hidden states."""
+        """The logits, on `device`, that a model with its head computes from the last layer's hidden states.
+
+        They have a gradient if the caller has those enabled.
+        """
         hidden = leaving.to(self.device)
         if self._tuples is None:
             self._enter(torch.ones(hidden.shape[:2], dtype=torch.long))

@@ -33,6 +33,11 @@ class Seen:
         )
         return Seen(inputs, outputs)
 
+    def detached(self) -> "Seen":
+        """The same numbers without their history."""
+        inputs, outputs = ({path: rows.detach() for path, rows in side.items()} for side in (self.inputs, self.outputs))
+        return Seen(inputs, outputs)
+
     def note(self, path: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Note the input and the output of the module at this path."""
         self.inputs[path] = args[0].clone()

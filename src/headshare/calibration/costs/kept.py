@@ -1,0 +1,89 @@
+"""Cost curves kept in a file, so that one pricing serves every budget and every set of protected layers.
+
+The file says which model and which text the curves are of. Those of another model or text are refused.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headshare.calibration.costs.actions import Action
+from headshare.calibration.costs.curves import CostCurve, checked_curves, curves_to_json
+from headshare.errors import CalibrationError, PlanError
+from headshare.files.atomic import write_whole
+from headshare.files.untrusted import MAX_JSON_BYTES, is_file, parse_json, read_bytes
+
+FORMAT = 1
+# values of a file: 80 layers of 64 steps that remove 448 neurons each have 2.3 million
+MAX_VALUES = 20_000_000
+
+
+class _Document(BaseModel):
+    """The file: what the curves are of, the actions that were priced, and the curves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    headshare_prices: int
+    of: dict[str, str] = Field(max_length=50)
+    actions: list[str] = Field(max_length=1000)
+    curves: Any
+
+
+@dataclass(frozen=True)
+class KeptCurves:
+    """A file of cost curves, and what they must be of: the model, the text and all else that decides them."""
+
+    path: Path
+    of: Mapping[str, str]
+
+    def read(self, actions: Collection[Action]) -> list[CostCurve] | None:
+        """The curves of these actions, of all layers; None if there is no such file yet.
+
+        Raises:
+            CalibrationError: if the file is not one of cost curves, or they are of something else.
+        """
+        if not is_file(self.path):
+            return None
+        document = self._document()
+        for what, value in self.of.items():
+            if document.of.get(what) != value:
+                raise self._refusal(
+                    f"it is of another {what}: {document.of.get(what, 'unknown')[:20]}, not {value[:20]}"
+                )
+        missing = sorted({str(action) for action in actions} - set(document.actions))
+        if missing:
+            raise self._refusal(f"it has no costs of {', '.join(missing)}")
+        try:
+            return checked_curves(document.curves)
+        except PlanError as error:
+            raise self._refusal(str(error)) from None
+
+    def write(self, actions: Collection[Action], curves: Sequence[CostCurve]) -> None:
+        """Write the curves, whole or not at all.
+
+        Raises:
+            OutputError: if they cannot be written.
+        """
+        named = sorted(map(str, actions))
+        head = _Document(headshare_prices=FORMAT, of=dict(self.of), actions=named, curves=[]).model_dump_json()
+        write_whole(self.path, (head.removesuffix("[]}") + curves_to_json(curves) + "}\n").encode())
+
+    def _document(self) -> _Document:
+        data = parse_json(
+            read_bytes(self.path, MAX_JSON_BYTES, CalibrationError), self.path, CalibrationError, MAX_VALUES
+        )
+        if not isinstance(data, dict) or "headshare_prices" not in data:
+            raise self._refusal("it is no file of cost curves")
+        if data["headshare_prices"] != FORMAT:
+            raise self._refusal(f"its format is {data['headshare_prices']!r:.20}, and this headshare reads {FORMAT}")
+        try:
+            return _Document.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise self._refusal(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    def _refusal(self, why: str) -> CalibrationError:
+        return CalibrationError(f"{self.path} cannot be used: {why}. Give another file for --prices, or remove it.")

@@ -1,0 +1,122 @@
+"""Channels removed from an output projection one group after another, each time with the best refit of the others.
+
+All that is needed of the tokens are two Gram matrices: of the inputs that the refit is made for, and of those on which
+its error is counted. Exact at every step. Knows no model and no plan.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headshare.calibration.costs.least_squares import RIDGE, Columns, Inputs, Readout
+from headshare.precision import full_float32
+
+CHUNK_TOKENS = 1024
+
+Gram = Float[Tensor, "channels channels"]
+
+
+def gram_of(inputs: Inputs) -> Gram:
+    """The Gram matrix of these inputs: products of chunks of tokens in their own precision, sums in float64."""
+    gram = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    with full_float32():
+        for chunk in inputs.split(CHUNK_TOKENS):
+            gram += chunk.T @ chunk
+    return gram
+
+
+def refitted_without(gram: Gram, weight: Readout, gone: Columns) -> Readout:
+    """The output projection without these channels, the others refitted to what it gave with them.
+
+    It is what `Surgery` leaves after any number of removals, in one step.
+    """
+    left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    left[gone] = False
+    kept = left.nonzero()[:, 0]
+    inner = gram[kept[:, None], kept]
+    inner.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    lost = gram[kept[:, None], gone] @ weight[:, gone].double().T
+    whole = torch.zeros_like(weight)
+    whole[:, kept] = weight[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(inner)).T.to(weight)
+    return whole
+
+
+@dataclass
+class Surgery:
+    """An output projection that loses channels, by the formula of optimal brain surgery (Hassibi and Stork, 1993).
+
+    With Q the inverse of the inputs' Gram matrix, removing channels r turns W into W - W_r Q_rr^-1 Q_r and adds
+    tr(W_r Q_rr^-1 W_r^T) to the squared error on the inputs that are fitted to. On the other inputs, whose Gram matrix
+    is `held`, the error is that of the difference from the `dense` matrix. The ridge is `RIDGE` times the inputs' mean
+    square. `weight` is zero where a channel is gone. All in float64.
+    """
+
+    dense: Readout
+    inverse: Gram
+    held: Gram | None
+    weight: Readout = field(init=False)
+    error: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.weight = self.dense.clone()
+
+    @classmethod
+    def on(cls, fitted: Inputs, held: Float[Tensor, "held channels"], weight: Readout) -> "Surgery":
+        """The projection as it is, fitted on some inputs and judged on others; on the same ones if there are none.
+
+        Errors are scaled as if all inputs were such.
+        """
+        gram = gram_of(fitted)
+        mean = gram.diagonal().mean()
+        gram.diagonal().add_(RIDGE * mean + torch.finfo(gram.dtype).tiny)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        judged = gram_of(held) * ((len(fitted) + len(held)) / len(held)) if len(held) else None
+        return cls(weight.double(), inverse, judged)
+
+    def cheapest(self, count: int) -> Int[Tensor, " count"]:
+        """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
+        inverse = self.inverse.diagonal()
+        costs = self.weight.square().sum(dim=0) / inverse
+        costs[inverse == 0] = torch.inf
+        return costs.topk(count, largest=False).indices.sort().values
+
+    def remove(self, columns: Columns) -> float:
+        """Remove these channels. Returns the error that this adds."""
+        lost = self.weight[:, columns].clone()
+        inner = torch.linalg.cholesky(self.inverse[columns][:, columns])
+        across = torch.cholesky_solve(self.inverse[columns], inner)
+        added = self._added(lost, across, inner)
+
+        # What is gone is set to zero, as rounding leaves a little.
+        self.weight -= lost @ across
+        self.inverse -= self.inverse[:, columns] @ across
+        self.weight[:, columns] = 0
+        self.inverse[columns] = 0
+        self.inverse[:, columns] = 0
+        self.error += added
+        return added
+
+    def remove_all(self) -> float:
+        """Remove the channels that are left. Returns the error that this adds."""
+        left = self.inverse.diagonal().nonzero()[:, 0]
+        return self.remove(left)
+
+    def _added(
+        self,
+        lost: Float[Tensor, "hidden lost"],
+        across: Float[Tensor, "lost channels"],
+        inner: Float[Tensor, "lost lost"],
+    ) -> float:
+        """The error that is added when the projection changes by minus `lost` times `across`.
+
+        `inner` is the Cholesky factor of the lost channels' block of the inverse Gram matrix.
+        """
+        if self.held is None:
+            return float((torch.cholesky_solve(lost.T, inner) * lost.T).sum())
+        # With C the change so far, |(C - L A) x|^2 - |C x|^2 summed over the inputs needs one product with their Gram
+        # matrix, as thin as the channels are few.
+        seen = self.held @ across.T
+        before = (self.weight - self.dense) @ seen
+        return float((lost * (lost @ (across @ seen)) - 2 * lost * before).sum())
