@@ -137,8 +137,8 @@ def prices_on(
 
     # Measured costs replace the output errors; they are kept apart, as other runs may want either.
     if probe:
-        known = _saved_paths(workspace, "probed", sorted(kinds), *what)
-        prices = probe_prices(dense, calibration, prices, device=device, done=known)
+        before = _saved_paths(workspace, "probed", sorted(kinds), *what)
+        prices = probe_prices(dense, calibration, prices, device=device, done=before)
     return prices
 
 

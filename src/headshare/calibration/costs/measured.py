@@ -12,7 +12,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headshare.architecture.model_class import class_name, predicts_next, reads_images
 from headshare.calibration.costs.actions import REMOVE, Order
@@ -229,6 +229,7 @@ class _Changed:
         """The layer without the units of the first steps of a curve of removals."""
         module = self.layers.build(self.layer)
         projection = module.get_submodule(self.layers.path(READOUT[curve.kind]))
+        assert isinstance(projection.weight, Tensor)
         weight = projection.weight.data.T if self.layers.in_out else projection.weight.data
         place = self.prices.layout_of(curve).parts[READOUT[curve.kind]]
         spans = [place.span(group) for step in curve.steps[:steps] for group in step.groups]

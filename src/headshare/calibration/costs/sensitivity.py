@@ -135,7 +135,8 @@ class _Backward:
         if not bool(torch.isfinite(information).all()):
             raise CalibrationError(f"the gradients at layer {self.layer} are not finite. Plan with --no-probe.")
         values, vectors = torch.linalg.eigh(information / 2)
-        return (vectors * values.clamp(min=0).sqrt() @ vectors.T).float()
+        root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        return root.float()
 
 
 @contextmanager

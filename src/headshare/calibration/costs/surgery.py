@@ -22,7 +22,7 @@ def gram_of(inputs: Inputs) -> Gram:
     """The Gram matrix of these inputs: products of chunks of tokens in their own precision, sums in float64."""
     gram = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
     with full_float32():
-        for chunk in inputs.split(CHUNK_TOKENS):
+        for chunk in torch.split(inputs, CHUNK_TOKENS):
             gram += chunk.T @ chunk
     return gram
 
