@@ -27,6 +27,10 @@ from headshare.calibration.layerwise import layers  # noqa: E402 - the same
 from support import tiny  # noqa: E402 - after the line above
 from support.command_line import Run, run_in  # noqa: E402 - the same
 
+# Layers multiply float32 numbers, as on a machine that has no faster ones: figures are the same everywhere.
+# What shorter numbers change is measured in tests that ask for them.
+precision._multiplies_bfloat16 = lambda _: False
+layers.short_layers = lambda _: precision.full_float32()
 torch.set_num_threads(1)  # tests of kill -9 fork this process, and a fork must not wait for threads that it lacks
 transformers.utils.logging.set_verbosity(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()
@@ -48,16 +52,6 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 def _one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-
-
-@pytest.fixture(autouse=True)
-def _exact_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers multiply float32 numbers, as on a machine that has no faster ones: figures are the same everywhere.
-
-    What shorter numbers change is measured in tests that ask for them.
-    """
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: False)
-    monkeypatch.setattr(layers, "short_layers", lambda _: precision.full_float32())
 
 
 def pytest_collection_finish() -> None:
