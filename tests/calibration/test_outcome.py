@@ -14,7 +14,7 @@ from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.measure import measure
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import CalibrationError
+from headshare.errors import CalibrationError, PlanError
 from headshare.evaluation.verify import verify
 from headshare.files.state_files import Workspace
 from headshare.plan.units import Sublayer
@@ -135,6 +135,45 @@ def test_a_budget_is_met(save: str, allow: list[str], source: Path) -> None:
         whole = sum(tensor.nbytes for tensor in load_file(source / "model" / WEIGHTS).values())
         budget = Budget.parse(dense, save=save, allow=allow)
     assert budget.saved_bytes == (5000 if save == "5000" else int(whole * 0.03))
+
+
+def test_units_may_be_removed_under_a_budget_unless_told_otherwise(source: Path) -> None:
+    with hs.open_checkpoint(source / "model") as dense:
+        names = {
+            words: [action.name for action in Budget.parse(dense, **dict(words)).actions]
+            for words in [
+                (("save", "3%"),),
+                (("save", "3%"), ("allow", ())),
+                (("save", "3%"), ("parts", "qkv")),
+                (("save", "3%"), ("parts", "qkv"), ("allow", ("remove",))),
+                (("ratio", 0.3),),
+            ]
+        }
+    assert list(names.values()) == [
+        ["qkvo", "low_rank", "remove"],
+        ["qkvo", "low_rank"],
+        ["qkv"],
+        ["qkv", "remove"],
+        ["qkvo", "low_rank"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "removes"),
+    [(["--save", "3%"], True), (["--save", "3%", "--allow", "none"], False), (["--allow", "none"], False)],
+)
+def test_the_command_line_says_whether_units_may_be_removed(
+    words: list[str], removes: bool, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Budget] = []
+
+    def stop(dense: object, budget: Budget, *_: object, **__: object) -> None:
+        seen.append(budget)
+        raise PlanError("stopped")
+
+    monkeypatch.setattr("headshare.cli.plan.plan_calibrated", stop)
+    assert run("plan", "model", "-o", "plan.json", *words, *TEXT).status != 0
+    assert any(action.removes for action in seen[0].actions) == removes
 
 
 def test_layers_keep_multiples_of_neurons_and_other_prices_are_not_taken(source: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
 
-from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, Action, Output
+from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, REMOVE, Action, Output
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError, PlanError
@@ -38,8 +38,8 @@ class Budget:
         *,
         ratio: float = 0.3,
         save: str | None = None,
-        parts: str = AUTO,
-        allow: Collection[str] = (),
+        parts: str | None = None,
+        allow: Collection[str] | None = None,
         ffn_groups: int = 1,
         protect: Collection[int] = (),
         multiple: int = 1,
@@ -49,6 +49,8 @@ class Budget:
         `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
         units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
         `allow`) or of ranks, the budget is the number of bytes that sharing q, k and v at this ratio would save.
+        Parts are chosen as with auto unless given. With `save`, units may then be removed too, unless `allow` says
+        which other actions there may be; an empty one leaves sharing alone.
 
         Raises:
             OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
@@ -56,7 +58,9 @@ class Budget:
             PlanError: if the budget cannot be met by any plan.
         """
         dense.require_dense("plan for it")
-        actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
+        if allow is None:
+            allow = (REMOVE.name,) if save is not None and parts is None else ()
+        actions = tuple(dict.fromkeys((*_actions_of(parts or AUTO), *map(_allowed, allow))))
 
         # The units are counted in any case, so that a ratio or protected layers that do not fit are refused.
         words = "gateup" if actions[0].sublayer is Sublayer.FFN else "qk"

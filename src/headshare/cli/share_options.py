@@ -21,6 +21,8 @@ from headshare.plan.units import Sublayer
 from headshare.text.tokens import TOKENS
 
 OUTPUT = "output"
+# the word for no action besides sharing
+NOTHING = "none"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 # the choices of options: enumerations to typer, which offers their values; words to a type checker
@@ -114,10 +116,10 @@ class ChoiceOptions:
     allow: Annotated[
         str | None,
         typer.Option(
-            metavar="remove",
+            metavar="remove|none",
             rich_help_panel=CHOOSE,
-            help="remove: also allow deleting heads and neurons where that is cheaper than sharing. Default: share "
-            "only.",
+            help="remove: also delete heads and neurons where that costs less than sharing. none: share only. Default: "
+            "remove with --save, unless --parts says what to share; else none.",
         ),
     ] = None
 
@@ -153,8 +155,8 @@ class ChoiceOptions:
             dense,
             ratio=self.ratio,
             save=self.save,
-            parts=self.parts or ("auto" if self.save or self.allow else "qkv"),
-            allow=[self.allow] if self.allow else [],
+            parts=self.parts or (None if self.save or self.allow else "qkv"),
+            allow=None if self.allow is None else [word for word in [self.allow] if word != NOTHING],
             ffn_groups=self.ffn_groups,
             protect=whole_numbers(self.protect),
             multiple=self.multiple,
