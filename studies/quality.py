@@ -32,9 +32,9 @@ from headshare.architecture.modules import module_path
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, LOW_RANK, QKV, QKVO, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurves
+from headshare.calibration.costs.kept import SavedCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
-from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refitter import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint

@@ -8,10 +8,9 @@ from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves
-from headshare.calibration.costs.kept import KeptCurves
+from headshare.calibration.costs.kept import KeptCurves, SavedCurves
 from headshare.calibration.costs.local import price_units, priced_before
 from headshare.calibration.costs.measured import check_windows, predicts, probe_prices
-from headshare.calibration.costs.saved import SavedCurves
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import PlanError

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
 from headshare.files.printable import shown
@@ -42,6 +43,19 @@ OverwriteOption = Annotated[
 AnyBaseOption = Annotated[
     bool, typer.Option("--any-base", help="Take this dense model even if it is not the one that SHARED came from.")
 ]
+
+
+# the words for how far a model is refined, with their numbers of steps
+PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
+
+
+def a_refinement(word: str) -> str:
+    """A word for how far a model is refined, if it is one."""
+    try:
+        Refinement.of(word)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    return word
 
 
 @dataclass(frozen=True)

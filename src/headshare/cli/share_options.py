@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headshare.calibration.budget import Budget
-from headshare.calibration.refit.refinement import NONE, REFINEMENTS, Refinement
+from headshare.calibration.refit.refinement import NONE
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
-from headshare.cli.options import CALIBRATE, CHOOSE, WRITE, Context, RestartOption, is_given, refuse_unused
-from headshare.errors import OptionError
+from headshare.cli.options import (
+    CALIBRATE,
+    CHOOSE,
+    PRESETS,
+    WRITE,
+    Context,
+    RestartOption,
+    a_refinement,
+    is_given,
+    refuse_unused,
+)
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.pairing import MODES, make_plan
 from headshare.matching.scores import Scores
@@ -21,8 +30,7 @@ from headshare.plan.units import Sublayer
 from headshare.text.tokens import TOKENS
 
 OUTPUT = "output"
-# the word for no action besides sharing
-NOTHING = "none"
+NOTHING = "none"  # is allowed besides sharing
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 # the choices of options: enumerations to typer, which offers their values; words to a type checker
@@ -122,7 +130,6 @@ class ChoiceOptions:
             "remove with --save, unless --parts says what to share; else none.",
         ),
     ] = None
-
     multiple: Annotated[
         int,
         typer.Option(
@@ -255,19 +262,7 @@ class RunOptions(CalibrationOptions):
 
     def settings_on(self, source: str) -> CalibrationSettings:
         """The settings of a calibrated run on this text."""
-        settings = self.settings(source, restart=self.restart, probe=self.probe)
-        return replace(settings, prices=self.prices)
-
-
-_PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
-
-
-def _a_refinement(word: str) -> str:
-    try:
-        Refinement.of(word)
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from None
-    return word
+        return replace(self.settings(source, restart=self.restart, probe=self.probe), prices=self.prices)
 
 
 @dataclass(frozen=True)
@@ -281,10 +276,10 @@ class RefitOptions:
         str,
         typer.Option(
             metavar="none|fast|best|STEPS",
-            callback=_a_refinement,
+            callback=a_refinement,
             rich_help_panel=CALIBRATE,
             help="After its refit, pull each layer's output towards the dense layer's by gradient steps on all its "
-            f"weights that no other layer uses. {_PRESETS}.",
+            f"weights that no other layer uses. {PRESETS}.",
         ),
     ] = NONE
 
@@ -320,15 +315,6 @@ DtypeOption = Annotated[
 ]
 
 # names of parameters, to refuse those that would not be used
-CALIBRATING = (
-    "field",
-    "calibration_tokens",
-    "calibration_window",
-    "seed",
-    "device",
-    "restart",
-    "probe",
-    "prices",
-    "measure",
-)
+_TEXT = ("field", "calibration_tokens", "calibration_window", "seed", "device")
+CALIBRATING = (*_TEXT, "restart", "probe", "prices", "measure")
 CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow", "multiple")

@@ -1,9 +1,9 @@
-"""Cost curves kept in a file, so that one pricing serves every budget and every set of protected layers.
+"""Cost curves on disk: those of a run, to go on with, and those kept in a file that serves every budget.
 
-The file says which model and which text the curves are of. Those of another model or text are refused.
+A file that a person keeps says which model and which text its curves are of. Those of another one are refused.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.calibration.costs.actions import Action
-from headshare.calibration.costs.curves import CostCurve, checked_curves, curves_to_json
+from headshare.calibration.costs.curves import CostCurve, checked_curves, curves_from_json, curves_to_json
 from headshare.errors import CalibrationError, PlanError
 from headshare.files.atomic import write_whole
+from headshare.files.state_files import Workspace
 from headshare.files.untrusted import MAX_JSON_BYTES, is_file, parse_json, read_bytes
 
 FORMAT = 1
@@ -87,3 +88,36 @@ class KeptCurves:
 
     def _refusal(self, why: str) -> CalibrationError:
         return CalibrationError(f"{self.path} cannot be used: {why}. Give another file for --prices, or remove it.")
+
+
+class SavedCurves(MutableMapping[int, list[CostCurve]]):
+    """The cost curves of the layers done so far, a file for each layer."""
+
+    def __init__(self, work: Workspace, key: str) -> None:
+        self._work = work
+        self._prefix = f"prices-{key}-"
+
+    def _file(self, layer: int) -> str:
+        return f"{self._prefix}{layer}.json"
+
+    def __getitem__(self, layer: int) -> list[CostCurve]:
+        saved = self._work.read(self._file(layer))
+        if saved is None:
+            raise KeyError(layer)
+        try:
+            return curves_from_json(saved)
+        except PlanError as error:
+            raise self._work.damaged(self._file(layer), str(error)) from None
+
+    def __setitem__(self, layer: int, given: list[CostCurve]) -> None:
+        self._work.write(self._file(layer), curves_to_json(given).encode())
+
+    def __delitem__(self, layer: int) -> None:
+        self._work.delete(self._file(layer))
+
+    def __iter__(self) -> Iterator[int]:
+        names = (path.name for path in self._work.folder.glob(f"{self._prefix}*.json"))
+        return iter(sorted(int(name.removeprefix(self._prefix).removesuffix(".json")) for name in names))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
