@@ -212,7 +212,7 @@ def test_short_products_change_little(
 ) -> None:
     """Whether or not this machine is faster with them."""
     dense, prices = llama_prices
-    monkeypatch.setattr(streams, "short_layers", lambda _: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(probing, "short_layers", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert_adds_up(probe(dense, prices).curves, truth, {"rel": 0.1, "abs": 1e-4})
 
 

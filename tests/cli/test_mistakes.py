@@ -231,7 +231,7 @@ share model out --save nan --calibration text           | no amount to save
 share model out --save 5% --ratio 0.2 --calibration text | --ratio would not be used
 share model out --save 5% --match qk --calibration text | --match would not be used
 share model out --allow all --calibration text          | all
-share model out --save 5% --multiple 8 --calibration text | no neurons are removed, in multiples of 8
+share model out --save 5% --allow none --multiple 8 --calibration text | no neurons are removed, in multiples of 8
 share model out --save 5% --allow remove --multiple 32 --calibration text | no multiple of 32. Remove them in multiples
 share model out --save 5% --allow remove --multiple 0 --calibration text | --multiple
 share model out --match output --mode root --calibration text | --mode would not be used

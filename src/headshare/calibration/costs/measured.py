@@ -27,7 +27,7 @@ from headshare.calibration.refit.refitter import Refitter
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
 from headshare.plan.units import Sublayer
-from headshare.precision import short_products
+from headshare.precision import short_layers, short_products
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -121,7 +121,7 @@ class _Walk:
         self.ffn = ffn
         self.device = device
         self.fit = replace(calibration, tokens=calibration.tokens[:fitted])
-        self.layers = Layers(dense, device=device, head=True, short=True)
+        self.layers = Layers(dense, device=device, head=True)
 
         # The last windows are measured on; none of them is fitted to.
         measured = min(windows - fitted, max(1, probed // window))
@@ -163,7 +163,8 @@ class _Walk:
                 module = changed.without(curve, steps)
             else:
                 module = self._refitter(curve, steps).refitted(layer, self.fitted)
-            streams.append(self.layers.run_over(module, layer, self.measured.clone()))
+            with short_layers(self.layers.device):
+                streams.append(self.layers.run_over(module, layer, self.measured.clone()))
         lost = self._divergences(self._through(range(layer + 1, self.layers.count), streams))
         if not all(map(math.isfinite, lost)):
             raise CalibrationError(f"what layer {layer} does to predictions is not finite on {self.fit.source}.")
@@ -189,8 +190,9 @@ class _Walk:
         """Run these dense layers over each of the streams of hidden states, in place."""
         for layer in layers:
             module = self.layers.build(layer)
-            for stream in streams:
-                self.layers.run_over(module, layer, stream)
+            with short_layers(self.layers.device):
+                for stream in streams:
+                    self.layers.run_over(module, layer, stream)
         return streams
 
     def _divergences(self, streams: Sequence[Stream]) -> list[float]:

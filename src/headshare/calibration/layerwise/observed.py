@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,10 +26,13 @@ class Seen:
     outputs: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def in_windows(self, hidden: Batch) -> "Seen":
-        """The rows in the windows of the batch. Some layers (OPT's) lay all tokens in one row before they go on."""
+        """The rows in the windows of the batch. Some layers (OPT's) lay all tokens in one row before they go on.
+
+        Short numbers become float32 ones, since what is added to them must not be rounded as they are.
+        """
         batch, window, _ = hidden.shape
         inputs, outputs = (
-            {path: value.reshape(batch, window, value.shape[-1]) for path, value in rows.items()}
+            {path: _full(value).reshape(batch, window, value.shape[-1]) for path, value in rows.items()}
             for rows in (self.inputs, self.outputs)
         )
         return Seen(inputs, outputs)
@@ -47,6 +51,10 @@ class Seen:
         """Note the input of the module at this path, and raise ReachedError."""
         self.inputs[path] = args[0]
         raise ReachedError
+
+
+def _full(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 @contextmanager

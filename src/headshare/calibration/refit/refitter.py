@@ -88,8 +88,8 @@ class Refitter:
             weights = ExpandedTensors.of(shared)
 
         # Without a shared checkpoint both models are built from the dense one's layers.
-        self.layers = layers or Layers(dense, device=device, short=True)
-        self.shared_layers = self.layers if shared is None else Layers(shared, device=device, short=True)
+        self.layers = layers or Layers(dense, device=device)
+        self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
 
         # The windows held out come last, so that the first `fitted` ones are those to fit to.
         fit, held = calibration.split(HELD_OUT)
