@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,15 @@ MORE: dict[str, tuple[type, Any, str | None]] = {
     "stablelm": (tf.StableLmForCausalLM, tf.StableLmConfig(**tiny.GROUPED), "ffn"),
 }
 ALL = {**tiny.FAMILIES, **MORE}
+# Families that every run looks at: grouped heads, biases, and experts. The others take long together.
+SOME = ("llama-biased", "opt", "mixtral")
 FUSED = ("phi3", "gpt2", "gpt_neox", "falcon-mqa", "falcon-mha", "falcon-gqa")
 REFUSED = {"olmo-clipped": "with clip_qkv", "stablelm": "'stablelm' models is not known to work"}
+
+
+def some_of(every: Iterable[str], *some: str) -> list[Any]:
+    """All of them, of which those that are not in `some` are slow."""
+    return [each if each in (some or SOME) else pytest.param(each, marks=pytest.mark.slow) for each in every]
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +103,7 @@ def shared(dense: hs.Checkpoint, tmp_path: Path) -> Path:
 # ---- families
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in (*FUSED, *REFUSED)])
+@pytest.mark.parametrize("name", some_of(name for name in ALL if name not in (*FUSED, *REFUSED)))
 def test_a_model_of_narrow_values_equals_the_stock_model_that_it_expands_to(name: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     found = hs.share(dense, planned(dense))
@@ -114,7 +122,7 @@ def test_a_model_of_narrow_values_equals_the_stock_model_that_it_expands_to(name
     assert verify(hs.open_checkpoint(out), dense).ok
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", some_of(FUSED, "phi3"))
 def test_values_in_one_matrix_with_queries_stay_as_they_are(name: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
     with pytest.raises(PlanError, match="should hold v and o of all units and nothing else"):
@@ -202,7 +210,7 @@ def ties(dense: hs.Checkpoint, *parts: Part, layers: tuple[int, int] = (2, 0)) -
     return Selection(layout=dense.layouts.attention.only(parts), ties=(tie,))
 
 
-@pytest.mark.parametrize("storage", ["owner", "alias", "indirect", "auto"])
+@pytest.mark.parametrize("storage", some_of(["owner", "alias", "indirect", "auto"], "auto"))
 def test_units_and_neurons_go_from_a_narrow_layer_and_its_queries_and_keys_are_tied(
     storage: str, dense: hs.Checkpoint, tmp_path: Path
 ) -> None:
@@ -310,6 +318,7 @@ def test_it_is_saved_again_byte_for_byte_and_dequantized(shared: Path, tmp_path:
     assert tuple(whole.model.layers[0].self_attn.v_proj.weight.shape) == (16, 32)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_model_of_narrow_values_as_one_graph(shared: Path) -> None:
     """In a fresh process, where nothing checks types at run time, which torch.compile cannot trace."""
     script = f"""

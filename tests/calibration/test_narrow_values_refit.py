@@ -113,7 +113,9 @@ def test_sums_in_the_directions_are_those_of_turned_inputs() -> None:
 # ---- refits
 
 
-@pytest.mark.parametrize("name", ["llama-biased", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama-biased", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "mixtral"))]
+)
 def test_a_refitted_model_of_narrow_values_is_nearer_to_the_dense_one_and_verifies(name: str, tmp_path: Path) -> None:
     dense = dense_of(name, tmp_path)
     removed = Removal(layout=dense.layouts.attention, removed={2: [1]})

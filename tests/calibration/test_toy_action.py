@@ -81,7 +81,7 @@ def _registered() -> Iterator[None]:
     for action in (KV, VO, NARROW, QUIET):
         del ACTIONS[action.name]
     assert before == ACTIONS
-    assert list(ACTIONS) == ["qk", "qkv", "qkvo", "low_rank", "gateup", "remove"]
+    assert list(ACTIONS) == ["qk", "qkv", "qkvo", "low_rank", "gateup", "narrow_values", "remove"]
 
 
 def steps_by(prices: CostCurves, action: Action) -> list[CurveStep]:

@@ -6,7 +6,7 @@ that the traits cannot describe brings functions of its own: `costs` for its cos
 plan.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -14,15 +14,21 @@ from typing import NamedTuple
 from headshare.calibration.costs.sections import (
     SectionBuilder,
     low_rank_sections,
+    narrow_values_sections,
     removal_sections,
     tie_sections,
 )
 from headshare.calibration.costs.sublayer import SublayerData, UnitSizes
 from headshare.errors import PlanError
+from headshare.plan.tensors import bias_name
 from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, HeadUnit, Part, Sublayer
+from headshare.sharing.factors import by_group, value_bases
 
 # The word for a choice among several actions, which is no action's name.
 AUTO = "auto"
+
+# The steps in which all dimensions of a head's values could go.
+NARROW_STEPS = 16
 
 # The parts that an action can share, by its sublayer.
 _SHARED: Mapping[Sublayer | None, tuple[Part, ...]] = {
@@ -36,12 +42,14 @@ class Output(StrEnum):
     """Treatments of a unit's columns of the output projection (W_o, W_down).
 
     `OWN`: the unit keeps columns of its own. `SCALED`: it takes its donor's, with one scale for each channel.
-    `LOW_RANK`: a low-rank product stands in their place. `NONE`: the columns are gone, and the unit with them.
+    `LOW_RANK`: a low-rank product stands in their place. `NARROW`: columns of dimensions that matter least are gone,
+    in all units of the layer. `NONE`: all columns are gone, and the unit with them.
     """
 
     OWN = "own"
     SCALED = "scaled"
     LOW_RANK = "low rank"
+    NARROW = "narrow"
     NONE = "none"
 
 
@@ -64,6 +72,7 @@ class GivenUp(NamedTuple):
     saved_bytes: int
     donors: tuple[tuple[HeadUnit, float], ...] = ()
     rank: int = 0
+    width: int = 0
 
 
 Costs = Callable[[SublayerData], Iterable[GivenUp]]
@@ -115,11 +124,19 @@ class Action:
         """True if the unit is gone altogether. Only models that can go without units have such an action."""
         return self.output is Output.NONE
 
+    @property
+    def narrows(self) -> bool:
+        """True if values become narrower. Only models whose attention takes such values have such an action."""
+        return self.output is Output.NARROW
+
     def saved_bytes(self, sizes: UnitSizes, rank: int = 0) -> int:
-        """The bytes that giving up one unit of these sizes saves, as `sharing.size.estimate_plan` counts them."""
+        """The bytes that giving up one unit of these sizes saves, as `sharing.size.estimate_plan` counts them.
+
+        Narrow values save by their width, which is nothing of a unit's: their cost curve says it.
+        """
         shared = sum(size for part, size in sizes.parts.items() if part in self.shares)
         match self.output:
-            case Output.OWN:
+            case Output.OWN | Output.NARROW:
                 return shared
             case Output.SCALED:
                 return shared - sizes.scales
@@ -157,6 +174,42 @@ def registered(actions: Iterable[Action]) -> tuple[Action, ...]:
     return tuple(action for action in ACTIONS.values() if action in wanted)
 
 
+def narrow_values_costs(half: SublayerData) -> Iterator[GivenUp]:
+    """Narrower values, a sixteenth of a head's dimensions at a step, in all units of a layer.
+
+    The cost of a step is what dropping its dimensions adds to the squared error of the output, before W_o is fitted
+    again: exact where one query head reads each key/value head, else a bound (`principal_values`). Directions are those
+    of `half.weight`, so with a metric they are those that cost predictions least; the refit takes those of W_o itself.
+    The last step leaves as many dimensions as a step drops.
+    """
+    v = half.layout.parts[Part.V]
+    # A key/value head's second moments are sums over the query heads that read it, so no larger Gram matrix is needed.
+    heads = half.inputs[: half.fitted].double().view(half.fitted, half.layout.groups, -1, v.rows)
+    values = heads.transpose(0, 1).flatten(1, 2)
+    moments = values.mT @ values * (len(half.inputs) / half.fitted)
+    readers = by_group(half.weight, half.layout.groups, v.rows)
+    bases = value_bases(moments, readers.mT @ readers)
+    losses = bases.importance.sum(dim=0).flip(0).cumsum(0).tolist()
+    step = max(1, v.rows // NARROW_STEPS)
+    before = 0.0
+    for dropped in range(step, v.rows, step):
+        price = losses[dropped - 1] - before
+        before = losses[dropped - 1]
+        yield GivenUp(tuple(range(half.layout.groups)), price, step * _dimension_bytes(half), width=v.rows - dropped)
+
+
+def _dimension_bytes(half: SublayerData) -> int:
+    """The bytes of one dimension of values in all units of the layer."""
+    v, o = (half.layout.parts[part] for part in (Part.V, Part.O))
+    stored = half.dense.checkpoint.tensors
+    number = half.dense.number
+    rows, columns = (stored[place.name(number)].torch_dtype.itemsize for place in (v, o))
+    bias = bias_name(v.name(number))
+    entries = stored[bias].torch_dtype.itemsize if bias in stored else 0
+    readers = o.shape[o.axis] // v.rows
+    return half.layout.groups * (v.shape[1 - v.axis] * rows + entries) + readers * o.shape[1 - o.axis] * columns
+
+
 QK = register_action(Action("qk", Sublayer.ATTENTION, (Part.Q, Part.K), Output.OWN))
 QKV = register_action(Action("qkv", Sublayer.ATTENTION, (Part.Q, Part.K, Part.V), Output.OWN))
 QKVO = register_action(
@@ -174,6 +227,16 @@ LOW_RANK = register_action(
     )
 )
 GATEUP = register_action(Action("gateup", Sublayer.FFN, (Part.GATE, Part.UP), Output.OWN))
+NARROW_VALUES = register_action(
+    Action(
+        "narrow_values",
+        Sublayer.ATTENTION,
+        (),
+        Output.NARROW,
+        costs=narrow_values_costs,
+        sections=(narrow_values_sections,),
+    )
+)
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
 
 # The actions that `auto` chooses among; the cost curves of removals are made along with these.

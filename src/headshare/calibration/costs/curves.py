@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
@@ -34,8 +35,9 @@ class CurveStep:
     `groups` are the units. `price` is what the step adds to the layer's error after all steps before it, with the best
     donor. It can be below zero, where donors make up for what earlier steps lost. `donors` are all that the unit could
     have, best first, each with its price: exact for the first few, estimated and no less than theirs for the others. A
-    removal has no donors. `rank` is that of the low-rank product which stands for the unit's columns of o. JSON calls
-    the action `form`.
+    removal has no donors. `rank` is that of the low-rank product which stands for the unit's columns of o. `width` is
+    that of values after the step, in all units of the layer, which later steps of the curve narrow on. JSON calls the
+    action `form`.
 
     Raises:
         PlanError: if the fields contradict each other.
@@ -49,10 +51,13 @@ class CurveStep:
     saved_bytes: int
     donors: tuple[tuple[HeadUnit, float], ...] = ()
     rank: int = 0
+    width: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 0 or (self.rank > 0) != (self.action.output is Output.LOW_RANK):
             raise PlanError(f"a step has a rank if it is factored, and only then; found {self.rank} for {self.action}.")
+        if self.width < 0 or (self.width > 0) != (self.action.output is Output.NARROW):
+            raise PlanError(f"a step has a width if it narrows values, and only then; found {self.width}.")
         if not self.groups or min(self.groups) < 0 or len(set(self.groups)) < len(self.groups):
             raise PlanError(f"a step gives up one group or several different ones; found {self.groups!r:.100}.")
         if self.saved_bytes < 1 or not all(map(math.isfinite, (self.price, *(price for _, price in self.donors)))):
@@ -67,10 +72,12 @@ class CurveStep:
 class CostCurve:
     """The order in which one sublayer of one layer gives units up, step by step.
 
-    A feed-forward either removes single neurons or ties groups of them, not both.
+    A feed-forward either removes single neurons or ties groups of them, not both. A curve that narrows values does
+    nothing else: what it saves would depend on the units that are left, and v and o of narrow layers are not tied.
 
     Raises:
-        PlanError: if a unit is given up twice, an action is for the other sublayer, or a donor is in no earlier layer.
+        PlanError: if a unit is given up twice, an action is for the other sublayer, values are narrowed beside another
+            action or do not become narrower, or a donor is in no earlier layer.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -81,7 +88,12 @@ class CostCurve:
 
     def __post_init__(self) -> None:
         where = f"the {self.kind} curve of layer {self.layer}"
-        given = [group for step in self.steps for group in step.groups]
+        given = [group for step in self.steps if not step.width for group in step.groups]
+        widths = [step.width for step in self.steps if step.width]
+        if any(later >= before for before, later in pairwise(widths)):
+            raise PlanError(f"{where} has values that do not become narrower.")
+        if widths and len(self.actions) > 1:
+            raise PlanError(f"{where} narrows values and does something else. Make a curve of each action.")
         if len(set(given)) < len(given):
             raise PlanError(f"{where} gives a unit up twice.")
         if self.layer < 0:

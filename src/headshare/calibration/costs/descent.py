@@ -217,7 +217,7 @@ class _Descent:
             self.lost[group] = self.left.fit.lost(self.half.columns[group, None])
         removal = self.left.price(self.lost[group])
         match action.output:
-            case Output.NONE:
+            case Output.NONE | Output.NARROW:  # narrow values have costs of their own, and are never asked for here
                 return _Offer(removal)
             case Output.LOW_RANK:
                 return self.low_rank(group, action, removal)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from headshare.architecture.removable import removal_refusal
+from headshare.architecture.removable import narrow_values_refusal, removal_refusal
 from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
 from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.descent import neuron_path, own_path, paths_beside, unit_path
@@ -60,7 +60,8 @@ def price_units(
     A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
     units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`), along with which
     removals are always measured. An action with costs of its own has a curve of its own.
-    Layer 0 ties nothing, and no layer removes all units. So there is always a donor.
+    Layer 0 ties nothing, and no layer removes all units; where units are tied, values of layer 0 stay as wide as they
+    are, since narrow ones are not lent. So there is always a donor.
     The feed-forward either removes single neurons or ties groups of them, as a plan cannot mix the two. Where both are
     allowed it removes neurons, which did less harm for the same bytes wherever we measured it.
 
@@ -158,6 +159,7 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _S
     """
     layouts, neurons = _layouts(dense, ffn_groups)
     asked = {kind: _asked(kind, actions) for kind in layouts}
+    too_wide = narrow_values_refusal(dense.layouts.config)
 
     # Families differ in the sublayers that can go without units.
     removing = [kind for kind, actions in asked.items() if any(action.removes for action in actions)]
@@ -166,11 +168,15 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _S
         refusals[Sublayer.ATTENTION] = "its layers have one attention unit each"
     removable = {kind for kind, refusal in refusals.items() if refusal is None}
     allowed = {kind: _allowed(kind, actions, kind in removable) for kind, actions in asked.items()}
+    if too_wide is not None:
+        allowed = {kind: tuple(each for each in mine if not each.narrows) for kind, mine in allowed.items()}
 
     # A sublayer may be left without actions, but not both.
     if not any(allowed.values()):
         words = ", ".join(map(str, actions)) or "none"
         reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
+        if too_wide is not None and any(action.narrows for action in actions):
+            reasons += f" Narrow values: {too_wide}."
         raise PlanError(f"this model can have none of the forms asked for: {words}.{reasons}")
     return _SupportedActions({kind: actions for kind, actions in allowed.items() if actions}, layouts, neurons)
 
@@ -248,7 +254,8 @@ def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int, multi
             if action is REMOVE and beside and data.dense.number > 0:
                 yield from paths_beside(data, path, beside, donors=donors)
 
-    # An action that its traits do not describe makes its curve itself.
+    # An action that its traits do not describe makes its curve itself. Layer 0 keeps what it may have to lend.
+    lends = data.dense.number == 0 and any(action.shares for action in actions)
     for action in actions:
-        if action.costs is not None:
+        if action.costs is not None and not (lends and action.narrows):
             yield own_path(data, action)

@@ -1,4 +1,4 @@
-"""Sections of a plan, built from the units that it gives up: ties, removals and low-rank units.
+"""Sections of a plan, built from the units that it gives up: ties, removals, low-rank units, narrow values.
 
 A builder sees all units of its actions at once, over all layers, and yields sections of any kind. So an action can
 bring a builder, and a kind of section, of its own. Knows no cost and no weight.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from headshare.plan.layout import Layout
 from headshare.plan.low_rank import LowRankUnits
+from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.removal import Removal
 from headshare.plan.section import Choice, Section
 from headshare.plan.ties import Selection
@@ -20,7 +21,7 @@ class Taken:
     """A step that a plan takes: the units that it gives up, and the layout that they are in.
 
     `parts` are the parts that the units share with the donor. `rank` is that of the low-rank product which stands for
-    the units' own columns.
+    the units' own columns. `width` is that of the values of all units of their layer.
     """
 
     layout: Layout
@@ -28,6 +29,7 @@ class Taken:
     parts: tuple[Part, ...] = ()
     donor: HeadUnit | None = None
     rank: int = 0
+    width: int = 0
 
 
 SectionBuilder = Callable[[Sequence[Taken], Choice], Iterator[Section]]
@@ -75,6 +77,16 @@ def low_rank_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Sectio
             ranks={layer: tuple(ranks[unit] for unit in units) for layer, units in ordered.items()},
             chosen=choice,
         )
+
+
+def narrow_values_sections(taken: Sequence[Taken], choice: Choice) -> Iterator[Section]:
+    """The section of narrow values, each layer at the least width of its steps."""
+    for layout, mine in _by_grid(taken):
+        widths: dict[int, int] = {}
+        for step in mine:
+            layer = step.units[0].layer
+            widths[layer] = min(step.width, widths.get(layer, step.width))
+        yield NarrowValues(layout=layout.only((Part.V, Part.O)), widths=widths, chosen=choice)
 
 
 def _by_grid(taken: Sequence[Taken]) -> Iterator[tuple[Layout, list[Taken]]]:

@@ -118,8 +118,8 @@ class SublayerData:
     """A sublayer of a layer, in the units of a layout: the inputs of its output projection, also those of donors.
 
     `readout` is the part that is the output projection, and `weight` its matrix, multiplied by the `metric` of its
-    outputs where there is one. `columns` are the inputs that belong
-    to each group, and `parts` the parts that make them. Fits see the first `fitted` tokens; the others are held out.
+    outputs where there is one. `columns` are the inputs that belong to each group, and `parts` the parts that make
+    them. Fits see the first `fitted` tokens; the others are held out.
     """
 
     def __init__(

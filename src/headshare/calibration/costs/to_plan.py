@@ -109,7 +109,7 @@ def _given(prices: CostCurves, steps: Sequence[tuple[CostCurve, CurveStep]]) -> 
             donor, price = _donor(step, units[0], gone[path.kind], never, layout)
             dearer = price - step.donors[0][1]
         parts = tuple(part for part in layout.parts if part in step.action.shares)
-        given.append(_Given(step.action, Taken(layout, units, parts, donor, step.rank), dearer))
+        given.append(_Given(step.action, Taken(layout, units, parts, donor, step.rank, step.width), dearer))
     return given
 
 
