@@ -84,6 +84,7 @@ def test_costs_are_in_nats_where_predictions_are_compared_and_measured_costs_tak
     kept = KeptCurves(tmp_path / "prices.json", {"model": "a"})
     kept.write([NARROW_VALUES], measured.curves)
     assert kept.read([NARROW_VALUES]) == list(measured.curves)
+    assert Budget.parse(dense, parts="narrow_values", ratio=0.3).saved_bytes is not None
     assert plan_on(dense, text, Budget((NARROW_VALUES,), saved_bytes=2000), kept=kept).plan.narrow_values is not None
 
 

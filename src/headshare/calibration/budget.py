@@ -48,9 +48,9 @@ class Budget:
 
         `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
         units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
-        `allow`) or of ranks, the budget is the number of bytes that sharing q, k and v at this ratio would save.
-        Parts are chosen as with auto unless given. With `save`, units may then be removed too, unless `allow` says
-        which other actions there may be; an empty one leaves sharing alone.
+        `allow`), of ranks or of widths, the budget is the number of bytes that sharing q, k and v at this ratio would
+        save. Parts are chosen as with auto unless given. With `save`, units may then be removed too, unless `allow`
+        says which other actions there may be; an empty one leaves sharing alone.
 
         Raises:
             OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
@@ -74,7 +74,7 @@ class Budget:
         saved: int | None = None
         if save is not None:
             saved = _bytes_of(dense, save)
-        elif len(actions) > 1 or actions[0].output is Output.LOW_RANK:
+        elif len(actions) > 1 or actions[0].output in (Output.LOW_RANK, Output.NARROW):
             saved = estimate(dense, ratio, parts="qkv").saved_bytes
         return cls(actions, units if saved is None else None, saved, ffn_groups, tuple(sorted(set(protect))), multiple)
 

@@ -85,8 +85,8 @@ FfnRatioOption = Annotated[
 ]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
-    "gateup, low_rank (qkv, and o in low rank), several joined by +, or auto (qkvo+low_rank), the default with --save "
-    "and --allow."
+    "gateup, low_rank (qkv, and o in low rank), narrow_values (fewer dimensions of v), several joined by +, or auto "
+    "(qkvo+low_rank), the default with --save and --allow."
 )
 
 
