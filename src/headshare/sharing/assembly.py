@@ -11,7 +11,7 @@ from headshare.checkpoint.header import DTYPES, TensorInfo
 from headshare.plan.tensors import MADE, NOTHING, Source, TensorPlan
 
 # a slice of this size stays in the cache, and in memory that is used again
-SLICE_BYTES = 2 * 2**20
+SLICE_BYTES = 4 * 2**20
 # bytes of a page of memory, on whose boundaries a file can be mapped
 PAGE = 4096
 

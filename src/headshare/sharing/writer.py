@@ -24,7 +24,7 @@ from headshare.sharing.assembly import Assembly, copied, kept_only, stream
 from headshare.sharing.card import write_card
 from headshare.sharing.fits import open_shared
 from headshare.sharing.manifest import write_manifest
-from headshare.sharing.safetensors_writer import canonical_order, write_safetensors
+from headshare.sharing.safetensors_writer import canonical_order, same_bytes, write_safetensors
 
 
 def dtype_key(config: Mapping[str, Any]) -> str:
@@ -83,7 +83,7 @@ def _write_files(
     given: Mapping[str, Tensor],
     entry: SharingEntry | None,
 ) -> dict[str, str]:
-    """Write each file, check it while the next is written, and return the digests by file."""
+    """Write each file, flush it while the next is written, and return the digests by file."""
     seal = {} if entry is None else seal_of(entry.plan)
     digests: dict[str, str] = {}
     checks: list[Future[None]] = []
@@ -91,12 +91,12 @@ def _write_files(
         for file, many in track(by_file.items(), "writing", len(by_file)):
             slices = ([given[each.name]] if each.name in given else _finite(each, source) for each in many)
             digests[file] = write_safetensors(folder / file, many, slices, seal)
-            checks.append(checker.submit(_check_file, folder / file, source, many, given))
+            checks.append(checker.submit(_check_file, folder / file, many))
             # a failed check ends the run now and not after the last file
             for check in checks:
                 if check.done():
                     check.result()
-        for check in track(checks, "checking", len(checks)):
+        for check in track(checks, "flushing", len(checks)):
             check.result()
     return digests
 
@@ -137,8 +137,18 @@ def check_finite(checkpoint: Checkpoint) -> None:
 
 
 def all_finite(numbers: Tensor) -> bool:
-    """True if no number is NaN or infinite. The least and the largest tell, many times faster than all."""
-    return not numbers.numel() or bool(torch.isfinite(torch.stack(numbers.aminmax())).all())
+    """True if no number of a tensor, of one of WEIGHT_DTYPES, is NaN or infinite.
+
+    Bits of these, taken as whole numbers, are those of infinity or more: with a sign and without. NumPy finds the
+    largest in the calling thread and without the interpreter's lock, in half the time of torch's `aminmax`.
+    """
+    if not numbers.numel():
+        return True
+    signed = torch.int16 if numbers.itemsize == 2 else torch.int32 if numbers.itemsize == 4 else torch.int64
+    infinite = torch.tensor([math.inf, -math.inf], dtype=numbers.dtype).view(signed).numpy()
+    bits = numbers.contiguous().flatten().view(signed).numpy()
+    unsigned = f"u{bits.dtype}"
+    return bool(bits.max() < infinite[0] and bits.view(unsigned).max() < infinite.view(unsigned)[1])
 
 
 def given_assembly(name: str, tensor: Tensor, file: str) -> Assembly:
@@ -176,23 +186,16 @@ def copy_named(source: Path, folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _check_file(path: Path, source: Checkpoint, meant: list[Assembly], given: Mapping[str, Tensor]) -> None:
-    """Flush a file to disk, open it, and compare every number in it with the assemblies'.
+def _check_file(path: Path, meant: Iterable[Assembly]) -> None:
+    """Flush a file to disk, and open it.
 
     Raises:
-        CheckpointError: if the header or a number differs.
+        CheckpointError: if its header does not tell of these tensors.
     """
     flush_file(path)
-    infos = {info.name: info for info in read_header(path)}
-    if {info.name: (info.dtype, info.shape) for info in infos.values()} != {o.name: (o.dtype, o.shape) for o in meant}:
+    infos = read_header(path)
+    if {info.name: (info.dtype, info.shape) for info in infos} != {o.name: (o.dtype, o.shape) for o in meant}:
         raise CheckpointError(f"{path.name} did not reach the disk as it was written. Check the disk and run again.")
-    with Checkpoint(name=path.name, config={}, tensors=infos, folder=path.parent) as written:
-        for assembly in meant:
-            pieces = [given[assembly.name]] if assembly.name in given else stream(assembly, source)
-            if not _holds(written, assembly.name, pieces):
-                raise CheckpointError(
-                    f"{assembly.name} was not written as it was read. Check the disk and memory, and run again."
-                )
 
 
 def _holds(written: Checkpoint, name: str, pieces: Iterable[Tensor]) -> bool:
@@ -200,10 +203,11 @@ def _holds(written: Checkpoint, name: str, pieces: Iterable[Tensor]) -> bool:
     info = written.tensors[name]
     offset = 0
     for piece in pieces:
-        stored = torch.empty_like(piece, memory_format=torch.contiguous_format)
-        if stored.numel():
-            written.read_into(stored.flatten().view(torch.uint8).numpy().data, info, offset)
-        if not torch.equal(_bits(stored), _bits(piece)):
+        meant = piece.contiguous().flatten().view(torch.uint8)
+        stored = torch.empty_like(meant)
+        if len(stored):
+            written.read_into(stored.numpy().data, info, offset)
+        if not same_bytes(stored, meant):
             return False
         offset += piece.nbytes
     return offset == info.nbytes
@@ -215,9 +219,3 @@ def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: Tenso
     dtype = shared.tensors[name].dtype
     meant = copied(info, dtype) if tensor is None else kept_only(info, tensor, dtype)
     return meant.shape == shared.tensors[name].shape and _holds(shared, name, stream(meant, dense))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Bits of the numbers, so that NaN equals NaN and -0 is not 0; as words of eight bytes where they divide."""
-    raw = tensor.contiguous().flatten().view(torch.uint8)
-    return raw if raw.numel() % 8 else raw.view(torch.int64)
