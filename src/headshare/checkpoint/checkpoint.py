@@ -53,9 +53,17 @@ class Checkpoint:
         Raises:
             CheckpointError: if the entry is not valid, or the weights were written by another plan.
         """
-        entry = SharingEntry.from_config(self.config.get("quantization_config"))
-        check_seal(self.name, entry, self.metadata)
-        return None if entry is None else follow(entry, self.tensors)
+        check_seal(self.name, self.entry, self.metadata)
+        return None if self.entry is None else follow(self.entry, self.tensors)
+
+    @cached_property
+    def entry(self) -> SharingEntry | None:
+        """The entry as config.json holds it, with the names that tensors had when it was written.
+
+        Raises:
+            CheckpointError: if it is not valid.
+        """
+        return SharingEntry.from_config(self.config.get("quantization_config"))
 
     @property
     def plan(self) -> SharePlan | None:

@@ -58,11 +58,14 @@ class SharingEntry:
     def from_config(cls, entry: Any) -> "SharingEntry | None":
         """The checked entry of a `quantization_config`; None where there is none, or it is another method's.
 
-        Somebody else may have written it. A name of a dense model that cannot be shown is left out.
+        One that was read before stays as it is. Somebody else may have written it: a name of a dense model that cannot
+        be shown is left out.
 
         Raises:
             CheckpointError: if it is of another format, or its plan, its records or its packing are not valid.
         """
+        if isinstance(entry, cls):
+            return entry
         if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
             return None
         try:

@@ -1,21 +1,38 @@
 """The quantization_config of a shared checkpoint, in the class that transformers expects."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.errors import StorageError
 from headshare.storage.registry import AUTO, STORAGES, check_storage
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that headshare has opened and checked, so that its files need not be read and checked again."""
+
+    checkpoint: Checkpoint
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "Opened":
+        return self  # transformers copies configurations
+
+    def request(self, storage: str) -> dict[str, Any]:
+        """The `quantization_config` that stands for the checkpoint's own, and asks for this storage."""
+        return {"quant_method": METHOD, "storage": storage, "opened": self}
 
 
 @register_quantization_config(METHOD)
 class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """The entry of a shared checkpoint, `sharing`, and the storage that is to hold it in memory.
 
-    transformers makes it from the fields of the entry in config.json, and from `storage`.
+    transformers makes it from the fields of the entry in config.json, and from `storage`. Where headshare itself loads
+    a checkpoint, `opened` is that checkpoint and brings the entry.
 
     Raises:
         CheckpointError: if the entry is not valid; it is untrusted until it has passed here.
@@ -24,7 +41,9 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
 
     def __init__(self, storage: str = "auto", **entry: Any) -> None:
         check_storage(storage)
-        sharing = SharingEntry.from_config({**entry, "quant_method": METHOD})
+        opened = entry.get("opened")
+        self.opened = opened.checkpoint if isinstance(opened, Opened) else None
+        sharing = self.opened.entry if self.opened else SharingEntry.from_config({**entry, "quant_method": METHOD})
         assert sharing is not None  # it has our name
         if sharing.packing is not None and storage != AUTO and not STORAGES[storage].packs:
             raise StorageError(f"matrices of four bits are held by their owners; storage {storage} is for others.")

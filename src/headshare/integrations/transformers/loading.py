@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-import headshare.integrations.transformers.config
-import headshare.integrations.transformers.quantizer  # noqa: F401 - both register the format
+import headshare.integrations.transformers.quantizer  # noqa: F401 - it registers the format
 from headshare.architecture.families import OPTIONAL
 from headshare.architecture.model_class import class_name, predicts_next
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check_tokenizer_code
 from headshare.errors import CheckpointError, EvaluationError
 from headshare.files.untrusted import foreign
+from headshare.integrations.transformers.config import Opened
 from headshare.integrations.transformers.sized import built, check_size
 from headshare.integrations.transformers.tokenizer import check_vocabulary, leave_unended, unloadable
 
@@ -59,7 +59,8 @@ def load_model(checkpoint: Checkpoint, *, storage: str = "auto", **options: Any)
     named = _class_of(checkpoint)
     for model_class in dict.fromkeys((named, transformers.AutoModel)):
         with quiet():
-            check_size(checkpoint, model_class)
+            if checkpoint.plan is None:  # the quantizer holds a shared model's size against its tensors
+                check_size(checkpoint, model_class)
             model, report = _from_pretrained(model_class, checkpoint.path, options)
         checkpoint.check_unchanged()  # transformers opened the files by their names
         if not report["missing_keys"]:
@@ -93,7 +94,7 @@ def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
     """The model's configuration, with a request for this storage."""
     with foreign(f"transformers cannot read config.json of {checkpoint.name}"):
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    config.quantization_config = {**config.quantization_config, "storage": storage}
+    config.quantization_config = Opened(checkpoint).request(storage)
     return config
 
 

@@ -19,12 +19,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from headshare.architecture.modules import ModuleMap, module_path, replace_module
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.entry import METHOD
+from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.header import read_whole_header
 from headshare.checkpoint.int4 import check_types, guards, packed_tensors
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
 from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
+from headshare.integrations.transformers.sized import check_numbers
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
@@ -89,18 +90,24 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._install(model, device_map)
 
     def _check_files(self, model: Any, files: Sequence[Path]) -> None:
-        """Hold the plan against the files that are about to be loaded, as when headshare opens them itself."""
-        headers = {file.name: read_whole_header(file) for file in files}
-        tensors = {info.name: info for header in headers.values() for info in header.tensors}
-        metadata = {name: header.metadata for name, header in headers.items()}
-        for guard in guards(tensors):
+        """Hold the plan and the model's size against the files that are about to be loaded.
+
+        The files are opened, unless headshare has done so: then these are the ones that it opened.
+        """
+        opened = self.quantization_config.opened
+        if opened is None or {opened.path / file for file in opened.metadata} != set(files):
+            opened = _opened(model, self.quantization_config.sharing, files)
+        check_numbers(opened, model)
+        for guard in guards(opened.tensors):
             with suppress(PlanError):  # a bare model lacks what stands in the head
                 self._guarded.add(module_path(model, guard))
-        check_types((info.name, info.dtype) for info in tensors.values())
-        config = {**model.config.to_dict(), "quantization_config": self.quantization_config.to_dict()}
+        check_types((info.name, info.dtype) for info in opened.tensors.values())
         # a model is being built without memory, and here numbers are read
-        with torch.device("cpu"), Checkpoint("the checkpoint", config, tensors, files[0].parent, metadata) as opened:
+        with torch.device("cpu"), opened:
             open_shared(opened)
+
+    def update_parallel_plan(self, *_: Any) -> None:
+        """Leave plans for several devices as they are: parameters keep their names. transformers would read each."""
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Install anew once transformers has worked a device map out: it then calls this for a second time."""
@@ -133,6 +140,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return 0 if param_name in self._mapped else param.element_size()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self.quantization_config.opened = None
         self._model = None
         self._stock = {}
         self._tensors = {}
@@ -209,6 +217,15 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def is_compileable(self) -> bool:
         """True: torch.compile sees plain tensor operations."""
         return True
+
+
+def _opened(model: Any, entry: SharingEntry, files: Sequence[Path]) -> Checkpoint:
+    """The checkpoint of the files that transformers is about to load into this model."""
+    headers = {file.name: read_whole_header(file) for file in files}
+    tensors = {info.name: info for header in headers.values() for info in header.tensors}
+    metadata = {name: header.metadata for name, header in headers.items()}
+    config = {**model.config.to_dict(), "quantization_config": entry}
+    return Checkpoint("the checkpoint", config, tensors, files[0].parent, metadata)
 
 
 def _check_loaded(path: str, module: nn.Module) -> None:

@@ -19,9 +19,19 @@ def check_size(checkpoint: Checkpoint, model_class: Any) -> None:
     Raises:
         CheckpointError: with both counts of numbers.
     """
-    numbers = 0
+    model = torch.nn.Module()
     with suppress(Exception), torch.device("meta"):
-        numbers = _numbers_of(built(checkpoint, model_class))
+        model = built(checkpoint, model_class)
+    check_numbers(checkpoint, model)
+
+
+def check_numbers(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Refuse a stock model, built without memory, that is far larger than a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: with both counts of numbers.
+    """
+    numbers = _numbers_of(model)
     allowed = justified_numbers(checkpoint.tensors, checkpoint.plan)
     if numbers > allowed:
         raise CheckpointError(

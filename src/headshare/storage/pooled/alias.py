@@ -43,8 +43,8 @@ class AliasBank(BlockPool):
 
     def __init__(self, tensors: Mapping[str, TensorPlan]) -> None:
         super().__init__(tensors)
-        self._racks = racks_of(tensors)
-        self._rack_of = {name: rack for rack in self._racks for name in rack.placed}
+        self.racks = racks_of(tensors)
+        self._rack_of = {name: rack for rack in self.racks for name in rack.placed}
         self._arenas: dict[torch.dtype, Arena] = {}
         self._backing: dict[str, Backing] = {}
         self._files = MappedFiles()
@@ -125,11 +125,11 @@ class AliasBank(BlockPool):
 
     def _arena(self, dtype: torch.dtype) -> Arena:
         if dtype not in self._arenas:
-            self._arenas[dtype] = Arena(arena_bytes(self._racks, dtype))
+            self._arenas[dtype] = Arena(arena_bytes(self.racks, dtype))
         return self._arenas[dtype]
 
     def _offset(self, wanted: BlockLayout, dtype: torch.dtype) -> int:
-        return arena_bytes(self._racks[: self._racks.index(wanted)], dtype)
+        return arena_bytes(self.racks[: self.racks.index(wanted)], dtype)
 
 
 def _rows(region: Tensor, dtype: torch.dtype, width: int, stride: int) -> Tensor:
@@ -207,7 +207,8 @@ class AliasStorage:
                 "storage alias holds all shared weights in CPU memory; some of this model's are placed on "
                 f"{elsewhere[0]}. Place them so (device_map=). {OTHERWISE}"
             )
-        reason = _impossible(racks_of(tensors))
+        bank = AliasBank(tensors)
+        reason = _impossible(bank.racks)
         if reason:
             raise StorageError(f"storage alias cannot hold this model: {reason}. {OTHERWISE}")
-        install_frozen(model, AliasBank(tensors), modules)
+        install_frozen(model, bank, modules)

@@ -164,9 +164,11 @@ def unchanged(address: int, nbytes: int) -> bool:
     """Whether the pages of this private mapping of a file are still the file's: none was written, and so copied."""
     first, last = address // PAGE, (address + nbytes - 1) // PAGE
     try:
-        with Path("/proc/self/pagemap").open("rb") as pagemap:
-            pagemap.seek(8 * first)
-            pages = np.frombuffer(pagemap.read(8 * (last - first + 1)), dtype=np.uint64)
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pages = np.frombuffer(os.pread(pagemap, 8 * (last - first + 1), 8 * first), dtype=np.uint64)
+        finally:
+            os.close(pagemap)
     except OSError:
         return False
     present, swapped, of_file = ((pages >> np.uint64(bit)) & np.uint64(1) for bit in (63, 62, 61))
@@ -177,8 +179,7 @@ def mappings_left() -> int | None:
     """The number of mappings that this process may still make; None where the system does not say."""
     try:
         limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
-        with Path("/proc/self/maps").open("rb") as lines:
-            return limit - sum(1 for _ in lines)
+        return limit - Path("/proc/self/maps").read_bytes().count(b"\n")
     except (OSError, ValueError):
         return None
 

@@ -38,7 +38,8 @@ class MappedFiles:
     """The files that this process has mapped. They are looked up at first use, and anew after `close`."""
 
     def __init__(self) -> None:
-        self._ranges: list[Range] = []
+        self._mappings: list[bytes] = []
+        self._last: Range | None = None  # tensors of one file come one after the other
         self._open: dict[tuple[str, int], int | None] = {}
         weakref.finalize(self, _close_all, self._open)
 
@@ -68,17 +69,15 @@ class MappedFiles:
     def close(self) -> None:
         """Close the files that were read, and forget all mappings."""
         _close_all(self._open)
-        self._ranges = []
+        self._mappings = []
+        self._last = None
 
     def _find(self, address: int, nbytes: int) -> Range | None:
-        for _ in range(2):
-            place = bisect_right(self._ranges, address, key=lambda known: known.start) - 1
-            if place >= 0 and address + nbytes <= self._ranges[place].stop:
-                return self._ranges[place]
-            if self._ranges:
-                break
-            self._ranges = _mapped_ranges()
-        return None
+        if self._last is None or not self._last.start <= address < self._last.stop:
+            self._mappings = self._mappings or _mappings()
+            place = bisect_right(self._mappings, address, key=_start_of) - 1
+            self._last = _mapped_file(self._mappings[place]) if place >= 0 else None
+        return self._last if self._last and address + nbytes <= self._last.stop else None
 
     def _descriptor(self, mapping: Range) -> int | None:
         key = (mapping.path, mapping.inode)
@@ -105,16 +104,23 @@ def _open_same(mapping: Range) -> int | None:
     return None
 
 
-def _mapped_ranges() -> list[Range]:
-    """All private, readable mappings of files, by address."""
-    ranges = []
+def _mappings() -> list[bytes]:
+    """All mappings of this process, by address, as the system tells of them."""
     try:
-        with Path("/proc/self/maps").open("rb") as lines:  # as bytes: names may hold what text takes for a line's end
-            for line in lines:
-                bounds, mode, offset, _, inode, *path = line.rstrip(b"\n").split(maxsplit=5)
-                if mode[:1] == b"r" and mode[3:4] == b"p" and inode != b"0" and path:
-                    start, stop = (int(bound, 16) for bound in bounds.split(b"-"))
-                    ranges.append(Range(start, stop, int(offset, 16), int(inode), os.fsdecode(path[0])))
+        return Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]
     except OSError:
         return []
-    return ranges
+
+
+def _start_of(mapping: bytes) -> int:
+    return int(mapping[: mapping.index(b"-")], 16)
+
+
+def _mapped_file(mapping: bytes) -> Range | None:
+    """The range of a private, readable mapping of a file; None for any other mapping."""
+    # as bytes: names may hold what text takes for a line's end
+    bounds, mode, offset, _, inode, *path = mapping.split(maxsplit=5)
+    if mode[:1] != b"r" or mode[3:4] != b"p" or inode == b"0" or not path:
+        return None
+    start, stop = (int(bound, 16) for bound in bounds.split(b"-"))
+    return Range(start, stop, int(offset, 16), int(inode), os.fsdecode(path[0]))
