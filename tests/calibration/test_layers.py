@@ -328,15 +328,14 @@ def test_logits_are_the_same_where_config_json_asks_for_outputs_without_names(ll
     assert torch.equal(Layers(hs.open_checkpoint(llama), head=True).logits(leaving), expected)
 
 
-def test_what_is_seen_of_layers_with_short_numbers_is_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_seen_of_layers_with_short_numbers_is_float32(tmp_path: Path) -> None:
     """What is added to it must not be rounded as the layer's own products are."""
-    monkeypatch.setattr(streams, "short_layers", lambda _: torch.autocast("cpu", torch.bfloat16))
-    dense = hs.open_checkpoint(tiny.make_llama(tmp_path / "llama"))
-    layers = Layers(dense, short=True)
+    layers = Layers(hs.open_checkpoint(tiny.make_llama(tmp_path / "llama")))
     path = layers.path(Part.O)
     entering = layers.start(tiny.tokens(10, 3))
-    left, seen = layers.run(layers.build(0), 0, entering, (path,))
-    exact, wanted = Layers(dense).run(layers.build(0), 0, entering, (path,))
+    exact, wanted = layers.run(layers.build(0), 0, entering, (path,))
+    with torch.autocast("cpu", torch.bfloat16):
+        left, seen = layers.run(layers.build(0), 0, entering, (path,))
     assert {left.dtype, seen.inputs[path].dtype, seen.outputs[path].dtype} == {torch.float32}
     assert not torch.equal(left, exact)
     torch.testing.assert_close(seen.outputs[path], wanted.outputs[path], rtol=0.1, atol=1e-3)

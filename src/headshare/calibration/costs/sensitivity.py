@@ -25,7 +25,7 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Seen, Stream, watching
 from headshare.errors import CalibrationError
 from headshare.plan.units import Part, Sublayer
-from headshare.precision import short_products
+from headshare.precision import short_layers, short_products
 from headshare.progress import track
 from headshare.text.tokens import Calibration
 
@@ -56,8 +56,9 @@ def sensitivities(
     metrics: dict[int, dict[Sublayer, Metric]] = {}
     with short_products():
         entering = [layers.start(windows)]
-        for layer in range(layers.count):
-            entering.append(layers.run_over(layers.build(layer), layer, entering[-1].clone()))
+        with short_layers(layers.device):
+            for layer in range(layers.count):
+                entering.append(layers.run_over(layers.build(layer), layer, entering[-1].clone()))
 
         # The last layer's gradients come from the predictions; each layer then gives the one before it its own.
         gradient = _of_predictions(layers, entering.pop(), calibration.seed)
@@ -79,7 +80,9 @@ def _of_predictions(layers: Layers, leaving: Stream, seed: int) -> Stream:
     for at in _batches(leaving):
         with torch.enable_grad():
             hidden = leaving[at].to(layers.device).requires_grad_()
-            known = layers.logits(hidden).float().log_softmax(dim=-1).flatten(0, 1)
+            with short_layers(layers.device):
+                logits = layers.logits(hidden).float()
+            known = logits.log_softmax(dim=-1).flatten(0, 1)
             drawn = torch.multinomial(known.detach().exp().cpu(), 1, generator=generator).to(known.device)
             chosen = known.gather(1, drawn).sum()
         gradients[at] = torch.autograd.grad(chosen, hidden)[0].cpu()
@@ -126,7 +129,7 @@ class _Backward:
         """Run the layer with gradients. What `hidden_with_output` needs of it is noted."""
         seen = Seen()
         watched = (*self._paths(), *([self.layers.path(Part.UP)] if Sublayer.FFN in self.kinds else []))
-        with watching(module, watched, seen):
+        with watching(module, watched, seen), short_layers(self.layers.device):
             left = self.layers.call(module, self.layer, hidden)
         return left, seen.detached().in_windows(hidden)
 

@@ -6,7 +6,7 @@ A *stream* is the hidden states of all calibration windows as they enter one lay
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from headshare.errors import ArchitectureError, CheckpointError, EvaluationError
 from headshare.integrations.transformers.loading import quiet, running
 from headshare.plan.layout import Place
 from headshare.plan.units import Part
-from headshare.precision import full_float32, short_layers
+from headshare.precision import full_float32
 from headshare.sharing.expanded import ExpandedTensors
 
 BATCH_TOKENS = 4096
@@ -41,8 +41,7 @@ class Layers:
     """The layers of a checkpoint's model, dense or shared. Layers of a shared model are built expanded.
 
     `start` makes the stream that enters layer 0, `build` makes a layer, `run` runs it on some of the stream's windows.
-    Arithmetic is float32, whatever the weights are stored as; with `short`, layers multiply bfloat16 numbers where the
-    device is faster with them, and streams are float32 all the same. The layers are called as the model calls them for
+    Arithmetic is float32, whatever the weights are stored as; the layers are called as the model calls them for
     windows that are all tokens, with no padding. A model that is not stored as it is built (a mixture of experts) is
     held whole in memory. With `head`, `logits` ends the walk.
 
@@ -55,12 +54,9 @@ class Layers:
             what its plan says.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False, short: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", head: bool = False) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self.short = short
         weights = ExpandedTensors.of(checkpoint)
         self.attention = checkpoint.layouts.attention
         self.ffn = checkpoint.layouts.ffn  # experts have no one W_down to refit
@@ -222,7 +218,7 @@ class Layers:
         if shape not in self._calls:
             self._enter(torch.ones(shape, dtype=torch.long))  # calls do not depend on what the tokens are
         call = self._calls[shape][layer]
-        with running(), short_layers(self.device) if self.short else nullcontext():
+        with running():
             out = module(hidden.to(self.device), *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]  # a module gives what it likes
 
