@@ -36,20 +36,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WIDTHS = {0: 5, 2: 3}
 # Model types that have no tiny model of their own, but the same attention.
 MORE: dict[str, tuple[type, Any, str | None]] = {
-    "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**tiny.WIDE_HEADS), "ffn"),
-    "granite": (tf.GraniteForCausalLM, tf.GraniteConfig(**tiny.GROUPED), "ffn"),
-    "ministral": (tf.MinistralForCausalLM, tf.MinistralConfig(**tiny.WIDE_HEADS), "ffn"),
-    "olmo": (tf.OlmoForCausalLM, tf.OlmoConfig(**tiny.GROUPED), "ffn"),
+    **tiny.RELATIVES,
     "olmo2": (tf.Olmo2ForCausalLM, tf.Olmo2Config(**tiny.GROUPED), "ffn"),
     "olmo-clipped": (tf.OlmoForCausalLM, tf.OlmoConfig(**tiny.GROUPED, clip_qkv=1.0), "ffn"),
-    "qwen2_moe": (
-        tf.Qwen2MoeForCausalLM,
-        tf.Qwen2MoeConfig(**tiny.GROUPED, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-        None,
-    ),
-    "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**tiny.GROUPED), "ffn"),
-    "xlm-roberta": (tf.XLMRobertaForMaskedLM, tf.XLMRobertaConfig(**tiny.COMMON), "ffn"),
-    "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**tiny.COMMON), "ffn"),
     "stablelm": (tf.StableLmForCausalLM, tf.StableLmConfig(**tiny.GROUPED), "ffn"),
 }
 ALL = {**tiny.FAMILIES, **MORE}

@@ -41,18 +41,7 @@ FALCON = {**tiny.FALCON, "multi_query": False, "alibi": False, "bias": True}
 # Model types that have no tiny model of their own, but the same attention.
 MORE: dict[str, tuple[type, Any, str | None]] = {
     "falcon-rotary": (tf.FalconForCausalLM, tf.FalconConfig(**FALCON), "ffn"),
-    "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**tiny.WIDE_HEADS), "ffn"),
-    "granite": (tf.GraniteForCausalLM, tf.GraniteConfig(**tiny.GROUPED), "ffn"),
-    "ministral": (tf.MinistralForCausalLM, tf.MinistralConfig(**tiny.WIDE_HEADS), "ffn"),
-    "olmo": (tf.OlmoForCausalLM, tf.OlmoConfig(**tiny.GROUPED), "ffn"),
-    "qwen2_moe": (
-        tf.Qwen2MoeForCausalLM,
-        tf.Qwen2MoeConfig(**tiny.GROUPED, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-        None,
-    ),
-    "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**tiny.GROUPED), "ffn"),
-    "xlm-roberta": (tf.XLMRobertaForMaskedLM, tf.XLMRobertaConfig(**tiny.COMMON), "ffn"),
-    "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**tiny.COMMON), "ffn"),
+    **tiny.RELATIVES,
 }
 ALL = {**tiny.FAMILIES, **MORE}
 REFUSED = {"falcon-mha": "with alibi", "mpnet": "'mpnet' models"}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -70,6 +71,22 @@ FAMILIES: dict[str, tuple[type, object, str | None]] = {
         tf.Qwen3MoeConfig(**WIDE_HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
         None,
     ),
+}
+
+# types that share a row with those above, or nearly; tests of what is rare look at some of them
+RELATIVES: dict[str, tuple[type, Any, str | None]] = {
+    "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**WIDE_HEADS), "ffn"),
+    "granite": (tf.GraniteForCausalLM, tf.GraniteConfig(**GROUPED), "ffn"),
+    "ministral": (tf.MinistralForCausalLM, tf.MinistralConfig(**WIDE_HEADS), "ffn"),
+    "olmo": (tf.OlmoForCausalLM, tf.OlmoConfig(**GROUPED), "ffn"),
+    "qwen2_moe": (
+        tf.Qwen2MoeForCausalLM,
+        tf.Qwen2MoeConfig(**GROUPED, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        None,
+    ),
+    "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**GROUPED), "ffn"),
+    "xlm-roberta": (tf.XLMRobertaForMaskedLM, tf.XLMRobertaConfig(**COMMON), "ffn"),
+    "camembert": (tf.CamembertForMaskedLM, tf.CamembertConfig(**COMMON), "ffn"),
 }
 
 

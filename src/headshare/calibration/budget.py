@@ -13,7 +13,7 @@ from headshare.errors import OptionError, PlanError
 from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
 from headshare.plan.units import Parts, Sublayer
-from headshare.sharing.size import parameter_infos
+from headshare.sharing.size import parameter_bytes
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _check_multiple(dense: Checkpoint, actions: Collection[Action], multiple: in
 
 def _bytes_of(dense: Checkpoint, save: str) -> int:
     """The number of bytes that `save` asks for: a share of the model's, or the number itself."""
-    whole = sum(info.nbytes for info in parameter_infos(dense).values())
+    whole = parameter_bytes(dense)
     amount = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
     if amount is None:
         raise OptionError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")

@@ -92,7 +92,6 @@ def prices_on(
     actions: tuple[Action, ...],
     *,
     ffn_groups: int = 1,
-    protect: tuple[int, ...] = (),
     multiple: int = 1,
     kinds: Collection[Sublayer] = tuple(Sublayer),
     probe: bool = True,
@@ -119,14 +118,13 @@ def prices_on(
         return replace(priced_before(dense, actions, known, ffn_groups=ffn_groups), in_nats=probe)
 
     # Output errors are found for all sublayers, so that runs that differ in `kinds` alone can share them.
-    what = tuple(map(str, actions)), ffn_groups, protect, multiple, probe
+    what = tuple(map(str, actions)), ffn_groups, multiple, probe
     done = _saved_paths(workspace, *what)
     prices = price_units(
         dense,
         calibration,
         actions,
         ffn_groups=ffn_groups,
-        protect=protect,
         multiple=multiple,
         device=device,
         done=done,

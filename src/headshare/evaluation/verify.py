@@ -29,7 +29,7 @@ from headshare.sharing.expand import expand_files, write_overwritten
 from headshare.sharing.expanded import rotated_otherwise
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.manifest import check_manifest
-from headshare.sharing.size import parameter_infos
+from headshare.sharing.size import parameter_bytes, parameter_infos
 from headshare.sharing.writer import same_numbers
 from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import longest_window
@@ -101,7 +101,7 @@ def verify(
             against = against.named_as(shared)
             dense = fit_plan(files.plan, against)
             _check_numbers(files, dense, result)
-        result.parameter_bytes = sum(info.nbytes for info in parameter_infos(shared).values())
+        result.parameter_bytes = parameter_bytes(shared)
         if logits and result.ok:
             _check_logits(files, dense, result)
         shared.check_unchanged()  # all checks were of one checkpoint

@@ -23,7 +23,7 @@ from headshare.matching.scores import Scores
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
-from headshare.sharing.size import parameter_infos
+from headshare.sharing.size import parameter_bytes
 from headshare.text.tokens import Calibration
 from headshare.training import Sharing, TrainSettings
 from headshare.training import TrainingMethod as Training
@@ -127,7 +127,7 @@ class Case:
     def saved_bytes(self) -> int:
         """The bytes that a method must save at least."""
         if self.asked.save:
-            return math.ceil(self.asked.save * sum(info.nbytes for info in parameter_infos(self.dense).values()))
+            return math.ceil(self.asked.save * parameter_bytes(self.dense))
         return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
 
     def directshare(self, match: str = "qk") -> SharePlan:

@@ -30,7 +30,7 @@ from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import share
-from headshare.sharing.size import estimate_plan, parameter_infos
+from headshare.sharing.size import estimate_plan, parameter_bytes
 from headshare.text.tokens import Calibration
 from headshare.training import TrainSettings, train
 from headshare.training.state import RECORD as TRAINING_RECORD
@@ -140,7 +140,7 @@ class CellRunner:
 
     def _rounded(self, cell: Compared, rounded: QuantizedModel, begun: float) -> Compared:
         with open_checkpoint(rounded.save(self.folder.with_name(MADE_ROUNDED), overwrite=True)) as written:
-            whole, left = (sum(i.nbytes for i in parameter_infos(model).values()) for model in (self.dense, written))
+            whole, left = map(parameter_bytes, (self.dense, written))
             return self._measured(cell, written, saved=whole - left, seconds=time.monotonic() - begun)
 
     def _edited(self, cell: Compared, edit: Edit, begun: float) -> Compared:
@@ -163,7 +163,7 @@ class CellRunner:
         self, cell: Compared, runner: Runner, *, saved: int, seconds: float, disk: int | None = None,
         memory: int | None = None,
     ) -> Compared:  # fmt: skip
-        whole = sum(info.nbytes for info in parameter_infos(self.dense).values())
+        whole = parameter_bytes(self.dense)
         losses, divergences = self._on_text(runner)
         results = tuple(self._on_task(task, runner, cell) for task in self.tasks)
         return replace(

@@ -145,6 +145,11 @@ def checked_record(kind: type[Record], data: Any, what: str) -> Record:
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise CheckpointError(f"{what} is not valid: {error}.") from None
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"])[:MAX_TEXT] or "its top"
-        raise CheckpointError(f"{what} is not valid at {where!a}: {first['msg']}.") from None
+        where, why = first_error(error)
+        raise CheckpointError(f"{what} is not valid at {where[:MAX_TEXT] or 'its top'!a}: {why}.") from None
+
+
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """The place of the first thing that is wrong, its keys joined by dots, and what is wrong there, in words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"]

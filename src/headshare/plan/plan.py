@@ -24,7 +24,7 @@ from pydantic import (
 
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
-from headshare.files.untrusted import foreign, is_file, parse_json, read_bytes
+from headshare.files.untrusted import first_error, foreign, is_file, parse_json, read_bytes
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.narrow_values import NarrowValues
@@ -245,9 +245,8 @@ class SharePlan(BaseModel):
             try:
                 return cls.model_validate(data)
             except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                where = ".".join(str(step) for step in first["loc"])
-                raise PlanError(f"the plan is not valid at {where:.200}: {first['msg']:.300}.") from None
+                where, why = first_error(error)
+                raise PlanError(f"the plan is not valid at {where:.200}: {why:.300}.") from None
 
     def save(self, path: str | Path) -> None:
         """Write the plan as indented JSON, one tie a line.

@@ -132,6 +132,11 @@ def parameter_infos(checkpoint: Checkpoint) -> Mapping[str, TensorInfo]:
     return infos
 
 
+def parameter_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all parameters that a checkpoint stores."""
+    return sum(info.nbytes for info in parameter_infos(checkpoint).values())
+
+
 def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 

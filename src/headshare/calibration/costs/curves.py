@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAda
 
 from headshare.calibration.costs.actions import ACTIONS, Action, Output
 from headshare.errors import PlanError
+from headshare.files.untrusted import first_error
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Sublayer
 
@@ -205,6 +206,6 @@ def _valid() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "the first character"
-        raise PlanError(f"these curves are not valid at {where}: {first['msg']}. Price the layer again.") from None
+        where, why = first_error(error)
+        where = where or "the first character"
+        raise PlanError(f"these curves are not valid at {where}: {why}. Price the layer again.") from None

@@ -15,7 +15,7 @@ from headshare.calibration.costs.curves import CostCurve, checked_curves, curves
 from headshare.errors import CalibrationError, PlanError
 from headshare.files.atomic import write_whole
 from headshare.files.state_files import Workspace
-from headshare.files.untrusted import MAX_JSON_BYTES, is_file, parse_json, read_bytes
+from headshare.files.untrusted import MAX_JSON_BYTES, first_error, is_file, parse_json, read_bytes
 
 FORMAT = 1
 # values of a file: 80 layers of 64 steps that remove 448 neurons each have 2.3 million
@@ -83,8 +83,7 @@ class KeptCurves:
         try:
             return _Document.model_validate(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise self._refusal(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise self._refusal(": ".join(first_error(error))) from None
 
     def _refusal(self, why: str) -> CalibrationError:
         return CalibrationError(f"{self.path} cannot be used: {why}. Give another file for --prices, or remove it.")

@@ -46,9 +46,8 @@ class Fit:
         inputs = inputs.double()
         weight = weight.double()
         gram = inputs.T @ inputs
-        gram = _ridged(gram, gram.diagonal())
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return cls(inputs, inputs @ weight.T, inverse, weight, 0.0)
+        gram = ridged(gram, gram.diagonal())
+        return cls(inputs, inputs @ weight.T, inverted(gram), weight, 0.0)
 
     def without(self, columns: Columns) -> "Fit":
         """The fit that is left when these channels are gone."""
@@ -63,7 +62,7 @@ class Fit:
     def with_features(self, columns: Columns, features: Inputs) -> "Fit":
         """The fit with these features in the place of channels that are gone."""
         added = self.beside(features)
-        inner = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(added.gram, added.squares)))
+        inner = torch.cholesky_inverse(torch.linalg.cholesky(ridged(added.gram, added.squares)))
         new = inner @ added.missed
         inputs = self.inputs.clone()
         weight = self.weight - new.T @ added.known
@@ -105,7 +104,7 @@ class Fit:
 
     def lost(self, columns: Int[Tensor, "units columns"]) -> "Lost":
         """Channels of several units, each unit given up alone, ready to be compared with many features."""
-        gram = _inverse(self.inverse[columns[:, :, None], columns[:, None, :]])
+        gram = inverted(self.inverse[columns[:, :, None], columns[:, None, :]])
         return Lost(columns, gram, self.weight[:, columns].movedim(1, 0))
 
 
@@ -171,7 +170,7 @@ class Beside:
         It holds only beside a fit without error.
         """
         gram, across = self._without(lost)
-        explained: Tensor = across.mT @ _solved(_ridged(gram, self.squares), across)
+        explained: Tensor = across.mT @ _solved(ridged(gram, self.squares), across)
         return (explained * lost.weight_gram).sum(dim=(1, 2))
 
     def scaled_gains_for(self, lost: Lost, donor: Float[Tensor, "hidden features"]) -> Float[Tensor, " units"]:
@@ -197,7 +196,7 @@ class Beside:
         # Columns of their own are eliminated first; the scales explain the rest.
         between = gram[:count, count:]
         wanted = missed[count:]
-        own = _ridged(gram[count:, count:], self.squares[count:])
+        own = ridged(gram[count:, count:], self.squares[count:])
         solved = _solved(own, torch.cat([between.T, wanted], dim=1))
         gain = float((solved[:, count:] * wanted).sum())
         gram = gram[:count, :count] - between @ solved[:, :count]
@@ -206,7 +205,7 @@ class Beside:
 
     def products(self) -> Products:
         """The best columns of every rank for these features."""
-        return Products.of(torch.linalg.cholesky(_ridged(self.gram, self.squares)), self.missed)
+        return Products.of(torch.linalg.cholesky(ridged(self.gram, self.squares)), self.missed)
 
     def _without(
         self, lost: Lost
@@ -278,7 +277,7 @@ class Remainder:
         return Remainder(fit, fit.beside(scaled), donors)
 
 
-def _inverse(matrix: Float[Tensor, "*units size size"]) -> Float[Tensor, "*units size size"]:
+def inverted(matrix: Float[Tensor, "*units size size"]) -> Float[Tensor, "*units size size"]:
     """The inverse of positive definite matrices.
 
     It is made by Cholesky factors: factors with pivots of several matrices at once never end in some builds of torch
@@ -292,13 +291,13 @@ def _solved(matrix: Float[Tensor, "*units size size"], right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
 
-def _ridged(
+def ridged(
     gram: Float[Tensor, "*units size size"], squares: Float[Tensor, " size"]
 ) -> Float[Tensor, "*units size size"]:
     """The Gram matrix with the ridge that these squares of the features give."""
-    ridged = gram.clone()
-    ridged.diagonal(dim1=-2, dim2=-1).add_(RIDGE * squares.mean() + torch.finfo(gram.dtype).tiny)
-    return ridged
+    whole = gram.clone()
+    whole.diagonal(dim1=-2, dim2=-1).add_(RIDGE * squares.mean() + torch.finfo(gram.dtype).tiny)
+    return whole
 
 
 def _scales(
@@ -309,6 +308,6 @@ def _scales(
 ) -> Float[Tensor, "*units size"]:
     """The best scales. Their Gram matrix is the element-wise product of the features' and the donor columns'."""
     columns = donor.T @ donor
-    inner = _ridged(gram * columns, squares * columns.diagonal())
+    inner = ridged(gram * columns, squares * columns.diagonal())
     scales: Tensor = _solved(inner, missed[..., None])[..., 0]
     return scales

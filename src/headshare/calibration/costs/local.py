@@ -83,13 +83,14 @@ def price_units(
     wanted.prices(dense, curves, protect)
     pending = set(range(wanted.layouts[Sublayer.ATTENTION].layers)) - set(protect) - set(curves)
     if pending:
+        layers = Layers(dense, device=device, head=sensitive)
         metrics: Metrics = {}
         if sensitive:
-            whole = Layers(dense, device=device, head=True)
-            metrics = sensitivities(whole, calibration.mixed(), tuple(wanted.actions))
+            metrics = sensitivities(layers, calibration.mixed(), tuple(wanted.actions))
+
         # The walk goes through every layer up to the last that is pending, as each gives the next its hidden states.
         fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
-        walk = _walk(Layers(dense, device=device), dense, calibration.mixed(), tokens, tuple(wanted.actions))
+        walk = _walk(layers, dense, calibration.mixed(), tokens, tuple(wanted.actions))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
                 metric = metrics.get(layer.number, {})

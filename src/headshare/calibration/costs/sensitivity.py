@@ -67,17 +67,16 @@ def sensitivities(
     return metrics
 
 
-def _batches(stream: Stream) -> Iterator[slice]:
+def _batches(layers: Layers, stream: Stream) -> Iterator[slice]:
     """Slices of a stream's windows that are differentiated at once."""
-    size = max(1, BATCH // stream.shape[1])
-    return (slice(at, min(at + size, len(stream))) for at in range(0, len(stream), size))
+    return layers.batches(range(len(stream)), stream.shape[1], BATCH)
 
 
 def _of_predictions(layers: Layers, leaving: Stream, seed: int) -> Stream:
     """The gradients, at the hidden states that leave the last layer, of the log-probability of sampled tokens."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     gradients = torch.empty_like(leaving)
-    for at in _batches(leaving):
+    for at in _batches(layers, leaving):
         with torch.enable_grad():
             hidden = leaving[at].to(layers.device).requires_grad_()
             with short_layers(layers.device):
@@ -106,7 +105,7 @@ class _Backward:
         sums: dict[Sublayer, Tensor] = {}
         count = dict.fromkeys(self.kinds, 0)
         before = torch.empty_like(leaving)
-        for at in _batches(entering):
+        for at in _batches(self.layers, entering):
             hidden = entering[at].to(self.layers.device).requires_grad_()
             with torch.enable_grad(), _outputs(module, self._paths()) as outputs:
                 left, seen = self._run(module, hidden)

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headshare.calibration.costs.least_squares import RIDGE, Columns, Inputs, Readout
+from headshare.calibration.costs.least_squares import Columns, Inputs, Readout, inverted, ridged
+from headshare.calibration.refit.normal_equations import CHUNK_TOKENS
 from headshare.precision import full_float32
-
-CHUNK_TOKENS = 1024
 
 Gram = Float[Tensor, "channels channels"]
 
@@ -35,8 +34,7 @@ def refitted_without(gram: Gram, weight: Readout, gone: Columns) -> Readout:
     left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     left[gone] = False
     kept = left.nonzero()[:, 0]
-    inner = gram[kept[:, None], kept]
-    inner.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    inner = ridged(gram, gram.diagonal())[kept[:, None], kept]
     lost = gram[kept[:, None], gone] @ weight[:, gone].double().T
     whole = torch.zeros_like(weight)
     whole[:, kept] = weight[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(inner)).T.to(weight)
@@ -57,7 +55,6 @@ class Surgery:
     inverse: Gram
     held: Gram | None
     weight: Readout = field(init=False)
-    error: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self.weight = self.dense.clone()
@@ -69,11 +66,8 @@ class Surgery:
         Errors are scaled as if all inputs were such.
         """
         gram = gram_of(fitted)
-        mean = gram.diagonal().mean()
-        gram.diagonal().add_(RIDGE * mean + torch.finfo(gram.dtype).tiny)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         judged = gram_of(held) * ((len(fitted) + len(held)) / len(held)) if len(held) else None
-        return cls(weight.double(), inverse, judged)
+        return cls(weight.double(), inverted(ridged(gram, gram.diagonal())), judged)
 
     def cheapest(self, count: int) -> Int[Tensor, " count"]:
         """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
@@ -95,13 +89,7 @@ class Surgery:
         self.weight[:, columns] = 0
         self.inverse[columns] = 0
         self.inverse[:, columns] = 0
-        self.error += added
         return added
-
-    def remove_all(self) -> float:
-        """Remove the channels that are left. Returns the error that this adds."""
-        left = self.inverse.diagonal().nonzero()[:, 0]
-        return self.remove(left)
 
     def _added(
         self,

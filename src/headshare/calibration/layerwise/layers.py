@@ -138,13 +138,13 @@ class Layers:
 
     # ---- walking
 
-    def batch(self, window: int) -> int:
-        """The number of windows of this many tokens that are run at once."""
-        return max(1, BATCH_TOKENS // window)
+    def batch(self, window: int, tokens: int | None = None) -> int:
+        """The number of windows of this many tokens that are run at once: those that `tokens` fill, if it is given."""
+        return max(1, (tokens or BATCH_TOKENS) // window)
 
-    def batches(self, windows: range, window: int) -> Iterator[slice]:
-        """Slices of these windows, of so many tokens each, that are run at once."""
-        size = self.batch(window)
+    def batches(self, windows: range, window: int, tokens: int | None = None) -> Iterator[slice]:
+        """Slices of these windows, of so many tokens each, that are run at once, as `batch` counts them."""
+        size = self.batch(window, tokens)
         return (slice(at, min(at + size, windows.stop)) for at in windows[::size])
 
     @torch.no_grad()

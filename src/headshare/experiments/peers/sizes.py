@@ -9,7 +9,7 @@ from headshare.errors import PlanError
 from headshare.experiments.peers.matrices import Matrices
 from headshare.plan.tensors import bias_name
 from headshare.plan.units import READOUTS, Part, Sublayer
-from headshare.sharing.size import parameter_infos
+from headshare.sharing.size import parameter_bytes, parameter_infos
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sizes:
     @cached_property
     def whole(self) -> int:
         """Bytes of all parameters."""
-        return sum(info.nbytes for info in parameter_infos(self.dense).values())
+        return parameter_bytes(self.dense)
 
     def item(self, part: Part) -> int:
         """Bytes of one number of this part."""
