@@ -54,6 +54,7 @@ def test_the_readmes_commands_run_in_their_order(
         assert ended.value.code == 0, (words, capsys.readouterr().err)
         seen.add(words[1])
     assert seen == {
+        "shrink",
         "estimate",
         "share",
         "inspect",
@@ -146,7 +147,7 @@ def test_the_public_names_are_these() -> None:
         *("open_checkpoint", "Checkpoint", "load"),
         *("score_units", "make_plan", "match_function", "SharePlan"),
         *("Calibration", "Budget", "plan_by_output"),
-        *("share", "refit", "expand", "verify", "estimate"),
+        *("share", "refit", "expand", "verify", "estimate", "shrink"),
         "HeadshareError",
     }
 

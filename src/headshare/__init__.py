@@ -19,6 +19,7 @@ from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.sharing.expand import expand
 from headshare.sharing.share import share
+from headshare.shrinking.run import shrink
 from headshare.text.tokens import Calibration
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "refit",
     "score_units",
     "share",
+    "shrink",
     "verify",
 ]

@@ -1,11 +1,10 @@
 """Budgets: the number of bytes or of units that a plan is to save, and the actions that it may use."""
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from fractions import Fraction
 from math import gcd
 
+from headshare.calibration.amounts import Amount
 from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, REMOVE, Action, Output
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
@@ -46,7 +45,7 @@ class Budget:
     ) -> "Budget":
         """The budget that these options describe.
 
-        `save` is a share of the whole model's bytes, such as "10%", or a number of bytes. Without it, `ratio` of the
+        `save` is an `Amount` of the whole model's bytes, such as "10%" or "120MB". Without it, `ratio` of the
         units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
         `allow`), of ranks or of widths, the budget is the number of bytes that sharing q, k and v at this ratio would
         save. Parts are chosen as with auto unless given. With `save`, units may then be removed too, unless `allow`
@@ -115,12 +114,9 @@ def _check_multiple(dense: Checkpoint, actions: Collection[Action], multiple: in
 
 
 def _bytes_of(dense: Checkpoint, save: str) -> int:
-    """The number of bytes that `save` asks for: a share of the model's, or the number itself."""
+    """The number of bytes that `save` asks for, which is less than all."""
     whole = parameter_bytes(dense)
-    amount = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(%?)", save.strip())
-    if amount is None:
-        raise OptionError(f"{save!r:.40} is no amount to save. Give a share such as 10%, or a number of bytes.")
-    wanted = Fraction(amount[1]) * (Fraction(whole, 100) if amount[2] else 1)
+    wanted = Amount.parse(save, "to save").of(whole)
     if not 1 <= wanted < whole:
         raise PlanError(f"{save} of a model of {whole:,} bytes cannot be saved; ask for more than 0 and less than all.")
     return int(wanted)

@@ -15,6 +15,7 @@ from headshare.cli.inspect import inspect, verify
 from headshare.cli.options import print_result
 from headshare.cli.plan import estimate, plan, score
 from headshare.cli.share import refit, share
+from headshare.cli.shrinking.command import shrink
 from headshare.cli.streams import prepare, unprinted
 from headshare.cli.train import train
 from headshare.errors import HeadshareError
@@ -32,7 +33,7 @@ app = typer.Typer(
 
 
 # in the order of `--help`
-for command in (estimate, score, plan, share, refit, quantize, inspect, expand, verify, demo, bench):
+for command in (shrink, estimate, score, plan, share, refit, quantize, inspect, expand, verify, demo, bench):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.command("eval")(evaluate_command)

@@ -186,13 +186,13 @@ def whole_numbers(text: str | None) -> list[int]:
 
 # ---- calibration
 
-_CALIBRATION = typer.Option(
+CALIBRATION = typer.Option(
     metavar="FILE|DATASET|self",
     rich_help_panel=CALIBRATE,
     help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], or self (the model "
     "writes it).",
 )
-NeededCalibrationOption = Annotated[str, _CALIBRATION]
+NeededCalibrationOption = Annotated[str, CALIBRATION]
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class CalibrationOptions:
 class RunOptions(CalibrationOptions):
     """A run that may be calibrated: on which text, and how it goes about it."""
 
-    calibration: Annotated[str | None, _CALIBRATION] = None
+    calibration: Annotated[str | None, CALIBRATION] = None
     probe: Annotated[
         bool,
         typer.Option(

@@ -1,14 +1,13 @@
 """Recipes: a comparison as one value, from YAML, from the command line, or both."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from headshare.calibration.amounts import Amount
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError, OptionError
@@ -70,9 +69,13 @@ class Grid:
 
 
 def _share(given: object) -> object:
-    """A share of the bytes, also as in 20%."""
-    number = re.fullmatch(r"\s*([0-9.]{1,12})\s*%\s*", given) if isinstance(given, str) else None
-    return float(Fraction(number[1]) / 100) if number and number[1].count(".") < 2 else given
+    """A share of the bytes, also as in 20%. What is none is left to the check that follows."""
+    if not isinstance(given, str) or not given.rstrip().endswith("%"):
+        return given
+    try:
+        return float(Amount.parse(given, "to save").number)
+    except OptionError:
+        return given
 
 
 class Recipe(BaseModel):

@@ -1,0 +1,1 @@
+"""The command shrink, and the table that it prints."""
