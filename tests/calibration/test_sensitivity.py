@@ -50,19 +50,23 @@ def test_half_of_the_squared_gradients_is_the_square_of_the_metric(
 
 
 def of_stock_model(dense: hs.Checkpoint, readouts: tuple[str, str]) -> dict[int, dict[Sublayer, Tensor]]:
-    """The same sums from one backward pass through the whole model, batch by batch as tokens are drawn."""
+    """The same sums from one backward pass through the whole model. Each window draws tokens by its own seed."""
     model = load_model(dense, dtype=torch.float32)
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     kept: dict[tuple[int, Sublayer], tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         watch(layer, number, readouts, kept)
-    logits = model(input_ids=text().tokens).logits.log_softmax(dim=-1).flatten(0, 1)
-    drawn = torch.multinomial(logits.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
-    gradients = torch.autograd.grad(logits.gather(1, drawn).sum(), [output for output, _ in kept.values()])
+    logits = model(input_ids=text().tokens).logits.log_softmax(dim=-1)
+    seeds = torch.randint(2**62, (WINDOWS,), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [
+        torch.multinomial(window.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
+        for window, seed in zip(logits, seeds, strict=True)
+    ]
+    gradients = torch.autograd.grad(logits.gather(2, torch.stack(drawn)).sum(), [output for output, _ in kept.values()])
     sums: dict[int, dict[Sublayer, Tensor]] = {}
     for ((number, kind), (_, hidden)), gradient in zip(kept.items(), gradients, strict=True):
         size = hidden.norm(dim=-1)
-        near = size <= 10 * size.median()
+        near = size <= 10 * size.median(dim=-1, keepdim=True).values
         rows = (gradient * size[..., None])[near].double()
         sums.setdefault(number, {})[kind] = rows.T @ rows / len(rows) / 2
     return sums

@@ -17,8 +17,9 @@ import torch
 import headshare.sharing.writer
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run this in a fork of the warm process; -signal if it was killed, 0 if it ended, 99 after an exception."""
+def in_child(work: Callable[[], object], *, wait: bool = True) -> int:
+    """Run this in a fork of the warm process; -signal if it was killed, 0 if it ended, 99 after an exception. Without
+    `wait`, the number of the process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the child neither waits for another thread nor starts one
         child = os.fork()
@@ -31,6 +32,8 @@ def in_child(work: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
+    if not wait:
+        return child
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

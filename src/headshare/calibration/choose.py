@@ -1,9 +1,10 @@
 """Plans for a budget, chosen on calibration text."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from headshare.calibration import processes
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import Action
@@ -14,7 +15,7 @@ from headshare.calibration.costs.measured import check_windows, predicts, probe_
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import PlanError
-from headshare.files.state_files import Workspace, check_readable, key_of
+from headshare.files.state_files import Workspace, key_of
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
 from headshare.text.tokens import Calibration
@@ -65,7 +66,7 @@ def plan_on(
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
     # All layers are priced, protected or not, so that one pricing serves whatever is protected.
-    known = None if kept is None else kept.read(budget.actions)
+    known = processes.from_first(lambda: None if kept is None else kept.read(budget.actions))
     prices = prices_on(
         dense,
         calibration,
@@ -77,7 +78,7 @@ def plan_on(
         workspace=workspace,
         known=known,
     )
-    if kept is not None and known is None:
+    if kept is not None and known is None and processes.is_first():
         kept.write(budget.actions, prices.curves)
     prices = prices.only(budget.actions).without_layers(budget.protect)
     if budget.units is not None:
@@ -139,10 +140,13 @@ def prices_on(
     return prices
 
 
-def _saved_paths(workspace: Workspace | None, *what: object) -> SavedCurves | None:
-    """Cost curves that an earlier run saved under this key, all read once to check them; None without a workspace."""
+def _saved_paths(workspace: Workspace | None, *what: object) -> MutableMapping[int, list[CostCurve]] | None:
+    """Cost curves that an earlier run saved under this key, all read once to check them; None without a workspace.
+
+    Those of the first process are on disk, and the others know them.
+    """
     if workspace is None:
         return None
     saved = SavedCurves(workspace, key_of(*what))
-    check_readable(saved)
-    return saved
+    known = processes.from_first(lambda: dict(saved))
+    return saved if processes.is_first() else known

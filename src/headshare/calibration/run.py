@@ -5,17 +5,18 @@ The same call goes on with a run that was stopped anywhere.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from headshare.calibration import processes
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on
 from headshare.calibration.costs.kept import KeptCurves
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.layerwise.numbers import check_numbers, solved
+from headshare.calibration.layerwise.numbers import check_numbers, enough_memory, solved
 from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refinement import Refinement
@@ -41,7 +42,10 @@ _SHARED = "shared model"
 
 @dataclass(frozen=True)
 class CalibratedRun:
-    """A calibrated run in progress: the dense model, the tokens, the device, and the state to go on from."""
+    """A calibrated run in progress: the dense model, the tokens, the device, and the state to go on from.
+
+    Every process has one. Only the first may write to the state, but for its own streams of hidden states.
+    """
 
     dense: Checkpoint
     calibration: Calibration
@@ -88,35 +92,47 @@ class CalibratedRun:
 
 @contextmanager
 def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, **more: str) -> Iterator[CalibratedRun]:
-    """A calibrated run to this output, as a block.
+    """A calibrated run to this output, as a block; of all processes that were launched together, if they all enter it.
 
     The state of the run is removed when the block ends, and stays when the block fails. The next run to this output
     must then have the same model, text, settings and `more`, or it is refused.
 
     Raises:
-        CalibrationError: if the text cannot be read or split, there is no such device, or the state is of another run.
+        CalibrationError: if the text cannot be read or split, there is no such device or not enough memory, the state
+            is of another run, or another process has ended.
         CheckpointError: if the model is not dense, or its numbers are not finite.
         OutputError: if the state cannot be kept, or another run has this output.
     """
     # A model, a device or a text that cannot be used is refused before anything is kept.
     dense.require_dense("calibrate it")
     device = settings.device_name
+    with processes.together(), enough_memory(device), solved():
+        text = processes.from_first(lambda: _checked_text(dense, settings))
+
+        # A stopped run is only gone on with where nothing that its state depends on has changed. The windows of each
+        # process depend on how many there are.
+        identity = {
+            "headshare": version("headshare"),
+            "model": fingerprint(dense),
+            "text": text.digest,
+            "seed": str(text.seed),  # it also chooses the windows held out, which are no part of the text's digest
+            "device": device,
+            "number of processes": str(processes.count()),
+            **more,
+        }
+        folder = run_folder(out, "calibrating")
+        resumable = ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart)
+        with resumable if processes.is_first() else nullcontext():
+            processes.wait()  # the state's folder is there, and no file in it is half-written
+            yield CalibratedRun(dense, text, device, resumable, settings.probe, settings.prices)
+
+
+def _checked_text(dense: Checkpoint, settings: CalibrationSettings) -> Calibration:
+    """The tokens of the text, if they can be split, and if the model makes finite numbers of them."""
     text = settings.load(dense)
     text.split()
-    check_numbers(dense, text.tokens, device)
-
-    # A stopped run is only gone on with where nothing that its state depends on has changed.
-    identity = {
-        "headshare": version("headshare"),
-        "model": fingerprint(dense),
-        "text": text.digest,
-        "seed": str(text.seed),  # it also chooses the windows held out, which are no part of the text's digest
-        "device": device,
-        **more,
-    }
-    folder = run_folder(out, "calibrating")
-    with ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart) as resumable, solved():
-        yield CalibratedRun(dense, text, device, resumable, settings.probe, settings.prices)
+    check_numbers(dense, text.tokens, settings.device_name)
+    return text
 
 
 def plan_calibrated(
@@ -132,16 +148,23 @@ def plan_calibrated(
     with calibrated_run(dense, out, settings) as run:
         chosen = run.plan(budget)
         perplexities = _measured_for_a_time(run, chosen.plan) if measured else None
-        run.resumable.mark_committing(out)
-        chosen.plan.save(out)
+        if processes.is_first():
+            run.resumable.mark_committing(out)
+            chosen.plan.save(out)
     return Planned(chosen, perplexities)
 
 
-def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexity:
-    """Measure a plan's refitted model, which is written among the state files until it is measured."""
+def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexity | None:
+    """Measure a plan's refitted model, which is written among the state files until it is measured.
+
+    The first process measures it alone.
+    """
     folder = run.resumable.workspace.folder / "measured"
+    refitted = run.refit(share(run.dense, plan))
+    if not processes.is_first():
+        return None
     shutil.rmtree(folder, ignore_errors=True)
-    run.refit(share(run.dense, plan)).save(folder)
+    refitted.save(folder)
     try:
         return run.measure(folder)
     finally:
@@ -152,6 +175,8 @@ def share_calibrated(
     dense: Checkpoint, wanted: ShareRequest, settings: CalibrationSettings, out: Path, *, overwrite: bool = False
 ) -> Outcome:
     """Share a model by calibration: choose a plan unless one is given, share, refit, write and measure.
+
+    Of several processes the first writes and measures.
 
     Raises:
         HeadshareError: if a step fails; the state stays, so that the same call goes on from there.
@@ -165,9 +190,11 @@ def share_calibrated(
         shared = share(dense, plan, dtype=wanted.dtype)
         if wanted.refit:
             shared = run.refit(shared, ffn=wanted.ffn, refine=wanted.refine)
-        run.resumable.mark_committing(out)
-        shared.save(out, overwrite=overwrite)
-    return Outcome(shared, chosen, run.measure(out) if wanted.measure else None)
+        first = processes.is_first()
+        if first:
+            run.resumable.mark_committing(out)
+            shared.save(out, overwrite=overwrite)
+    return Outcome(shared, chosen, run.measure(out) if wanted.measure and first else None)
 
 
 def refit_checkpoint(
@@ -208,7 +235,7 @@ def refit_checkpoint(
     # The shared model is part of the identity: layers that were fitted to other weights are of no use.
     more = {_SHARED: fingerprint(shared), "--refit-ffn": str(ffn), "--refine": str(refinement and refinement.key())}
     with calibrated_run(target, out, settings, **more) as run:
-        if entry.refit and _has_replaced(run.resumable):
+        if entry.refit and processes.from_first(lambda: _has_replaced(run.resumable)):
             return entry.refit  # a second refit would start from the first one's weights
 
         # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
@@ -217,8 +244,9 @@ def refit_checkpoint(
         )
         run_refit(refitter, run.resumable.workspace, state_key(plan, ffn, refinement))
         record = record_of(run.calibration, refitter.result.tensors, entry.refit, refinement=refinement)
-        run.resumable.mark_committing(out)
-        write_refitted(files, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
+        if processes.is_first():
+            run.resumable.mark_committing(out)
+            write_refitted(files, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)
     return record
 
 

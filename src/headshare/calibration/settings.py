@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from headshare.calibration import processes
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError
 from headshare.text.tokens import TOKENS, Calibration
@@ -34,9 +35,23 @@ class CalibrationSettings:
     def device_name(self) -> str:
         """The name of a device that this machine has; `auto` is the GPU, where there is one.
 
+        Each of several processes on a machine has a GPU of its own.
+
         Raises:
             CalibrationError: if there is no such device.
         """
+        own = processes.own_gpu()
+        if self.device in ("auto", "cuda") and torch.cuda.is_available() and own is not None:
+            if own >= torch.cuda.device_count():
+                raise CalibrationError(
+                    f"there are more processes than the {torch.cuda.device_count()} GPUs here, and each needs one. "
+                    "Start fewer, or use --device cpu."
+                )
+            return f"cuda:{own}"
+        if own is not None and self.device.startswith("cuda:"):
+            raise CalibrationError(
+                f"each of several processes takes a GPU of its own, and all were given {self.device:.40}. Use auto."
+            )
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         numbered = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", self.device)

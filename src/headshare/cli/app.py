@@ -3,10 +3,12 @@
 Results go to standard output, everything else to standard error. An error is one line and exit status 1.
 """
 
+from contextlib import nullcontext
 from typing import Annotated, NoReturn
 
 import typer
 
+from headshare.calibration.processes import launched_first
 from headshare.cli.bench import bench, demo
 from headshare.cli.compare import compare_command, report_command
 from headshare.cli.convert import expand, quantize
@@ -64,7 +66,7 @@ def main() -> None:
     """Run the command line; a headshare error, or one of the system, becomes one line and exit status 1."""
     prepare()
     try:
-        with shown():
+        with shown() if launched_first() else nullcontext():
             status = app(prog_name="headshare", standalone_mode=False)
     except HeadshareError as error:
         _fail(f"error: {error}")

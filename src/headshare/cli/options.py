@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headshare.calibration.processes import launched_first
 from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
@@ -95,8 +96,10 @@ def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Pa
 
     What strangers wrote (names, texts of a model) is shown without what a terminal would act on. `written` is the
     output that the command wrote. Where printing fails, the output is there all the same, and the command has done what
-    it was to do. Without one, the command fails.
+    it was to do. Without one, the command fails. Of several processes the first one prints.
     """
+    if not launched_first():
+        return
     text = json.dumps(data, default=str) if as_json else shown(words.rstrip())
     error = unprinted(f"{text}\n")
     if error is None:
@@ -111,6 +114,8 @@ def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Pa
 
 def print_written(data: dict[str, Any], words: str, out: Path, seconds: float, *, as_json: bool) -> None:
     """Print the result of a command that wrote a checkpoint, and for people how to load it."""
+    if not launched_first():  # what the first one writes may not be there yet
+        return
     print_result(data, words if as_json else f"{words}\n{_how_to_load(out, seconds)}", as_json, written=out)
 
 

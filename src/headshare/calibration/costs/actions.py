@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from headshare.calibration import processes
 from headshare.calibration.costs.sections import (
     SectionBuilder,
     low_rank_sections,
@@ -186,7 +187,7 @@ def narrow_values_costs(half: SublayerData) -> Iterator[GivenUp]:
     # A key/value head's second moments are sums over the query heads that read it, so no larger Gram matrix is needed.
     heads = half.inputs[: half.fitted].double().view(half.fitted, half.layout.groups, -1, v.rows)
     values = heads.transpose(0, 1).flatten(1, 2)
-    moments = values.mT @ values * (len(half.inputs) / half.fitted)
+    moments = processes.summed(values.mT @ values) * (half.all_tokens / half.all_fitted)
     readers = by_group(half.weight, half.layout.groups, v.rows)
     bases = value_bases(moments, readers.mT @ readers)
     losses = bases.importance.sum(dim=0).flip(0).cumsum(0).tolist()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.calibration.costs.actions import Action, Output
 from headshare.calibration.costs.curves import CostCurve, CurveStep
 from headshare.calibration.costs.donors import Candidate, Donors, find_donors
@@ -89,7 +90,7 @@ class _HeldOut:
         self.scaled = half.inputs[half.fitted :, :0].double()
         self.target = self.inputs @ half.weight.double().T
         self.tokens = half.fitted
-        self.share = len(self.inputs) / len(half.inputs)
+        self.share = processes.total(len(self.inputs)) / half.all_tokens
 
     def taken(self, columns: Columns, offer: _Offer) -> None:
         """Apply a step to these tokens."""
@@ -107,7 +108,8 @@ class _HeldOut:
         """The squared error on these tokens, scaled to the number of all tokens."""
         if not self.share:
             return left.error
-        return float((self.target - left.predicted(self.inputs, self.scaled)).square().sum()) / self.share
+        missed = self.target - left.predicted(self.inputs, self.scaled)
+        return float(processes.summed(missed.square().sum())) / self.share
 
 
 class _Descent:
@@ -175,8 +177,8 @@ class _Descent:
         and T the tokens (Mallows, "Some comments on Cp", 1973).
         """
         added = len(self.half.columns[0]) if action.output is Output.OWN else offer.rank
-        optimism = 2 * added / self.half.fitted * (self.left.error + offer.price)
-        return (offer.price + optimism) / action.saved_bytes(self.half.sizes, offer.rank)
+        optimism = 2 * added / self.half.all_fitted * (self.left.error + offer.price)
+        return processes.agreed((offer.price + optimism) / action.saved_bytes(self.half.sizes, offer.rank))
 
     def take(self, group: int, action: Action, offer: _Offer) -> CurveStep:
         """Give the unit up, and return the step."""
@@ -234,7 +236,7 @@ class _Descent:
             else self.whole[group] - donor.gain
             for donor in donors.best
         ]
-        ranked = sorted(zip(prices, donors.best, strict=True), key=lambda pair: pair[0])
+        ranked = sorted(zip(processes.agreed(prices), donors.best, strict=True), key=lambda pair: pair[0])
         listed = [(donor.unit, price) for price, donor in ranked]
         others = self.estimates(group, donors, removal, ranked[-1][0])
         return _Offer(ranked[0][0], (*listed, *others), ranked[0][1])
@@ -246,8 +248,9 @@ class _Descent:
         for donor in donors.best:
             # One factorisation has the best products of all ranks.
             products = self.left.fit.products(self.half.columns[group], self.features(donor))
+            gains = processes.agreed(products.gains.tolist())
             for rank in self.ranks:
-                price = removal - float(products.gains[rank - 1])
+                price = removal - gains[rank - 1]
                 rate = price / action.saved_bytes(self.half.sizes, rank)
                 offers.append((rate, price, donor, rank, products))
         _, price, best, rank, products = min(offers, key=lambda offer: offer[0])
@@ -270,8 +273,11 @@ def neuron_path(half: SublayerData, removal: Action, multiple: int = 1) -> CostC
     A step removes a multiple of `multiple` neurons, and one at least. Each step takes the neurons whose own removal
     costs least as things stand. Its cost is that of removing all of them.
     """
-    # Held-out tokens only enter by their Gram matrix, scaled as if all tokens were such.
+    # Held-out tokens only enter by their Gram matrix, scaled as if all tokens were such. Once both matrices are there,
+    # the first process goes on alone.
     surgery = Surgery.on(half.inputs[: half.fitted], half.inputs[half.fitted :], half.weight)
+    if not processes.is_first():
+        return CostCurve(half.layout.kind, half.dense.number, ())
 
     # Removing neurons one by one would cost as many fits, so each step removes a chunk of them.
     neurons = half.layout.groups

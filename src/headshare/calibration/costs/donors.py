@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.calibration.costs.actions import Action, Output
 from headshare.calibration.costs.least_squares import Beside, Fit, Inputs, Lost, Readout
 from headshare.calibration.costs.sublayer import SublayerData
@@ -123,5 +124,10 @@ class _Search:
 
 
 def _gains(beside: Beside, lost: Lost, readout: Readout | None) -> Float[Tensor, " units"]:
-    """The gains of features for each lost unit, read out by columns of its own or by scaled ones of the donor."""
-    return beside.gains_for(lost) if readout is None else beside.scaled_gains_for(lost, readout)
+    """The gains of features for each lost unit, read out by columns of its own or by scaled ones of the donor.
+
+    They choose among donors, so they are the first process's.
+    """
+    return processes.from_first(
+        lambda: (beside.gains_for(lost) if readout is None else beside.scaled_gains_for(lost, readout)).cpu()
+    )

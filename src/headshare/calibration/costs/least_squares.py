@@ -3,8 +3,8 @@
 The output projection (here: readout) starts as the dense layer's. It is refitted against the dense layer's output
 whenever channels are given up, by ridge regression towards where it started, with a ridge of `RIDGE` times the inputs'
 mean square. Features in the place of lost channels have a ridge of their own, the same part of their own mean square.
-So sums stay well conditioned, however often the same features come again. Errors are squared and summed over rows.
-Knows no model and no plan.
+So sums stay well conditioned, however often the same features come again. Errors are squared and summed over rows,
+those of all processes. Knows no model and no plan.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.calibration.refit.reduced_rank import Products
 
 RIDGE = 1e-3
@@ -45,7 +46,7 @@ class Fit:
         """The fit of a dense readout to its own outputs, whose error is zero."""
         inputs = inputs.double()
         weight = weight.double()
-        gram = inputs.T @ inputs
+        gram = processes.summed(inputs.T @ inputs)
         gram = ridged(gram, gram.diagonal())
         return cls(inputs, inputs @ weight.T, inverted(gram), weight, 0.0)
 
@@ -77,13 +78,12 @@ class Fit:
     def beside(self, features: Inputs) -> "Beside":
         """The features as they stand beside this fit: the part of them that its inputs do not explain."""
         features = features.double()
-        cross = features.T @ self.inputs
+        # A fit without error misses nothing, which saves the largest product.
+        others = [features, self.inputs, *([self.target] if self.error else [])]
+        products = processes.summed(torch.cat([features.T @ other for other in others], dim=1))
+        gram, cross, *wanted = products.split_with_sizes([other.shape[1] for other in others], dim=1)
         known = cross @ self.inverse
-        missed = cross.new_zeros(len(cross), len(self.weight))
-        if self.error:
-            # A fit without error misses nothing, which saves the largest product.
-            missed = features.T @ self.target - cross @ self.weight.T
-        gram = features.T @ features
+        missed = wanted[0] - cross @ self.weight.T if wanted else cross.new_zeros(len(cross), len(self.weight))
         return Beside(features, cross, known, gram.diagonal(), gram - known @ cross.T, missed)
 
     def with_fixed(self, columns: Columns, features: Inputs, product: Float[Tensor, "hidden features"]) -> "Fit":
@@ -154,7 +154,7 @@ class Beside:
 
     def joined(self, other: "Beside") -> "Beside":
         """The features together with others beside the same fit."""
-        across = self.features.T @ other.features - self.known @ other.cross.T
+        across = processes.summed(self.features.T @ other.features) - self.known @ other.cross.T
         return Beside(
             torch.cat([self.features, other.features], dim=1),
             torch.cat([self.cross, other.cross]),

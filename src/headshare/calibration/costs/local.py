@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from headshare.architecture.removable import narrow_values_refusal, removal_refusal
+from headshare.calibration import processes
 from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
 from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.descent import neuron_path, own_path, paths_beside, unit_path
 from headshare.calibration.costs.sensitivity import Metric, Metrics, sensitivities
 from headshare.calibration.costs.sublayer import DenseLayer, SublayerData, Weighted
 from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.layerwise.observed import Stream
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import OptionError, PlanError
 from headshare.plan.layout import Layout
@@ -89,12 +91,14 @@ def price_units(
             metrics = sensitivities(layers, calibration.mixed(), tuple(wanted.actions))
 
         # The walk goes through every layer up to the last that is pending, as each gives the next its hidden states.
-        fitted = fitted_windows(calibration, tokens, held_out) * calibration.tokens.shape[1]
-        walk = _walk(layers, dense, calibration.mixed(), tokens, tuple(wanted.actions))
+        windows = calibration.mixed().tokens[: looked_at(calibration, tokens)]
+        windows, fitted = processes.divided(windows, fitted_windows(calibration, tokens, held_out))
+        walk = _walk(layers, dense, layers.start(windows), tuple(wanted.actions))
         for layer, seen in track(islice(walk, max(pending) + 1), "pricing", max(pending) + 1):
             if layer.number in pending:
                 metric = metrics.get(layer.number, {})
-                curves[layer.number] = _paths(layer, seen, wanted, donors, fitted, multiple, metric)
+                paths = _paths(layer, seen, wanted, donors, fitted * windows.shape[1], multiple, metric)
+                curves[layer.number] = processes.agreed(paths)
     return replace(wanted.prices(dense, curves, protect), in_nats=sensitive)
 
 
@@ -205,10 +209,9 @@ def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Sublayer, Layout]
 
 
 def _walk(
-    layers: Layers, dense: Checkpoint, calibration: Calibration, tokens: int, kinds: Sequence[Sublayer]
+    layers: Layers, dense: Checkpoint, stream: Stream, kinds: Sequence[Sublayer]
 ) -> Iterator[tuple[DenseLayer, Mapping[Sublayer, Weighted]]]:
     """Each layer of the dense model with the hidden states that enter it, and the inputs of its output projections."""
-    stream = layers.start(calibration.tokens[: looked_at(calibration, tokens)])
     for number in range(layers.count):
         layer = DenseLayer(dense, layers, number, layers.build(number), stream)
         seen, stream = layer.look(kinds)

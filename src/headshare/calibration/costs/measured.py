@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headshare.architecture.model_class import class_name, predicts_next, reads_images
+from headshare.calibration import processes
 from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
@@ -125,7 +126,7 @@ class _Walk:
 
         # The last windows are measured on; none of them is fitted to.
         measured = min(windows - fitted, max(1, probed // window))
-        self.measured = self.layers.start(calibration.tokens[-measured:])
+        self.measured = self.layers.start(processes.mine(calibration.tokens[-measured:]))
 
         # Removals are refitted from sums over the windows to fit to, once for all marks of a layer.
         self.to_fit = fitted
@@ -141,7 +142,7 @@ class _Walk:
         for layer in range(self.layers.count):
             curves = [curve for curve in self.prices.curves if curve.layer == layer]
             if curves and layer not in done:
-                done[layer] = self._priced(layer, curves)
+                done[layer] = processes.agreed(self._priced(layer, curves))
             # Later layers are measured on the dense layer's output, whatever was measured for this layer.
             dense = self.layers.build(layer)
             for stream in (self.fitted, self.measured):
@@ -201,7 +202,7 @@ class _Walk:
         It is sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the dense model's probabilities and z the changed
         one's logits. The logits of one window are in memory at a time.
         """
-        totals = [0.0] * len(streams)
+        totals = torch.zeros(len(streams), dtype=torch.float64)
         for window, last in enumerate(self.last):
             expected = self.layers.logits(last[None]).log_softmax(dim=-1)
             probability = expected.exp()
@@ -211,8 +212,10 @@ class _Walk:
                 logits -= logits.amax(dim=-1, keepdim=True)
                 lost = (probability * (expected - logits)).sum(dim=-1) + logits.logsumexp(dim=-1)
                 totals[number] += float(lost.double().sum())
-        tokens = self.last.shape[0] * self.last.shape[1]
-        return [max(total / tokens, 0.0) for total in totals]  # rounding may give less than zero; NaN stays
+        tokens = processes.total(self.last.shape[0] * self.last.shape[1])
+        return [
+            max(total / tokens, 0.0) for total in processes.summed(totals).tolist()
+        ]  # rounding may give less than zero; NaN stays
 
 
 class _Changed:

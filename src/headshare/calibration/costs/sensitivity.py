@@ -10,16 +10,17 @@ Errors are measured relative to the hidden state h_t that they are added to, so 
 `metric` M of a sublayer is the symmetric root of F / 2 in these units: |M e_t / |h_t||^2 is the divergence in nats.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headshare.calibration import processes
 from headshare.calibration.costs.sublayer import READOUT, hidden_with_output
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Seen, Stream, watching
@@ -33,8 +34,9 @@ from headshare.text.tokens import Calibration
 TOKENS = 4096
 BATCH = 1024
 
-# Tokens whose hidden state is this many times as large as the median one's have no part: there are a few in every
-# window, predictions hardly depend on them, and their gradients times their size would outweigh all others.
+# Tokens whose hidden state is this many times as large as the median one's of their window have no part: there are a
+# few in every window, predictions hardly depend on them, and their gradients times their size would outweigh all
+# others.
 OUTLIER = 10.0
 
 Metric = Float[Tensor, "hidden hidden"]
@@ -53,15 +55,16 @@ def sensitivities(
         CalibrationError: if gradients are not finite.
     """
     windows = calibration.tokens[: max(1, tokens // calibration.tokens.shape[1])]
+    seeds = torch.randint(2**62, (len(windows),), generator=torch.Generator().manual_seed(calibration.seed % 2**63))
     metrics: dict[int, dict[Sublayer, Metric]] = {}
     with short_products():
-        entering = [layers.start(windows)]
+        entering = [layers.start(processes.mine(windows))]
         with short_layers(layers.device):
             for layer in range(layers.count):
                 entering.append(layers.run_over(layers.build(layer), layer, entering[-1].clone()))
 
         # The last layer's gradients come from the predictions; each layer then gives the one before it its own.
-        gradient = _of_predictions(layers, entering.pop(), calibration.seed)
+        gradient = _of_predictions(layers, entering.pop(), processes.mine(seeds).tolist())
         for layer in track(reversed(range(layers.count)), "tracing back", layers.count):
             metrics[layer], gradient = _Backward(layers, layer, kinds).through(entering.pop(), gradient)
     return metrics
@@ -72,20 +75,27 @@ def _batches(layers: Layers, stream: Stream) -> Iterator[slice]:
     return layers.batches(range(len(stream)), stream.shape[1], BATCH)
 
 
-def _of_predictions(layers: Layers, leaving: Stream, seed: int) -> Stream:
-    """The gradients, at the hidden states that leave the last layer, of the log-probability of sampled tokens."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
+def _of_predictions(layers: Layers, leaving: Stream, seeds: Sequence[int]) -> Stream:
+    """The gradients, at the hidden states that leave the last layer, of the log-probability of sampled tokens.
+
+    Each window has a seed of its own, so that it draws the same tokens whichever process has it.
+    """
     gradients = torch.empty_like(leaving)
     for at in _batches(layers, leaving):
         with torch.enable_grad():
             hidden = leaving[at].to(layers.device).requires_grad_()
             with short_layers(layers.device):
                 logits = layers.logits(hidden).float()
-            known = logits.log_softmax(dim=-1).flatten(0, 1)
-            drawn = torch.multinomial(known.detach().exp().cpu(), 1, generator=generator).to(known.device)
-            chosen = known.gather(1, drawn).sum()
+            known = logits.log_softmax(dim=-1)
+            drawn = [_drawn(window, seed) for window, seed in zip(known.detach(), seeds[at], strict=True)]
+            chosen = known.gather(2, torch.stack(drawn)).sum()
         gradients[at] = torch.autograd.grad(chosen, hidden)[0].cpu()
     return gradients
+
+
+def _drawn(known: Float[Tensor, "window vocabulary"], seed: int) -> Int[Tensor, "window 1"]:
+    """A token for each place of a window, drawn from its log-probabilities."""
+    return torch.multinomial(known.exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(known.device)
 
 
 @dataclass
@@ -102,7 +112,8 @@ class _Backward:
         `entering` are the hidden states that enter the layer, and `leaving` the gradients at those that leave it.
         """
         module = self.layers.build(self.layer)
-        sums: dict[Sublayer, Tensor] = {}
+        empty = torch.zeros(leaving.shape[-1], leaving.shape[-1], dtype=torch.float64, device=self.layers.device)
+        sums = {kind: empty.clone() for kind in self.kinds}
         count = dict.fromkeys(self.kinds, 0)
         before = torch.empty_like(leaving)
         for at in _batches(self.layers, entering):
@@ -116,10 +127,11 @@ class _Backward:
             for kind, gradient in zip(self.kinds, gradients, strict=True):
                 size = hidden_with_output(self.layers, kind, hidden.detach(), left.detach(), seen).norm(dim=-1)
                 rows = gradient.reshape(*size.shape, -1) * size[..., None]
-                kept = rows[size <= OUTLIER * size.median()]
-                sums[kind] = sums.get(kind, 0) + (kept.T @ kept).double()
+                kept = rows[size <= OUTLIER * size.median(dim=-1, keepdim=True).values]
+                sums[kind] += (kept.T @ kept).double()
                 count[kind] += len(kept)
-        return {kind: self._metric(sums[kind] / count[kind]) for kind in self.kinds}, before
+        means = {kind: processes.summed(sums[kind]) / processes.total(count[kind]) for kind in self.kinds}
+        return {kind: self._metric(mean) for kind, mean in means.items()}, before
 
     def _paths(self) -> tuple[str, ...]:
         return tuple(self.layers.path(READOUT[kind]) for kind in self.kinds)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headshare.calibration import processes
 from headshare.calibration.costs.least_squares import Inputs, Readout
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Seen, Stream
@@ -39,7 +40,8 @@ class Weighted:
     def of(cls, batches: Sequence[tuple[Float[Tensor, "batch window channels"], Hidden]]) -> "Weighted":
         """Weighted inputs made of each batch's inputs and hidden states."""
         squares = torch.cat([hidden.square().sum(dim=-1).flatten() for _, hidden in batches])[:, None]
-        root = (squares.clamp(min=torch.finfo(squares.dtype).tiny) * len(squares)).rsqrt()
+        tokens = processes.total(len(squares))
+        root = (squares.clamp(min=torch.finfo(squares.dtype).tiny) * tokens).rsqrt()
         return cls(torch.cat([inputs.flatten(0, 1) for inputs, _ in batches]) * root, root)
 
 
@@ -119,7 +121,8 @@ class SublayerData:
 
     `readout` is the part that is the output projection, and `weight` its matrix, multiplied by the `metric` of its
     outputs where there is one. `columns` are the inputs that belong to each group, and `parts` the parts that make
-    them. Fits see the first `fitted` tokens; the others are held out.
+    them. Fits see the first `fitted` tokens; the others are held out. With the tokens of other processes, `all_tokens`
+    are looked at and `all_fitted` of them fitted to.
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class SublayerData:
         self.inputs = seen.inputs
         self.root = seen.root
         self.fitted = fitted
+        self.all_fitted = processes.total(fitted)
+        self.all_tokens = processes.total(len(seen.inputs))
         self.metric = metric
         self.device = dense.layers.device
         self.readout = READOUT[layout.kind]
@@ -155,7 +160,8 @@ class SublayerData:
             return range(1)
         moved = self.features(self.dense.number, self.parts, 1)
         missed = moved[:, self.columns.flatten()] - self.inputs[:, self.columns.roll(-1, 0).flatten()]
-        return range(1 if missed.abs().max() <= ALIKE * self.inputs.abs().max() else groups)
+        differs = bool(missed.abs().max() > ALIKE * self.inputs.abs().max())
+        return range(groups if processes.any_of(differs) else 1)
 
     @torch.no_grad()
     def features(self, donor_layer: int, parts: Sequence[Part], shift: int = 0) -> Inputs:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.calibration.costs.least_squares import Columns, Inputs, Readout, inverted, ridged
 from headshare.calibration.refit.normal_equations import CHUNK_TOKENS
 from headshare.precision import full_float32
@@ -18,12 +19,12 @@ Gram = Float[Tensor, "channels channels"]
 
 
 def gram_of(inputs: Inputs) -> Gram:
-    """The Gram matrix of these inputs: products of chunks of tokens in their own precision, sums in float64."""
+    """The Gram matrix of these inputs in all processes: products of chunks in their own precision, sums in float64."""
     gram = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
     with full_float32():
         for chunk in torch.split(inputs, CHUNK_TOKENS):
             gram += chunk.T @ chunk
-    return gram
+    return processes.summed(gram)
 
 
 def refitted_without(gram: Gram, weight: Readout, gone: Columns) -> Readout:
@@ -66,7 +67,8 @@ class Surgery:
         Errors are scaled as if all inputs were such.
         """
         gram = gram_of(fitted)
-        judged = gram_of(held) * ((len(fitted) + len(held)) / len(held)) if len(held) else None
+        count = processes.total(len(held))
+        judged = gram_of(held) * (processes.total(len(fitted) + len(held)) / count) if count else None
         return cls(weight.double(), inverted(ridged(gram, gram.diagonal())), judged)
 
     def cheapest(self, count: int) -> Int[Tensor, " count"]:

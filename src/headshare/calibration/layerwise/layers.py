@@ -149,11 +149,13 @@ class Layers:
 
     @torch.no_grad()
     def start(self, tokens: Int[Tensor, "windows window"]) -> Stream:
-        """The stream that enters layer 0, in float32 on the CPU.
+        """The stream that enters layer 0, in float32 on the CPU; there may be no windows.
 
         Raises:
             CheckpointError: if a weight is missing that the model needs before its layers.
         """
+        if not len(tokens):
+            return self._enter(torch.ones(1, tokens.shape[1], dtype=torch.long))[:0].cpu()
         return torch.cat([self._enter(tokens[at]).cpu() for at in self.batches(range(len(tokens)), tokens.shape[1])])
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Numbers that can be calibrated on: the model's weights, and what its layers make of the text, are finite."""
+"""Numbers that can be calibrated on: the model's weights, and what its layers make of the text, are finite and fit in
+memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, CheckpointError
 from headshare.files.printable import reason_of
+from headshare.files.untrusted import wants_memory
 from headshare.sharing.writer import check_finite
 
 
@@ -48,4 +50,24 @@ def solved() -> Iterator[None]:
         raise CalibrationError(
             "what the layers give on the calibration text is too large, or too uneven, to be fitted to. Use another "
             f"text, or look at the model's weights ({reason_of(error):.120})."
+        ) from error
+
+
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """Turn memory that ran out into an error that says what to lower. What was kept on disk stays.
+
+    Raises:
+        CalibrationError: where the block runs out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not wants_memory(error):
+            raise
+        where = "" if device == "cpu" else f" of {device}, unless --device cpu has more"
+        raise CalibrationError(
+            "there is not enough memory for one layer with what it makes of the calibration text. Lower "
+            f"--calibration-tokens or, first, --calibration-window{where}; or start more processes, each of which has "
+            "a part of the tokens."
         ) from error

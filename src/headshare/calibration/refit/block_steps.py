@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Stream
 from headshare.calibration.refit.normal_equations import token_weights
@@ -53,12 +54,16 @@ class BlockTarget:
         """The held-out windows, as slices that are run at once."""
         return layers.batches(range(self.fitted, len(self.entering)), self.entering.shape[1])
 
-    def drawn(self, refinement: Refinement, generator: torch.Generator) -> Iterator[Int[Tensor, " drawn"]]:
-        """The windows of each step. All that are fitted to come in random order before any comes again."""
+    def drawn(self, refinement: Refinement, generator: torch.Generator) -> Iterator[tuple[Int[Tensor, " drawn"], int]]:
+        """The windows of each step, and the number of them in all processes.
+
+        All that are fitted to, in any process, come in random order before any comes again.
+        """
+        fitted = processes.total(self.fitted)
         size = max(1, refinement.tokens // self.entering.shape[1])
-        rounds = math.ceil(refinement.steps * size / self.fitted)
-        order = torch.cat([torch.randperm(self.fitted, generator=generator) for _ in range(rounds)])
-        return iter(torch.split(order, size)[: refinement.steps])
+        rounds = math.ceil(refinement.steps * size / fitted)
+        order = torch.cat([torch.randperm(fitted, generator=generator) for _ in range(rounds)])
+        return ((processes.mine_of(step), len(step)) for step in torch.split(order, size)[: refinement.steps])
 
 
 def refine_block(
@@ -88,8 +93,8 @@ def refine_block(
     for weight in weights.values():
         weight.requires_grad_()
     try:
-        for step, at in enumerate(wanted.drawn(refinement, generator), start=1):
-            _descend(layers, layer, module, (wanted.entering[at], wanted.leaving[at]), weights, own)
+        for step, (at, windows) in enumerate(wanted.drawn(refinement, generator), start=1):
+            _descend(layers, layer, module, (wanted.entering[at], wanted.leaving[at]), weights, own, windows)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -103,6 +108,7 @@ def refine_block(
             for name, weight in weights.items():
                 weight.requires_grad = False
                 weight.copy_(first[name])
+    processes.copied(*best.weights.values())
     return best
 
 
@@ -119,11 +125,17 @@ def _descend(
     batch: tuple[Batch, Batch],
     weights: Mapping[str, nn.Parameter],
     own: Mapping[str, Tensor],
+    windows: int,
 ) -> None:
-    """Set the gradients of the weights on a batch of what enters and of what should leave, masked."""
-    windows, window, _ = batch[0].shape
+    """Set the gradients of the weights on a batch of what enters and of what should leave, masked.
+
+    The batch is this process's part of so many windows.
+    """
+    window = batch[0].shape[1]
     pieces = [torch.split(tensor, layers.batch(window)) for tensor in batch]
-    for entering, leaving in zip(*pieces, strict=True):  # as much as is run at once, whatever a step takes
+    for entering, leaving in (
+        zip(*pieces, strict=True) if len(batch[0]) else ()
+    ):  # as much as is run at once, whatever a step takes
         with torch.enable_grad():
             with short_layers(layers.device):
                 left = layers.call(module, layer, entering)
@@ -134,15 +146,19 @@ def _descend(
             if gradient is not None:
                 masked = gradient * own[name]
                 weight.grad = masked if weight.grad is None else weight.grad + masked
+    if processes.count() > 1:
+        for weight in weights.values():
+            weight.grad = processes.summed(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
 
 def _held_out(layers: Layers, layer: int, module: nn.Module, wanted: BlockTarget) -> float:
     """The error on the held-out tokens, averaged."""
-    errors = [
-        _error(layers.run(module, layer, wanted.entering[at])[0], wanted.leaving[at].to(layers.device)).flatten()
-        for at in wanted.held_out(layers)
-    ]
-    return torch.cat(errors).mean().item()
+    lost = torch.zeros((), dtype=torch.float64)
+    for at in wanted.held_out(layers):
+        left = layers.run(module, layer, wanted.entering[at])[0]
+        lost += _error(left, wanted.leaving[at].to(layers.device)).double().sum().cpu()
+    windows, window, _ = wanted.entering.shape
+    return float(processes.summed(lost)) / processes.total((windows - wanted.fitted) * window)
 
 
 def _error(left: Batch, wanted: Batch) -> Tensor:

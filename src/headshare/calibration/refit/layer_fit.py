@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.block_steps import BlockTarget, refine_block
@@ -41,7 +42,7 @@ class Streams:
 class LayerFit:
     """The fits of one layer after another. New weights are put into the built layer as they will be stored.
 
-    All new tensors and steps are added to `result`.
+    All new tensors and steps are added to the `result` of the first process, which solves for all.
     `layers` are the dense model's. `shared_layers` are those of the shared checkpoint, or the same where there is none
     yet. The first `fitted` windows of the streams are fitted to, the others are held out. With `ffn`, W_down is
     fitted too. The fits are followed by the `refinement`, if there is one, on windows drawn by the `seed`.
@@ -105,10 +106,13 @@ class LayerFit:
                 target[at] = residual.target(entered, seen).cpu()
             streams.dense[at] = left.cpu()  # what entered may be a view of it
         if sums is not None:
+            sums = _everywhere(sums)
             values = self._fresh_values(layer)
-            if values is not None:
-                sums = self._turn_values(layer, values, shared, sums)
-            self._solve(layer, Part.O, shared, sums, turned=values is not None)
+            if processes.is_first():
+                if values is not None:
+                    sums = self._turn_values(layer, values, shared, sums)
+                self._solve(layer, Part.O, shared, sums, turned=values is not None)
+            self._follow_first(shared, Part.O, *([] if values is None else [Part.V]))
         assert residual is not None
         return residual, target
 
@@ -151,7 +155,15 @@ class LayerFit:
             wanted = residual.wanted_of_down(target[at].to(self.layers.device), own, seen)
             weights = token_weights(streams.dense[at].to(self.layers.device))
             sums[at.start >= self.fitted].add(seen.inputs[path], wanted, weights)
-        self._solve(layer, Part.DOWN, shared, sums)
+        sums = _everywhere(sums)
+        if processes.is_first():
+            self._solve(layer, Part.DOWN, shared, sums)
+        self._follow_first(shared, Part.DOWN)
+
+    def _follow_first(self, shared: nn.Module, *parts: Part) -> None:
+        """Put what the first process has solved for into the layer of every process."""
+        for part in parts:
+            processes.copied(*shared.get_submodule(self.layers.path(part)).parameters())
 
     def _sums(self, module: nn.Module, part: Part) -> tuple[NormalEquations, NormalEquations]:
         """Empty sums for this readout: of fitted and of held-out tokens."""
@@ -269,11 +281,18 @@ class LayerFit:
                 self.shared_layers, layer, module, target, weights, own, self.refinement, seed=self.seed
             )
         if best.step:
-            self.result.tensors.update(block.put(best.weights))
+            put = block.put(best.weights)
+            self.result.tensors.update(put if processes.is_first() else {})
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
         choice = f"best after {best.step}" if best.step else "none was better"
         note = f"{self.refinement.steps} gradient steps, {choice}"
         self.result.steps.append(RefitStep(base, None, best.error_before, best.error_after, note))
+
+
+def _everywhere(sums: tuple[NormalEquations, NormalEquations]) -> tuple[NormalEquations, NormalEquations]:
+    """The sums over the tokens of all processes."""
+    fit, held = sums
+    return fit.everywhere(), held.everywhere()
 
 
 def _step(name: str, fitted: Fitted, left_out: int) -> RefitStep:

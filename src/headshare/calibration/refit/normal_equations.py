@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.precision import full_float32
 
 CHUNK_TOKENS = 1024
@@ -73,6 +74,14 @@ class NormalEquations:
         self.gram += gram
         self.cross += cross
         self.target += float(wanted.double().square().sum())
+
+    def everywhere(self) -> "NormalEquations":
+        """The sums over the tokens of all processes, in the place of this one's."""
+        self.gram = processes.summed(self.gram)
+        self.cross = processes.summed(self.cross)
+        self.target = float(processes.summed(torch.tensor(self.target, dtype=torch.float64)))
+        self.left_out = processes.total(self.left_out)
+        return self
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         both = NormalEquations(self.inputs, self.outputs, self.bias, self.device)

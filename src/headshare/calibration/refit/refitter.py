@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
+from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.columns import PlannedColumns
@@ -93,7 +94,7 @@ class Refitter:
 
         # The windows held out come last, so that the first `fitted` ones are those to fit to.
         fit, held = calibration.split(HELD_OUT)
-        self.tokens = torch.cat([fit.tokens, held.tokens])
+        self.tokens, fitted = processes.divided(torch.cat([fit.tokens, held.tokens]), len(fit.tokens))
 
         # A plan that changes nothing has no first layer: then the walk ends without a fit.
         first = plan.first_layer()
@@ -106,7 +107,7 @@ class Refitter:
             self.shared_layers,
             self.columns,
             self.result,
-            fitted=len(fit.tokens),
+            fitted=fitted,
             ffn=ffn and self.layers.ffn is not None,
             refinement=refinement,
             seed=calibration.seed,

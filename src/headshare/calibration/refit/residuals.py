@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Seen
 from headshare.plan.units import Part
@@ -89,7 +90,7 @@ def residual_of(layers: Layers, entered: Batch, left: Batch, seen: Seen) -> Resi
         return Residual(o, up, down, Adding.NORMED_SUM)
     if down is None:
         return Residual(o, up, down, Adding.PLAIN)
-    factor = _factor(entered, left, seen.outputs[o] + seen.outputs[down])
+    factor = processes.from_first(lambda: _factor(entered, left, seen.outputs[o] + seen.outputs[down]))
     if factor is None:
         return Residual(o, up, down, Adding.NORMED_OUTPUT)
     return Residual(o, up, down, Adding.PLAIN, factor)

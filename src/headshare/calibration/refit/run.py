@@ -1,8 +1,11 @@
 """The refit of a shared model's readouts, layer by layer, and its record."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import asdict
 
+from torch import Tensor
+
+from headshare.calibration import processes
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import RefitStep
@@ -47,26 +50,42 @@ def state_key(plan: SharePlan, ffn: bool, refinement: Refinement | None) -> str:
 def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None:
     """Run a refit to its end, from where an earlier run of the same key in this workspace was stopped.
 
-    A layer counts as done when its number is written, which is after its tensors and the streams that leave it.
+    A layer counts as done when its number is written, which is after its tensors and the streams that leave it. Every
+    process keeps streams of its own, and the first one all else.
     """
     first = 0 if workspace is None else _take_up(refitter, workspace, key)
     for layer in track(refitter.advance(), "refitting", refitter.layers.count - first):
         if workspace is not None:
             workspace.write_tensors(_streams_after(key, layer), refitter.state())
-            steps = [asdict(step) for step in refitter.result.steps]
-            done = {"layer": layer, "steps": steps, "tensors": sorted(refitter.result.tensors)}
-            workspace.write_json(f"refit-{key}.json", done)
+            processes.wait()
+            if processes.is_first():
+                steps = [asdict(step) for step in refitter.result.steps]
+                done = {"layer": layer, "steps": steps, "tensors": sorted(refitter.result.tensors)}
+                workspace.write_json(f"refit-{key}.json", done)
+            processes.wait()
             workspace.delete(_streams_after(key, layer - 1))
 
 
 def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     """Resume a refit from the state of a stopped one, if there is any. Returns the layer that is next."""
-    name = f"refit-{key}.json"
-    tensors = workspace.tensors(f"refit-{key}")
+    tensors: MutableMapping[str, Tensor] = workspace.tensors(f"refit-{key}") if processes.is_first() else {}
     refitter.result.tensors = tensors
+    layer, steps = processes.from_first(lambda: _done(workspace, key, tensors))
+    if layer < 0:
+        return 0
+    streams = workspace.read_tensors(_streams_after(key, layer))
+    if streams is None:
+        raise workspace.damaged(_streams_after(key, layer), "it is not there")
+    refitter.resume(layer + 1, streams, tensors, steps)
+    return layer + 1
+
+
+def _done(workspace: Workspace, key: str, tensors: Mapping[str, Tensor]) -> tuple[int, list[RefitStep]]:
+    """The last layer that a stopped refit has done, or -1, and its steps so far; its tensors are all there."""
+    name = f"refit-{key}.json"
     done = workspace.read_json(name)
     if done is None:
-        return 0
+        return -1, []
     check_readable(tensors)
     try:
         layer = int(done["layer"])
@@ -76,15 +95,13 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
         raise workspace.damaged(name, f"it does not say how far it came ({error})") from None
     if missing:
         raise workspace.damaged(f"refit-{key}", f"the refitted {missing[0]} is not there")
-    streams = workspace.read_tensors(_streams_after(key, layer))
-    if streams is None:
-        raise workspace.damaged(_streams_after(key, layer), "it is not there")
-    refitter.resume(layer + 1, streams, tensors, steps)
-    return layer + 1
+    return layer, steps
 
 
 def _streams_after(key: str, layer: int) -> str:
-    return f"refit-{key}-{layer}.safetensors"
+    """The file of this process's streams that leave a layer."""
+    own = f"-{processes.rank()}" if processes.count() > 1 else ""
+    return f"refit-{key}-{layer}{own}.safetensors"
 
 
 def record_of(
