@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import headshare.files.state_files
 from headshare.calibration.refit import block_steps
 from headshare.calibration.refit.refitter import Refitter
+from support import tiny
 from support.command_line import Run, assert_one_error_line
 from support.folders import WEIGHTS, left_behind
 from support.launched import launched
+from support.texts import add_tokenizer
 
 TEXT = ["--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "320"]
 REMOVAL = ["share", "model", "out", "--refit", *TEXT, "--save", "6%", "--allow", "remove"]
@@ -46,14 +48,12 @@ def made_by_two(words: list[str], things: Path) -> tuple[dict[str, Any], dict[st
     return made(things / "out")
 
 
-def assert_same(
-    one: tuple[Any, dict[str, torch.Tensor]], two: tuple[Any, dict[str, torch.Tensor]], atol: float = 1e-6
-) -> None:
+def assert_same(one: tuple[Any, dict[str, torch.Tensor]], two: tuple[Any, dict[str, torch.Tensor]]) -> None:
     """The same plan and record, and weights that differ by rounding."""
     assert one[0] == two[0]
     assert set(one[1]) == set(two[1])
     for name, tensor in two[1].items():
-        torch.testing.assert_close(tensor, one[1][name], rtol=1e-4, atol=atol, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(tensor, one[1][name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("words", [REMOVAL, TIES], ids=["removal", "ties"])
@@ -67,10 +67,15 @@ def test_two_processes_take_the_gradient_steps_that_one_takes(
     measured = block_steps._held_out
     looks = itertools.count(1)  # each is better than the last: the text is too short for real ones
     monkeypatch.setattr(block_steps, "_held_out", lambda *given: measured(*given) * 0 + 1 / next(looks))
-    words = [*REMOVAL, "--refine", "3"]
+    # every layer has an error that is far from rounding, since a step is as long however small the gradient is
+    add_tokenizer(tiny.make_llama(things / "large", initializer_range=0.2))
+    words = ["share", "large", "out", "--refit", *TEXT, "--save", "20%", "--allow", "remove", "--refine", "3"]
     one, two = made_by_one(run, words, things), made_by_two(words, things)
     assert "model.layers.3.mlp.up_proj.weight" in one[0]["refit"]["tensors"]
-    assert_same(one, two, atol=5e-5)  # a step is 1e-3, and the first ones make much of gradients near zero
+    assert one[0] == two[0]
+    # a step is 1e-3 long, and of either sign for the few numbers whose gradient is next to nothing
+    apart = torch.cat([(two[1][name] - tensor).flatten() for name, tensor in one[1].items()])
+    assert apart.square().mean().sqrt() < 2e-5
 
 
 def killing(rank: int, name: str, number: int) -> Callable[[int], None]:
@@ -138,12 +143,13 @@ def test_two_processes_go_on_though_either_was_killed(things: Path, run: Run) ->
 
 def test_fewer_windows_than_processes_are_one_error(things: Path) -> None:
     words = ["plan", "model", "--save", "3%", "--no-probe", *TEXT[:-1], "32"]
-    for found in launched(words, things):
-        assert (found.status, found.out) == (1, "")
-        assert found.err == (
-            "error: 2 processes cannot share 1 window to fit to, as each needs one. Ask for more tokens, for a smaller "
-            "window, or for fewer processes.\n"
-        )
+    first, other = launched(words, things)
+    assert (first.status, first.out) == (other.status, other.out) == (1, "")
+    assert first.err == (
+        "error: 2 processes cannot share 1 window to fit to, as each needs one. Ask for more tokens, for a smaller "
+        "window, or for fewer processes.\n"
+    )
+    assert other.err == ""
     assert left_behind(things) == []
 
 

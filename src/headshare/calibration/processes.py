@@ -22,8 +22,9 @@ from headshare.files.untrusted import wants_memory
 
 Value = TypeVar("Value")
 
-# The longest that a process waits for the others: a large model may be written in that time, or a text by a model.
-PATIENCE = timedelta(hours=1)
+# The longest that a process waits for the others: a large model may be written and measured in that time. One that has
+# ended is noticed at once.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class _Processes:
     group: Any = None
 
 
+_SENT = "raised by the first process of this run"
 _ALONE = _Processes()
 _joined: ContextVar[_Processes] = ContextVar("headshare_processes", default=_ALONE)
 
@@ -125,13 +127,17 @@ def divided(windows: Int[Tensor, "windows window"], fitted: int) -> tuple[Int[Te
     Raises:
         CalibrationError: if a process would have nothing to fit to.
     """
+    from_first(lambda: _check_enough(fitted))
+    fit = mine(windows[:fitted])
+    return torch.cat([fit, mine(windows[fitted:])]), len(fit)
+
+
+def _check_enough(fitted: int) -> None:
     if fitted < count():
         raise CalibrationError(
             f"{count()} processes cannot share {fitted} window{'s'[: fitted != 1]} to fit to, as each needs one. Ask "
             "for more tokens, for a smaller window, or for fewer processes."
         )
-    fit = mine(windows[:fitted])
-    return torch.cat([fit, mine(windows[fitted:])]), len(fit)
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -158,16 +164,31 @@ def any_of(true: bool) -> bool:
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What this makes in the first process, alone, and sent to all.
+    """What this makes in the first process, alone, and sent to all. What it raises there is raised in all.
 
     Rounding may differ between machines, and a choice must not.
     """
     if count() == 1:
         return make()
-    held = [make() if is_first() else None]
+    sent: list[Any] = [None, None]
+    if is_first():
+        try:
+            sent = [make(), None]
+        except Exception as error:
+            sent = [None, error]
     with _answered():
-        distributed.broadcast_object_list(held, group_src=0, group=_joined.get().group)
-    return held[0]  # type: ignore[return-value]  # the first process has put it there
+        distributed.broadcast_object_list(sent, group_src=0, group=_joined.get().group)
+    made, failed = sent
+    if failed is not None:
+        if not is_first():
+            failed.add_note(_SENT)
+        raise failed
+    return made  # type: ignore[no-any-return]  # the first process has put it there
+
+
+def is_sent(error: BaseException) -> bool:
+    """True if the first process has raised this error too, and will report it."""
+    return _SENT in getattr(error, "__notes__", ())
 
 
 def agreed(value: Value) -> Value:
@@ -204,6 +225,6 @@ def _answered() -> Iterator[None]:
         if wants_memory(error):
             raise
         raise CalibrationError(
-            f"another process of this run has ended, or gave no answer for {PATIENCE.seconds // 60} minutes; what it "
+            f"another process of this run has ended, or gave no answer for {PATIENCE.seconds // 3600} hours; what it "
             "printed last says why. The state of the run is kept: give the same command again, and it goes on."
         ) from error

@@ -5,7 +5,7 @@ The same call goes on with a run that was stopped anywhere.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -122,9 +122,13 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
         }
         folder = run_folder(out, "calibrating")
         resumable = ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart)
-        with resumable if processes.is_first() else nullcontext():
-            processes.wait()  # the state's folder is there, and no file in it is half-written
+        with ExitStack() as held:
+            processes.from_first(lambda: _enter(held, resumable))
             yield CalibratedRun(dense, text, device, resumable, settings.probe, settings.prices)
+
+
+def _enter(held: ExitStack, resumable: ResumableRun) -> None:
+    held.enter_context(resumable)
 
 
 def _checked_text(dense: Checkpoint, settings: CalibrationSettings) -> Calibration:

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from headshare.calibration.processes import launched_first
+from headshare.calibration.processes import is_sent, launched_first
 from headshare.cli.bench import bench, demo
 from headshare.cli.compare import compare_command, report_command
 from headshare.cli.convert import expand, quantize
@@ -69,7 +69,7 @@ def main() -> None:
         with shown() if launched_first() else nullcontext():
             status = app(prog_name="headshare", standalone_mode=False)
     except HeadshareError as error:
-        _fail(f"error: {error}")
+        _fail("" if is_sent(error) else f"error: {error}")
     except typer.TyperException as error:
         message = one_line(error.format_message())
         _fail(f"error: {message}" if message else "")  # else the help has said it all

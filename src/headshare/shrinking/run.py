@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headshare.calibration import processes
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.costs.to_plan import Budgeted
@@ -86,6 +87,8 @@ def shrink_checkpoint(
 ) -> Shrunk:
     """Shrink an opened checkpoint by `shrink`. `judge` is shown the prediction, and may end the run by raising.
 
+    Of several processes the first one judges, writes, verifies and measures.
+
     Raises:
         HeadshareError: if a step fails; the state stays, as it does where `judge` raises.
     """
@@ -97,7 +100,8 @@ def shrink_checkpoint(
         check_output(out, dense.path, overwrite=overwrite)
     with calibrated_run(dense, out, settings) as run:
         stage = _Written(run.resumable.workspace, out, key_of(*_key(wanted)))
-        if not stage.is_reached:
+        is_written = processes.from_first(lambda: stage.is_reached)
+        if not is_written:
             check_output(out, dense.path, overwrite=overwrite)
         say("1 of 4: what each layer could give up, and what that would cost")
         chosen = run.plan(budget)
@@ -109,28 +113,33 @@ def shrink_checkpoint(
             float32=_writes_float32(dense, wanted.dtype),
             refined=Refinement.of(wanted.refine) is not None,
         )
-        if not stage.is_reached:
-            judge(predicted)
+        if not is_written:
+            processes.from_first(lambda: judge(predicted))
             say("2 of 4: repair")
             shared = run.refit(shared, refine=wanted.refine)
-            stage.begin()
-            shared.save(out, overwrite=overwrite)
-        with open_checkpoint(out) as written:
-            say("3 of 4: verify what was written")
-            verified = _verified(written, dense)
-            say("4 of 4: measure")
-            return Shrunk(
-                out=out,
-                before=Size.of(dense),
-                after=Size.of(written),
-                predicted=predicted,
-                plan=chosen.plan,
-                refit=written.require_sharing().refit,
-                verified=verified,
-                held_out=run.measure(out),
-                other=None if other is None else _perplexities(dense, written, other, settings.device_name),
-                model_class=model_class(written.config),
-            )
+
+        def finished() -> Shrunk:
+            if not is_written:
+                stage.begin()
+                shared.save(out, overwrite=overwrite)
+            with open_checkpoint(out) as written:
+                say("3 of 4: verify what was written")
+                verified = _verified(written, dense)
+                say("4 of 4: measure")
+                return Shrunk(
+                    out=out,
+                    before=Size.of(dense),
+                    after=Size.of(written),
+                    predicted=predicted,
+                    plan=chosen.plan,
+                    refit=written.require_sharing().refit,
+                    verified=verified,
+                    held_out=run.measure(out),
+                    other=None if other is None else _perplexities(dense, written, other, settings.device_name),
+                    model_class=model_class(written.config),
+                )
+
+        return processes.from_first(finished)
 
 
 def _key(wanted: ShrinkRequest) -> list[Any]:

@@ -118,7 +118,7 @@ class _Stop(Exception):  # noqa: N818 - nothing is wrong
 
     def __init__(self, predicted: Prediction) -> None:
         self.predicted = predicted
-        super().__init__()
+        super().__init__(predicted)  # so that it can be sent to other processes
 
 
 @with_bundles
