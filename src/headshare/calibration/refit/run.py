@@ -1,6 +1,6 @@
 """The refit of a shared model's readouts, layer by layer, and its record."""
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, MutableMapping
 from dataclasses import asdict
 
 from torch import Tensor
@@ -70,7 +70,7 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     """Resume a refit from the state of a stopped one, if there is any. Returns the layer that is next."""
     tensors: MutableMapping[str, Tensor] = workspace.tensors(f"refit-{key}") if processes.is_first() else {}
     refitter.result.tensors = tensors
-    layer, steps = processes.from_first(lambda: _done(workspace, key, tensors))
+    layer, steps = processes.from_first(lambda: _done(workspace, key))
     if layer < 0:
         return 0
     streams = workspace.read_tensors(_streams_after(key, layer))
@@ -80,12 +80,13 @@ def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
     return layer + 1
 
 
-def _done(workspace: Workspace, key: str, tensors: Mapping[str, Tensor]) -> tuple[int, list[RefitStep]]:
+def _done(workspace: Workspace, key: str) -> tuple[int, list[RefitStep]]:
     """The last layer that a stopped refit has done, or -1, and its steps so far; its tensors are all there."""
     name = f"refit-{key}.json"
     done = workspace.read_json(name)
     if done is None:
         return -1, []
+    tensors = workspace.tensors(f"refit-{key}")
     check_readable(tensors)
     try:
         layer = int(done["layer"])
