@@ -81,7 +81,7 @@ def _registered() -> Iterator[None]:
     for action in (KV, VO, NARROW, QUIET):
         del ACTIONS[action.name]
     assert before == ACTIONS
-    assert list(ACTIONS) == ["qk", "qkv", "qkvo", "low_rank", "gateup", "narrow_values", "remove"]
+    assert list(ACTIONS) == ["qk", "qkv", "qkvo", "low_rank", "gateup", "narrow_values", "remove", "sublayers"]
 
 
 def steps_by(prices: CostCurves, action: Action) -> list[CurveStep]:
@@ -241,16 +241,21 @@ def test_a_budget_and_the_command_line_know_an_action_by_its_name(run: Run, tmp_
     add_tokenizer(tiny.make("llama-mha", tmp_path / "model"))
     a_text(tmp_path / "text", 600)
     dense = hs.open_checkpoint("model")
-    budget = Budget.parse(dense, save="2%", parts="kv+narrow", allow=["quiet"])
+    budget = Budget.parse(dense, save="2%", parts="kv", allow=["narrow", "quiet"])
     assert budget.actions == (KV, NARROW, QUIET)
     assert Budget.parse(dense, ratio=0.5, parts="kv").units == 8
-    assert Budget.parse(dense, ratio=0.5, parts="narrow").units is None
+    assert Budget.parse(dense, ratio=0.5, parts="none", allow=["narrow"]).units is None
     words = ["--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "256", "--no-measure"]
-    found = run("plan", "model", "-o", "plan.json", "--parts", "kv+narrow", "--save", "2%", "--allow", "quiet", *words)
+    found = run("plan", "model", "-o", "plan.json", "--parts", "kv", "--save", "2%", "--allow", "quiet,narrow", *words)
     assert found.status == 0
     text = hs.Calibration.load("text", dense, tokens=256, window=16)
     assert hs.SharePlan.load("plan.json") == plan_on(dense, text, budget).plan
-    assert run("plan", "model", "-o", "more.json", "--allow", "kv", *words).err.count("There is: remove, quiet") == 1
+    assert (
+        run("plan", "model", "-o", "more.json", "--allow", "kv", *words).err.count(
+            "There are: narrow_values, remove, sublayers, narrow, quiet"
+        )
+        == 1
+    )
 
 
 def test_saved_curves_name_an_action_and_are_refused_where_it_is_not_known() -> None:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from math import gcd
 
 from headshare.calibration.amounts import Amount
-from headshare.calibration.costs.actions import ACTIONS, AUTO, AUTO_ACTIONS, REMOVE, Action, Output
+from headshare.calibration.costs.actions import (
+    ACTIONS,
+    AUTO,
+    AUTO_ACTIONS,
+    NARROW_VALUES,
+    REMOVE,
+    SUBLAYERS,
+    Action,
+    Output,
+)
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError, PlanError
@@ -13,6 +22,12 @@ from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
 from headshare.plan.units import Parts, Sublayer
 from headshare.sharing.size import parameter_bytes
+
+# The word for sharing nothing.
+NOTHING = "none"
+
+# What a budget of bytes may take besides sharing, where nothing else is said.
+BY_DEFAULT = (REMOVE.name, SUBLAYERS.name, NARROW_VALUES.name)
 
 
 @dataclass(frozen=True)
@@ -48,8 +63,9 @@ class Budget:
         `save` is an `Amount` of the whole model's bytes, such as "10%" or "120MB". Without it, `ratio` of the
         units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
         `allow`), of ranks or of widths, the budget is the number of bytes that sharing q, k and v at this ratio would
-        save. Parts are chosen as with auto unless given. With `save`, units may then be removed too, unless `allow`
-        says which other actions there may be; an empty one leaves sharing alone.
+        save. Parts are chosen as with auto unless given; "none" shares nothing. With `save`, units and sublayers may
+        then be removed and values narrowed too, unless `allow` says which actions there may be besides sharing; an
+        empty one leaves sharing alone.
 
         Raises:
             OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
@@ -58,8 +74,10 @@ class Budget:
         """
         dense.require_dense("plan for it")
         if allow is None:
-            allow = (REMOVE.name,) if save is not None and parts is None else ()
+            allow = BY_DEFAULT if save is not None and parts is None else ()
         actions = tuple(dict.fromkeys((*_actions_of(parts or AUTO), *map(_allowed, allow))))
+        if not actions:
+            raise OptionError("nothing is shared and nothing else is allowed. Give parts to share, or allow something.")
 
         # The units are counted in any case, so that a ratio or protected layers that do not fit are refused.
         words = "gateup" if actions[0].sublayer is Sublayer.FFN else "qk"
@@ -80,23 +98,23 @@ class Budget:
 
 def _actions_of(parts: str) -> list[Action]:
     """The actions that share these parts, which are words joined by +."""
-    known = {name: (action,) for name, action in ACTIONS.items() if not action.removes} | {AUTO: AUTO_ACTIONS}
-    words = [word.strip() for word in parts.split("+")]
+    known = {name: (action,) for name, action in ACTIONS.items() if action.shares} | {AUTO: AUTO_ACTIONS}
+    words = [word.strip() for word in parts.split("+") if parts != NOTHING]
     unknown = [word for word in words if word not in known]
     if unknown:
         raise OptionError(
             f"units cannot be matched by output in parts '{unknown[0]}'. There are: {', '.join(known)}, "
-            "or several joined by +."
+            f"several joined by +, or {NOTHING}."
         )
     return [action for word in words for action in known[word]]
 
 
 def _allowed(word: str) -> Action:
     """The action of this name, which shares nothing."""
-    known = {name: action for name, action in ACTIONS.items() if action.removes}
+    known = {name: action for name, action in ACTIONS.items() if not action.shares}
     if word not in known:
         raise OptionError(
-            f"'{word}' is not something that can be allowed besides sharing. There is: {', '.join(known)}."
+            f"'{word}' is not something that can be allowed besides sharing. There are: {', '.join(known)}."
         )
     return known[word]
 

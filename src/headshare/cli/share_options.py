@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headshare.calibration.budget import Budget
+from headshare.calibration.budget import NOTHING, Budget
 from headshare.calibration.refit.refinement import NONE
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
@@ -30,7 +30,6 @@ from headshare.plan.units import Sublayer
 from headshare.text.tokens import TOKENS
 
 OUTPUT = "output"
-NOTHING = "none"  # is allowed besides sharing
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 # the choices of options: enumerations to typer, which offers their values; words to a type checker
@@ -85,8 +84,8 @@ FfnRatioOption = Annotated[
 ]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
-    "gateup, low_rank (qkv, and o in low rank), narrow_values (fewer dimensions of v), several joined by +, or auto "
-    "(qkvo+low_rank), the default with --save and --allow."
+    "gateup, low_rank (qkv, and o in low rank), several joined by +, none, or auto (qkvo+low_rank), the default with "
+    "--save and --allow."
 )
 
 
@@ -124,10 +123,11 @@ class ChoiceOptions:
     allow: Annotated[
         str | None,
         typer.Option(
-            metavar="remove|none",
+            metavar="remove,sublayers,narrow_values|none",
             rich_help_panel=CHOOSE,
-            help="remove: also delete heads and neurons where that costs less than sharing. none: share only. Default: "
-            "remove with --save, unless --parts says what to share; else none.",
+            help="Also delete heads and neurons (remove), a layer's whole attention or feed-forward (sublayers), or "
+            "dimensions of values, where that costs less. none: share only. Default: all with --save, none with "
+            "--parts.",
         ),
     ] = None
     multiple: Annotated[
@@ -163,7 +163,7 @@ class ChoiceOptions:
             ratio=self.ratio,
             save=self.save,
             parts=self.parts or (None if self.save or self.allow else "qkv"),
-            allow=None if self.allow is None else [word for word in [self.allow] if word != NOTHING],
+            allow=None if self.allow is None else [word for word in self.allow.split(",") if word != NOTHING],
             ffn_groups=self.ffn_groups,
             protect=whole_numbers(self.protect),
             multiple=self.multiple,

@@ -28,8 +28,9 @@ from headshare.sharing.factors import by_group, value_bases
 # The word for a choice among several actions, which is no action's name.
 AUTO = "auto"
 
-# The steps in which all dimensions of a head's values could go.
+# The steps in which all dimensions of a head's values could go, and the largest part of them that is dropped.
 NARROW_STEPS = 16
+MOST_DIMENSIONS = 0.75
 
 # The parts that an action can share, by its sublayer.
 _SHARED: Mapping[Sublayer | None, tuple[Part, ...]] = {
@@ -181,7 +182,7 @@ def narrow_values_costs(half: SublayerData) -> Iterator[GivenUp]:
     The cost of a step is what dropping its dimensions adds to the squared error of the output, before W_o is fitted
     again: exact where one query head reads each key/value head, else a bound (`principal_values`). Directions are those
     of `half.weight`, so with a metric they are those that cost predictions least; the refit takes those of W_o itself.
-    The last step leaves as many dimensions as a step drops.
+    At most `MOST_DIMENSIONS` of the dimensions are dropped.
     """
     v = half.layout.parts[Part.V]
     # A key/value head's second moments are sums over the query heads that read it, so no larger Gram matrix is needed.
@@ -193,10 +194,20 @@ def narrow_values_costs(half: SublayerData) -> Iterator[GivenUp]:
     losses = bases.importance.sum(dim=0).flip(0).cumsum(0).tolist()
     step = max(1, v.rows // NARROW_STEPS)
     before = 0.0
-    for dropped in range(step, v.rows, step):
+    for dropped in range(step, int(v.rows * MOST_DIMENSIONS) + 1, step):
         price = losses[dropped - 1] - before
         before = losses[dropped - 1]
         yield GivenUp(tuple(range(half.layout.groups)), price, step * _dimension_bytes(half), width=v.rows - dropped)
+
+
+def whole_costs(half: SublayerData) -> Iterator[GivenUp]:
+    """One step, on which the whole sublayer is gone. Its cost is the size of what the sublayer gave."""
+    held = half.inputs[half.fitted :]
+    seen = held if len(held) else half.inputs
+    given = (seen @ half.weight.T).double()
+    price = float(given.square().sum()) * len(half.inputs) / len(seen)
+    groups = half.layout.groups
+    yield GivenUp(tuple(range(groups)), price, SUBLAYERS.saved_bytes(half.sizes) * groups)
 
 
 def _dimension_bytes(half: SublayerData) -> int:
@@ -239,6 +250,7 @@ NARROW_VALUES = register_action(
     )
 )
 REMOVE = register_action(Action("remove", None, (), Output.NONE, sections=(removal_sections,)))
+SUBLAYERS = register_action(Action("sublayers", None, (), Output.NONE, costs=whole_costs, sections=(removal_sections,)))
 
 # The actions that `auto` chooses among; the cost curves of removals are made along with these.
 AUTO_ACTIONS = (QKVO, LOW_RANK)

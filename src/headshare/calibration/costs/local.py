@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from headshare.architecture.removable import narrow_values_refusal, removal_refusal
+from headshare.architecture.removable import attention_kinds, narrow_values_refusal, removal_refusal
 from headshare.calibration import processes
-from headshare.calibration.costs.actions import REMOVE, Action, Order, Output, registered
+from headshare.calibration.costs.actions import REMOVE, SUBLAYERS, Action, Order, Output, registered
 from headshare.calibration.costs.curves import CostCurve, CostCurves
 from headshare.calibration.costs.descent import neuron_path, own_path, paths_beside, unit_path
 from headshare.calibration.costs.sensitivity import Metric, Metrics, sensitivities
@@ -62,8 +62,8 @@ def price_units(
     A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
     units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`), along with which
     removals are always measured. An action with costs of its own has a curve of its own.
-    Layer 0 ties nothing, and no layer removes all units; where units are tied, values of layer 0 stay as wide as they
-    are, since narrow ones are not lent. So there is always a donor.
+    Layer 0 ties nothing, and its attention is never removed whole; where units are tied, its values stay as wide as
+    they are, since narrow ones are not lent. So there is always a donor.
     The feed-forward either removes single neurons or ties groups of them, as a plan cannot mix the two. Where both are
     allowed it removes neurons, which did less harm for the same bytes wherever we measured it.
 
@@ -138,6 +138,18 @@ class _SupportedActions:
     actions: Mapping[Sublayer, tuple[Action, ...]]
     layouts: Mapping[Sublayer, Layout]
     neurons: Layout | None
+    kinds: Sequence[str]
+
+    def of(self, kind: Sublayer, layer: int) -> tuple[Action, ...]:
+        """The actions for this sublayer of this layer.
+
+        The first attention of each kind is never removed whole, as the model counts tokens by it. Values of layer 0
+        stay as they are where units are tied, since narrow ones are not lent.
+        """
+        mine = self.actions[kind]
+        first = kind is Sublayer.ATTENTION and self.kinds.index(self.kinds[layer]) == layer
+        lends = layer == 0 and any(action.shares for action in mine)
+        return tuple(each for each in mine if not (first and each is SUBLAYERS) and not (lends and each.narrows))
 
     def prices(
         self, dense: Checkpoint, curves: Mapping[int, Sequence[CostCurve]], protect: Sequence[int]
@@ -165,23 +177,24 @@ def _wanted(dense: Checkpoint, actions: Sequence[Action], ffn_groups: int) -> _S
     too_wide = narrow_values_refusal(dense.layouts.config)
 
     # Families differ in the sublayers that can go without units.
-    removing = [kind for kind, actions in asked.items() if any(action.removes for action in actions)]
-    refusals = {kind: removal_refusal(dense.layouts.config, kind) for kind in removing}
-    if Sublayer.ATTENTION in refusals and layouts[Sublayer.ATTENTION].groups == 1:
-        refusals[Sublayer.ATTENTION] = "its layers have one attention unit each"
-    removable = {kind for kind, refusal in refusals.items() if refusal is None}
-    allowed = {kind: _allowed(kind, actions, kind in removable) for kind, actions in asked.items()}
+    removing = [(kind, action) for kind, actions in asked.items() for action in actions if action.removes]
+    refusals = {each: _removal_refusal(dense, layouts, *each) for each in removing}
+    allowed = {
+        kind: _allowed(kind, [action for action in actions if refusals.get((kind, action)) is None])
+        for kind, actions in asked.items()
+    }
     if too_wide is not None:
         allowed = {kind: tuple(each for each in mine if not each.narrows) for kind, mine in allowed.items()}
 
     # A sublayer may be left without actions, but not both.
     if not any(allowed.values()):
         words = ", ".join(map(str, actions)) or "none"
-        reasons = "".join(f" Removal: {reason}." for reason in refusals.values() if reason)
+        reasons = "".join(f" Removal: {reason}." for reason in dict.fromkeys(refusals.values()) if reason)
         if too_wide is not None and any(action.narrows for action in actions):
             reasons += f" Narrow values: {too_wide}."
         raise PlanError(f"this model can have none of the forms asked for: {words}.{reasons}")
-    return _SupportedActions({kind: actions for kind, actions in allowed.items() if actions}, layouts, neurons)
+    kinds = attention_kinds(dense.layouts.config, layouts[Sublayer.ATTENTION].layers)
+    return _SupportedActions({kind: mine for kind, mine in allowed.items() if mine}, layouts, neurons, kinds)
 
 
 def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
@@ -192,12 +205,20 @@ def _asked(kind: Sublayer, actions: Sequence[Action]) -> tuple[Action, ...]:
     return registered(mine)
 
 
-def _allowed(kind: Sublayer, asked: Sequence[Action], removable: bool) -> tuple[Action, ...]:
-    """The actions that are left: without removals if units cannot be removed, else of the feed-forward these alone."""
-    removals = tuple(action for action in asked if action.removes)
-    if not removable:
-        return tuple(action for action in asked if action not in removals)
-    return removals if kind is Sublayer.FFN else tuple(asked)
+def _removal_refusal(
+    dense: Checkpoint, layouts: Mapping[Sublayer, Layout], kind: Sublayer, action: Action
+) -> str | None:
+    """The reason why this action cannot remove anything of the model's sublayers of this kind, or None."""
+    whole = action is SUBLAYERS
+    if kind is Sublayer.ATTENTION and layouts[kind].groups == 1 and not whole:
+        return "its layers have one attention unit each"
+    return removal_refusal(dense.layouts.config, kind, whole=whole)
+
+
+def _allowed(kind: Sublayer, possible: Sequence[Action]) -> tuple[Action, ...]:
+    """The actions that a sublayer may have together: where neurons are removed, nothing else is done with them."""
+    removals = tuple(action for action in possible if action.removes)
+    return removals if kind is Sublayer.FFN and removals else tuple(possible)
 
 
 def _layouts(dense: Checkpoint, ffn_groups: int) -> tuple[dict[Sublayer, Layout], Layout | None]:
@@ -229,9 +250,9 @@ def _paths(
 ) -> list[CostCurve]:
     """The cost curves of both sublayers of a layer, without empty ones."""
     paths: list[CostCurve] = []
-    for kind, actions in wanted.actions.items():
+    for kind in wanted.actions:
         data = SublayerData(layer, wanted.units(kind), seen[kind], fitted, metrics.get(kind))
-        paths += _curves_of(data, actions, donors, multiple)
+        paths += _curves_of(data, wanted.of(kind, layer.number), donors, multiple)
     return [path for path in paths if path.steps]
 
 
@@ -256,8 +277,7 @@ def _curves_of(data: SublayerData, actions: Sequence[Action], donors: int, multi
             if action is REMOVE and beside and data.dense.number > 0:
                 yield from paths_beside(data, path, beside, donors=donors)
 
-    # An action that its traits do not describe makes its curve itself. Layer 0 keeps what it may have to lend.
-    lends = data.dense.number == 0 and any(action.shares for action in actions)
+    # An action that its traits do not describe makes its curve itself.
     for action in actions:
-        if action.costs is not None and not (lends and action.narrows):
+        if action.costs is not None:
             yield own_path(data, action)

@@ -20,16 +20,17 @@ from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
 from headshare.calibration.costs.local import HELD_OUT, PRICED_TOKENS, fitted_windows
 from headshare.calibration.costs.sublayer import READOUT, DenseLayer
-from headshare.calibration.costs.surgery import Gram, gram_of, refitted_without
+from headshare.calibration.costs.surgery import Gram, gram_of, refitted_through, refitted_without
 from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
 from headshare.calibration.refit.refitter import Refitter
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError, CalibrationError
-from headshare.plan.units import Sublayer
+from headshare.plan.units import Part, Sublayer
 from headshare.precision import short_layers, short_products
 from headshare.progress import track
+from headshare.sharing.factors import principal_values
 from headshare.text.tokens import Calibration
 
 # The tokens that are run to measure, and one in how many of them has its predictions compared.
@@ -160,8 +161,10 @@ class _Walk:
         changed = _Changed(self.layers, layer, self.prices, self.fitted[: self.to_fit])
         streams = []
         for curve, steps in marks:
-            if curve.actions == {REMOVE}:
+            if all(action.removes for action in curve.actions):
                 module = changed.without(curve, steps)
+            elif curve.steps[steps - 1].width:
+                module = changed.narrowed(curve, curve.steps[steps - 1].width)
             else:
                 module = self._refitter(curve, steps).refitted(layer, self.fitted)
             with short_layers(self.layers.device):
@@ -230,15 +233,35 @@ class _Changed:
 
     def without(self, curve: CostCurve, steps: int) -> nn.Module:
         """The layer without the units of the first steps of a curve of removals."""
-        module = self.layers.build(self.layer)
-        projection = module.get_submodule(self.layers.path(READOUT[curve.kind]))
-        assert isinstance(projection.weight, Tensor)
-        weight = projection.weight.data.T if self.layers.in_out else projection.weight.data
+        module, weight = self._readout(curve.kind)
         place = self.prices.layout_of(curve).parts[READOUT[curve.kind]]
         spans = [place.span(group) for step in curve.steps[:steps] for group in step.groups]
         gone = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(weight.device)
         weight.copy_(refitted_without(self._gram(module, curve.kind), weight, gone))
         return module
+
+    def narrowed(self, curve: CostCurve, width: int) -> nn.Module:
+        """The layer with values that have so many dimensions in each head, of the directions that a refit would keep.
+
+        W_o alone is changed: it reads no others.
+        """
+        module, weight = self._readout(curve.kind)
+        gram = self._gram(module, curve.kind)
+        layout = self.prices.layout_of(curve)
+        dims = layout.parts[Part.V].rows
+        into = principal_values(gram, weight, layout.groups, dims).into[:, :width]
+        heads = into.repeat_interleave(weight.shape[1] // (layout.groups * dims), dim=0)
+        whole = into.new_zeros(len(heads), width, len(heads), dims)
+        whole.diagonal(dim1=0, dim2=2).copy_(heads.permute(1, 2, 0))
+        weight.copy_(refitted_through(gram, weight, whole.view(len(heads) * width, -1)))
+        return module
+
+    def _readout(self, kind: Sublayer) -> tuple[nn.Module, Tensor]:
+        """The layer as it is, and the matrix of its output projection, to be changed in place."""
+        module = self.layers.build(self.layer)
+        projection = module.get_submodule(self.layers.path(READOUT[kind]))
+        assert isinstance(projection.weight, Tensor)
+        return module, projection.weight.data.T if self.layers.in_out else projection.weight.data
 
     def _gram(self, module: nn.Module, kind: Sublayer) -> Gram:
         """The Gram matrix of the inputs of the dense layer's output projection, weighted as in `SublayerData`."""

@@ -32,6 +32,8 @@ def refitted_without(gram: Gram, weight: Readout, gone: Columns) -> Readout:
 
     It is what `Surgery` leaves after any number of removals, in one step.
     """
+    if len(gone) == len(gram):
+        return torch.zeros_like(weight)
     left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     left[gone] = False
     kept = left.nonzero()[:, 0]
@@ -40,6 +42,18 @@ def refitted_without(gram: Gram, weight: Readout, gone: Columns) -> Readout:
     whole = torch.zeros_like(weight)
     whole[:, kept] = weight[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(inner)).T.to(weight)
     return whole
+
+
+def refitted_through(gram: Gram, weight: Readout, into: Float[Tensor, "kept channels"]) -> Readout:
+    """The output projection that sees its inputs only through this map, refitted to what it gave before.
+
+    With P the map and G the Gram matrix, it is W G P^T (P G P^T)^-1 P.
+    """
+    rows = into.double()
+    seen = rows @ gram
+    inner = seen @ rows.T
+    fitted = torch.cholesky_solve(seen @ weight.double().T, torch.linalg.cholesky(ridged(inner, inner.diagonal())))
+    return (rows.T @ fitted).T.to(weight)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
-from headshare.calibration.layerwise.observed import Stream
+from headshare.calibration.layerwise.observed import Batch, Stream
 from headshare.calibration.refit.block_steps import BlockTarget, refine_block
 from headshare.calibration.refit.block_weights import BlockWeights
 from headshare.calibration.refit.columns import PlannedColumns
@@ -24,6 +24,7 @@ from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.tensors import bias_name
 from headshare.plan.ties import scale_name
 from headshare.plan.units import Part
+from headshare.precision import short_layers
 from headshare.sharing.factors import join_columns, split_columns
 
 
@@ -91,12 +92,14 @@ class LayerFit:
             own = streams.shared[at].to(self.layers.device)
 
             # The dense layer runs once: it shows what W_o gave, and how the layer adds that to what entered.
-            left, seen = self.layers.run(dense, layer, entered, watched(self.layers))
-            residual = residual or residual_of(self.layers, entered, left, seen)
+            residual = residual or self._residual(layer, dense, entered)
+            with short_layers(self.layers.device):
+                left, seen = self.layers.run(dense, layer, entered, watched(self.layers))
 
             # The shared layer runs up to W_o, on its own stream: neither fit changes what enters there.
             if sums is not None:
-                inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
+                with short_layers(self.layers.device):
+                    inputs = self.shared_layers.run_to(shared, layer, own, path).inputs[path]
                 carried = residual.carried(entered, seen)
                 weights = token_weights(entered if carried is None else carried)
                 sums[at.start >= self.fitted].add(inputs, residual.wanted_of_o(entered, own, seen), weights)
@@ -115,6 +118,12 @@ class LayerFit:
             self._follow_first(shared, Part.O, *([] if values is None else [Part.V]))
         assert residual is not None
         return residual, target
+
+    def _residual(self, layer: int, dense: nn.Module, entered: Batch) -> Residual:
+        """The way in which the dense layer adds its outputs, seen on one window in full precision."""
+        first = entered[:1]
+        left, seen = self.layers.run(dense, layer, first, watched(self.layers))
+        return residual_of(self.layers, first, left, seen)
 
     def _fresh_values(self, layer: int) -> NarrowValues | None:
         """The plan's narrow values if this layer has some, and no shared checkpoint says yet what they are."""
@@ -151,7 +160,8 @@ class LayerFit:
         before = tuple(seen_path for seen_path in watched(self.layers) if seen_path != path)
         for at in self.batches(streams.shared):
             own = streams.shared[at].to(self.layers.device)
-            seen = self.shared_layers.run_to(shared, layer, own, path, before)
+            with short_layers(self.layers.device):
+                seen = self.shared_layers.run_to(shared, layer, own, path, before)
             wanted = residual.wanted_of_down(target[at].to(self.layers.device), own, seen)
             weights = token_weights(streams.dense[at].to(self.layers.device))
             sums[at.start >= self.fitted].add(seen.inputs[path], wanted, weights)

@@ -23,6 +23,7 @@ from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError, PlanError
 from headshare.plan.plan import SharePlan
+from headshare.precision import short_layers
 from headshare.progress import track
 from headshare.sharing.expanded import ExpandedTensors
 from headshare.text.tokens import Calibration
@@ -188,7 +189,8 @@ class Refitter:
         self._run_over(self.shared_layers, module, layer, streams.shared)
 
     def _run_over(self, layers: Layers, module: nn.Module, layer: int, stream: Stream) -> None:
-        layers.run_over(module, layer, stream, self.layer_fit.batches(stream))
+        with short_layers(layers.device):
+            layers.run_over(module, layer, stream, self.layer_fit.batches(stream))
 
     def _fitted(self, layer: int, streams: Streams) -> nn.Module:
         """The shared model's layer with its readouts fitted. The dense stream advances over it, the shared does not."""
