@@ -203,9 +203,9 @@ def narrow_values_costs(half: SublayerData) -> Iterator[GivenUp]:
 def whole_costs(half: SublayerData) -> Iterator[GivenUp]:
     """One step, on which the whole sublayer is gone. Its cost is the size of what the sublayer gave."""
     held = half.inputs[half.fitted :]
-    seen = held if len(held) else half.inputs
-    given = (seen @ half.weight.T).double()
-    price = float(given.square().sum()) * len(half.inputs) / len(seen)
+    seen = held if half.all_fitted < half.all_tokens else half.inputs
+    given = (seen @ half.weight.T).double().square().sum()
+    price = float(processes.summed(given)) * half.all_tokens / processes.total(len(seen))
     groups = half.layout.groups
     yield GivenUp(tuple(range(groups)), price, SUBLAYERS.saved_bytes(half.sizes) * groups)
 
