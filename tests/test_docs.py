@@ -73,6 +73,28 @@ def test_the_readmes_commands_run_in_their_order(
     }
 
 
+def test_the_page_about_shrinking_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "shrink.md").read_text()
+    small = {"tokens": 256, "window": 16}
+    monkeypatch.chdir(tmp_path)
+    a_text(tmp_path / "FILE", 600)
+    add_tokenizer(llama).rename(tmp_path / "MODEL")
+    for line in re.findall(r"^    (headshare .*)$", page, re.M):
+        words = shlex.split(line)
+        if "--calibration" in words:
+            words += [f"--calibration-{name}={value}" for name, value in small.items()]
+        monkeypatch.setattr(sys, "argv", words + ["--window", "16"] * ("eval" in words))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, (words, capsys.readouterr().err)
+    code = "\n".join(re.findall(r"^    ((?:import|small|print).*)$", page, re.M))
+    names: dict[str, object] = {}
+    exec(code.replace('calibration="FILE"', f'calibration="FILE", prices="prices.json", **{small}'), names)
+    assert (tmp_path / "SMALLER" / "config.json").exists()
+
+
 def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llama.rename(tmp_path / "llama-2-7b")

@@ -26,8 +26,8 @@ from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
-    "bench", "estimate", "score", "plan", "share", "refit", "train", "quantize", "inspect", "verify", "expand", "eval",
-    "compare", "report", "generate", "demo",
+    "shrink", "bench", "estimate", "score", "plan", "share", "refit", "train", "quantize", "inspect", "verify",
+    "expand", "eval", "compare", "report", "generate", "demo",
 )  # fmt: skip
 
 
@@ -101,6 +101,7 @@ def a_finished_comparison(folder: Path) -> Path:
 
 
 KEYS: dict[str, set[str]] = {
+    "shrink": {"out", "bytes", "predicted", "perplexity", "done", "verified", "load", "seconds"},
     "estimate": ESTIMATED,
     "score": {"output", "units", "tables", "digest", "seconds"},
     "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "price_unit", "measured"},
@@ -130,6 +131,7 @@ def valid(
         hs.score_units(dense).save(tmp_path / "scores")
     long = add_tokenizer(tiny.make_llama(tmp_path / "long", max_position_embeddings=1024))
     return {
+        "shrink": [model, "small", "--save", "5%", "--calibration", text, "--calibration-window", 16],
         "estimate": [model],
         "score": [model],
         "plan": ["--from-scores", tmp_path / "scores"],
@@ -165,7 +167,7 @@ def test_words_are_for_people(command: str, valid: dict[str, list[object]], run:
     assert found.status == 0, found.err
     assert found.out.strip()
     assert not found.out.startswith("{")
-    assert found.err == "" or command in ("demo", "train", "compare")  # which say how far they are
+    assert found.err == "" or command in ("shrink", "share", "demo", "train", "compare")  # which say more
 
 
 OPTIONS = ["", "--ratio 0.5 --parts qkvo+ffn", "--match separate", "--ratio 0", "--dtype bfloat16",
@@ -246,4 +248,5 @@ def test_a_real_process_prints_one_object_and_nothing_beside_it(model: Path, tmp
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert Outcome(0, found.stdout, "").data["out"] == str(tmp_path / "out")
-    assert found.stderr == ""
+    assert found.stderr.count("\n") == 1
+    assert found.stderr.startswith("note: nothing is repaired")

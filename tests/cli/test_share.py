@@ -104,7 +104,31 @@ def test_what_cannot_be_loaded_is_not_called_loadable(keys: dict[str, object], m
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **keys}))
     printed = run("share", model, "out")
-    assert (printed.status, printed.err) == (0, "")
+    assert printed.status == 0
     assert "Written and checked" not in printed.out
     assert "Load it" not in printed.out.splitlines()[-1].partition(":")[0]
     assert "Its numbers are checked, but it cannot be loaded here: " in printed.out
+
+
+def test_sharing_without_repair_says_first_what_it_did_to_models(model: Path, text: Path, run: Run) -> None:
+    printed = run("share", model, "out", "--json")
+    assert printed.data["recipients"] > 0
+    assert printed.err.count("note: nothing is repaired") == 1
+    assert "headshare shrink" in printed.err
+    nothing = run("share", model, "same", "--ratio", 0)
+    assert (nothing.status, nothing.err) == (0, "")
+    words = ["--refit", "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 64]
+    repaired = run("share", model, "repaired", *words)
+    assert repaired.status == 0
+    assert "nothing is repaired" not in repaired.err
+
+
+def test_commands_that_only_count_and_choose_say_what_does_it_all(model: Path, run: Run) -> None:
+    run("score", model)
+    for words in (
+        ["estimate", model],
+        ["plan", "--from-scores", "scores.safetensors"],
+        ["inspect", "share_plan.json"],
+    ):
+        assert "headshare shrink" in run(*words).out.splitlines()[-1]
+        assert "headshare shrink" in " ".join(run(words[0], "--help").out.split())

@@ -9,6 +9,8 @@ import pytest
 
 import headshare as hs
 from headshare.cli.shrinking import command
+from headshare.errors import PlanError
+from headshare.files.folder import not_written_by_us
 from headshare.files.resume import run_folder
 from headshare.sharing.size import parameter_bytes
 from support import tiny
@@ -154,18 +156,27 @@ def test_a_dry_run_keeps_what_it_measured_for_the_run_that_follows(
     assert left_behind(things) == []
 
 
-@pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.usefixtures("large")
-def test_on_a_terminal_it_asks(answer: bool, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_it_asks(things: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, True])
+    judged: list[object] = []
     monkeypatch.setattr(command, "_is_terminal", lambda: True)
-    monkeypatch.setattr("typer.confirm", lambda *_, **__: answer)
-    assert run("shrink", "model", "out", "--save", "20%", *KEPT).status == (0 if answer else 1)
-    assert (things / "out").exists() == answer
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: next(answers))
+    assert run(*WORDS).status == 1
+    assert not (things / "out").exists()
+
+    def repair(*arguments: object, **_: object) -> None:
+        judged.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headshare.calibration.run.CalibratedRun.refit", repair)
+    assert run(*WORDS).status == 130
+    assert len(judged) == 1
 
 
 @pytest.mark.parametrize(
     "place",
-    ["headshare.sharing.writer._write_files", "headshare.shrinking.run.verify", "headshare.calibration.run.measure"],
+    ["headshare.sharing.writer._write_files", "headshare.calibration.run.measure"],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_model(
     place: str, source: Path, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -200,3 +211,37 @@ def stopped(place: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ended = run(*WORDS)
     assert (ended.status, ended.out) == (130, "")
     assert ended.err.endswith("stopped. The same command goes on from there.\n")
+
+
+def test_in_python_a_large_loss_is_an_error_that_keeps_what_was_measured(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": 256, "window": 16, "prices": source / "prices.json"}
+    options |= {"save": "20%", "calibration": str(source / "text")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headshare.shrinking.prediction.LARGE", -1.0)
+        with pytest.raises(PlanError, match=r"that is a large loss\. What costs less: .* 8 bits") as refused:
+            hs.shrink(source / "model", tmp_path / "out", **options)
+    assert "yes=True" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    assert hs.shrink(source / "model", tmp_path / "out", **options).verified.ok
+
+
+def test_an_encoder_is_made_smaller_and_has_no_perplexity(tmp_path: Path, run: Run) -> None:
+    add_tokenizer(tiny.make("mpnet", tmp_path / "model"))
+    a_text(tmp_path / "text", 600)
+    refused = run("shrink", "model", "out", "--save", "10%", *TEXT, "--text", "text")
+    assert_one_error_line(refused)
+    assert "--text would not be used" in refused.err
+    ended = run("shrink", "model", "out", "--save", "10%", *TEXT)
+    assert ended.status == 0, ended.err
+    assert "perplexity not measured" in ended.out
+    assert "relative error" in ended.err
+    assert "perplexity not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_says_what_was_measured(source: Path) -> None:
+    card = (source / "whole" / "README.md").read_text()
+    measured = json.loads((source / "result.json").read_text())["perplexity"]["held_out"]
+    row = f"| {measured['dense']:,.2f} | {measured['shared']:,.2f} |"
+    assert row in re.sub(" +", " ", card)
+    assert "was not measured" not in card
+    assert list(not_written_by_us(source / "whole")) == []

@@ -8,6 +8,9 @@ import yaml
 
 import headshare as hs
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.evaluation.verify import verify
+from headshare.files.folder import not_written_by_us
+from headshare.sharing.card import add_measured
 from headshare.sharing.fits import open_shared
 from headshare.sharing.rewrite import write_refitted
 from support.shares import a_plan, share
@@ -46,7 +49,7 @@ def test_a_card_carries_the_licence_on_and_not_the_figures(dense: Path, tmp_path
         assert "73.2" not in card
         assert front_of(folder) == {
             "library_name": "transformers", "license": "other", "license_name": "small-model-licence",
-            "license_link": "https://example.com/licence", "tags": ["headshare"],
+            "license_link": "https://example.com/licence", "pipeline_tag": "text-generation", "tags": ["headshare"],
         }  # fmt: skip
     assert "`llama`" in (out / "README.md").read_text()
     assert str(tmp_path) not in (out / "README.md").read_text()
@@ -95,3 +98,38 @@ def test_a_folder_written_in_place_keeps_a_card_that_somebody_else_wrote(dense: 
     with hs.open_checkpoint(out) as shared:
         write_refitted(open_shared(shared), record, {}, out)
     assert (out / "README.md").read_text() == "my own words"
+
+
+def test_what_is_measured_later_stands_in_the_card_until_the_model_changes(dense: Path, tmp_path: Path) -> None:
+    out = share(dense, tmp_path / "out")
+    plain = (out / "README.md").read_text()
+    add_measured(out, "## Measured\n\nIt has 12.3.")
+    add_measured(out, "## Measured\n\nIt has 45.6.")
+    card = (out / "README.md").read_text()
+    assert "It has 45.6." in card
+    assert "12.3" not in card
+    assert "was not measured" not in card
+    assert list(not_written_by_us(out)) == []  # so it may still be overwritten
+    with hs.open_checkpoint(out) as shared, hs.open_checkpoint(dense) as original:
+        assert verify(shared, original).ok
+        write_refitted(open_shared(shared), RefitRecord.of([], "text", "0" * 64, windows=(2, 16), seed=0), {}, out)
+    again = (out / "README.md").read_text()
+    assert "45.6" not in again
+    assert "was not measured" in again
+    assert "was not measured" in plain
+
+
+def test_a_card_of_somebody_elses_words_gets_no_figures(dense: Path, tmp_path: Path) -> None:
+    out = share(dense, tmp_path / "out")
+    (out / "README.md").write_text("my own words")
+    add_measured(out, "figures")
+    assert (out / "README.md").read_text() == "my own words"
+
+
+def test_a_card_says_how_to_cite_and_not_where_the_text_lay(dense: Path, tmp_path: Path) -> None:
+    record = RefitRecord.of([], str(tmp_path / "words.txt"), "0" * 64, windows=(2, 16), seed=0)
+    card_of = hs.share(hs.open_checkpoint(dense), a_plan(dense)).with_refit(record, {}).save(tmp_path / "out")
+    card = (card_of / "README.md").read_text()
+    assert "@misc{cao2024headwise" in card
+    assert "of words.txt" in card
+    assert str(tmp_path) not in card

@@ -6,7 +6,7 @@ import typer
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.cli.options import AnyBaseOption, JsonOption, RevisionOption, print_result
+from headshare.cli.options import NEXT, AnyBaseOption, JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
 from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify as verify_checkpoint
@@ -66,12 +66,15 @@ def inspect(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the ties of a checkpoint or of a plan, layer by layer."""
+    """Show what a checkpoint or a plan shares, removes and narrows, layer by layer.
+
+    Checkpoints are written by `headshare shrink` or `headshare share`.
+    """
     if shared.endswith(".json"):
         if split is not None:
             raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
         plan = SharePlan.load(shared)
-        print_result(describe(plan), picture(plan), as_json)
+        print_result(describe(plan), f"{picture(plan)}\n{NEXT}", as_json)
         return
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     entry = checkpoint.require_sharing()

@@ -46,6 +46,9 @@ AnyBaseOption = Annotated[
 ]
 
 
+# the last line of commands that count or choose for people who have not made the model yet
+NEXT = "To make the model smaller, repaired and measured, in one command: headshare shrink --help"
+
 # the words for how far a model is refined, with their numbers of steps
 PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
 

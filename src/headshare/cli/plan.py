@@ -14,6 +14,7 @@ from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
+    NEXT,
     WRITE,
     CommonOptions,
     Context,
@@ -55,12 +56,15 @@ def estimate(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count exactly what sharing would save, and how large the chosen parts are, before any weight is read."""
+    """Count exactly what sharing would save, and how large the chosen parts are, before any weight is read.
+
+    To make the model smaller, repair it and measure it, use `headshare shrink`.
+    """
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
     estimated = estimate_bytes(
         checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
     )
-    print_result(estimated.to_dict(), estimated.in_words(), as_json)
+    print_result(estimated.to_dict(), f"{estimated.in_words()}\n{NEXT}", as_json)
 
 
 def score(
@@ -122,7 +126,7 @@ def plan(
     """Choose recipients and donors: from scores, or from a model by the effect of its units on calibration text.
 
     The plan is JSON that can be read, edited and compared. With --calibration, predictions are printed beside
-    measurements.
+    measurements. To plan, repair, write and measure in one command, use `headshare shrink`.
     """
     if (model is None) == (from_scores is None):
         raise OptionError("a plan is made for a model or from scores. Give one of MODEL and --from-scores FILE.")
@@ -149,7 +153,7 @@ def plan(
         more = calibrated.to_dict()
         words = f"{calibrated.in_words()}\n"
     data = {"output": str(output), "ties": made.ties, "plan_digest": made.digest, **more}
-    print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}", common.as_json, written=output)
+    print_result(data, f"{picture(made)}\n{words}{made.ties} ties: {output}\n{NEXT}", common.as_json, written=output)
 
 
 # parameters that only a plan from a model uses

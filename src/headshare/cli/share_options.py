@@ -45,7 +45,9 @@ else:
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
-SharedArgument = Annotated[str, typer.Argument(metavar="SHARED", help="A folder that `share` wrote, or a hub id.")]
+SharedArgument = Annotated[
+    str, typer.Argument(metavar="SHARED", help="A folder that `shrink` or `share` wrote, or a hub id.")
+]
 
 # ---- which units, and how they are chosen
 

@@ -1,6 +1,7 @@
 """The model card of a folder that headshare writes: its base model, its licence, what was done, and how to load it.
 
 The card of the model that it was made from is not passed on, for its figures are another model's. Only its licence is.
+What is measured later is put in by `add_measured`, and lost when the model is changed and its card written anew.
 """
 
 import json
@@ -12,11 +13,32 @@ from typing import Any
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.contents import is_inside
 from headshare.checkpoint.entry import SharingEntry
+from headshare.files.atomic import write_whole
 from headshare.files.folder import copy_file, write_text
 from headshare.files.model_files import CARD
 from headshare.files.printable import is_shown
+from headshare.sharing.manifest import note_changed
 
 _MAX_FRONT = 100_000
+_NOT_MEASURED = "How well it does was not measured when it was written."
+# comments, which are not shown, around what was measured
+_BEGIN = "<!-- measured by headshare -->"
+_END = "<!-- end of what was measured -->"
+_MEASURED = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+_CITE = """## Cite
+
+Cite the base model. Units of different layers that share weights are the method of this paper:
+
+```bibtex
+@misc{cao2024headwise,
+  title  = {Head-wise Shareable Attention for Large Language Models},
+  author = {Cao, Zouying and Yang, Yifei and Zhao, Hai},
+  year   = {2024},
+  eprint = {2402.11819},
+  archivePrefix = {arXiv}
+}
+```
+"""
 _LICENCE = re.compile(r"(license|license_name|license_link): *[\"']?([\w.+:/~-]+(?: [\w.+:/~-]+)*)[\"']? *")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -27,10 +49,33 @@ def write_card(folder: Path, source: Checkpoint, config: Mapping[str, Any], *, i
     Where the source itself is replaced (`in_place`), a card that somebody else wrote for it stays.
     """
     card = source.path / CARD
-    if in_place and card.is_file() and card.read_bytes() != model_card(source, source.config).encode():
+    if in_place and card.is_file() and not _is_ours(card, source):
         copy_file(card, folder / CARD)
     else:
         write_text(folder / CARD, model_card(source, config))
+
+
+def _is_ours(card: Path, source: Checkpoint) -> bool:
+    """True if a card says no more than what was written for this checkpoint, and what was measured of it."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return _MEASURED.sub(_NOT_MEASURED, text) == model_card(source, source.config)
+
+
+def add_measured(folder: Path, measured: str) -> None:
+    """Put what was measured of a model, as Markdown, into the card that was written for it, and into its manifest.
+
+    What was put there before gives way. A card that somebody else wrote stays as it is.
+    """
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    block = f"{_BEGIN}\n{measured.strip()}\n{_END}"
+    changed = _MEASURED.sub(_NOT_MEASURED, text).replace(_NOT_MEASURED, block, 1)
+    if changed != text:
+        write_whole(card, changed.encode())
+        note_changed(folder, CARD)
 
 
 def model_card(source: Checkpoint, config: Mapping[str, Any]) -> str:
@@ -45,14 +90,15 @@ def model_card(source: Checkpoint, config: Mapping[str, Any]) -> str:
     shown = shown if is_shown(shown) and "`" not in shown else "a model"
     front = {"base_model": named} if on_hub else {}
     front |= {"library_name": "transformers", **_licence(source.path)}
+    front |= {"pipeline_tag": "text-generation"} if model_class(config).endswith("ForCausalLM") else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags: [headshare]", "---", ""]
     lines += [f"# Made from `{shown}`", "", f"Written by headshare. {_kind(entry, before)}", ""]
     lines += [f"* {step}" for step in _steps(entry)]
-    lines += ["", "How well it does was not measured when it was written.", "", "```python"]
+    lines += ["", _NOT_MEASURED, "", "```python"]
     lines += [f"from transformers import {model_class(config)}"]
     lines += ["import headshare  # pip install headshare"] if entry else []
     lines += ["", f'model = {model_class(config)}.from_pretrained("this folder")', "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *([_CITE] if entry else [])])
 
 
 def model_class(config: Mapping[str, Any]) -> str:
@@ -74,7 +120,10 @@ def _steps(entry: SharingEntry | None) -> list[str]:
         return []
     sections = entry.plan.sections
     steps = [section.picture(sections).splitlines()[0] for section in sections]
-    return steps + [each.in_words() for each in (entry.refit, entry.packing) if each is not None]
+    refit = entry.refit
+    if refit is not None and Path(refit.text).is_absolute():  # where it lies is nobody's business
+        refit = refit.model_copy(update={"text": Path(refit.text).name})
+    return steps + [each.in_words() for each in (refit, entry.packing) if each is not None]
 
 
 def _licence(folder: Path) -> dict[str, str]:

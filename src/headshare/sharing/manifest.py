@@ -1,5 +1,6 @@
 """The manifest, headshare.json: digests of a folder's files as they were written, and of the plan."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.seal import is_sealed
+from headshare.files.atomic import write_whole
 from headshare.files.digests import BLAKE3, algorithm_of, file_digest
 from headshare.files.folder import MANIFEST, write_json
 from headshare.files.untrusted import is_file, read_json
@@ -28,6 +30,18 @@ def write_manifest(folder: Path, digests: Mapping[str, str], entry: SharingEntry
     plan = {} if entry is None else {"plan": entry.plan.digest}
     about = {"format": FORMAT, "headshare": version("headshare"), "digest": BLAKE3, **plan}
     write_json(folder / MANIFEST, {**about, "files": files, "beside": others})
+
+
+def note_changed(folder: Path, name: str) -> None:
+    """List a file anew that goes along with the weights, such as the card, after it was changed on purpose.
+
+    Raises:
+        CheckpointError: if the manifest cannot be read.
+    """
+    manifest = folder / MANIFEST
+    listed = read_json(manifest)
+    listed["beside"] = {**listed.get("beside", {}), name: file_digest(folder / name, BLAKE3)}
+    write_whole(manifest, (json.dumps(listed, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass

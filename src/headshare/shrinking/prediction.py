@@ -9,9 +9,9 @@ from headshare.calibration.amounts import in_units
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.sharing.size import Estimate
 
-# Nats a token from which a loss is called large. It is what rounding all weights of SmolLM2-135M to 4 bits costs
-# (0.286), which saves 58 % of its bytes: whoever would lose as much for less has a better way. Rounding to 8 bits costs
-# 0.002, and saves 48 %.
+# Nats a token from which a loss is called large. It is about what SmolLM2-135M loses with a fifth of its bytes, and
+# from there on the loss grows fast (docs/experiments.md). Rounding to 4 bits costs 0.34 and saves 58 %, to 8 bits 0.005
+# and about half (docs/fourbits.md): whoever would lose so much has a better way.
 LARGE = 0.25
 
 
@@ -83,7 +83,7 @@ class Prediction:
         """Ways to a smaller model that cost less, each in a few words; the cheapest comes first."""
         if self.float32:
             yield "--dtype bfloat16 halves 32-bit weights at next to no loss"
-        yield "rounding to 8 bits, which saves half of 16-bit weights (0.002 nats where we measured it)"
+        yield "rounding to 8 bits, which saves half of 16-bit weights (0.005 nats where we measured it)"
         if self.less is not None:
             half = 100 * self.estimate.saved_fraction / 2
             yield f"a smaller saving: --save {half:.2g}% is predicted at x{math.exp(self.less):.2f}"

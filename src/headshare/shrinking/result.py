@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from headshare.bench.tables import markdown
 from headshare.calibration.amounts import in_units
 from headshare.calibration.measure import HeldOutPerplexity
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -88,6 +89,17 @@ class Shrunk:
         for what, first, second in self._perplexities():
             rows.append((what, f"{first:,.2f}", f"{second:,.2f}", f"x{second / first:.3f}"))
         return rows
+
+    def card(self) -> str:
+        """What the model card says of it, as Markdown."""
+        lines = ["## Measured", "", markdown(self.rows()), ""]
+        if self.held_out.dense is None:
+            return "\n".join([*lines, f"{self.held_out.in_words()}"])
+        lines.append(
+            f"Perplexity over {self.held_out.tokens:,} tokens in windows of {self.held_out.window} that no weight was "
+            "fitted to, of the text that the model was calibrated on. On other kinds of text it loses more."
+        )
+        return "\n".join(lines)
 
     def _perplexities(self) -> Iterator[tuple[str, float, float]]:
         if self.held_out.dense is not None and self.held_out.shared is not None:

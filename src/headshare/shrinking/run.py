@@ -22,7 +22,7 @@ from headshare.files.lock import inode_of
 from headshare.files.resume import run_folder
 from headshare.files.state_files import Workspace, key_of
 from headshare.progress import say
-from headshare.sharing.card import model_class
+from headshare.sharing.card import add_measured, model_class
 from headshare.sharing.share import share
 from headshare.shrinking.prediction import Prediction
 from headshare.shrinking.request import ShrinkRequest, calibration_text
@@ -126,7 +126,7 @@ def shrink_checkpoint(
                 say("3 of 4: verify what was written")
                 verified = _verified(written, dense)
                 say("4 of 4: measure")
-                return Shrunk(
+                shrunk = Shrunk(
                     out=out,
                     before=Size.of(dense),
                     after=Size.of(written),
@@ -138,6 +138,8 @@ def shrink_checkpoint(
                     other=None if other is None else _perplexities(dense, written, other, settings.device_name),
                     model_class=model_class(written.config),
                 )
+            add_measured(out, shrunk.card())
+            return shrunk
 
         return processes.from_first(finished)
 
