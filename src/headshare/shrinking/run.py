@@ -62,6 +62,8 @@ def shrink(
     """
     chosen = {name: more.pop(name) for name in ("protect", "multiple") if name in more}
     wanted = ShrinkRequest(save, to, refine, dtype=dtype, **chosen)
+    if more.get("prices") is not None:
+        more["prices"] = Path(more["prices"])
     settings = CalibrationSettings(calibration_text(calibration), **more)
 
     def judge(predicted: Prediction) -> None:
