@@ -20,7 +20,7 @@ from headshare.calibration.layerwise.numbers import check_numbers, enough_memory
 from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refinement import Refinement
-from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.refitter import Refitter, text_written
 from headshare.calibration.refit.run import record_of, refit, run_refit, state_key
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -243,11 +243,21 @@ def refit_checkpoint(
             return entry.refit  # a second refit would start from the first one's weights
 
         # The record keeps what an earlier refit changed, as those tensors are in the checkpoint too.
+        written = text_written(target, run.calibration, refinement, run.device, run.resumable.workspace)
         refitter = Refitter(
-            target, plan, run.calibration, ffn=ffn, refinement=refinement, device=run.device, shared=shared
+            target,
+            plan,
+            run.calibration,
+            ffn=ffn,
+            refinement=refinement,
+            written=written,
+            device=run.device,
+            shared=shared,
         )
         run_refit(refitter, run.resumable.workspace, state_key(plan, ffn, refinement))
-        record = record_of(run.calibration, refitter.result.tensors, entry.refit, refinement=refinement)
+        record = record_of(
+            run.calibration, refitter.result.tensors, entry.refit, refinement=refinement, written=written
+        )
         if processes.is_first():
             run.resumable.mark_committing(out)
             write_refitted(files, record, refitter.result.tensors, out, dense=dense, overwrite=overwrite)

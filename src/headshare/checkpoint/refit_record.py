@@ -31,6 +31,7 @@ class RefitRecord(BaseModel):
     seed: Seed
     steps: Count = 0
     step_tokens: Count = 0
+    written: Count = 0
 
     @classmethod
     def of(
@@ -43,10 +44,12 @@ class RefitRecord(BaseModel):
         seed: int,
         steps: int = 0,
         step_tokens: int = 0,
+        written: int = 0,
     ) -> "RefitRecord":
         """The record of these tensors, fitted on `windows` (their count and length in tokens) of a text.
 
-        `steps` counts gradient steps a layer, `step_tokens` the tokens of each. Characters of the text's name that
+        `steps` counts gradient steps a layer, `step_tokens` the tokens of each, and `written` the tokens that the dense
+        model wrote to be fitted to besides. Characters of the text's name that
         cannot be shown are replaced.
         """
         shown = CONTROL.sub("?", text)[:MAX_TEXT]
@@ -60,6 +63,7 @@ class RefitRecord(BaseModel):
             seed=seed,
             steps=steps,
             step_tokens=step_tokens,
+            written=written,
         )
 
     @classmethod
@@ -69,14 +73,13 @@ class RefitRecord(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The record as JSON; one without steps is written as it was before there were tokens a step."""
+        """The record as JSON; what a refit had none of is left out, so that earlier records stay as they are."""
         data = plain(self)
-        if not self.step_tokens:
-            del data["step_tokens"]
-        return data
+        return {name: value for name, value in data.items() if value or name not in ("step_tokens", "written")}
 
     def in_words(self) -> str:
         """The record in words, as a clause of a checkpoint's description."""
         how = f", {self.steps} gradient steps a layer" if self.steps else ""
         how += f" of {self.step_tokens:,} tokens" if self.step_tokens else ""
-        return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{how}"
+        more = f" and {self.written:,} that the model wrote after it" if self.written else ""
+        return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{more}{how}"

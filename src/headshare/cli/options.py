@@ -49,8 +49,14 @@ AnyBaseOption = Annotated[
 # the last line of commands that count or choose for people who have not made the model yet
 NEXT = "To make the model smaller, repaired and measured, in one command: headshare shrink --help"
 
-# the words for how far a model is refined, with their numbers of steps
-PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None)
+# the words for how far a model is refined, with what they do besides having more text
+PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None and one.steps)
+REFINED_WORDS = "|".join((*REFINEMENTS, "STEPS"))
+REFINE_HELP = (
+    "Refit on as much text again, which the dense model writes after the calibration text (text); then pull each "
+    f"layer's output towards the dense layer's by gradient steps on all its own weights ({PRESETS}). A number of STEPS "
+    "takes these alone."
+)
 
 
 def a_refinement(word: str) -> str:

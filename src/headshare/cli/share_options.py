@@ -14,7 +14,8 @@ from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
-    PRESETS,
+    REFINE_HELP,
+    REFINED_WORDS,
     WRITE,
     Context,
     RestartOption,
@@ -277,11 +278,10 @@ class RefitOptions:
     refine: Annotated[
         str,
         typer.Option(
-            metavar="none|fast|best|STEPS",
+            metavar=REFINED_WORDS,
             callback=a_refinement,
             rich_help_panel=CALIBRATE,
-            help="After its refit, pull each layer's output towards the dense layer's by gradient steps on all its "
-            f"weights that no other layer uses. {PRESETS}.",
+            help=REFINE_HELP,
         ),
     ] = NONE
 

@@ -88,5 +88,5 @@ class Prediction:
             half = 100 * self.estimate.saved_fraction / 2
             yield f"a smaller saving: --save {half:.2g}% is predicted at x{math.exp(self.less):.2f}"
         if not self.refined:
-            yield "--refine fast or best, which repairs more"
+            yield "--refine text, fast or best, which repair more"
         yield "more calibration text, like that which the model is for"

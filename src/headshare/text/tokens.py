@@ -16,34 +16,30 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig
 
-from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.files.untrusted import is_file
-from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet, running
-from headshare.progress import track
+from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
-    check_finite,
     check_vocabulary,
     check_window,
     cut,
     ids_of,
-    is_causal,
     longest_window,
-    not_causal,
     opening_token,
     window_for,
 )
+from headshare.text.written import AFTER_TEXT, first_tokens, written_after
 
 LOGGER = logging.getLogger("headshare")
 TOKENS = 32_768
 # About four times what English takes, so that there are windows to choose from.
 BYTES_PER_TOKEN = 16
-BATCH = 16
+# A window that the model writes, going on from the text, begins with this part of one of the text's.
+PROMPT = 0.125
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,8 @@ class Calibration:
             first = opening_token(tokenizer, bos)
             # The model writes as many windows as are asked for; of a text, windows are chosen among those it has.
             if source == SELF:
-                starts = _starts(checkpoint, tokenizer, first, tokens // window, seed)
-                windows = _written(checkpoint, starts, window, seed, device)
+                starts = first_tokens(checkpoint, tokenizer, first, tokens // window, seed)
+                windows = written_after(starts, checkpoint, window, seed, device)
                 name = f"text written by {checkpoint.name}"
             else:
                 runs = _runs(source, tokenizer, tokens // window, window, field, seed)
@@ -133,6 +129,24 @@ class Calibration:
     def mixed(self) -> "Calibration":
         """The calibration with its windows in an order drawn by the seed, so that the first ones represent it all."""
         return replace(self, tokens=self.tokens[_shuffled(len(self.tokens), self.seed)])
+
+    def continued(self, checkpoint: Checkpoint, windows: int, *, device: str | None = None) -> "Calibration":
+        """Windows that the model writes, going on from this text: a calibration of another so many.
+
+        Each begins with the last eighth of one of these windows, in turns, and goes on as the model does at temperature
+        1. The first token stays the beginning-of-text token, where windows are opened by it.
+
+        Raises:
+            CalibrationError: if the model writes no text.
+            CheckpointError: if it cannot be loaded.
+        """
+        window = self.tokens.shape[1]
+        length = max(1 + self.bos, int(window * PROMPT))
+        begun = self.tokens[torch.arange(windows) % len(self.tokens)]
+        starts = torch.cat([begun[:, : int(self.bos)], begun[:, window - length + self.bos :]], dim=1)
+        source = f"text that {checkpoint.name} writes after {self.source}"
+        written = written_after(starts, checkpoint, window, self.seed, device, AFTER_TEXT)
+        return replace(self, tokens=written, source=source)
 
     def split(self, held_out: float = 0.125) -> tuple["Calibration", "Calibration"]:
         """Two calibrations: the windows to fit on, and the share `held_out` of all windows.
@@ -263,51 +277,3 @@ def _joined(documents: Iterable[str], tokenizer: Any, limit: int) -> tuple[list[
         if limit == 0:
             break
     return run, limit
-
-
-# ---- written by the model itself
-
-
-def _starts(
-    checkpoint: Checkpoint, tokenizer: Any, first: int | None, count: int, seed: int
-) -> Int[Tensor, "windows 1"]:
-    """The first token of each window: the beginning-of-text token, or random tokens that are not special."""
-    if first is not None:
-        return torch.full((count, 1), first)
-    size = min(text_config(checkpoint.config).get("vocab_size") or len(tokenizer), len(tokenizer))
-    words = torch.tensor(sorted({*range(size)} - {*tokenizer.all_special_ids}))
-    return words[torch.randint(len(words), (count, 1), generator=torch.Generator().manual_seed(seed))]
-
-
-@torch.inference_mode()
-def _written(
-    checkpoint: Checkpoint, starts: Int[Tensor, "windows 1"], window: int, seed: int, device: str | None
-) -> Int[Tensor, "windows window"]:
-    """Windows that the model writes from these first tokens, drawn from its own distribution.
-
-    The global random state stays as it is.
-    """
-    model = load_model(checkpoint, **({} if device is None else {"device_map": device}))
-    if not is_causal(model):
-        raise CalibrationError(
-            f"{checkpoint.name} writes no text to calibrate it on: {not_causal(model)}. "
-            "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
-        )
-    with running():
-        logits = model(input_ids=starts[:1].to(model.device), use_cache=False).logits
-    check_finite(logits)
-
-    # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
-    model.generation_config = GenerationConfig()
-    drawn = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - 1)
-
-    # Batches share one seed, so their order is part of the result.
-    batches = torch.split(starts.to(model.device), BATCH)
-    cards = [model.device] if model.device.type == "cuda" else []
-    with running(), quiet(), torch.random.fork_rng(devices=cards):
-        torch.manual_seed(seed)
-        written = [
-            model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=drawn).cpu()
-            for batch in track(batches, "batches of text written by the model", len(batches))
-        ]
-    return torch.cat(written)

@@ -58,6 +58,11 @@ class LayerFit:
     refinement: Refinement | None
     seed: int
 
+    @property
+    def takes_steps(self) -> bool:
+        """True if gradient steps follow the closed form."""
+        return self.refinement is not None and self.refinement.steps > 0
+
     def batches(self, stream: Stream) -> Iterator[slice]:
         """Windows that are run together; none holds both fitted and held-out ones."""
         windows, window, _ = stream.shape
@@ -225,7 +230,7 @@ class LayerFit:
             narrow,
             prior=prior,
             largest=torch.finfo(dtype).max,
-            all_tokens=self.refinement is None,
+            all_tokens=not self.takes_steps,
         )
 
         # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with

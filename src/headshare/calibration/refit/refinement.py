@@ -1,4 +1,4 @@
-"""Refinements: how many gradient steps a layer takes after its refit, on how many tokens each, and at which rate."""
+"""Refinements: the text that a refit has besides the calibration text, and the gradient steps that a layer then takes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,10 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Refinement:
-    """The gradient steps that a layer takes after its refit: their number, the tokens of each, and the highest rate.
+    """What a refit does beyond the closed form on the calibration text.
+
+    The model `written` times as much text as it is calibrated on, going on from that text, and the refit sees both. A
+    layer then takes gradient `steps`, of so many `tokens` each, at rates up to `rate`.
 
     The rate is the one of those tried that left the least held-out error without a step back at first, in one layer of
     SmolLM2-135M (docs/experiments.md). One that is too high for a model costs time and no quality, as no step is kept
@@ -21,6 +24,7 @@ class Refinement:
     steps: int
     tokens: int = 4096
     rate: float = 1e-3
+    written: int = 0
 
     @classmethod
     def of(cls, wanted: "str | int | Refinement | None") -> "Refinement | None":
@@ -42,7 +46,12 @@ class Refinement:
 
     def key(self) -> list[Any]:
         """All that a refined layer depends on, for the key of its state."""
-        return [self.steps, self.tokens, self.rate]
+        return [self.steps, self.tokens, self.rate, self.written]
 
 
-REFINEMENTS: dict[str, Refinement | None] = {NONE: None, "fast": Refinement(60, 2048), "best": Refinement(400)}
+REFINEMENTS: dict[str, Refinement | None] = {
+    NONE: None,
+    "text": Refinement(0, written=1),
+    "fast": Refinement(60, 2048, written=1),
+    "best": Refinement(400, written=1),
+}

@@ -9,10 +9,12 @@ readouts are then fitted on the tokens that are not held out, so that those can 
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from headshare.architecture.model_class import class_name, predicts_next
 from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
@@ -22,6 +24,7 @@ from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.result import Refit, RefitStep
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError, PlanError
+from headshare.files.state_files import Workspace, key_of
 from headshare.plan.plan import SharePlan
 from headshare.precision import short_layers
 from headshare.progress import track
@@ -42,8 +45,8 @@ def refit_readouts(
 ) -> Refit:
     """Refit the output projections to make up for a plan's ties: W_o of every layer from the first tie on.
 
-    With `ffn`, W_down is refitted too. With `refine`, gradient steps then change all weights of each layer: a name or a
-    number of steps, as `Refinement.of` takes it.
+    With `ffn`, W_down is refitted too. With `refine`, a name or a number of gradient steps as `Refinement.of` takes it,
+    the refit has more text, and gradient steps then change all weights of each layer.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
@@ -51,18 +54,55 @@ def refit_readouts(
         CalibrationError: if the calibration has fewer than two windows.
         OptionError: if there is no such refinement.
     """
-    refitter = Refitter(dense, plan, calibration, ffn=ffn, refinement=Refinement.of(refine), device=device)
+    refinement = Refinement.of(refine)
+    written = text_written(dense, calibration, refinement, device)
+    refitter = Refitter(dense, plan, calibration, ffn=ffn, refinement=refinement, written=written, device=device)
     for _ in track(refitter.advance(), "refitting", refitter.layers.count):
         pass
     return refitter.result
+
+
+def text_written(
+    dense: Checkpoint,
+    calibration: Calibration,
+    refinement: Refinement | None,
+    device: str,
+    workspace: Workspace | None = None,
+) -> Calibration | None:
+    """The text that the dense model writes for this refinement, going on from the calibration text.
+
+    It is kept in the workspace. None if the refinement wants none, or the model predicts no next token.
+
+    Raises:
+        CalibrationError: if the model gives no finite numbers to write by.
+    """
+    predicts = predicts_next(class_name(dense.config, dense.tensors), dense.config)
+    if refinement is None or not refinement.written or not predicts:
+        return None
+    windows = refinement.written * len(calibration.tokens)
+    return processes.from_first(lambda: _kept_text(dense, calibration, windows, device, workspace))
+
+
+def _kept_text(
+    dense: Checkpoint, calibration: Calibration, windows: int, device: str, workspace: Workspace | None
+) -> Calibration:
+    """So many windows that the model writes, from the workspace if they are there."""
+    name = f"written-{key_of(calibration.digest, calibration.seed, windows)}.safetensors"
+    kept = None if workspace is None else workspace.read_tensors(name)
+    if kept is not None and "tokens" in kept:
+        return replace(calibration, tokens=kept["tokens"])
+    written = calibration.continued(dense, windows, device=device)
+    if workspace is not None:
+        workspace.write_tensors(name, {"tokens": written.tokens})
+    return written
 
 
 class Refitter:
     """A refit in progress. Each turn of `advance` is one layer; `result` holds the new tensors so far.
 
     With `shared`, a checkpoint of this plan, the shared model is that one, trained or refitted as it may be, and its
-    readouts are pulled to their values there. Without, it is the dense model shared by the plan. `layers` are the
-    dense checkpoint's, if they are there already.
+    readouts are pulled to their values there. Without, it is the dense model shared by the plan. `written` is more
+    text to fit to. `layers` are the dense checkpoint's, if they are there already.
 
     Raises:
         CheckpointError, ArchitectureError: if a model cannot be walked layer by layer.
@@ -78,6 +118,7 @@ class Refitter:
         *,
         ffn: bool = True,
         refinement: Refinement | None = None,
+        written: Calibration | None = None,
         device: str = "cpu",
         shared: Checkpoint | None = None,
         layers: Layers | None = None,
@@ -94,8 +135,10 @@ class Refitter:
         self.shared_layers = self.layers if shared is None else Layers(shared, device=device)
 
         # The windows held out come last, so that the first `fitted` ones are those to fit to.
+        # What the model has written is no measure of anything, so all of it is fitted to.
         fit, held = calibration.split(HELD_OUT)
-        self.tokens, fitted = processes.divided(torch.cat([fit.tokens, held.tokens]), len(fit.tokens))
+        fitted_to = fit.tokens if written is None else torch.cat([fit.tokens, written.tokens])
+        self.tokens, fitted = processes.divided(torch.cat([fitted_to, held.tokens]), len(fitted_to))
 
         # A plan that changes nothing has no first layer: then the walk ends without a fit.
         first = plan.first_layer()
@@ -184,7 +227,7 @@ class Refitter:
         # The fit takes the dense stream over the layer. The shared one follows only when all of the layer is done,
         # so that the next layer is fitted to the output of the changed layers before it.
         module = self._fitted(layer, streams)
-        if self.layer_fit.refinement is not None:
+        if self.layer_fit.takes_steps:
             self.layer_fit.refine(layer, module, streams)
         self._run_over(self.shared_layers, module, layer, streams.shared)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headshare.calibration import processes
 from headshare.calibration.refit.refinement import Refinement
-from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.refitter import Refitter, text_written
 from headshare.calibration.refit.result import RefitStep
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.state_files import Workspace, check_readable, key_of
@@ -28,18 +28,21 @@ def refit(
 ) -> SharedCheckpoint:
     """The checkpoint with its output projections refitted to the calibration text: W_o, and with `ffn` W_down.
 
-    They are refitted from the first layer on that gives something up. `refine` then changes all weights of those layers
-    by gradient steps: none, fast, best, or a number of steps a layer.
+    They are refitted from the first layer on that gives something up. `refine` gives the refit more text, and then
+    changes all weights of those layers by gradient steps: none, text, fast, best, or a number of steps a layer.
 
     Raises:
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
         OptionError: if there is no such refinement.
     """
     refinement = Refinement.of(refine)
-    refitter = Refitter(shared.dense, shared.plan, calibration, ffn=ffn, refinement=refinement, device=device)
+    written = text_written(shared.dense, calibration, refinement, device, workspace)
+    refitter = Refitter(
+        shared.dense, shared.plan, calibration, ffn=ffn, refinement=refinement, written=written, device=device
+    )
     run_refit(refitter, workspace, state_key(shared.plan, ffn, refinement))
     tensors = refitter.result.tensors
-    return shared.with_refit(record_of(calibration, tensors, refinement=refinement), tensors)
+    return shared.with_refit(record_of(calibration, tensors, refinement=refinement, written=written), tensors)
 
 
 def state_key(plan: SharePlan, ffn: bool, refinement: Refinement | None) -> str:
@@ -111,6 +114,7 @@ def record_of(
     before: RefitRecord | None = None,
     *,
     refinement: Refinement | None = None,
+    written: Calibration | None = None,
 ) -> RefitRecord:
     """The record of a refit for the checkpoint, together with the tensors that an earlier refit changed."""
     fitted = {name for name in tensors if not name.endswith(("tie_scale", "factor_in", "factor_out"))}
@@ -121,5 +125,8 @@ def record_of(
         windows=tuple(calibration.tokens.shape),
         seed=calibration.seed,
         steps=max(refinement.steps if refinement else 0, before.steps if before else 0),
-        step_tokens=max(refinement.tokens if refinement else 0, before.step_tokens if before else 0),
+        step_tokens=max(
+            refinement.tokens if refinement and refinement.steps else 0, before.step_tokens if before else 0
+        ),
+        written=max(written.tokens.numel() if written else 0, before.written if before else 0),
     )

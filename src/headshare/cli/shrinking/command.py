@@ -15,7 +15,8 @@ from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
-    PRESETS,
+    REFINE_HELP,
+    REFINED_WORDS,
     CommonOptions,
     RestartOption,
     a_refinement,
@@ -76,10 +77,10 @@ class ShrinkTextOptions(CalibrationOptions):
     refine: Annotated[
         str,
         typer.Option(
-            metavar="none|fast|best|STEPS",
+            metavar=REFINED_WORDS,
             callback=a_refinement,
             rich_help_panel=CALIBRATE,
-            help=f"Repair more: after its refit, train each layer towards the dense layer's output. {PRESETS}.",
+            help=REFINE_HELP,
         ),
     ] = NONE
     prices: Annotated[

@@ -1,0 +1,74 @@
+"""Text that a model writes itself, as windows of tokens."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig
+
+from headshare.architecture.config import text_config
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.errors import CalibrationError
+from headshare.integrations.transformers.loading import load_model, quiet, running
+from headshare.progress import track
+from headshare.text.windows import check_finite, is_causal, not_causal
+
+# windows that are written together; they share one seed, so their number is part of the result
+BATCH = 16
+AFTER_TEXT = 32
+
+
+def first_tokens(
+    checkpoint: Checkpoint, tokenizer: Any, first: int | None, count: int, seed: int
+) -> Int[Tensor, "windows 1"]:
+    """The first token of each window: the beginning-of-text token, or random tokens that are not special."""
+    if first is not None:
+        return torch.full((count, 1), first)
+    size = min(text_config(checkpoint.config).get("vocab_size") or len(tokenizer), len(tokenizer))
+    words = torch.tensor(sorted({*range(size)} - {*tokenizer.all_special_ids}))
+    return words[torch.randint(len(words), (count, 1), generator=torch.Generator().manual_seed(seed))]
+
+
+@torch.inference_mode()
+def written_after(
+    starts: Int[Tensor, "windows start"],
+    checkpoint: Checkpoint,
+    window: int,
+    seed: int,
+    device: str | None,
+    batch: int = BATCH,
+) -> Int[Tensor, "windows window"]:
+    """Windows that the model writes after these first tokens, drawn from its own distribution.
+
+    The global random state stays as it is.
+
+    Raises:
+        CalibrationError: if the model writes no text.
+        CheckpointError: if it cannot be loaded.
+    """
+    model = load_model(checkpoint, **({} if device is None else {"device_map": device}))
+    if not is_causal(model):
+        raise CalibrationError(
+            f"{checkpoint.name} writes no text to calibrate it on: {not_causal(model)}. "
+            "Give a text file, a .jsonl file or hf:NAME instead of 'self'."
+        )
+    with running():
+        logits = model(input_ids=starts[:1].to(model.device), use_cache=False).logits
+    check_finite(logits)
+
+    # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
+    model.generation_config = GenerationConfig()
+    drawn = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - starts.shape[1]
+    )
+
+    batches = torch.split(starts.to(model.device), batch)
+    cards = [model.device] if model.device.type == "cuda" else []
+    with running(), quiet(), torch.random.fork_rng(devices=cards):
+        torch.manual_seed(seed)
+        written = [
+            model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=drawn).cpu()
+            for batch in track(batches, "batches of text written by the model", len(batches))
+        ]
+    return torch.cat(written)
