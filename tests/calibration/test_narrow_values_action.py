@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import headshare as hs
+from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on, prices_on
 from headshare.calibration.costs.actions import LOW_RANK, NARROW_VALUES, QKV, REMOVE
@@ -91,7 +92,11 @@ def test_costs_are_in_nats_where_predictions_are_compared_and_measured_costs_tak
 def test_where_units_are_tied_layer_0_keeps_its_values_to_lend_them(tmp_path: Path) -> None:
     dense = opened("llama-gqa", tmp_path)
     prices = price_units(dense, calibration(), [QKV, NARROW_VALUES])
-    assert {curve.layer for curve in prices.curves if curve.actions == {NARROW_VALUES}} == {1, 2, 3}
+    assert {curve.layer for curve in prices.curves if curve.actions == {NARROW_VALUES}} == {0, 1, 2, 3}
+    for saved in range(2000, 24000, 4000):
+        chosen = plan_for_bytes(prices, saved).plan
+        narrowed = chosen.narrow_values.widths if chosen.narrow_values else {}
+        assert not (0 in narrowed and chosen.selections)
     narrow = next(curve for curve in prices.curves if curve.actions == {NARROW_VALUES} and curve.layer == 1)
     tied = [curve for curve in prices.curves if curve.actions == {QKV}]
     later = [curve for curve in tied if curve.layer > 1]

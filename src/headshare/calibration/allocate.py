@@ -51,14 +51,15 @@ def plan_for_bytes(prices: CostCurves, saved: int, *, choice: Choice | None = No
         PlanError: if so many bytes cannot be saved.
     """
     # Nothing is searched for where even the end of every curve saves too little.
-    most = sum(_most_saved(curves) for curves in _by_sublayer(prices.curves))
+    choices = [(curves, sum(map(_most_saved, _by_sublayer(curves)))) for curves in _alternatives(prices.curves)]
+    most = max(able for _, able in choices)
     if not 0 <= saved <= most:
         raise PlanError(f"{saved} bytes cannot be saved; what was priced can save {most}. Ask for less, or allow more.")
 
     # The greedy choice can be led astray by a mix, and donors that give something up make their ties dearer than was
     # predicted: so the plans are compared as they are, not the choices.
-    able = (curves for curves in _alternatives(prices.curves) if sum(map(_most_saved, _by_sublayer(curves))) >= saved)
-    return min((budgeted(prices, _saving(curves, saved), choice) for curves in able), key=lambda plan: plan.price)
+    plans = (budgeted(prices, _saving(curves, saved), choice) for curves, able in choices if able >= saved)
+    return min(plans, key=lambda plan: plan.price)
 
 
 def _most_saved(curves: Sequence[CostCurve]) -> int:
@@ -67,8 +68,15 @@ def _most_saved(curves: Sequence[CostCurve]) -> int:
 
 
 def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
-    """Selections of the curves: all of them, then those of each kind of sublayer and each set of actions alone."""
-    yield curves
+    """Selections of the curves: all that go together, those that share nothing, and each set of actions alone.
+
+    Where units are tied, values of layer 0 stay as they are, since narrow ones are not lent and there must be a donor.
+    """
+    alone = [curve for curve in curves if not any(action.shares for action in curve.actions)]
+    if len(alone) < len(curves):
+        yield [curve for curve in curves if curve.layer or not any(action.narrows for action in curve.actions)]
+    if alone or not curves:
+        yield alone
     kinds = sorted({(curve.kind, tuple(sorted(curve.actions))) for curve in curves})
     if len(kinds) > 1:
         for kind, actions in kinds:

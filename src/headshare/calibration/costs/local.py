@@ -62,8 +62,8 @@ def price_units(
     A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
     units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`), along with which
     removals are always measured. An action with costs of its own has a curve of its own.
-    Layer 0 ties nothing, and its attention is never removed whole; where units are tied, its values stay as wide as
-    they are, since narrow ones are not lent. So there is always a donor.
+    Layer 0 ties nothing, and its attention is never removed whole. So there is always a donor, unless its values become
+    narrow, which are not lent: then a plan ties nothing.
     The feed-forward either removes single neurons or ties groups of them, as a plan cannot mix the two. Where both are
     allowed it removes neurons, which did less harm for the same bytes wherever we measured it.
 
@@ -143,13 +143,10 @@ class _SupportedActions:
     def of(self, kind: Sublayer, layer: int) -> tuple[Action, ...]:
         """The actions for this sublayer of this layer.
 
-        The first attention of each kind is never removed whole, as the model counts tokens by it. Values of layer 0
-        stay as they are where units are tied, since narrow ones are not lent.
+        The first attention of each kind is never removed whole, as the model counts tokens by it.
         """
-        mine = self.actions[kind]
         first = kind is Sublayer.ATTENTION and self.kinds.index(self.kinds[layer]) == layer
-        lends = layer == 0 and any(action.shares for action in mine)
-        return tuple(each for each in mine if not (first and each is SUBLAYERS) and not (lends and each.narrows))
+        return tuple(each for each in self.actions[kind] if not (first and each is SUBLAYERS))
 
     def prices(
         self, dense: Checkpoint, curves: Mapping[int, Sequence[CostCurve]], protect: Sequence[int]

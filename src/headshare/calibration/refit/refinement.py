@@ -1,4 +1,4 @@
-"""Refinements: the text that a refit has besides the calibration text, and the gradient steps that a layer then takes."""
+"""Refinements: the text that a refit has besides the calibration text, and the gradient steps that follow it."""
 
 from dataclasses import dataclass
 from typing import Any
