@@ -10,6 +10,7 @@ import pytest
 import headshare as hs
 from headshare.cli.shrinking import command
 from headshare.errors import PlanError
+from headshare.evaluation.verify import Verification
 from headshare.files.folder import not_written_by_us
 from headshare.files.resume import run_folder
 from headshare.sharing.size import parameter_bytes
@@ -223,6 +224,15 @@ def test_in_python_a_large_loss_is_an_error_that_keeps_what_was_measured(source:
     assert "yes=True" in str(refused.value)
     assert not (tmp_path / "out").exists()
     assert hs.shrink(source / "model", tmp_path / "out", **options).verified.ok
+
+
+def test_an_output_that_does_not_verify_is_an_error(things: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "headshare.shrinking.run.verify", lambda *_: Verification(ok=False, problems=["a tensor differs"])
+    )
+    ended = run(*WORDS)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.splitlines()[-1] == "error: out is not as it should be: a tensor differs. Do not use it."
 
 
 def test_an_encoder_is_made_smaller_and_has_no_perplexity(tmp_path: Path, run: Run) -> None:
