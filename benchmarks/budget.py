@@ -48,7 +48,7 @@ def stages(model: str, text: str, save: float, tokens: int) -> dict[str, tuple[f
 
     import headshare as hs
     from headshare.calibration.allocate import plan_for_bytes
-    from headshare.calibration.costs.actions import REMOVE
+    from headshare.calibration.costs.actions import ACTIONS
     from headshare.calibration.costs.local import price_units
     from headshare.calibration.costs.measured import probe_prices
     from headshare.calibration.refit.refitter import refit_readouts
@@ -65,7 +65,9 @@ def stages(model: str, text: str, save: float, tokens: int) -> dict[str, tuple[f
     # An option that older commits lack: costs in nats already where they are priced.
     more: dict[str, Any] = {"sensitive": True} if "sensitive" in inspect.signature(price_units).parameters else {}
     marks = [_now()]
-    prices = price_units(dense, calibration, (REMOVE,), **more)
+    # What a budget of bytes may take; older commits remove units and neurons alone.
+    actions = [ACTIONS[name] for name in ("remove", "sublayers", "narrow_values") if name in ACTIONS]
+    prices = price_units(dense, calibration, actions, **more)
     marks.append(_now())
     prices = probe_prices(dense, calibration, prices)
     marks.append(_now())

@@ -607,16 +607,16 @@ def saved_in(plan: SharePlan, checkpoint: Checkpoint) -> int:
     return estimate.dense_bytes - estimate.shared_bytes
 
 
-def test_the_words_say_where_removal_is_cheaper_than_sharing() -> None:
+def test_the_words_say_what_is_given_up_where() -> None:
     removals = (
         Removal(layout=LAYOUTS[Sublayer.ATTENTION], removed={0: [1]}),
         Removal(layout=SINGLE, removed={1: [0, 5], 2: [3]}),
     )
     both, one = SharePlan(model_type="llama", removals=removals), SharePlan(model_type="llama", removals=removals[:1])
-    words = "; removal costs less than sharing for attention units in 1 layer"
-    assert Budgeted(both, 1, 0.5).in_words().endswith(f"{words} and for neurons in 2 layers")
+    words = "; what costs least for its bytes is removing attention units in 1 layer"
+    assert Budgeted(both, 1, 0.5).in_words().endswith(f"{words}, removing neurons in 2 layers")
     assert Budgeted(one, 1, 0.5, in_nats=True).in_words().endswith(words)
-    assert "removal" not in Budgeted(SharePlan(), 1, 0.5).in_words()
+    assert "removing" not in Budgeted(SharePlan(), 1, 0.5).in_words()
     whole = Removal(layout=SINGLE, removed={1: range(SINGLE.groups), 2: [3]})
     found = Budgeted(SharePlan(model_type="llama", removals=(whole,)), 1, 0.5).in_words()
-    assert found.endswith("for neurons in 1 layer and for the whole feed-forward in 1 layer")
+    assert found.endswith("removing neurons in 1 layer, removing the whole feed-forward in 1 layer")

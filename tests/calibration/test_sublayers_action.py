@@ -9,7 +9,7 @@ import torch
 import headshare as hs
 from headshare.calibration.budget import Budget
 from headshare.calibration.choose import plan_on, prices_on
-from headshare.calibration.costs.actions import QKV, REMOVE, SUBLAYERS
+from headshare.calibration.costs.actions import AUTO_ACTIONS, NARROW_VALUES, QKV, REMOVE, SUBLAYERS
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import EVERY
 from headshare.calibration.refit.run import refit
@@ -102,3 +102,12 @@ def test_nothing_to_share_and_nothing_allowed_is_refused(tmp_path: Path) -> None
         Budget.parse(dense, save="10%", parts="none", allow=[])
     assert Budget.parse(dense, save="10%", parts="none", allow=["remove"]).actions == (REMOVE,)
     assert Budget.parse(dense, save="10%", parts="qkv", allow=[]).actions == (QKV,)
+
+
+def test_bytes_are_saved_without_ties_unless_they_are_asked_for(tmp_path: Path) -> None:
+    dense = opened("llama-gqa", tmp_path)
+    assert Budget.parse(dense, save="10%").actions == (REMOVE, SUBLAYERS, NARROW_VALUES)
+    assert Budget.parse(dense, save="10%", allow=["remove"]).actions == (REMOVE,)
+    assert Budget.parse(dense, save="10%", allow=[]).actions == AUTO_ACTIONS
+    assert Budget.parse(dense, save="10%", parts="auto", allow=["remove"]).actions == (*AUTO_ACTIONS, REMOVE)
+    assert Budget.parse(dense, ratio=0.3, allow=["remove"]).actions == (*AUTO_ACTIONS, REMOVE)

@@ -63,9 +63,9 @@ class Budget:
         `save` is an `Amount` of the whole model's bytes, such as "10%" or "120MB". Without it, `ratio` of the
         units are shared in `parts`. Where there is a choice of actions (several parts, as with auto, or an action to
         `allow`), of ranks or of widths, the budget is the number of bytes that sharing q, k and v at this ratio would
-        save. Parts are chosen as with auto unless given; "none" shares nothing. With `save`, units and sublayers may
-        then be removed and values narrowed too, unless `allow` says which actions there may be besides sharing; an
-        empty one leaves sharing alone.
+        save. "none" shares nothing. With `save` and no parts, units and sublayers may be removed and values narrowed,
+        unless `allow` says which actions there may be besides sharing, and nothing is shared unless `allow` is empty.
+        Otherwise the parts are those of auto.
 
         Raises:
             OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
@@ -73,9 +73,14 @@ class Budget:
             PlanError: if the budget cannot be met by any plan.
         """
         dense.require_dense("plan for it")
+        # Beside removed units and narrow values, ties were worth nothing at any budget that we priced, and take four
+        # times as long to price (docs/experiments.md). So a number of bytes to save has them only where they are asked
+        # for, or nothing else is allowed.
         if allow is None:
             allow = BY_DEFAULT if save is not None and parts is None else ()
-        actions = tuple(dict.fromkeys((*_actions_of(parts or AUTO), *map(_allowed, allow))))
+        if parts is None:
+            parts = NOTHING if save is not None and allow else AUTO
+        actions = tuple(dict.fromkeys((*_actions_of(parts), *map(_allowed, allow))))
         if not actions:
             raise OptionError("nothing is shared and nothing else is allowed. Give parts to share, or allow something.")
 

@@ -87,8 +87,8 @@ FfnRatioOption = Annotated[
 ]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
-    "gateup, low_rank (qkv, and o in low rank), several joined by +, none, or auto (qkvo+low_rank), the default with "
-    "--save and --allow."
+    "gateup, low_rank (qkv, and o in low rank), several joined by +, auto (qkvo+low_rank), or none. Default: none with "
+    "--save, auto with --allow."
 )
 
 

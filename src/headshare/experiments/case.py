@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from headshare.calibration.allocate import plan_for_bytes
+from headshare.calibration.budget import BY_DEFAULT
 from headshare.calibration.choose import prices_on
-from headshare.calibration.costs.actions import REMOVE, Action
+from headshare.calibration.costs.actions import ACTIONS, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.gptq import QuantizedModel
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -92,8 +93,14 @@ class Common:
         """Cost curves of removing neurons, in nats, measured once."""
         return self._prices((REMOVE,), Sublayer.FFN)
 
-    def _prices(self, actions: tuple[Action, ...], kind: Sublayer) -> CostCurves:
-        return prices_on(self.dense, self.text, actions, kinds=(kind,), device=self.device, workspace=self.work)
+    def by_default(self) -> CostCurves:
+        """Cost curves of all that a budget of bytes may take, in nats, measured once."""
+        return self._prices(tuple(ACTIONS[name] for name in BY_DEFAULT))
+
+    def _prices(self, actions: tuple[Action, ...], *kinds: Sublayer) -> CostCurves:
+        return prices_on(
+            self.dense, self.text, actions, kinds=kinds or tuple(Sublayer), device=self.device, workspace=self.work
+        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from headshare.training import TrainSettings
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 TYING = ("directshare", "output", "random-donors", *(f"match-{name}" for name in MATCHES))  # rows of q, k, v alone
 SHARING = ("directshare", "output", "auto", "cheapest", *(f"match-{name}" for name in MATCHES))
-DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons")
+DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons", "budget")
 
 
 # ---- sharing
@@ -62,6 +62,15 @@ def _cheapest(case: Case) -> SharePlan:
     return case.saving(
         replace(neurons, layouts={**neurons.layouts, **units.layouts}, curves=units.curves + neurons.curves)
     )
+
+
+@method(
+    "budget",
+    "what --save takes: units, neurons and sublayers removed, values narrowed, where it costs least",
+    reads=True,
+)
+def _budget(case: Case) -> SharePlan:
+    return case.saving(case.common.by_default())
 
 
 @method("postshare", "PostShare: DirectShare's pairs pulled together by training, then shared", refits=False)

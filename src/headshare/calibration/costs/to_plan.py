@@ -28,16 +28,16 @@ class Budgeted:
     in_nats: bool = False
 
     def in_words(self) -> str:
-        """A line for the command line's report: the predicted cost, and the units that are removed, not shared."""
+        """A line for the command line's report: the predicted cost, and what is given up where."""
         if not self.in_nats:
-            return f"predicted price {self.price:.6g} (sum of squared relative errors){self._removals()}"
+            return f"predicted price {self.price:.6g} (sum of squared relative errors){self._places()}"
         return (
             f"predicted divergence from the dense model {self.price:.4g} nats a token (the sum of what each layer "
-            f"costs alone; the refit of later layers makes up for part){self._removals()}"
+            f"costs alone; the refit of later layers makes up for part){self._places()}"
         )
 
-    def _removals(self) -> str:
-        """The end of that line: in how many layers attention units, neurons or whole sublayers are removed."""
+    def _places(self) -> str:
+        """The end of that line: in how many layers units, neurons or sublayers are removed, and values narrowed."""
         words = {
             Sublayer.ATTENTION: ("attention units", "all attention"),
             Sublayer.FFN: ("neurons", "the whole feed-forward"),
@@ -47,8 +47,15 @@ class Budgeted:
             whole = len(removal.whole_layers)
             for what, count in zip(words[removal.layout.kind], (len(removal.removed) - whole, whole), strict=True):
                 if count:
-                    places.append(f"{what} in {count} layer{'s'[: count != 1]}")
-        return f"; removal costs less than sharing for {' and for '.join(places)}" if places else ""
+                    places.append(f"removing {what} in {_layers(count)}")
+        values = self.plan.narrow_values
+        if values is not None:
+            places.append(f"narrowing values in {_layers(len(values.widths))}")
+        return f"; what costs least for its bytes is {', '.join(places)}" if places else ""
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s'[: count != 1]}"
 
 
 def plan_for_steps(prices: CostCurves, path: CostCurve, steps: int) -> SharePlan:
