@@ -20,9 +20,9 @@ import headshare as hs
 from headshare.architecture.modules import module_path
 from headshare.calibration.costs import measured as probing
 from headshare.calibration.costs.actions import GATEUP, LOW_RANK, QK, QKV, QKVO, REMOVE, Action
-from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep
+from headshare.calibration.costs.curves import CostCurve, CostCurves, CurveStep, repriced
 from headshare.calibration.costs.local import price_units
-from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices, repriced
+from headshare.calibration.costs.measured import beside, leader_of, marked, predicts, probe_prices
 from headshare.calibration.costs.to_plan import plan_for_steps
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.refit.refitter import Refitter

@@ -51,7 +51,6 @@ NEXT = "To make the model smaller, repaired and measured, in one command: headsh
 
 # the words for how far a model is refined, with what they do besides having more text
 PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None and one.steps)
-REFINED_WORDS = "|".join((*REFINEMENTS, "STEPS"))
 REFINE_HELP = (
     "Refit on as much text again, which the dense model writes after the calibration text (text); then pull each "
     f"layer's output towards the dense layer's by gradient steps on all its own weights ({PRESETS}). A number of STEPS "
@@ -66,6 +65,14 @@ def a_refinement(word: str) -> str:
     except OptionError as error:
         raise typer.BadParameter(str(error)) from None
     return word
+
+
+RefineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join((*REFINEMENTS, "STEPS")), callback=a_refinement, rich_help_panel=CALIBRATE, help=REFINE_HELP
+    ),
+]
 
 
 @dataclass(frozen=True)

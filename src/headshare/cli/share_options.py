@@ -14,12 +14,10 @@ from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
-    REFINE_HELP,
-    REFINED_WORDS,
     WRITE,
     Context,
+    RefineOption,
     RestartOption,
-    a_refinement,
     is_given,
     refuse_unused,
 )
@@ -275,15 +273,7 @@ class RefitOptions:
     refit_ffn: Annotated[
         bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
     ] = True
-    refine: Annotated[
-        str,
-        typer.Option(
-            metavar=REFINED_WORDS,
-            callback=a_refinement,
-            rich_help_panel=CALIBRATE,
-            help=REFINE_HELP,
-        ),
-    ] = NONE
+    refine: RefineOption = NONE
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,33 @@ class CostCurves:
             )
 
 
+def repriced(curve: CostCurve, measured: dict[int, float]) -> CostCurve:
+    """The curve with costs that add up to those measured after some of its steps, the last included."""
+    steps: list[CurveStep] = []
+    before = 0.0
+    for end, lost in sorted(measured.items()):
+        steps += _sharing(curve.steps[len(steps) : end], lost - before)
+        before = lost
+    return replace(curve, steps=tuple(steps))
+
+
+def _sharing(steps: Sequence[CurveStep], cost: float) -> Iterator[CurveStep]:
+    """Steps between two measurements, each with its share of the cost of all of them together.
+
+    Shares are in proportion to the costs that the steps had, or to the bytes that they save where a cost is below zero
+    or all are zero. The costs of donors keep their distance, in the new unit.
+    """
+    # A cost below zero cannot be a proportion; bytes always can.
+    old = [step.price for step in steps]
+    if min(old) < 0 or not sum(old):
+        old = [float(step.saved_bytes) for step in steps]
+    for step, share in zip(steps, old, strict=True):
+        price = cost * share / sum(old)
+        scale = abs(price / step.price) if step.price else 1.0
+        donors = tuple((unit, price + scale * (each - step.donors[0][1])) for unit, each in step.donors)
+        yield replace(step, price=price, donors=donors)
+
+
 _CURVES: TypeAdapter[list[CostCurve]] = TypeAdapter(list[CostCurve])
 
 

@@ -15,11 +15,9 @@ from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
-    REFINE_HELP,
-    REFINED_WORDS,
     CommonOptions,
+    RefineOption,
     RestartOption,
-    a_refinement,
     print_result,
 )
 from headshare.cli.share_options import (
@@ -74,15 +72,7 @@ class ShrinkTextOptions(CalibrationOptions):
     """The texts of a shrinking run, and how it goes about them."""
 
     calibration: Annotated[str | None, CALIBRATION] = None
-    refine: Annotated[
-        str,
-        typer.Option(
-            metavar=REFINED_WORDS,
-            callback=a_refinement,
-            rich_help_panel=CALIBRATE,
-            help=REFINE_HELP,
-        ),
-    ] = NONE
+    refine: RefineOption = NONE
     prices: Annotated[
         Path | None,
         typer.Option(
