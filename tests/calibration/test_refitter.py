@@ -18,6 +18,7 @@ from headshare.architecture.config import text_config
 from headshare.architecture.recognition import attention_layout
 from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
+from headshare.calibration.refit import layer_fit, refitter
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refitter import Refitter, refit_readouts
 from headshare.calibration.refit.residuals import residual_of, watched
@@ -622,3 +623,22 @@ def test_tokens_weigh_one_over_their_squared_size_and_nothing_where_that_is_zero
     hidden = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [float("inf"), 0.0], [1e18, 1e18]]])
     expected = torch.tensor([[1 / 25, 0, 0, 0, 5e-37]])
     torch.testing.assert_close(token_weights(hidden), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt_neox", "granite", "bert"])
+def test_layers_in_short_numbers_are_refitted_as_well(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a layer adds its outputs is seen in full precision, and sums are made there, whatever layers run in."""
+    dense = dense_of(name, tmp_path)
+    plan = plan_of(dense, "qkv")
+    full = refit_readouts(dense, plan, calibration())
+    for module in (layer_fit, refitter):
+        monkeypatch.setattr(module, "short_layers", lambda _: torch.autocast("cpu", torch.bfloat16))
+    short = refit_readouts(dense, plan, calibration())
+    tokens = calibration(seed=4).tokens
+    wanted = last_states(stock(dense), tokens)
+    alone = missed(last_states(stock(dense, plan), tokens), wanted)
+    in_full, in_short = (missed(last_states(stock(dense, plan, one), tokens), wanted) for one in (full, short))
+    assert in_full < alone
+    assert in_short == pytest.approx(in_full, rel=0.03)

@@ -77,6 +77,7 @@ class GivenUp(NamedTuple):
     width: int = 0
 
 
+# Such a function sees the tokens of its own process, and must add its sums up by `processes.summed`.
 Costs = Callable[[SublayerData], Iterable[GivenUp]]
 
 
