@@ -406,6 +406,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_factored_model_as_one_graph(tmp_path: Path) -> None:
     """In a process of its own: the run-time checks of types that this suite switches on cannot be traced."""
     dense = hs.open_checkpoint(tiny.make_llama(tmp_path / "dense", num_key_value_heads=4))

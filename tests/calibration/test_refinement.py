@@ -226,7 +226,7 @@ def test_a_refinement_is_a_name_or_a_number_of_steps() -> None:
     assert Refinement.of("fast") == REFINEMENTS["fast"] is not None
     assert Refinement.of(7) == Refinement.of("7") == Refinement(7)
     for wrong in ("-1", "slow", "", "1e3", "9" * 99, "\u0664", -1):
-        with pytest.raises(OptionError, match=r"is no refinement\. Give none, fast, best, or a number of steps"):
+        with pytest.raises(OptionError, match=r"is no refinement\. Give none, text, fast, best, or a number of steps"):
             Refinement.of(wrong)
 
 

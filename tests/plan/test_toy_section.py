@@ -387,7 +387,7 @@ def test_an_action_prices_and_plans_a_section_that_is_shared_refitted_measured_a
     add_tokenizer(llama)
     dense = hs.open_checkpoint(llama)
     text = hs.Calibration.load(a_text(tmp_path / "text", 600), dense, tokens=320, window=16)
-    plan = hs.plan_by_output(dense, text, parts="average", save=f"{3 * SAVED}")
+    plan = hs.plan_by_output(dense, text, parts="none", allow=["average"], save=f"{3 * SAVED}")
     (section,) = plan.others
     assert isinstance(section, Averaged)
     assert len(section.units) == 3
@@ -397,7 +397,7 @@ def test_an_action_prices_and_plans_a_section_that_is_shared_refitted_measured_a
     out = refitted.save(tmp_path / "out")
     found = hs.verify(hs.open_checkpoint(out), dense)
     assert found.ok, found.problems
-    done = run("plan", llama, "-o", "plan.json", "--parts", "average", "--save", str(3 * SAVED),
+    done = run("plan", llama, "-o", "plan.json", "--parts", "none", "--allow", "average", "--save", str(3 * SAVED),
                "--calibration", "text", "--calibration-window", "16", "--calibration-tokens", "320")  # fmt: skip
     assert done.status == 0, done.err
     assert hs.SharePlan.load(tmp_path / "plan.json") == plan

@@ -172,6 +172,7 @@ def test_layers_offloaded_to_disk_lend_and_borrow(packed: Checkpoint, tmp_path: 
         assert model(tiny.tokens()).logits.equal(hs.load(packed.path)(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_whole_model_as_one_graph(packed: Checkpoint) -> None:
     code = f"""
 import sys, torch, headshare

@@ -192,6 +192,7 @@ def test_a_refused_load_closes_its_files(paged: Case) -> None:
     assert open_files() <= before
 
 
+@pytest.mark.slow
 def test_inductors_freezing_does_not_unshare_silently(large: Large) -> None:
     """Freezing packs each module's weight into a copy of its own: as much private memory as the dense model has."""
     script = (

@@ -97,6 +97,7 @@ def test_it_loads_in_any_surroundings(paged: Case) -> None:
         assert torch.equal(model(tiny.tokens()).logits, paged.stock().to(torch.float64)(tiny.tokens()).logits)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_as_one_graph(cases: Callable[[str], Case]) -> None:
     """In a process of its own: the run-time checks of types that this suite switches on cannot be traced."""
     script = """

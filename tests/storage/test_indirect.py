@@ -134,6 +134,7 @@ def test_inputs_of_any_shape_and_stride_are_taken(by_kernels: None) -> None:
     assert slot_linear(x[:, :0], slots, None, across=False).shape == (2, 0, 32)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     code = """
 import torch, triton

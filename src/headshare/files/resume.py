@@ -205,3 +205,8 @@ def _empty(folder: Path) -> None:
             path.unlink(missing_ok=True)
     if not any(path.exists() for path in rest):
         (folder / DISCARDED).unlink(missing_ok=True)
+
+
+def standing(out: Path) -> str:
+    """A word for what stands at this path, which differs once something else is put there; empty where nothing is."""
+    return inode_of(out)

@@ -18,8 +18,7 @@ from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.evaluation.perplexity import Perplexity, evaluate
 from headshare.evaluation.verify import Verification, verify
 from headshare.files.folder import MANIFEST, check_output
-from headshare.files.lock import inode_of
-from headshare.files.resume import run_folder
+from headshare.files.resume import run_folder, standing
 from headshare.files.state_files import Workspace, key_of
 from headshare.progress import say
 from headshare.sharing.card import add_measured, model_class
@@ -165,11 +164,11 @@ class _Written:
     def is_reached(self) -> bool:
         """True if this request's output is in place."""
         noted = self.work.read_json(self._file)
-        return noted is not None and inode_of(self.out) != noted["before"] and (self.out / MANIFEST).exists()
+        return noted is not None and standing(self.out) != noted["before"] and (self.out / MANIFEST).exists()
 
     def begin(self) -> None:
         """Note what is at the output's place before it is put there."""
-        self.work.write_json(self._file, {"before": inode_of(self.out)})
+        self.work.write_json(self._file, {"before": standing(self.out)})
 
     @property
     def _file(self) -> str:
