@@ -83,6 +83,15 @@ FfnRatioOption = Annotated[
     float | None,
     typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
 ]
+MultipleOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        rich_help_panel=CHOOSE,
+        help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
+        "formats, 8 to 128 for GPUs.",
+    ),
+]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
     "gateup, low_rank (qkv, and o in low rank), several joined by +, auto (qkvo+low_rank), or none. Default: none with "
@@ -131,15 +140,7 @@ class ChoiceOptions:
             "--parts.",
         ),
     ] = None
-    multiple: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            rich_help_panel=CHOOSE,
-            help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
-            "formats, 8 to 128 for GPUs.",
-        ),
-    ] = 1
+    multiple: MultipleOption = 1
 
     @property
     def weight_parts(self) -> str:

@@ -243,10 +243,15 @@ def flush_file(path: Path) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON as Hugging Face does, and flush it to disk."""
+    write_text(path, json_text(data))
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """JSON as Hugging Face writes it, with a line's end."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     if CONTROL.search(text.replace("\n", "")):  # half a character, which UTF-8 cannot hold, is an escape in JSON
         text = json.dumps(data, indent=2)
-    write_text(path, text + "\n")
+    return text + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -176,9 +176,7 @@ def _is_in_place(folder: Path, header: Mapping[str, Any]) -> bool:
     committing = header.get("committing")
     if committing is None:
         return False
-    out = folder.parent / committing["output"]
-    before: str = committing["before"]
-    return inode_of(out) != before and (out / committing["holds"]).exists()
+    return was_replaced(folder.parent / committing["output"], committing["before"], committing["holds"])
 
 
 def _is_vacant(folder: Path) -> bool:
@@ -210,3 +208,8 @@ def _empty(folder: Path) -> None:
 def standing(out: Path) -> str:
     """A word for what stands at this path, which differs once something else is put there; empty where nothing is."""
     return inode_of(out)
+
+
+def was_replaced(out: Path, before: str, holds: str) -> bool:
+    """True if something else stands at this path than did `before`, and holds a file of this name."""
+    return standing(out) != before and (out / holds).exists()

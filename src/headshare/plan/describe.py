@@ -18,6 +18,11 @@ def describe(plan: SharePlan) -> dict[str, Any]:
     return {"model_type": plan.model_type, "plan_digest": plan.digest, "ties": plan.ties, **listed}
 
 
+def titles(plan: SharePlan) -> list[str]:
+    """The first line of each section's picture: what it does, to how many units."""
+    return [section.picture(plan.sections).splitlines()[0] for section in plan.sections]
+
+
 def given_up(plan: SharePlan) -> list[float]:
     """The fraction of each layer's attention units that are tied, low-rank or removed: the paper's figure 6."""
     layouts = [layout for layout in plan.layouts if layout.kind is Sublayer.ATTENTION]

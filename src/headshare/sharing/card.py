@@ -17,6 +17,7 @@ from headshare.files.atomic import write_whole
 from headshare.files.folder import copy_file, write_text
 from headshare.files.model_files import CARD
 from headshare.files.printable import is_shown
+from headshare.plan.describe import titles
 from headshare.sharing.manifest import note_changed
 
 _MAX_FRONT = 100_000
@@ -118,12 +119,10 @@ def _steps(entry: SharingEntry | None) -> list[str]:
     """What was done to the base model, a line for each section of the plan and for what came after."""
     if entry is None:
         return []
-    sections = entry.plan.sections
-    steps = [section.picture(sections).splitlines()[0] for section in sections]
     refit = entry.refit
     if refit is not None and Path(refit.text).is_absolute():  # where it lies is nobody's business
         refit = refit.model_copy(update={"text": Path(refit.text).name})
-    return steps + [each.in_words() for each in (refit, entry.packing) if each is not None]
+    return titles(entry.plan) + [each.in_words() for each in (refit, entry.packing) if each is not None]
 
 
 def _licence(folder: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The manifest, headshare.json: digests of a folder's files as they were written, and of the plan."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.seal import is_sealed
 from headshare.files.atomic import write_whole
 from headshare.files.digests import BLAKE3, algorithm_of, file_digest
-from headshare.files.folder import MANIFEST, write_json
+from headshare.files.folder import MANIFEST, json_text, write_json
 from headshare.files.untrusted import is_file, read_json
 from headshare.plan.plan import FORMAT
 from headshare.progress import track
@@ -41,7 +40,7 @@ def note_changed(folder: Path, name: str) -> None:
     manifest = folder / MANIFEST
     listed = read_json(manifest)
     listed["beside"] = {**listed.get("beside", {}), name: file_digest(folder / name, BLAKE3)}
-    write_whole(manifest, (json.dumps(listed, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(manifest, json_text(listed).encode())
 
 
 @dataclass

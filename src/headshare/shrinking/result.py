@@ -11,6 +11,7 @@ from headshare.calibration.measure import HeldOutPerplexity
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.evaluation.verify import Verification
+from headshare.plan.describe import titles
 from headshare.plan.plan import SharePlan
 from headshare.sharing.size import parameter_bytes
 from headshare.shrinking.prediction import Prediction
@@ -64,10 +65,8 @@ class Shrunk:
     @property
     def done(self) -> str:
         """What was done, in one sentence."""
-        sections = self.plan.sections
-        titles = (section.picture(sections).splitlines()[0] for section in sections)
         # a title also says how the section was asked for, which is the same for all of them here
-        steps = [title.partition("; asked")[0] + ")" for title in titles]
+        steps = [title.partition("; asked")[0] + ")" for title in titles(self.plan)]
         return "; ".join([*steps, *([self.refit.in_words()] if self.refit else [])]) + "."
 
     @property

@@ -1,6 +1,7 @@
 """A model shrunk from beginning to end. The same call goes on with a run that was stopped anywhere."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.evaluation.perplexity import Perplexity, evaluate
 from headshare.evaluation.verify import Verification, verify
 from headshare.files.folder import MANIFEST, check_output
-from headshare.files.resume import run_folder, standing
+from headshare.files.resume import run_folder, standing, was_replaced
 from headshare.files.state_files import Workspace, key_of
 from headshare.progress import say
 from headshare.sharing.card import add_measured, model_class
@@ -70,9 +71,8 @@ def shrink(
         if predicted.is_large and not yes:
             raise PlanError(f"{predicted.in_words()}: {predicted.warning()} To go on all the same: yes=True")
 
-    if isinstance(model, Checkpoint):
-        return shrink_checkpoint(model, Path(out), wanted, settings, judge, text=text, overwrite=overwrite)
-    with open_checkpoint(model) as dense:
+    # one that the caller opened stays open
+    with nullcontext(model) if isinstance(model, Checkpoint) else open_checkpoint(model) as dense:
         return shrink_checkpoint(dense, Path(out), wanted, settings, judge, text=text, overwrite=overwrite)
 
 
@@ -164,7 +164,7 @@ class _Written:
     def is_reached(self) -> bool:
         """True if this request's output is in place."""
         noted = self.work.read_json(self._file)
-        return noted is not None and standing(self.out) != noted["before"] and (self.out / MANIFEST).exists()
+        return noted is not None and was_replaced(self.out, noted["before"], MANIFEST)
 
     def begin(self) -> None:
         """Note what is at the output's place before it is put there."""

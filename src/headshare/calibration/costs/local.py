@@ -60,7 +60,7 @@ def price_units(
     not looked at again; every other layer is put into it.
 
     A sublayer has up to three kinds of curve: of ties that leave a unit columns of its own; of removals; and, where
-    units can be removed, one for each action and rank in the order of removal (`qkvo`, `factored`), along with which
+    units can be removed, one for each action and rank in the order of removal (`qkvo`, `low_rank`), along with which
     removals are always measured. An action with costs of its own has a curve of its own.
     Layer 0 ties nothing, and its attention is never removed whole. So there is always a donor, unless its values become
     narrow, which are not lent: then a plan ties nothing.

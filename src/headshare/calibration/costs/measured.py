@@ -55,8 +55,8 @@ def probe_prices(
 ) -> CostCurves:
     """Measure cost curves: the same curves with costs in nats a token.
 
-    The first 1, 2, 4, 8, ... steps of each curve are measured, and all steps together. Steps in between share the
-    measured cost in proportion to the costs that they had. Curves of ties that follow a removal are not measured; their
+    Each curve is measured after the shares of its steps that `MARKS` names. Steps in between share the measured cost in
+    proportion to the costs that they had. Curves of ties that follow a removal are not measured; their
     costs are derived from those of the removal. Refits are made on the windows that `price_units` fits to with the same
     `tokens` and `held_out`, with `ffn` of both output projections. Predictions are compared for every fourth of the
     `probed` tokens, in other windows. Products have reduced precision where the machine is faster with it. Layers that

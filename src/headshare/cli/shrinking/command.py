@@ -25,6 +25,7 @@ from headshare.cli.share_options import (
     CalibrationOptions,
     DtypeOption,
     ModelArgument,
+    MultipleOption,
     OutArgument,
     whole_numbers,
 )
@@ -56,15 +57,7 @@ class SizeOptions:
             metavar="LAYERS", rich_help_panel=CHOOSE, help="Take nothing from these layers: 0,1,29. Default: none."
         ),
     ] = None
-    multiple: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            rich_help_panel=CHOOSE,
-            help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
-            "formats, 8 to 128 for GPUs.",
-        ),
-    ] = 1
+    multiple: MultipleOption = 1
 
 
 @dataclass(frozen=True)
