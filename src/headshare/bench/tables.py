@@ -1,8 +1,7 @@
 """Tables of what `bench` measured, in Markdown."""
 
-from collections.abc import Sequence
-
 from headshare.bench.bench import Bench, Ratio
+from headshare.tables import markdown
 
 
 def bench_table(results: Bench) -> str:
@@ -36,16 +35,6 @@ def _ratio(ratio: Ratio, figure: str) -> str:
     if ratio.low == ratio.high == 1:
         return figure
     return f"{figure} (time x{ratio.ratio:.3f}, {ratio.low:.3f} to {ratio.high:.3f})"
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of lines of cells; the first line is the heading."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def mib(count: int) -> str:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, distributed
 
+from headshare.calibration.launched import SENT, launched
 from headshare.errors import CalibrationError
 from headshare.files.untrusted import wants_memory
 
@@ -36,7 +37,6 @@ class _Processes:
     group: Any = None
 
 
-_SENT = "raised by the first process of this run"
 _ALONE = _Processes()
 _joined: ContextVar[_Processes] = ContextVar("headshare_processes", default=_ALONE)
 
@@ -51,7 +51,7 @@ def together() -> Iterator[None]:
     Raises:
         CalibrationError: from then on, where another process is waited for that does not come.
     """
-    if _launched() == 1 or _joined.get().count > 1:
+    if launched() == 1 or _joined.get().count > 1:
         yield
         return
     mine = not distributed.is_initialized()
@@ -72,24 +72,9 @@ def together() -> Iterator[None]:
             distributed.destroy_process_group(None if mine else group)
 
 
-def _launched() -> int:
-    """The number of processes that were launched together with this one."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    several = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["WORLD_SIZE"]) if several and distributed.is_available() else 1
-
-
-def launched_first() -> bool:
-    """True if no other process was launched before this one, so that it is the one to report what was done."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
-    return _launched() == 1 or os.environ["RANK"] == "0"
-
-
 def own_gpu() -> int | None:
     """The number of the GPU on its machine that is this process's own; None for a lone process."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _launched() > 1 else None
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else None
 
 
 def count() -> int:
@@ -181,14 +166,9 @@ def from_first(make: Callable[[], Value]) -> Value:
     made, failed = sent
     if failed is not None:
         if not is_first():
-            failed.add_note(_SENT)
+            failed.add_note(SENT)
         raise failed
     return made  # type: ignore[no-any-return]  # the first process has put it there
-
-
-def is_sent(error: BaseException) -> bool:
-    """True if the first process has raised this error too, and will report it."""
-    return _SENT in getattr(error, "__notes__", ())
 
 
 def agreed(value: Value) -> Value:

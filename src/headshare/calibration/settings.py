@@ -9,7 +9,8 @@ import torch
 from headshare.calibration import processes
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError
-from headshare.text.tokens import TOKENS, Calibration
+from headshare.text.documents import TOKENS
+from headshare.text.tokens import Calibration
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from headshare.errors import CheckpointError
 from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
 
-OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 

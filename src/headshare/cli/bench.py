@@ -6,19 +6,13 @@ from typing import Annotated
 
 import typer
 
-from headshare.bench.bench import DENSE, Subject, dense_and_shared
-from headshare.bench.bench import bench as run_bench
-from headshare.bench.tables import bench_table
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import CHOOSE, AnyBaseOption, FieldOption, JsonOption, print_result
 from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption, whole_numbers
 from headshare.errors import CheckpointError
-from headshare.experiments.demo import RATIOS, TOKENS, in_one_sentence, language_reference, run_demo
-from headshare.experiments.demo_table import demo_table
+from headshare.experiments.demo_settings import RATIOS, TOKENS
 from headshare.progress import say
-from headshare.storage.registry import AUTO, STORAGES
+from headshare.storage.names import AUTO, NAMES
 from headshare.text.formats import check_field
-from headshare.text.windows import read_text
 
 DEMO_MODEL = "./demo-output/smollm2-135m"
 
@@ -38,6 +32,10 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Share at 0, 0.1, 0.2 and 0.3, verify each model, and print one table of savings and costs."""
+    from headshare.experiments.demo import in_one_sentence, language_reference, run_demo
+    from headshare.experiments.demo_table import demo_table
+    from headshare.text.windows import read_text
+
     if model == DEMO_MODEL and not Path(model).exists():
         raise CheckpointError(
             f"there is no model at {model}. `make demo` makes it; or name a model: headshare demo MODEL"
@@ -66,7 +64,7 @@ def bench(
     storage: Annotated[
         str,
         typer.Option(
-            help=f"Hold the shared model's weights in these ways, joined by commas: {AUTO}, {', '.join(STORAGES)}."
+            help=f"Hold the shared model's weights in these ways, joined by commas: {AUTO}, {', '.join(NAMES)}."
         ),
     ] = AUTO,
     ratio: Annotated[
@@ -91,6 +89,11 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed, loading and memory of a shared model on this machine, beside its dense model in the same run."""
+    from headshare.bench.bench import DENSE, Subject, dense_and_shared
+    from headshare.bench.bench import bench as run_bench
+    from headshare.bench.tables import bench_table
+    from headshare.checkpoint.opening import open_checkpoint
+
     options = {} if dtype is None else {"dtype": str(dtype)}
     with (
         open_checkpoint(model) as opened,

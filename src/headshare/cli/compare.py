@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import given_options, with_bundles
 from headshare.cli.evaluate import TaskOptions, TextOptions, TranslationOptions
 from headshare.cli.options import (
@@ -96,6 +95,7 @@ def compare_command(
 
     docs/evaluating.md lists the methods. Every cell is kept when it is done.
     """
+    from headshare.checkpoint.opening import open_checkpoint
     from headshare.experiments import Recipe, compare
     from headshare.experiments.report.tables import in_words, to_dict
 

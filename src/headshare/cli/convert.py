@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from headshare.calibration.gptq import round_by_gptq
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     WRITE,
@@ -19,8 +17,6 @@ from headshare.cli.options import (
     print_written,
 )
 from headshare.cli.share_options import CalibrationOptions, NeededCalibrationOption, OutArgument, SharedArgument
-from headshare.files.folder import check_output, check_vacant
-from headshare.sharing.expand import expand as expand_checkpoint
 
 
 @with_bundles
@@ -44,6 +40,10 @@ def quantize(
     Ties must be of q, k and v (or of gate and up). The result loads like any shared checkpoint.
     """
     begun = time.monotonic()
+    from headshare.calibration.gptq import round_by_gptq
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.folder import check_output, check_vacant
+
     check_vacant(out, overwrite=common.overwrite)
     with open_checkpoint(model, revision=common.revision) as source:
         check_output(out, source.path, overwrite=common.overwrite)
@@ -80,6 +80,10 @@ def expand(
     as_json: JsonOption = False,
 ) -> None:
     """Write a stock folder with donors' rows in place, which any tool loads without headshare."""
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.folder import check_vacant
+    from headshare.sharing.expand import expand as expand_checkpoint
+
     check_vacant(dense, overwrite=overwrite)
     with open_checkpoint(shared, revision=revision) as checkpoint:
         expand_checkpoint(checkpoint, dense, overwrite=overwrite, unpacked=unpack)

@@ -1,6 +1,6 @@
 """`headshare eval`: perplexity of a text, agreement of encoders, and accuracy on tasks.
 
-The imports of tasks are made when they begin, so that other commands do not wait for them.
+What imports torch is imported when a command begins, so that `--help` does not wait for it.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     AnyBaseOption,
@@ -23,10 +22,7 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.errors import EvaluationError
-from headshare.evaluation.embeddings import Agreement
-from headshare.evaluation.perplexity import evaluate
 from headshare.text.formats import check_field, read_lines
-from headshare.text.windows import read_text
 
 # parameters that only tasks and translations use
 OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
@@ -139,6 +135,11 @@ def evaluate_command(
     check_field(texts.field, text, source, reference)
     if text is not None and not (tasks or out or source or len(models) > 1):
         refuse_unused(context, "of one model a text alone is measured", OF_TASKS)
+        from headshare.checkpoint.opening import open_checkpoint
+        from headshare.evaluation.embeddings import Agreement
+        from headshare.evaluation.perplexity import evaluate
+        from headshare.text.windows import read_text
+
         content = read_text(text, texts.field)
         other = None if against is None else open_checkpoint(against)
         model = open_checkpoint(models[0], revision=revision)
@@ -212,6 +213,7 @@ def generate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Continue the same prompts by several models, and show the texts side by side."""
+    from headshare.checkpoint.opening import open_checkpoint
     from headshare.evaluation import Runner, Settings, Writing, continuations, samples_of
 
     check_field(field, prompts)

@@ -1,18 +1,20 @@
 """The commands inspect and verify."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.options import NEXT, AnyBaseOption, JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
 from headshare.errors import CheckpointError
-from headshare.evaluation.verify import verify as verify_checkpoint
 from headshare.plan.describe import describe, picture
 from headshare.plan.placement import held_again, split_evenly
 from headshare.plan.plan import SharePlan
+
+if TYPE_CHECKING:
+    from headshare.checkpoint.checkpoint import Checkpoint
+else:
+    Checkpoint = Any  # it imports torch, which only a command that runs has the time for
 
 
 def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def inspect(
         plan = SharePlan.load(shared)
         print_result(describe(plan), f"{picture(plan)}\n{NEXT}", as_json)
         return
+    from headshare.checkpoint.opening import open_checkpoint
+
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     entry = checkpoint.require_sharing()
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -106,6 +110,9 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a checkpoint: digests, map, numbers, and logits against a stock model with donors' rows written in."""
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.evaluation.verify import verify as verify_checkpoint
+
     checkpoint = open_checkpoint(shared, revision=revision)
     dense = None if against is None else open_checkpoint(against)
     report = verify_checkpoint(checkpoint, dense, logits=logits, any_base=any_base)

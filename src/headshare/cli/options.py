@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.calibration.processes import launched_first
+from headshare.calibration.launched import launched_first
 from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from headshare.calibration.run import plan_calibrated
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
@@ -37,10 +35,6 @@ from headshare.cli.share_options import (
     RunOptions,
 )
 from headshare.errors import OptionError, OutputError, PlanError
-from headshare.files.folder import is_taken
-from headshare.matching.estimate import estimate as estimate_bytes
-from headshare.matching.scores import Scores
-from headshare.matching.similarity import score_units
 from headshare.plan.describe import picture
 from headshare.plan.plan import SharePlan
 
@@ -60,6 +54,9 @@ def estimate(
 
     To make the model smaller, repair it and measure it, use `headshare shrink`.
     """
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.matching.estimate import estimate as estimate_bytes
+
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
     estimated = estimate_bytes(
         checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
@@ -80,6 +77,10 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Score every pair of units once. Plans at any ratio and in any mode come from the same scores."""
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.matching.scores import Scores
+    from headshare.matching.similarity import score_units
+
     _check_file(output, overwrite, Scores.load, model)
     begun = time.monotonic()
     with open_checkpoint(model, revision=revision) as checkpoint:
@@ -132,6 +133,8 @@ def plan(
         raise OptionError("a plan is made for a model or from scores. Give one of MODEL and --from-scores FILE.")
     if from_scores is not None:
         refuse_unused(context, "a plan from scores reads no model and no text", _OF_MODEL)
+        from headshare.matching.scores import Scores
+
         _check_file(output, common.overwrite, SharePlan.load)
         scores = Scores.load(from_scores)
         made = choice.plan_from(scores)
@@ -145,6 +148,9 @@ def plan(
                 "a plan for a model is chosen on text. Give --calibration FILE; or, to choose by its weights, score it "
                 "first and give --from-scores FILE."
             )
+        from headshare.calibration.run import plan_calibrated
+        from headshare.checkpoint.opening import open_checkpoint
+
         _check_file(output, common.overwrite, SharePlan.load, model)
         with open_checkpoint(model, revision=common.revision) as dense:
             budget = choice.budget(context, dense)
@@ -162,6 +168,8 @@ _OF_MODEL = ("calibration", "ffn_groups", "save", "allow", "multiple", "revision
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:
     """Refuse an output file that exists, unless it may be overwritten and is of the kind that `read` reads."""
+    from headshare.files.folder import is_taken
+
     if source is not None and Path(os.path.realpath(source)) in Path(os.path.realpath(path)).parents:
         raise OutputError(f"the output {path} is inside the model {source}. Choose a place outside it.")
     if not is_taken(path, overwrite=overwrite):

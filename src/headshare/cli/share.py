@@ -3,16 +3,10 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.bench.memory import watched_peak
-from headshare.calibration.budget import Budget
-from headshare.calibration.outcome import Outcome, ShareRequest
-from headshare.calibration.run import refit_checkpoint, share_calibrated
-from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.opening import open_base, open_checkpoint
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
@@ -42,11 +36,14 @@ from headshare.cli.share_options import (
     ShareMatchName,
 )
 from headshare.errors import CalibrationError, CheckpointError, OutputError
-from headshare.files.folder import check_output, check_vacant
-from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.progress import tell
-from headshare.sharing.share import share as share_checkpoint
+
+if TYPE_CHECKING:
+    from headshare.calibration.budget import Budget
+    from headshare.checkpoint.checkpoint import Checkpoint
+else:
+    Budget = Checkpoint = Any  # they import torch, which only a command that runs has the time for
 
 # what README's tables show at the ratio that is the default here, of sharing by weights and of a plan with its repair
 UNREPAIRED = (
@@ -74,6 +71,8 @@ def _check_share(context: Context, *, planned: bool, by_output: bool, refit: boo
 
 def _open_dense_of(shared: Checkpoint, given: str | None) -> Checkpoint:
     """Open the dense model that was given, or that a shared checkpoint names."""
+    from headshare.checkpoint.opening import open_base, open_checkpoint
+
     if shared.sharing is None:
         raise CheckpointError(f"{shared.name} is not a shared checkpoint; there is nothing to refit.")
     if given is not None:
@@ -113,6 +112,14 @@ def share(
     when the command is given again. To have all of that chosen, repaired and measured, use `headshare shrink`.
     """
     begun = time.monotonic()
+    from headshare.bench.memory import watched_peak
+    from headshare.calibration.outcome import Outcome, ShareRequest
+    from headshare.calibration.run import share_calibrated
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.folder import check_output, check_vacant
+    from headshare.matching.similarity import score_units
+    from headshare.sharing.share import share as share_checkpoint
+
     by_output = plan_file is None and (match == OUTPUT or choice.save is not None or choice.allow is not None)
     _check_share(
         context,
@@ -191,6 +198,10 @@ def refit(
 ) -> None:
     """Refit a shared checkpoint's output projections on a text, without training, to follow its dense model again."""
     begun = time.monotonic()
+    from headshare.calibration.run import refit_checkpoint
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.folder import check_vacant
+
     if out is None and not Path(shared).is_dir():
         raise OutputError(f"{shared} is no folder here that could be replaced. Say where to write: --out NEW")
     if out is not None:

@@ -3,14 +3,12 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.calibration.budget import NOTHING, Budget
 from headshare.calibration.refit.refinement import NONE
-from headshare.calibration.settings import CalibrationSettings
-from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
@@ -22,22 +20,29 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.matching.functions import MATCH_FUNCTIONS
-from headshare.matching.pairing import MODES, make_plan
-from headshare.matching.scores import Scores
+from headshare.matching.modes import MODES
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
-from headshare.text.tokens import TOKENS
+from headshare.text.documents import TOKENS
 
 OUTPUT = "output"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 # the choices of options: enumerations to typer, which offers their values; words to a type checker
 if TYPE_CHECKING:
+    from headshare.calibration.budget import Budget
+    from headshare.calibration.settings import CalibrationSettings
+    from headshare.checkpoint.checkpoint import Checkpoint
+    from headshare.matching.scores import Scores
+
     MatchName = str
     ShareMatchName = str
     ModeName = str
     DtypeName = str
 else:
+    # all of them import torch, which only a command that runs has the time for
+    Budget = CalibrationSettings = Checkpoint = Scores = Any
+
     MatchName = StrEnum("MatchName", {name: name for name in MATCH_NAMES})
     ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT)})
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
@@ -149,6 +154,8 @@ class ChoiceOptions:
 
     def plan_from(self, scores: Scores) -> SharePlan:
         """The plan by weights that the options ask for."""
+        from headshare.matching.pairing import make_plan
+
         return make_plan(
             scores,
             self.ratio,
@@ -160,6 +167,8 @@ class ChoiceOptions:
 
     def budget(self, context: Context, dense: Checkpoint) -> Budget:
         """The budget by output that the options ask for. Options that do not apply to it are refused."""
+        from headshare.calibration.budget import NOTHING, Budget
+
         budget = Budget.parse(
             dense,
             ratio=self.ratio,
@@ -226,6 +235,8 @@ class CalibrationOptions:
 
     def settings(self, source: str, *, restart: bool = False, probe: bool = True) -> CalibrationSettings:
         """The settings of calibration on this text."""
+        from headshare.calibration.settings import CalibrationSettings
+
         return CalibrationSettings(
             source,
             self.calibration_tokens,

@@ -26,9 +26,8 @@ from headshare.cli.options import (
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
-from headshare.matching.pairing import MODES
-from headshare.training.penalty import Distance
-from headshare.training.settings import TrainingMethod
+from headshare.matching.modes import MODES
+from headshare.training.settings import Distance, TrainingMethod
 
 
 class TrainDtypeName(StrEnum):

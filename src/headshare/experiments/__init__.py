@@ -1,8 +1,23 @@
 """Comparisons of methods at equal stored bytes: sharing, its controls, and the methods of others."""
 
-from headshare.experiments.case import METHODS
-from headshare.experiments.cells import Compared
-from headshare.experiments.grid import compare
-from headshare.experiments.recipe import Grid, Recipe
+from typing import TYPE_CHECKING
+
+from headshare.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from headshare.experiments.cells import Compared
+    from headshare.experiments.grid import compare
+    from headshare.experiments.methods import METHODS
+    from headshare.experiments.recipe import Grid, Recipe
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "headshare.experiments.cells": "Compared",
+            "headshare.experiments.grid": "compare",
+            "headshare.experiments.methods": "METHODS",
+            "headshare.experiments.recipe": "Grid Recipe",
+        },
+    )
 
 __all__ = ["METHODS", "Compared", "Grid", "Recipe", "compare"]

@@ -18,6 +18,7 @@ from headshare.errors import EvaluationError, HeadshareError, OutputError
 from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
+from headshare.experiments.demo_settings import RATIOS, TOKENS
 from headshare.files.failures import explain
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
@@ -28,8 +29,6 @@ from headshare.sharing.share import share
 from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, finite_or_null, window_for, windows_of
 
-RATIOS = (0.0, 0.1, 0.2, 0.3)
-TOKENS = 4096
 CALIBRATED_TIMES = 2  # tokens to calibrate on, as a multiple of the tokens to measure on
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from headshare.bench.tables import markdown, mib
+from headshare.bench.tables import mib
 from headshare.experiments.demo import DemoRow
+from headshare.tables import markdown
 
 HEADERS = (
     "ratio",

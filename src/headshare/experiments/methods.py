@@ -20,6 +20,7 @@ from headshare.experiments.baselines import (
     round_to_integers,
     zero_smallest,
 )
+from headshare.experiments.case import METHODS as METHODS  # all of them, once this module is imported
 from headshare.experiments.case import Case, Edit, Make, method
 from headshare.experiments.controls import with_random_donors
 from headshare.matching.pairing import units_at

@@ -18,8 +18,9 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.cells import Asked
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
+from headshare.text.documents import TOKENS
 from headshare.text.formats import check_field
-from headshare.text.tokens import TOKENS, Calibration
+from headshare.text.tokens import Calibration
 from headshare.training import TrainSettings
 
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")

@@ -6,17 +6,20 @@ To add one, decorate a function and give it a test and a line in the docs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from headshare.errors import OptionError
 from headshare.plan.section import MAX_NAME
 from headshare.plan.units import FFN_PARTS, Part, Sublayer
 
-Products = Mapping[Part, Float[Tensor, "units units"]]
-MatchingScores = Float[Tensor, "units units"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Products = Mapping[Part, Float[Tensor, "units units"]]
+    MatchingScores = Float[Tensor, "units units"]
+else:
+    Products = MatchingScores = Any  # the command line takes its choices from here, and has no time to import torch
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def match_function(
 
 def cosine(products: Products, *parts: Part) -> MatchingScores:
     """Cosine of the concatenated, flattened parts (arXiv 2402.11819, Eq. 3), signed. A zero unit has cosine 0."""
+    import torch
+
     total = torch.stack([products[part] for part in parts]).sum(dim=0)
     norms = total.diagonal().clamp(min=0).sqrt()
     scale = norms[:, None] * norms[None, :]

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headshare.bench.tables import markdown
 from headshare.calibration.amounts import in_units
 from headshare.calibration.measure import HeldOutPerplexity
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -15,6 +14,7 @@ from headshare.plan.describe import titles
 from headshare.plan.plan import SharePlan
 from headshare.sharing.size import parameter_bytes
 from headshare.shrinking.prediction import Prediction
+from headshare.tables import markdown
 from headshare.text.windows import finite_or_null
 
 

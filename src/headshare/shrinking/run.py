@@ -13,7 +13,8 @@ from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.run import CalibratedRun, calibrated_run
 from headshare.calibration.settings import CalibrationSettings
-from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.evaluation.perplexity import Perplexity, evaluate
@@ -27,7 +28,7 @@ from headshare.sharing.share import share
 from headshare.shrinking.prediction import Prediction
 from headshare.shrinking.request import ShrinkRequest, calibration_text
 from headshare.shrinking.result import Shrunk, Size, TextPerplexity
-from headshare.text.tokens import TOKENS
+from headshare.text.documents import TOKENS
 from headshare.text.windows import read_text
 
 # Looks at a prediction before the long part of the work, and raises what ends the run where it must not go on.

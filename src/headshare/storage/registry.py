@@ -15,6 +15,7 @@ from torch import nn
 from headshare.architecture.modules import ModuleMap
 from headshare.errors import StorageError
 from headshare.plan.tensors import TensorPlan
+from headshare.storage.names import AUTO, NAMES
 from headshare.storage.owner import OwnerStorage
 from headshare.storage.pooled.alias import AliasStorage
 from headshare.storage.pooled.indirect import IndirectStorage
@@ -22,7 +23,6 @@ from headshare.storage.pooled.shelves import placed_on
 from headshare.storage.pooled.vmm import VmmStorage
 
 LOGGER = logging.getLogger("headshare")
-AUTO = "auto"
 
 
 @runtime_checkable
@@ -61,10 +61,9 @@ class Storage(Protocol):
         """
 
 
-# Storages in the order in which `auto` asks them. Any that follows one that never refuses must be asked for by name.
-STORAGES: dict[str, type[Storage]] = {
-    storage.name: storage for storage in (AliasStorage, IndirectStorage, OwnerStorage, VmmStorage)
-}
+STORAGES: dict[str, type[Storage]] = dict(
+    zip(NAMES, (AliasStorage, IndirectStorage, OwnerStorage, VmmStorage), strict=True)
+)
 # The storage for a model that is to be trained, or changed in any other way.
 TRAINABLE = next(name for name, storage in STORAGES.items() if storage.trains)
 

@@ -21,7 +21,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.files.untrusted import is_file
 from headshare.integrations.transformers.loading import load_tokenizer
-from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.documents import DATA_SET, SELF, SOURCES, TOKENS, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
     check_vocabulary,
@@ -35,7 +35,6 @@ from headshare.text.windows import (
 from headshare.text.written import AFTER_TEXT, first_tokens, written_after
 
 LOGGER = logging.getLogger("headshare")
-TOKENS = 32_768
 # About four times what English takes, so that there are windows to choose from.
 BYTES_PER_TOKEN = 16
 # A window that the model writes, going on from the text, begins with this part of one of the text's.

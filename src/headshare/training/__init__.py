@@ -1,9 +1,24 @@
 """Train a model into sharing (PostShare), or a shared model back to quality, with the Hugging Face Trainer."""
 
-from headshare.training.result import Closed, Trained
-from headshare.training.run import train
-from headshare.training.settings import Learning, Loss, Sharing, TrainingMethod, TrainingText, TrainSettings
-from headshare.training.trainer import SharingTrainer
+from typing import TYPE_CHECKING
+
+from headshare.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from headshare.training.result import Closed, Trained
+    from headshare.training.run import train
+    from headshare.training.settings import Learning, Loss, Sharing, TrainingMethod, TrainingText, TrainSettings
+    from headshare.training.trainer import SharingTrainer
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "headshare.training.result": "Closed Trained",
+            "headshare.training.run": "train",
+            "headshare.training.settings": "Learning Loss Sharing TrainingMethod TrainingText TrainSettings",
+            "headshare.training.trainer": "SharingTrainer",
+        },
+    )
 
 __all__ = [
     "Closed",

@@ -10,7 +10,6 @@ needs memory for the differences of tied units and for nothing else, and no unit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,21 +23,10 @@ from headshare.errors import PlanError
 from headshare.plan.layout import Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import HeadUnit
+from headshare.training.settings import Distance
 
 # keeps a cosine of zeros finite
 SMALLEST = 1e-12
-
-
-class Distance(StrEnum):
-    """The distance between the two ends of a tie, part by part.
-
-    It is the Frobenius norm of their difference (the paper's), its square, or 1 - cosine of the flattened parts (which
-    units are matched by).
-    """
-
-    FROBENIUS = "frobenius"
-    SQUARED = "squared"
-    COSINE = "cosine"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 
-from headshare.checkpoint.checkpoint import OUTPUT_DTYPES, Checkpoint
-from headshare.checkpoint.contents import companions
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.contents import OUTPUT_DTYPES, companions
 from headshare.checkpoint.entry import Origin
 from headshare.checkpoint.fingerprint import fingerprint, origin_of
 from headshare.checkpoint.opening import open_checkpoint

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
-from headshare.training.penalty import Distance
 
 # the Trainer's arguments unless they are given: the paper's, but for the batch, which is that of one device
 RECIPE: Mapping[str, Any] = {
@@ -35,6 +34,18 @@ class TrainingMethod(StrEnum):
     RECOVER = "recover"
     BOTH = "both"
     DENSE = "dense"
+
+
+class Distance(StrEnum):
+    """The distance between the two ends of a tie, part by part.
+
+    It is the Frobenius norm of their difference (the paper's), its square, or 1 - cosine of the flattened parts (which
+    units are matched by).
+    """
+
+    FROBENIUS = "frobenius"
+    SQUARED = "squared"
+    COSINE = "cosine"
 
 
 class _Settings(BaseModel):

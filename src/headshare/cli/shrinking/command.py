@@ -4,13 +4,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headshare.calibration.refit.refinement import NONE
-from headshare.calibration.settings import CalibrationSettings
-from headshare.checkpoint.opening import open_checkpoint
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
@@ -31,10 +29,13 @@ from headshare.cli.share_options import (
 )
 from headshare.cli.shrinking.table import drawn
 from headshare.progress import say, tell
-from headshare.shrinking.prediction import Prediction
-from headshare.shrinking.request import ShrinkRequest, calibration_text
-from headshare.shrinking.result import Shrunk
-from headshare.shrinking.run import shrink_checkpoint
+
+if TYPE_CHECKING:
+    from headshare.calibration.settings import CalibrationSettings
+    from headshare.shrinking.prediction import Prediction
+    from headshare.shrinking.result import Shrunk
+else:
+    CalibrationSettings = Prediction = Shrunk = Any  # they import torch, which only commands that run do
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ def shrink(
     headshare shrink MODEL OUT --to 4GB --calibration FILE --dry-run
     """
     begun = time.monotonic()
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.shrinking.request import ShrinkRequest, calibration_text
+    from headshare.shrinking.run import shrink_checkpoint
+
     wanted = ShrinkRequest(size.save, size.to, texts.refine, whole_numbers(size.protect), size.multiple, dtype)
     settings = texts.settings_on(calibration_text(texts.calibration))
 

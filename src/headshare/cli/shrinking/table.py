@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from headshare.bench.tables import markdown
+from headshare.tables import markdown
 
 # columns of a terminal of unknown width
 WIDTH = 100

@@ -10,7 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.errors import StorageError
-from headshare.storage.registry import AUTO, STORAGES, check_storage
+from headshare.storage.names import AUTO
+from headshare.storage.registry import STORAGES, check_storage
 
 
 @dataclass(frozen=True)
