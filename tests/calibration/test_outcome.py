@@ -171,7 +171,7 @@ def test_the_command_line_says_whether_units_may_be_removed(
         seen.append(budget)
         raise PlanError("stopped")
 
-    monkeypatch.setattr("headshare.cli.plan.plan_calibrated", stop)
+    monkeypatch.setattr("headshare.calibration.run.plan_calibrated", stop)
     assert run("plan", "model", "-o", "plan.json", *words, *TEXT).status != 0
     assert any(action.removes for action in seen[0].actions) == removes
 

@@ -79,7 +79,7 @@ def test_the_format_registers_when_transformers_is_imported_after_headshare() ->
     "package", ["headshare", "headshare.evaluation", "headshare.training", "headshare.experiments"]
 )
 def test_lazy_names_are_those_that_type_checkers_see(package: str) -> None:
-    module = importlib.import_module(package)
+    module = importlib.import_module(f"headshare{package}")
     tree = ast.parse(Path(str(module.__file__)).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}

@@ -153,7 +153,7 @@ def test_whatever_the_system_reports_is_one_line_with_its_path_and_its_cause(
     def fail(*_: object, **__: object) -> object:
         raise error
 
-    monkeypatch.setattr("headshare.cli.plan.open_checkpoint", fail)
+    monkeypatch.setattr("headshare.checkpoint.opening.open_checkpoint", fail)
     found = run("estimate", llama)
     assert found.status == 1
     assert found.err.strip().count("\n") == 0

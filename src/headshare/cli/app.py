@@ -32,7 +32,7 @@ class Command:
         """The command as typer makes it."""
         module, function = self.home.split(":")
         alone = typer.Typer(add_completion=False)
-        alone.command(name, context_settings=self.settings and dict(self.settings))(
+        alone.command(name, context_settings=dict(self.settings) if self.settings else None)(
             getattr(import_module(f"headshare.cli.{module}"), function)
         )
         return typer.main.get_command(alone)
@@ -85,7 +85,7 @@ class _Group(TyperGroup):
         super().__init__(**{**settings, "commands": {}})
         self.commands: Any = _Made()
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer hands it over
         """The names of the commands, as `--help` lists them."""
         return list(COMMANDS)
 

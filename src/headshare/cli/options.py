@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,15 @@ from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
 from headshare.files.printable import shown
 from headshare.progress import tell
+from headshare.tables import drawn
 
 if TYPE_CHECKING:
     from typer import Context as Context
 else:
     Context = typer.Context.__base__  # what typer hands over is one of these, and no typer.Context
+
+# columns of a terminal that does not say how many it has
+WIDTH = 100
 
 # panels of `--help`; options without one are listed first
 CHOOSE = "Choose"
@@ -110,13 +116,14 @@ def listed(text: str) -> list[str]:
 def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Path | None = None) -> None:
     """Print the result of a command on standard output: words for people, or one JSON object.
 
-    What strangers wrote (names, texts of a model) is shown without what a terminal would act on. `written` is the
+    Tables are drawn on a terminal and are Markdown elsewhere. What strangers wrote (names, texts of a model) is shown
+    without what a terminal would act on. `written` is the
     output that the command wrote. Where printing fails, the output is there all the same, and the command has done what
     it was to do. Without one, the command fails. Of several processes the first one prints.
     """
     if not launched_first():
         return
-    text = json.dumps(data, default=str) if as_json else shown(words.rstrip())
+    text = json.dumps(data, default=str) if as_json else _as_read(shown(words.rstrip()))
     error = unprinted(f"{text}\n")
     if error is None:
         return
@@ -126,6 +133,14 @@ def print_result(data: dict[str, Any], words: str, as_json: bool, *, written: Pa
     if error.errno != errno.EPIPE:  # its reader needs no more of it
         tell(f"error: the result could not be printed: {error.strerror}.")
     raise typer.Exit(1)
+
+
+def _as_read(words: str) -> str:
+    """The words as standard output shows them best: with tables drawn, if a person reads them on a terminal."""
+    if sys.stdout is None or sys.stdout.closed or not sys.stdout.isatty():
+        return words
+    encoding = (sys.stdout.encoding or "").lower()
+    return drawn(words, shutil.get_terminal_size((WIDTH, 24)).columns, plain=not encoding.startswith("utf"))
 
 
 def print_written(data: dict[str, Any], words: str, out: Path, seconds: float, *, as_json: bool) -> None:

@@ -1,1 +1,1 @@
-"""The command shrink, and the table that it prints."""
+"""The command shrink."""

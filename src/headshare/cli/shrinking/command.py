@@ -27,8 +27,8 @@ from headshare.cli.share_options import (
     OutArgument,
     whole_numbers,
 )
-from headshare.cli.shrinking.table import drawn
 from headshare.progress import say, tell
+from headshare.tables import markdown
 
 if TYPE_CHECKING:
     from headshare.calibration.settings import CalibrationSettings
@@ -187,5 +187,5 @@ def _print_result(shrunk: Shrunk, seconds: float, *, as_json: bool) -> None:
         note = [] if shrunk.held_out.dense is not None else [shrunk.held_out.in_words()]
         load = "\n".join(f"    {line}" for line in shrunk.how_to_load)
         made = f"Written, verified and measured in {seconds:.0f} s: {shrunk.out}"
-        words = "\n".join([drawn(shrunk.rows()), *note, f"Done: {shrunk.done}", made, "To load it:", load])
+        words = "\n".join([markdown(shrunk.rows()), *note, f"Done: {shrunk.done}", made, "To load it:", load])
     print_result(data, words, as_json, written=shrunk.out)
