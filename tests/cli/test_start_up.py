@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import headshare
-from headshare.cli.app import COMMANDS
+from headshare.cli.catalogue.commands import COMMANDS
 from headshare.storage.names import NAMES
 
 SLOW = ("torch", "transformers", "safetensors", "accelerate", "numpy", "jaxtyping", "huggingface_hub")

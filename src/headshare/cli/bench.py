@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headshare.cli.options import CHOOSE, AnyBaseOption, FieldOption, JsonOption, print_result
+from headshare.cli.options import CHOOSE, RUN, TEXT, WRITE, AnyBaseOption, FieldOption, JsonOption, print_result
 from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption, whole_numbers
 from headshare.errors import CheckpointError
 from headshare.experiments.demo_settings import RATIOS, TOKENS
@@ -23,12 +23,17 @@ def demo(
         typer.Argument(metavar="MODEL", help="A local folder, or a hub id. Default: the model that `make demo` made."),
     ] = DEMO_MODEL,
     text: Annotated[
-        Path | None, typer.Option(help="Measure on this text. Default: Python's own language reference.")
+        Path | None,
+        typer.Option(rich_help_panel=TEXT, help="Measure on this text. Default: Python's own language reference."),
     ] = None,
     field: FieldOption = None,
-    work: Annotated[Path, typer.Option(help="Write the shared models into this folder.")] = Path("demo-output"),
-    tokens: Annotated[int, typer.Option(help="Measure on this many tokens of the text.")] = TOKENS,
-    seed: Annotated[int, typer.Option(help="Draw the random donors by this seed.")] = 0,
+    work: Annotated[Path, typer.Option(rich_help_panel=WRITE, help="Write the shared models into this folder.")] = Path(
+        "demo-output"
+    ),
+    tokens: Annotated[
+        int, typer.Option(rich_help_panel=TEXT, help="Measure on this many tokens of the text.")
+    ] = TOKENS,
+    seed: Annotated[int, typer.Option(rich_help_panel=RUN, help="Draw the random donors by this seed.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Share at 0, 0.1, 0.2 and 0.3, verify each model, and print one table of savings and costs."""
@@ -59,12 +64,16 @@ def bench(
     model: ModelArgument,
     against: Annotated[
         str | None,
-        typer.Option(help="Compare a shared MODEL with this dense one. Default: MODEL, expanded temporarily."),
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Compare a shared MODEL with this dense one. Default: MODEL, expanded temporarily.",
+        ),
     ] = None,
     storage: Annotated[
         str,
         typer.Option(
-            help=f"Hold the shared model's weights in these ways, joined by commas: {AUTO}, {', '.join(NAMES)}."
+            rich_help_panel=RUN,
+            help=f"Hold the shared model's weights in these ways, joined by commas: {AUTO}, {', '.join(NAMES)}.",
         ),
     ] = AUTO,
     ratio: Annotated[
@@ -73,17 +82,27 @@ def bench(
     parts: PartsOption = "qkv",
     tokens: Annotated[
         str | None,
-        typer.Option(help="Measure passes of these lengths. Default: 1,16,512, as far as the model can read."),
+        typer.Option(
+            rich_help_panel=RUN,
+            help="Measure passes of these lengths. Default: 1,16,512, as far as the model can read.",
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Run this many passes of each model, by turns.")] = 10,
+    repeats: Annotated[
+        int, typer.Option(rich_help_panel=RUN, help="Run this many passes of each model, by turns.")
+    ] = 10,
     loads: Annotated[
-        int, typer.Option(help="Load each model this many times, by turns; each load runs in its own process.")
+        int,
+        typer.Option(
+            rich_help_panel=RUN, help="Load each model this many times, by turns; each load runs in its own process."
+        ),
     ] = 3,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Load from the disk. Default: from the system's cache of it.")
+        bool,
+        typer.Option("--cold", rich_help_panel=RUN, help="Load from the disk. Default: from the system's cache of it."),
     ] = False,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Load the models in this type. Default: as they are stored.")
+        DtypeName | None,
+        typer.Option(rich_help_panel=RUN, help="Load the models in this type. Default: as they are stored."),
     ] = None,
     any_base: AnyBaseOption = False,
     as_json: JsonOption = False,

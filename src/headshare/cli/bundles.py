@@ -40,7 +40,8 @@ def with_bundles(command: Callable[..., None]) -> Callable[..., None]:
 
 def _in_order(bundle: Any) -> list[Field[Any]]:
     """The options of a bundle as `--help` lists them: its own before those of the bundle that it extends."""
-    return sorted(fields(bundle), key=lambda field: field.name not in vars(bundle)["__annotations__"])
+    own = list(vars(bundle)["__annotations__"])
+    return sorted(fields(bundle), key=lambda field: own.index(field.name) if field.name in own else len(own))
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:

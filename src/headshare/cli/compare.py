@@ -14,6 +14,9 @@ import typer
 from headshare.cli.bundles import given_options, with_bundles
 from headshare.cli.evaluate import TaskOptions, TextOptions, TranslationOptions
 from headshare.cli.options import (
+    CALIBRATE,
+    RUN,
+    WRITE,
     Context,
     FieldOption,
     JsonOption,
@@ -27,6 +30,9 @@ from headshare.cli.share_options import CalibrationOptions
 from headshare.errors import EvaluationError, TrainingError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import is_file, read_yaml
+
+# a panel of `--help`
+COMPARE = "Compare"
 
 # parameters whose words are joined by commas
 LISTS = ("methods", "ratios", "save", "tasks")
@@ -42,42 +48,66 @@ class GridOptions(CalibrationOptions):
     methods: Annotated[
         str,
         typer.Option(
+            rich_help_panel=COMPARE,
             metavar="NAMES",
             help="Compare these methods, joined by commas; +refit adds a refit, as in deletion+refit. Default: a set "
             "that needs no calibration text.",
         ),
     ] = ""
     ratios: Annotated[
-        str, typer.Option(metavar="NUMBERS", help="Compare at these fractions of all units, joined by commas.")
+        str,
+        typer.Option(
+            rich_help_panel=COMPARE,
+            metavar="NUMBERS",
+            help="Compare at these fractions of all units, joined by commas.",
+        ),
     ] = "0.1,0.3"
     save: Annotated[
         str,
         typer.Option(
+            rich_help_panel=COMPARE,
             metavar="SHARES",
             help="Compare where these shares of the model's bytes are saved, joined by commas: 10%,20%. Without "
             "--ratios, at these alone.",
         ),
     ] = ""
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|DATASET|self", help="Choose units and refit on this text.")
+        str | None,
+        typer.Option(rich_help_panel=CALIBRATE, metavar="FILE", help="Choose units and refit on this text."),
     ] = None
     field: FieldOption = None
     calibration_window: Annotated[
-        int | None, typer.Option(help="Cut that text into windows of this many tokens. Default: as --window.")
+        int | None,
+        typer.Option(
+            rich_help_panel=CALIBRATE, help="Cut that text into windows of this many tokens. Default: as --window."
+        ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Draw random donors and held-out windows by this seed.")] = 0
-    device: Annotated[str, typer.Option(help="Calibrate and measure on this device: cpu, cuda:0.")] = "cpu"
+    seed: Annotated[
+        int, typer.Option(rich_help_panel=RUN, help="Draw random donors and held-out windows by this seed.")
+    ] = 0
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", rich_help_panel=RUN, help="Calibrate and measure on this device: cpu, cuda:0."),
+    ] = "cpu"
 
 
 @with_bundles
 def compare_command(
     context: Context,
-    out: Annotated[
-        Path, typer.Option(help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.")
-    ] = Path("compared"),
     config: Annotated[
-        Path | None, typer.Option(help="Read settings from this YAML recipe; options on the command line override it.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=COMPARE,
+            help="Read settings from this YAML recipe; options on the command line override it.",
+        ),
     ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            rich_help_panel=WRITE,
+            help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.",
+        ),
+    ] = Path("compared"),
     *,
     chosen: GridOptions,
     text: TextOptions,
@@ -85,7 +115,9 @@ def compare_command(
     translation: TranslationOptions,
     train: Annotated[
         Path | None,
-        typer.Option(help="Train by these settings of `headshare train` in YAML (text, learning, ...)."),
+        typer.Option(
+            rich_help_panel=COMPARE, help="Train by these settings of `headshare train` in YAML (text, learning, ...)."
+        ),
     ] = None,
     restart: RestartOption = False,
     revision: RevisionOption = None,
@@ -130,14 +162,21 @@ def report_command(
         list[Path], typer.Argument(metavar="FOLDER...", help="Folders that `compare --out` or `eval --out` wrote.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Also write the page to this file, in place of what is there.")
+        Path | None,
+        typer.Option(rich_help_panel=WRITE, help="Also write the page to this file, in place of what is there."),
     ] = None,
     paper: Annotated[
         Path | None,
-        typer.Option(help="Put the figures of this YAML file beside ours, such as recipes/published/2402.11819.yaml."),
+        typer.Option(
+            rich_help_panel=WRITE,
+            help="Put the figures of this YAML file beside ours, such as recipes/published/2402.11819.yaml.",
+        ),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw figures into this folder, and show them on the page.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=WRITE, metavar="DIR", help="Draw figures into this folder, and show them on the page."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -12,6 +12,11 @@ import typer
 
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
+    RUN,
+    TASKS,
+    TEXT,
+    TRANSLATION,
+    WRITE,
     AnyBaseOption,
     Context,
     FieldOption,
@@ -42,16 +47,20 @@ class TextOptions:
     """A text whose perplexity is measured."""
 
     text: Annotated[
-        Path | None, typer.Option(help="Measure the perplexity of this text file, .jsonl, .json or .csv.")
+        Path | None,
+        typer.Option(rich_help_panel=TEXT, help="Measure the perplexity of this text file, .jsonl, .json or .csv."),
     ] = None
     window: Annotated[
         int | None,
         typer.Option(
+            rich_help_panel=TEXT,
             help="Cut --text into windows of this many tokens, which do not overlap. Default: 512, or the most that "
-            "the models read."
+            "the models read.",
         ),
     ] = None
-    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens of --text. Default: all.")] = None
+    tokens: Annotated[
+        int | None, typer.Option(rich_help_panel=TEXT, help="Use at most this many tokens of --text. Default: all.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,10 @@ class OpenedTextOptions(TextOptions):
     field: FieldOption = None
     bos: Annotated[
         bool | None,
-        typer.Option(help="Open each window with the beginning-of-text token. Default: if the model has one."),
+        typer.Option(
+            rich_help_panel=TEXT,
+            help="Open each window with the beginning-of-text token. Default: if the model has one.",
+        ),
     ] = None
 
 
@@ -72,23 +84,34 @@ class TaskOptions:
     tasks: Annotated[
         str,
         typer.Option(
-            metavar="NAMES", help="Measure these tasks, joined by commas: ours, from --data-dir, or lm-eval's."
+            rich_help_panel=TASKS,
+            metavar="NAMES",
+            help="Measure these tasks, joined by commas: ours, from --data-dir, or lm-eval's.",
         ),
     ] = ""
     data_dir: Annotated[
-        Path | None, typer.Option(help="Read our tasks' files, piqa.jsonl and so on, from this folder.")
+        Path | None,
+        typer.Option(rich_help_panel=TASKS, help="Read our tasks' files, piqa.jsonl and so on, from this folder."),
     ] = None
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Use the first so many questions of each task or subject, and lines of --source. Default: all."
+            rich_help_panel=TASKS,
+            help="Use the first so many questions of each task or subject, and lines of --source. Default: all.",
         ),
     ] = None
     few_shot: Annotated[
-        int | None, typer.Option(help="Show this many examples before each question. Default: the task's own number.")
+        int | None,
+        typer.Option(
+            rich_help_panel=TASKS, help="Show this many examples before each question. Default: the task's own number."
+        ),
     ] = None
-    batch_size: Annotated[int, typer.Option(help="Run this many options of questions at once.")] = 16
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO
+    batch_size: Annotated[
+        int, typer.Option(rich_help_panel=RUN, help="Run this many options of questions at once.")
+    ] = 16
+    dtype: Annotated[EvalDtypeName, typer.Option(rich_help_panel=RUN, help="Run in this type; auto: as stored.")] = (
+        EvalDtypeName.AUTO
+    )
 
 
 @dataclass(frozen=True)
@@ -96,14 +119,28 @@ class TranslationOptions:
     """A text that is translated."""
 
     source: Annotated[
-        Path | None, typer.Option(help="Translate this text line by line, and measure BLEU and METEOR.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=TRANSLATION, help="Translate this text line by line, and measure BLEU and METEOR."
+        ),
     ] = None
-    reference: Annotated[Path | None, typer.Option(help="Compare with this translation, line by line.")] = None
+    reference: Annotated[
+        Path | None, typer.Option(rich_help_panel=TRANSLATION, help="Compare with this translation, line by line.")
+    ] = None
     prompt: Annotated[
-        str, typer.Option(help="Give the model this text for each line of --source, which replaces {source}.")
+        str,
+        typer.Option(
+            show_default="{source} and a new line",
+            rich_help_panel=TRANSLATION,
+            help="Give the model this text for each line of --source, which replaces {source}.",
+        ),
     ] = "{source}\n"
     language: Annotated[
-        str | None, typer.Option(help="Also match stems of this language of --reference, such as french, in METEOR.")
+        str | None,
+        typer.Option(
+            rich_help_panel=TRANSLATION,
+            help="Also match stems of this language of --reference, such as french, in METEOR.",
+        ),
     ] = None
 
 
@@ -115,11 +152,18 @@ def evaluate_command(
     texts: OpenedTextOptions,
     asked: TaskOptions,
     translation: TranslationOptions,
-    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", rich_help_panel=RUN, help="Run on this device, such as cuda:0.")
+    ] = "cpu",
     out: Annotated[
-        Path | None, typer.Option(help="Keep results.json in this folder; what it has is not measured again.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=WRITE, help="Keep results.json in this folder; what it has is not measured again."
+        ),
     ] = None,
-    against: Annotated[str | None, typer.Option(help="For encoders: compare embeddings with this dense model.")] = None,
+    against: Annotated[
+        str | None, typer.Option(rich_help_panel=TEXT, help="For encoders: compare embeddings with this dense model.")
+    ] = None,
     any_base: AnyBaseOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
@@ -200,16 +244,27 @@ def evaluate_command(
 
 def generate_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_SHARED...", help="Dense or shared checkpoints.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Continue this prompt; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=TEXT, help="Continue this prompt; may be given several times.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Continue each line of this text file, or row of a .jsonl, .json or .csv.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=TEXT, help="Continue each line of this text file, or row of a .jsonl, .json or .csv."
+        ),
     ] = None,
     field: FieldOption = None,
-    tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Draw at this temperature; 0: the likeliest token.")] = 0,
-    seed: Annotated[int, typer.Option(help="Draw by this seed.")] = 0,
-    dtype: Annotated[EvalDtypeName, typer.Option(help="Run in this type; auto: as stored.")] = EvalDtypeName.AUTO,
-    device: Annotated[str, typer.Option(help="Run on this device, such as cuda:0.")] = "cpu",
+    tokens: Annotated[int, typer.Option(rich_help_panel=RUN, help="Write at most this many tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(rich_help_panel=RUN, help="Draw at this temperature; 0: the likeliest token.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(rich_help_panel=RUN, help="Draw by this seed.")] = 0,
+    dtype: Annotated[
+        EvalDtypeName, typer.Option(rich_help_panel=RUN, help="Run in this type; auto: as stored.")
+    ] = EvalDtypeName.AUTO,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", rich_help_panel=RUN, help="Run on this device, such as cuda:0.")
+    ] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Continue the same prompts by several models, and show the texts side by side."""

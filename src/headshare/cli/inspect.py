@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.cli.options import NEXT, AnyBaseOption, JsonOption, RevisionOption, print_result
+from headshare.cli.options import CHECK, NEXT, SHOW, AnyBaseOption, JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
 from headshare.errors import CheckpointError
 from headshare.plan.describe import describe, picture
@@ -63,7 +63,10 @@ def inspect(
     shared: Annotated[str, typer.Argument(metavar="SHARED", help="A shared checkpoint, or a share_plan.json.")],
     split: Annotated[
         int | None,
-        typer.Option(help="Also count what is held more than once when the layers are split over this many devices."),
+        typer.Option(
+            rich_help_panel=SHOW,
+            help="Also count what is held more than once when the layers are split over this many devices.",
+        ),
     ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
@@ -103,8 +106,12 @@ def inspect(
 
 def verify(
     shared: SharedArgument,
-    against: Annotated[str | None, typer.Option(help="Also compare every number with this dense model.")] = None,
-    logits: Annotated[bool, typer.Option(help="Also run both models and compare their logits.")] = True,
+    against: Annotated[
+        str | None, typer.Option(rich_help_panel=CHECK, help="Also compare every number with this dense model.")
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option(rich_help_panel=CHECK, help="Also run both models and compare their logits.")
+    ] = True,
     any_base: AnyBaseOption = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,

@@ -27,28 +27,50 @@ else:
 # columns of a terminal that does not say how many it has
 WIDTH = 100
 
-# panels of `--help`; options without one are listed first
+# panels of `--help`, in the order of the options that are in them
 CHOOSE = "Choose"
 CALIBRATE = "Calibrate"
+REPAIR = "Repair"
 WRITE = "Write"
+TEXT = "Text"
+TASKS = "Tasks"
+TRANSLATION = "Translation"
+SHOW = "Show"
+CHECK = "Check"
+RUN = "Run"
+OTHER = "Other"
 
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Throw away the state of a stopped run. Default: go on from it.")
+    bool,
+    typer.Option(
+        "--restart", rich_help_panel=RUN, help="Throw away the state of a stopped run. Default: go on from it."
+    ),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Read this branch, tag or commit of a hub id. Default: main.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(rich_help_panel=OTHER, help="Read this branch, tag or commit of a hub id. Default: main.")
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=OTHER, help="Print one JSON object on standard output and nothing else."),
+]
 FieldOption = Annotated[
     str | None,
     typer.Option(
+        rich_help_panel=TEXT,
         help="Read the text of a row from this field, in .jsonl, .json, .csv and data sets. Default: the one that it "
-        "can be."
+        "can be.",
     ),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=WRITE, help="Replace an existing output of the same kind.")
 ]
 AnyBaseOption = Annotated[
-    bool, typer.Option("--any-base", help="Take this dense model even if it is not the one that SHARED came from.")
+    bool,
+    typer.Option(
+        "--any-base",
+        rich_help_panel=OTHER,
+        help="Take this dense model even if it is not the one that SHARED came from.",
+    ),
 ]
 
 
@@ -56,11 +78,11 @@ AnyBaseOption = Annotated[
 NEXT = "To make the model smaller, repaired and measured, in one command: headshare shrink --help"
 
 # the words for how far a model is refined, with what they do besides having more text
-PRESETS = ", ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None and one.steps)
+PRESETS = "; ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None and one.steps)
 REFINE_HELP = (
-    "Refit on as much text again, which the dense model writes after the calibration text (text); then pull each "
-    f"layer's output towards the dense layer's by gradient steps on all its own weights ({PRESETS}). A number of STEPS "
-    "takes these alone."
+    "Repair further. text: refit on as much text again, which the dense model writes after the calibration text. "
+    f"{PRESETS}: also pull each layer's output towards the dense layer's by gradient steps. A number: take so many "
+    "steps alone."
 )
 
 
@@ -75,9 +97,7 @@ def a_refinement(word: str) -> str:
 
 RefineOption = Annotated[
     str,
-    typer.Option(
-        metavar="|".join((*REFINEMENTS, "STEPS")), callback=a_refinement, rich_help_panel=CALIBRATE, help=REFINE_HELP
-    ),
+    typer.Option(metavar="WORD", callback=a_refinement, rich_help_panel=REPAIR, help=REFINE_HELP),
 ]
 
 

@@ -101,8 +101,8 @@ def share(
         Path | None,
         typer.Option("--plan", rich_help_panel=CHOOSE, help="Use this plan; nothing is scored or chosen."),
     ] = None,
-    repair: RepairOptions,
     run: RunOptions,
+    repair: RepairOptions,
     dtype: DtypeOption = None,
     common: CommonOptions,
 ) -> None:
@@ -191,8 +191,8 @@ def refit(
         ),
     ] = None,
     *,
-    repair: RefitOptions,
     windows: CalibrationOptions,
+    repair: RefitOptions,
     restart: RestartOption = False,
     common: CommonOptions,
 ) -> None:

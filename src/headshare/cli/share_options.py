@@ -12,6 +12,7 @@ from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
+    REPAIR,
     WRITE,
     Context,
     RefineOption,
@@ -65,6 +66,7 @@ RatioOption = Annotated[
 PartsOption = Annotated[
     str,
     typer.Option(
+        metavar="PARTS",
         rich_help_panel=CHOOSE,
         help="Share these parts: qkv (the paper), qk, qkvo (the authors' release), ffn, gateup, or qkvo+ffn.",
     ),
@@ -109,7 +111,7 @@ class ChoiceOptions:
     """How many units are shared, and how they are chosen: by weights, or by output under a budget."""
 
     ratio: RatioOption = 0.3
-    parts: Annotated[str | None, typer.Option(rich_help_panel=CHOOSE, help=CALIBRATED_PARTS)] = None
+    parts: Annotated[str | None, typer.Option(metavar="PARTS", rich_help_panel=CHOOSE, help=CALIBRATED_PARTS)] = None
     mode: Annotated[
         ModeName,
         typer.Option(
@@ -123,6 +125,7 @@ class ChoiceOptions:
     protect: Annotated[
         str | None,
         typer.Option(
+            metavar="LAYERS",
             rich_help_panel=CHOOSE,
             help="Take nothing from these layers, such as 1,2,29. Default: none. (Layer 0 shares nothing; it can lose "
             "units.)",
@@ -131,6 +134,7 @@ class ChoiceOptions:
     save: Annotated[
         str | None,
         typer.Option(
+            metavar="AMOUNT",
             rich_help_panel=CHOOSE,
             help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
         ),
@@ -138,11 +142,11 @@ class ChoiceOptions:
     allow: Annotated[
         str | None,
         typer.Option(
-            metavar="remove,sublayers,narrow_values|none",
+            metavar="WORDS",
             rich_help_panel=CHOOSE,
-            help="Also delete heads and neurons (remove), a layer's whole attention or feed-forward (sublayers), or "
-            "dimensions of values, where that costs less. none: share only. Default: all with --save, none with "
-            "--parts.",
+            help="Also give these up where that costs less, joined by commas: heads and neurons (remove), a layer's "
+            "whole attention or feed-forward (sublayers), dimensions of values (narrow_values). none: share only. "
+            "Default: all with --save, none with --parts.",
         ),
     ] = None
     multiple: MultipleOption = 1
@@ -198,7 +202,7 @@ def whole_numbers(text: str | None) -> list[int]:
 # ---- calibration
 
 CALIBRATION = typer.Option(
-    metavar="FILE|DATASET|self",
+    metavar="FILE",
     rich_help_panel=CALIBRATE,
     help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], or self (the model "
     "writes it).",
@@ -230,7 +234,8 @@ class CalibrationOptions:
         int, typer.Option(rich_help_panel=CALIBRATE, help="Choose the windows, or write the text, by this seed.")
     ] = 0
     device: Annotated[
-        str, typer.Option(rich_help_panel=CALIBRATE, help="Calibrate on this device: cpu, cuda, or auto.")
+        str,
+        typer.Option(metavar="DEVICE", rich_help_panel=CALIBRATE, help="Calibrate on this device: cpu, cuda, or auto."),
     ] = "auto"
 
     def settings(self, source: str, *, restart: bool = False, probe: bool = True) -> CalibrationSettings:
@@ -283,7 +288,7 @@ class RefitOptions:
     """How a model is repaired after sharing."""
 
     refit_ffn: Annotated[
-        bool, typer.Option(rich_help_panel=CALIBRATE, help="Also refit the feed-forward's output projection.")
+        bool, typer.Option(rich_help_panel=REPAIR, help="Also refit the feed-forward's output projection.")
     ] = True
     refine: RefineOption = NONE
 
@@ -296,7 +301,7 @@ class RepairOptions(RefitOptions):
         bool,
         typer.Option(
             "--refit",
-            rich_help_panel=CALIBRATE,
+            rich_help_panel=REPAIR,
             help="After sharing, refit each layer's output projections to the calibration text (closed form, no "
             "training).",
         ),
@@ -304,7 +309,7 @@ class RepairOptions(RefitOptions):
     measure: Annotated[
         bool,
         typer.Option(
-            rich_help_panel=CALIBRATE,
+            rich_help_panel=REPAIR,
             help="Also measure the perplexity of both models on held-out windows of the calibration text.",
         ),
     ] = False

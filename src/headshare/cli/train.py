@@ -14,6 +14,10 @@ import typer
 
 from headshare.cli.bundles import given_options, with_bundles
 from headshare.cli.options import (
+    CHOOSE,
+    RUN,
+    TASKS,
+    TEXT,
     CommonOptions,
     Context,
     FieldOption,
@@ -28,6 +32,9 @@ from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
 from headshare.matching.modes import MODES
 from headshare.training.settings import Distance, TrainingMethod
+
+TRAIN = "Train"
+LOSS = "Loss"
 
 
 class TrainDtypeName(StrEnum):
@@ -44,13 +51,15 @@ class TopOptions:
     method: Annotated[
         TrainingMethod,
         typer.Option(
+            rich_help_panel=TRAIN,
             help="Train in this way. postshare: pull pairs together, then share. recover: train a shared model. both: "
-            "share, then train. dense: train MODEL as it is, to compare with or to share after."
+            "share, then train. dense: train MODEL as it is, to compare with or to share after.",
         ),
     ] = TrainingMethod.POSTSHARE
-    seed: Annotated[int, typer.Option(help="Order the windows by this seed.")] = 0
+    seed: Annotated[int, typer.Option(rich_help_panel=RUN, help="Order the windows by this seed.")] = 0
     dtype: Annotated[
-        TrainDtypeName, typer.Option(help="Train in this type; --bf16 true adds mixed precision to float32.")
+        TrainDtypeName,
+        typer.Option(rich_help_panel=RUN, help="Train in this type; --bf16 true adds mixed precision to float32."),
     ] = TrainDtypeName.FLOAT32
 
 
@@ -61,57 +70,88 @@ class TrainTextOptions:
     data: Annotated[
         str,
         typer.Option(
-            metavar="FILE|DATASET",
+            rich_help_panel=TEXT,
+            metavar="FILE",
             help="Train on this text: a text file, a .jsonl, .json or .csv, or hf:NAME[:CONFIG][:SPLIT].",
         ),
     ] = ""
-    held_out_data: Annotated[str | None, typer.Option(help="Measure on this text. Default: the end of --data.")] = None
+    held_out_data: Annotated[
+        str | None, typer.Option(rich_help_panel=TEXT, help="Measure on this text. Default: the end of --data.")
+    ] = None
     field: FieldOption = None
     context_length: Annotated[
         int | None,
         typer.Option(
-            "--context", help="Cut the text into windows of this many tokens. Default: 1024, or the most MODEL reads."
+            "--context",
+            rich_help_panel=TEXT,
+            help="Cut the text into windows of this many tokens. Default: 1024, or the most MODEL reads.",
         ),
     ] = None
-    held_out: Annotated[int, typer.Option(help="Keep this many windows out of training, to measure on.")] = 64
-    limit: Annotated[int | None, typer.Option(help="Train on at most this many windows. Default: all.")] = None
-    stream: Annotated[bool, typer.Option("--stream", help="Read the text while training; needs --max_steps.")] = False
+    held_out: Annotated[
+        int, typer.Option(rich_help_panel=TEXT, help="Keep this many windows out of training, to measure on.")
+    ] = 64
+    limit: Annotated[
+        int | None, typer.Option(rich_help_panel=TEXT, help="Train on at most this many windows. Default: all.")
+    ] = None
+    stream: Annotated[
+        bool, typer.Option("--stream", rich_help_panel=TEXT, help="Read the text while training; needs --max_steps.")
+    ] = False
 
 
 @dataclass(frozen=True)
 class SharingOptions:
     """The settings of `sharing`."""
 
-    plan: Annotated[Path | None, typer.Option(help="Use this plan; nothing is scored or chosen.")] = None
-    ratio: Annotated[float, typer.Option(help="Share this fraction of all units.")] = 0.3
+    plan: Annotated[
+        Path | None, typer.Option(rich_help_panel=CHOOSE, help="Use this plan; nothing is scored or chosen.")
+    ] = None
+    ratio: Annotated[float, typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of all units.")] = 0.3
     match: Annotated[
-        str, typer.Option(help=f"Match units by the cosine of these parts of the weights: {', '.join(MATCH_NAMES)}.")
+        str,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help=f"Match units by the cosine of these parts of the weights: {', '.join(MATCH_NAMES)}.",
+        ),
     ] = "qk"
     parts: Annotated[
         str,
         typer.Option(
-            help="Share these parts, matched by the weights: qkv, qk, qkvo, ffn, gateup. For others, give --plan."
+            rich_help_panel=CHOOSE,
+            help="Share these parts, matched by the weights: qkv, qk, qkvo, ffn, gateup. For others, give --plan.",
         ),
     ] = "qkv"
-    mode: Annotated[str, typer.Option(help=f"Choose ties in this way, as in `share`: {', '.join(MODES)}.")] = "star"
+    mode: Annotated[
+        str, typer.Option(rich_help_panel=CHOOSE, help=f"Choose ties in this way, as in `share`: {', '.join(MODES)}.")
+    ] = "star"
 
 
 @dataclass(frozen=True)
 class LossOptions:
     """The settings of `loss`."""
 
-    gamma: Annotated[float, typer.Option(help="Weigh the distance of tied pairs by this (equation 5).")] = 0.5
-    lm: Annotated[float, typer.Option(help="Weigh the language-model loss by this; the authors' code has 0.5.")] = 1.0
-    distance: Annotated[Distance, typer.Option(help="Compare pairs in this way; frobenius is the paper's.")] = (
-        Distance.FROBENIUS
-    )
+    gamma: Annotated[
+        float, typer.Option(rich_help_panel=LOSS, help="Weigh the distance of tied pairs by this (equation 5).")
+    ] = 0.5
+    lm: Annotated[
+        float,
+        typer.Option(rich_help_panel=LOSS, help="Weigh the language-model loss by this; the authors' code has 0.5."),
+    ] = 1.0
+    distance: Annotated[
+        Distance, typer.Option(rich_help_panel=LOSS, help="Compare pairs in this way; frobenius is the paper's.")
+    ] = Distance.FROBENIUS
     distill: Annotated[
         float,
-        typer.Option(help="Replace this fraction of the language-model loss by the divergence from the dense model."),
+        typer.Option(
+            rich_help_panel=LOSS,
+            help="Replace this fraction of the language-model loss by the divergence from the dense model.",
+        ),
     ] = 0.0
-    temperature: Annotated[float, typer.Option(help="Distil at this temperature.")] = 1.0
+    temperature: Annotated[float, typer.Option(rich_help_panel=LOSS, help="Distil at this temperature.")] = 1.0
     teacher: Annotated[
-        str | None, typer.Option(help="Distil from this dense model. Default: the one that MODEL is or names.")
+        str | None,
+        typer.Option(
+            rich_help_panel=LOSS, help="Distil from this dense model. Default: the one that MODEL is or names."
+        ),
     ] = None
 
 
@@ -121,10 +161,16 @@ class LearningOptions:
 
     lora: Annotated[
         int,
-        typer.Option(help="Train LoRA of this rank on weights that are not shared; not for postshare. 0: train all."),
+        typer.Option(
+            rich_help_panel=TRAIN,
+            help="Train LoRA of this rank on weights that are not shared; not for postshare. 0: train all.",
+        ),
     ] = 0
     patience: Annotated[
-        int | None, typer.Option(help="Stop after this many measurements without a better one. Default: do not.")
+        int | None,
+        typer.Option(
+            rich_help_panel=TRAIN, help="Stop after this many measurements without a better one. Default: do not."
+        ),
     ] = None
 
 
@@ -132,9 +178,16 @@ class LearningOptions:
 class TrainTaskOptions:
     """The settings of `tasks`."""
 
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Also measure these tasks each time, as in `eval`.")] = ""
-    data_dir: Annotated[Path | None, typer.Option(help="Read our tasks' files from this folder.")] = None
-    task_limit: Annotated[int | None, typer.Option(help="Use the first so many questions of each task.")] = None
+    tasks: Annotated[
+        str,
+        typer.Option(rich_help_panel=TASKS, metavar="NAMES", help="Also measure these tasks each time, as in `eval`."),
+    ] = ""
+    data_dir: Annotated[
+        Path | None, typer.Option(rich_help_panel=TASKS, help="Read our tasks' files from this folder.")
+    ] = None
+    task_limit: Annotated[
+        int | None, typer.Option(rich_help_panel=TASKS, help="Use the first so many questions of each task.")
+    ] = None
 
 
 # options whose settings have other names
@@ -149,7 +202,10 @@ def train(
     ],
     out: OutArgument,
     config: Annotated[
-        Path | None, typer.Option(help="Read settings from this YAML file; options on the command line override it.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=TRAIN, help="Read settings from this YAML file; options on the command line override it."
+        ),
     ] = None,
     *,
     top: TopOptions,

@@ -13,6 +13,7 @@ from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
+    RUN,
     CommonOptions,
     RefineOption,
     RestartOption,
@@ -92,9 +93,14 @@ class ShrinkTextOptions(CalibrationOptions):
 class AgreementOptions:
     """How far the run goes without being asked."""
 
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Go on even if the predicted loss is large.")] = False
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", rich_help_panel=RUN, help="Go on even if the predicted loss is large.")
+    ] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop after the prediction. What was measured for it is kept.")
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=RUN, help="Stop after the prediction. What was measured for it is kept."
+        ),
     ] = False
 
 
@@ -121,10 +127,6 @@ def shrink(
 
     What is given up is chosen by its effect on the calibration text. The predicted loss is printed before the long
     part. A stopped run goes on when the command is given again.
-
-    \b
-    headshare shrink MODEL OUT --save 20% --calibration FILE
-    headshare shrink MODEL OUT --to 4GB --calibration FILE --dry-run
     """
     begun = time.monotonic()
     from headshare.checkpoint.opening import open_checkpoint
