@@ -98,7 +98,7 @@ def test_without_the_harness_texts_are_measured_and_tasks_say_what_to_install(
     (tmp_path / "text").write_text(" ".join(SENTENCES * 9))
     assert measure([model], text=EvalText(tmp_path / "text", 32))[0].metrics["perplexity"].value is not None
     for folder in (data, None):
-        with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install 'headshare\[eval\]'"):
+        with pytest.raises(EvaluationError, match=r"not installed\. Run: pip install .*\[eval\]"):
             measure([model], tasks=["boolq"], data=folder)
 
 

@@ -570,7 +570,7 @@ try:
 except headshare.errors.StorageError as error:
     print(error)
 """
-    assert 'pip install "headshare[kernels]"' in run_python(code)
+    assert '[kernels]", or load with storage="owner"' in run_python(code)
 
 
 def test_importing_headshare_does_not_import_triton() -> None:

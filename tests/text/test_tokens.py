@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import Split
 
 import headshare as hs
 from headshare.errors import CalibrationError
+from headshare.installing import install
 from headshare.progress import shown
 from headshare.text import documents
 from headshare.text import tokens as calibration
@@ -540,7 +541,7 @@ def test_without_the_library_one_is_told_how_to_install_it(
     model: hs.Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'headshare[data]'" in refusal("hf:some/set", model)
+    assert install("data") in refusal("hf:some/set", model)
 
 
 @pytest.mark.filterwarnings("default")  # the library's own

@@ -22,6 +22,7 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import A_WORD, BITS, GROUPS, OFFSET, SCALE_DTYPE, Packing, pack
 from headshare.errors import CheckpointError, OptionError, PlanError
+from headshare.installing import install
 from headshare.integrations.transformers.loading import empty_model
 from headshare.plan.tensors import TensorPlan
 from headshare.progress import track
@@ -227,9 +228,7 @@ def _maker(group: int) -> Any:
             from gptqmodel.quantization import QuantizeConfig
             from gptqmodel.quantization.gptq import GPTQ
     except ImportError as error:
-        raise CheckpointError(
-            f'rounding to few bits needs gptqmodel ({error}): pip install "headshare[gptq]"'
-        ) from None
+        raise CheckpointError(f"rounding to few bits needs gptqmodel ({error}): {install('gptq')}") from None
 
     # The rounding is symmetric and keeps the order of inputs, as the packed format stores neither zeros nor an order.
     def make(linear: nn.Linear) -> Any:

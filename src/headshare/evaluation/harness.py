@@ -28,11 +28,11 @@ from headshare.evaluation.harness_tasks import (
 from headshare.evaluation.results import TaskResult, key_of_result, versions
 from headshare.evaluation.task_files import TASKS, TaskPart, digest_of
 from headshare.files.untrusted import foreign
+from headshare.installing import install
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, quiet
 from headshare.progress import say
 from headshare.text.windows import is_causal, longest_window, not_causal
 
-INSTALL = "pip install 'headshare[eval]'"
 # part of the cache key: a result that was kept under another rule is measured again
 RULE = "log-likelihoods in float32"
 PROMPTS = "prompts are not ended"
@@ -137,7 +137,7 @@ def harness_version() -> str:
         with quiet():
             import lm_eval
     except ImportError:
-        raise EvaluationError(f"tasks are run by lm-eval, which is not installed. Run: {INSTALL}") from None
+        raise EvaluationError(f"tasks are run by lm-eval, which is not installed. Run: {install('eval')}") from None
     return str(lm_eval.__version__)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.evaluation.generation import Writing, continuations
-from headshare.evaluation.harness import INSTALL, PROMPTS, Runner, Settings
+from headshare.evaluation.harness import PROMPTS, Runner, Settings
 from headshare.evaluation.results import Metric, TaskResult, key_of_result
+from headshare.installing import install
 from headshare.text.formats import read_lines
 
 SOURCE = "{source}"
@@ -102,7 +103,7 @@ def stemmer_for(language: str | None) -> Any:
     try:
         from nltk.stem.snowball import SnowballStemmer
     except ImportError:
-        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
+        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {install('eval')}") from None
     if language not in SnowballStemmer.languages:
         known = ", ".join(sorted(SnowballStemmer.languages))
         raise EvaluationError(f"nltk stems no {language!r:.40}. There are {known}; without, words match as they are.")
@@ -129,7 +130,7 @@ def bleu_and_meteor(
         from sacrebleu import BLEU
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     except ImportError:
-        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {INSTALL}") from None
+        raise EvaluationError(f"translations are measured by sacrebleu and nltk. Run: {install('eval')}") from None
     metric = BLEU()
     words = Tokenizer13a()
     stemmer = stemmer_for(language)

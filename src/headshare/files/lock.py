@@ -1,6 +1,6 @@
 """Locks of files and folders, which only one process at a time can hold."""
 
-import fcntl
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,6 +8,13 @@ from pathlib import Path
 
 from headshare.errors import OutputError
 from headshare.files.failures import explain
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, and two runs on one output do not notice each other
+    fcntl = None  # type: ignore[assignment]
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def inode_of(place: Path | int) -> str:
@@ -30,7 +37,9 @@ def locked(place: Path, *, wait: bool = True) -> Iterator[int]:
         BlockingIOError: if another process has locked it, and this one does not wait.
         OSError: if it cannot be opened, or its file system has no locks.
     """
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "this system has no locks", str(place))
+    descriptor = os.open(place, _FLAGS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield descriptor
@@ -45,6 +54,10 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: if it cannot be made or locked, or another process works in it.
     """
+    if fcntl is None:
+        folder.mkdir(exist_ok=True)
+        yield
+        return
     with ExitStack() as lock:
         # once locked, the folder must still be the one at this path
         while True:

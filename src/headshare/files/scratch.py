@@ -62,9 +62,14 @@ def remove_dead(parent: Path, prefix: str = PREFIX) -> None:
             with suppress(OSError):
                 status = path.lstat()
                 plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
-                if plain and status.st_uid == os.geteuid():
+                if plain and status.st_uid == _user(status):
                     with locked(path, wait=False):
                         _remove(path)
+
+
+def _user(status: os.stat_result) -> int:
+    """The number of this user. Windows has none, and no locks by which to tell what is dead either."""
+    return os.geteuid() if hasattr(os, "geteuid") else status.st_uid
 
 
 def _remove(path: Path) -> None:

@@ -25,7 +25,7 @@ from headshare.sharing.assembly import PAGE, SLICE_BYTES, Assembly
 SLICES_AHEAD = 4
 # bytes that are written before the disk begins, or goes on
 FLUSH_BYTES = 64 * 2**20
-_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
 _MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from headshare.errors import CalibrationError
 from headshare.files.untrusted import foreign, parse_json
+from headshare.installing import install
 
 DATA_SET = "hf:"
 SELF = "self"
@@ -94,7 +95,7 @@ def data_set_rows(source: str) -> Iterator[tuple[Where, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f"{source} is read with the datasets library, which is not installed. Run: pip install 'headshare[data]'"
+            f"{source} is read with the datasets library, which is not installed. Run: {install('data')}"
         ) from None
     form = "It is written hf:NAME[:CONFIG][:SPLIT], a split alone hf:NAME::SPLIT."
     with foreign(f"{source} cannot be read", CalibrationError, form):

@@ -7,6 +7,7 @@ from torch import nn
 from headshare.architecture.families import Linear
 from headshare.architecture.modules import linear_of
 from headshare.errors import TrainingError
+from headshare.installing import install
 from headshare.integrations.transformers.loading import quiet
 
 
@@ -19,7 +20,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise TrainingError("LoRA needs peft, which is not installed. Run: pip install 'headshare[train]'") from None
+        raise TrainingError(f"LoRA needs peft, which is not installed. Run: {install('train')}") from None
     plain = plain_projections(model)
     if not plain:
         raise TrainingError("every projection of this model is shared; train it in full, without LoRA.")

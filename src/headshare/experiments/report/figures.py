@@ -13,6 +13,7 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED
 from headshare.experiments.cells import DENSE, Compared
 from headshare.files.atomic import write_whole
 from headshare.files.failures import explain
+from headshare.installing import install
 
 STYLE = {"svg.hashsalt": "headshare", "svg.fonttype": "none", "font.size": 9}
 WIDE = 8.0
@@ -36,7 +37,7 @@ def draw(cells: list[Compared], folder: Path, name: str) -> list[tuple[str, Path
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise EvaluationError("figures are drawn by matplotlib. Run: pip install 'headshare[report]'") from None
+        raise EvaluationError(f"figures are drawn by matplotlib. Run: {install('report')}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

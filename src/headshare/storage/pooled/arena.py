@@ -5,7 +5,6 @@ Nothing is copied: the arena takes the same physical memory however many views t
 """
 
 import ctypes
-import fcntl
 import mmap
 import os
 import sys
@@ -72,6 +71,8 @@ class Arena:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = -(-nbytes // PAGE) * PAGE
+        import fcntl  # which Windows lacks, as it lacks memfds
+
         try:
             self.descriptor = os.memfd_create("headshare", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:

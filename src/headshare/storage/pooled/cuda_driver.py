@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headshare.errors import StorageError
-from headshare.storage.pooled.product import INSTALL
+from headshare.installing import install
 
 OTHERWISE = 'Load the model with storage="indirect".'
 
@@ -110,7 +110,7 @@ class CudaDriver:
 
     def __init__(self, device: torch.device) -> None:
         if not driver_installed():
-            raise StorageError(f"storage vmm needs cuda-bindings: {INSTALL}. {OTHERWISE}")
+            raise StorageError(f"storage vmm needs cuda-bindings: {install('kernels')}. {OTHERWISE}")
         if device.type != "cuda" or not torch.cuda.is_available():
             raise StorageError(f"storage vmm needs a CUDA device; {device} is none, or is not here.")
         from cuda.bindings import driver

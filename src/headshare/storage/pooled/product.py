@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from headshare.errors import StorageError
+from headshare.installing import install
 
 KERNEL_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 # The most tokens for which a kernel is used where its speed cannot be measured.
 UNMEASURED_MOST = 1024
-INSTALL = 'pip install "headshare[kernels]"'
 
 
 class BlockTable(NamedTuple):
@@ -65,7 +65,9 @@ def kernels() -> Any:
         StorageError: if triton is not installed.
     """
     if not kernels_installed():
-        raise StorageError(f'storage indirect needs triton on a CUDA device: {INSTALL}, or load with storage="owner".')
+        raise StorageError(
+            f'storage indirect needs triton on a CUDA device: {install("kernels")}, or load with storage="owner".'
+        )
     from headshare.storage.pooled import kernels
 
     return kernels
