@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headshare.sharing.share import share
     from headshare.shrinking.run import shrink
     from headshare.text.tokens import Calibration
+    from headshare.version import __version__ as __version__
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -49,6 +50,7 @@ else:
             "headshare.sharing.share": "share",
             "headshare.shrinking.run": "shrink",
             "headshare.text.tokens": "Calibration",
+            "headshare.version": "__version__",
         },
     )
 

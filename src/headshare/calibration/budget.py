@@ -22,6 +22,7 @@ from headshare.matching.estimate import estimate
 from headshare.matching.pairing import checked_recipients
 from headshare.plan.units import Parts, Sublayer
 from headshare.sharing.size import parameter_bytes
+from headshare.short import short
 
 # The word for sharing nothing.
 NOTHING = "none"
@@ -44,6 +45,10 @@ class Budget:
     ffn_groups: int = 1
     protect: tuple[int, ...] = ()
     multiple: int = 1
+
+    def __repr__(self) -> str:
+        amount = f"{self.saved_bytes:,} bytes" if self.units is None else f"{self.units} units"
+        return short(self, amount, "+".join(map(str, self.actions)))
 
     @classmethod
     def parse(

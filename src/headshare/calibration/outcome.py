@@ -9,6 +9,7 @@ from headshare.calibration.measure import HeldOutPerplexity
 from headshare.calibration.refit.refinement import Refinement
 from headshare.plan.plan import SharePlan
 from headshare.sharing.share import SharedCheckpoint
+from headshare.short import short
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class Planned:
 
     chosen: Budgeted
     measured: HeldOutPerplexity | None = None
+
+    def __repr__(self) -> str:
+        return short(self, f"{self.chosen.saved_bytes:,} bytes saved", repr(self.chosen.plan))
 
     def to_dict(self) -> dict[str, Any]:
         """The savings, the predicted cost and the measurement under the names that `--json` prints."""
@@ -46,6 +50,9 @@ class Outcome:
     shared: SharedCheckpoint
     chosen: Budgeted | None = None
     measured: HeldOutPerplexity | None = None
+
+    def __repr__(self) -> str:
+        return short(self, repr(self.shared))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that `share --json` prints beside the bytes."""

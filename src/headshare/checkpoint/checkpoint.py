@@ -15,13 +15,14 @@ from torch import Tensor
 
 from headshare.architecture.config import text_config
 from headshare.architecture.model_layouts import ModelLayouts
-from headshare.checkpoint.entry import SharingEntry
+from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.header import TensorInfo
 from headshare.checkpoint.names import changed_prefixes, follow
 from headshare.checkpoint.seal import Metadata, check_seal
 from headshare.errors import CheckpointError
 from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
+from headshare.short import short, tail
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -42,6 +43,13 @@ class Checkpoint:
     metadata: Mapping[str, Metadata] = field(default_factory=dict, repr=False)
     stamps: Mapping[str, Stamp | None] = field(default_factory=dict, repr=False, compare=False)
     sharded: bool = False
+
+    def __repr__(self) -> str:
+        size = sum(info.nbytes for info in self.tensors.values())
+        quantization = self.config.get("quantization_config")
+        kind = "shared" if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD else ""
+        family = self.config.get("model_type")
+        return short(self, tail(self.name), family, f"{len(self.tensors)} tensors", f"{size:,} bytes", kind)
 
     @cached_property
     def sharing(self) -> SharingEntry | None:

@@ -29,9 +29,9 @@ app = typer.Typer(
 
 def _version(value: bool) -> bool:
     if value:
-        from importlib.metadata import version
+        from headshare.version import __version__
 
-        print_result({}, f"headshare {version('headshare')}", as_json=False)
+        print_result({}, f"headshare {__version__}", as_json=False)
         raise typer.Exit
     return value
 

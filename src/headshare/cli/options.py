@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headshare.calibration.launched import launched_first
-from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
+from headshare.calibration.refit.refinement import NONE, REFINEMENTS, Refinement
 from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
 from headshare.files.printable import shown
@@ -99,6 +99,38 @@ RefineOption = Annotated[
     str,
     typer.Option(metavar="WORD", callback=a_refinement, rich_help_panel=REPAIR, help=REFINE_HELP),
 ]
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How a model is repaired after sharing."""
+
+    refit_ffn: Annotated[
+        bool, typer.Option(rich_help_panel=REPAIR, help="Also refit the feed-forward's output projection.")
+    ] = True
+    refine: RefineOption = NONE
+
+
+@dataclass(frozen=True)
+class RepairOptions(RefitOptions):
+    """Whether a model is repaired after sharing, how, and whether it is measured then."""
+
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            rich_help_panel=REPAIR,
+            help="After sharing, refit each layer's output projections to the calibration text (closed form, no "
+            "training).",
+        ),
+    ] = False
+    measure: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel=REPAIR,
+            help="Also measure the perplexity of both models on held-out windows of the calibration text.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

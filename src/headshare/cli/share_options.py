@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.calibration.refit.refinement import NONE
 from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
-    REPAIR,
     WRITE,
     Context,
-    RefineOption,
     RestartOption,
     is_given,
     refuse_unused,
@@ -281,38 +278,6 @@ class RunOptions(CalibrationOptions):
     def settings_on(self, source: str) -> CalibrationSettings:
         """The settings of a calibrated run on this text."""
         return replace(self.settings(source, restart=self.restart, probe=self.probe), prices=self.prices)
-
-
-@dataclass(frozen=True)
-class RefitOptions:
-    """How a model is repaired after sharing."""
-
-    refit_ffn: Annotated[
-        bool, typer.Option(rich_help_panel=REPAIR, help="Also refit the feed-forward's output projection.")
-    ] = True
-    refine: RefineOption = NONE
-
-
-@dataclass(frozen=True)
-class RepairOptions(RefitOptions):
-    """Whether a model is repaired after sharing, how, and whether it is measured then."""
-
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit",
-            rich_help_panel=REPAIR,
-            help="After sharing, refit each layer's output projections to the calibration text (closed form, no "
-            "training).",
-        ),
-    ] = False
-    measure: Annotated[
-        bool,
-        typer.Option(
-            rich_help_panel=REPAIR,
-            help="Also measure the perplexity of both models on held-out windows of the calibration text.",
-        ),
-    ] = False
 
 
 # ---- the output

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from headshare.errors import EvaluationError
 from headshare.files.kept_rows import KeptRows, Keyed, read_rows
 from headshare.files.state_files import key_of
+from headshare.short import short, tail
 
 RESULTS = "results.json"
 # the content of that file, as errors say it
@@ -54,6 +55,9 @@ class TaskResult(Keyed):
     parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     constant: float | None = None
+
+    def __repr__(self) -> str:
+        return short(self, tail(self.model), self.task, f"{self.questions} questions", self.in_cell)
 
     @property
     def main(self) -> tuple[str, Metric]:

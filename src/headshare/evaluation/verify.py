@@ -31,6 +31,7 @@ from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.manifest import check_manifest
 from headshare.sharing.size import parameter_bytes, parameter_infos
 from headshare.sharing.writer import same_numbers
+from headshare.short import short
 from headshare.storage.registry import TRAINABLE
 from headshare.text.windows import longest_window
 
@@ -55,6 +56,10 @@ class Verification:
     parameter_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        found = [f"{self.files_checked} files", f"{self.parameter_bytes:,} parameter bytes", *self.problems]
+        return short(self, "ok" if self.ok else "NOT ok", *found)
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome under the names that `--json` prints."""

@@ -14,6 +14,7 @@ from headshare.evaluation.results import TaskResult
 from headshare.files.kept_rows import KeptRows, Keyed, read_rows
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
+from headshare.short import short
 
 CELLS = "cells.json"
 CONTENT = "cells of `headshare compare`"
@@ -102,6 +103,10 @@ class Compared(Keyed):
     versions: Mapping[str, str] = field(default_factory=dict)
     given_up: TakenUnits | None = None
     save: float = 0.0
+
+    def __repr__(self) -> str:
+        figure = self.failed or ("" if self.perplexity is None else f"perplexity {self.perplexity:,.3f}")
+        return short(self, self.method, str(self.asked), f"{self.saved_fraction:.2%} saved", figure)
 
     @property
     def asked(self) -> Asked:

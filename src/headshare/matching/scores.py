@@ -17,6 +17,7 @@ from headshare.files.untrusted import foreign, is_file, parse_json
 from headshare.plan.layout import Layout
 from headshare.plan.section import MAX_NAME
 from headshare.plan.units import Part
+from headshare.short import short
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ScoreTable:
     parts: tuple[Part, ...]
     scores: Float[Tensor, "units units"]
 
+    def __repr__(self) -> str:
+        return short(self, self.layout.kind, f"{self.layout.units} units", self.match)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -44,6 +48,9 @@ class Scores:
         for name in (self.model_type, *(table.match for table in self.tables)):
             if len(name) > MAX_NAME:
                 raise PlanError(f"the name {name:.40}... has {len(name)} characters; a plan holds at most {MAX_NAME}.")
+
+    def __repr__(self) -> str:
+        return short(self, self.model_type, *self.tables)
 
     @property
     def digest(self) -> str:

@@ -1,5 +1,6 @@
 """Descriptions of a plan: its ties, removals and low-rank units, as a text picture of the layers and as data."""
 
+from html import escape
 from typing import Any
 
 from headshare.plan.plan import SharePlan
@@ -21,6 +22,14 @@ def describe(plan: SharePlan) -> dict[str, Any]:
 def titles(plan: SharePlan) -> list[str]:
     """The first line of each section's picture: what it does, to how many units."""
     return [section.picture(plan.sections).splitlines()[0] for section in plan.sections]
+
+
+def as_html(plan: SharePlan) -> str:
+    """The plan as a notebook shows it: a small table of its sections, and the picture below it."""
+    rows = [section.told().partition(": ") for section in plan.sections]
+    cells = "".join(f"<tr><td>{escape(what)}</td><td>{escape(done)}</td></tr>" for what, _, done in rows)
+    title = f"SharePlan, {escape(plan.model_type)}, {plan.ties} ties"
+    return f"<table><caption>{title}</caption>{cells}</table><pre>{escape(picture(plan))}</pre>"
 
 
 def given_up(plan: SharePlan) -> list[float]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from headshare.errors import PlanError
 from headshare.plan.units import HeadUnit, Part, Sublayer
+from headshare.short import short
 
 # single neurons are units too: 126 layers of 53,248 are 6.7 million
 MAX_UNITS = 10_000_000
@@ -65,6 +66,11 @@ class Layout(BaseModel):
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     groups: Annotated[int, Field(ge=1, le=MAX_GROUPS)]
     parts: dict[Part, Place]
+
+    def __repr__(self) -> str:
+        return short(self, self.kind, f"{self.layers} layers", f"{self.groups} groups", "+".join(self.parts))
+
+    __str__ = __repr__
 
     @field_validator("parts")
     @classmethod

@@ -34,6 +34,7 @@ from headshare.plan.spans import joined
 from headshare.plan.tensors import TensorPlan, added_tensors, bias_name, bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
+from headshare.short import short
 
 FORMAT: Literal[1] = 1
 MAX_JSON_BYTES = 64 * 2**20
@@ -59,6 +60,17 @@ class SharePlan(BaseModel):
     factored: Annotated[tuple[LowRankUnits, ...], Field(max_length=len(Sublayer))] = ()
     # narrow values, and sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
     others: Annotated[tuple[SerializeAsAny[Section], ...], Field(max_length=MAX_SECTIONS)] = ()
+
+    def __repr__(self) -> str:
+        return short(self, self.model_type, *(section.told() for section in self.sections))
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The plan as a notebook shows it."""
+        from headshare.plan.describe import as_html
+
+        return as_html(self)
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit
+from headshare.short import short
 
 MAX_NAME = 200
 # signs of a picture that several kinds of section use
@@ -139,6 +140,11 @@ class Section(BaseModel, ABC):
     # whether nothing is left of a unit that this section lists
     takes_whole: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        return short(self, self.told())
+
+    __str__ = __repr__
+
     if TYPE_CHECKING:  # subclasses declare them where their JSON has them
         layout: Layout
         chosen: Choice
@@ -199,6 +205,11 @@ class Section(BaseModel, ABC):
     @abstractmethod
     def picture(self, others: Collection["Section"]) -> str:
         """A title, and a line for each layer with a sign for each unit. `others` are all sections of the plan."""
+
+    def told(self) -> str:
+        """What this section does, to how many units, without how it was chosen."""
+        what, asked, _ = self.picture((self,)).splitlines()[0].partition("; asked")
+        return f"{what})" if asked else what
 
     def title(self, what: str, count: int, done: str) -> str:
         """The first line of a picture, such as "attention, parts q,k: 3 of 12 units given up (25 %; ...)"."""

@@ -31,6 +31,7 @@ from headshare.sharing.fits import SharedFiles, fit_plan
 from headshare.sharing.makers import split
 from headshare.sharing.size import Estimate, dtype_code, estimate_plan
 from headshare.sharing.writer import all_finite, dtype_key, given_assembly, write_checkpoint
+from headshare.short import short, tail
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class SharedCheckpoint:
     refit: RefitRecord | None = None
     refitted: Mapping[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
+
+    def __repr__(self) -> str:
+        refitted = f"{len(self.refit.tensors)} tensors refitted" if self.refit else ""
+        return short(self, tail(self.dense.name), repr(self.plan), refitted)
 
     @property
     def dense(self) -> Checkpoint:

@@ -13,6 +13,7 @@ from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import Sublayer
+from headshare.short import short
 
 # fractions of the model below which a saving is called little, and the chosen parts small
 LITTLE = 0.02
@@ -39,6 +40,14 @@ class Estimate:
     removed_units: int = 0
     removed_neurons: int = 0
     narrow_layers: int = 0
+
+    def __repr__(self) -> str:
+        given = f"{self.recipients} of {self.units} units shared" if self.recipients else ""
+        return short(
+            self,
+            given,
+            f"{self.dense_bytes:,} bytes before, {self.shared_bytes:,} after ({self.saved_fraction:.1%} less)",
+        )
 
     def to_dict(self) -> dict[str, int | float]:
         """The fields under the names that `--json` prints."""

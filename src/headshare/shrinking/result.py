@@ -13,6 +13,7 @@ from headshare.evaluation.verify import Verification
 from headshare.plan.describe import titles
 from headshare.plan.plan import SharePlan
 from headshare.sharing.size import parameter_bytes
+from headshare.short import short, tail
 from headshare.shrinking.prediction import Prediction
 from headshare.tables import markdown
 from headshare.text.windows import finite_or_null
@@ -61,6 +62,9 @@ class Shrunk:
     held_out: HeldOutPerplexity
     other: TextPerplexity | None
     model_class: str
+
+    def __repr__(self) -> str:
+        return short(self, tail(str(self.out)), f"{self.before.disk:,} bytes before, {self.after.disk:,} after")
 
     @property
     def done(self) -> str:

@@ -21,6 +21,7 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.files.untrusted import is_file
 from headshare.integrations.transformers.loading import load_tokenizer
+from headshare.short import short, tail
 from headshare.text.documents import DATA_SET, SELF, SOURCES, TOKENS, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
@@ -52,6 +53,10 @@ class Calibration:
     bos: bool
     source: str
     seed: int
+
+    def __repr__(self) -> str:
+        count, window = self.tokens.shape
+        return short(self, f"{count} windows of {window} tokens", tail(self.source), f"seed {self.seed}")
 
     @classmethod
     def load(

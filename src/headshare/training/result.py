@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headshare.plan.units import Tie
+from headshare.short import short
 from headshare.training.settings import TrainingMethod, TrainSettings
 
 
@@ -39,6 +40,10 @@ class Trained:
     ties: tuple[Closed, ...]
     curve: tuple[Mapping[str, int | float], ...]
     settings: TrainSettings
+
+    def __repr__(self) -> str:
+        losses = f"loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"
+        return short(self, self.method, f"{self.steps} steps", f"best at {self.best_step}", losses)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON holds it."""
