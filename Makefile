@@ -1,5 +1,5 @@
 # make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
-# make results    write results/README.md anew from what was measured
+# make results    write results/README.md and results/report.html anew from what was measured
 # make fuzz    hostile inputs and starved runs; COUNT=20000 SEED=7 MINUTES=60 make fuzz
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,7 +59,7 @@ format: $(VENV)/installed
 
 results: $(VENV)/installed
 	rm -rf results/figures
-	$(BIN)/headshare report $(sort $(patsubst %/cells.json,%,$(wildcard results/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures results/figures --out results/README.md
+	$(BIN)/headshare report $(sort $(patsubst %/cells.json,%,$(wildcard results/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures results/figures --out results/README.md --html results/report.html
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m fuzz.inputs --count $(COUNT) --seed $(SEED) --minutes $(MINUTES)

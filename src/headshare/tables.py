@@ -4,7 +4,8 @@ Whatever prints a table makes Markdown of it. `drawn` then draws every table of 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 _RULE = re.compile(r"\|(?: *:?-+:? *\|)+")
@@ -13,6 +14,25 @@ _STROKE = re.compile(r"(?<!\\)\|")
 _LEAST, _MOST = 12, 40
 
 Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its heads, and rows of as many texts; a row may be shorter.
+
+    `words` has the columns that hold words and begin at the left; numbers end at the right.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Collection[int] = (0,)
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        rule = "|".join("---" if column in self.words else "--:" for column in range(len(self.heads)))
+        filled = ([*row, *[""] * (len(self.heads) - len(row))] for row in (self.heads, *self.rows))
+        heads, *rows = ("| " + " | ".join(row) + " |" for row in filled)
+        return "\n".join([heads, f"|{rule}|", *rows])
 
 
 def markdown(cells: Rows) -> str:

@@ -2,11 +2,11 @@
 
 import json
 import math
-import sys
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from xml.etree.ElementTree import Element, fromstring
 
 import pytest
 
@@ -20,8 +20,10 @@ from headshare.experiments import METHODS, Compared, Grid, compare
 from headshare.experiments.about import About
 from headshare.experiments.case import base_of
 from headshare.experiments.report.claims import Checked, Says, checked
-from headshare.experiments.report.figures import draw
-from headshare.experiments.report.page import report
+from headshare.experiments.report.content import report_of
+from headshare.experiments.report.figures import figures_of, save_figures
+from headshare.experiments.report.groups import groups
+from headshare.experiments.report.page import as_html, as_markdown
 from headshare.experiments.report.sources import Comparison, Published, published
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan
@@ -99,6 +101,10 @@ def test_four_bits_are_held_against_what_sharing_lost() -> None:
         rounded = cell("directshare+gptq4", 0.1, 2.0 + lost, 2.2 + lost * 1.01, 2.3 + lost * 1.02)
         assert says([dense, plain, rounded], "4 bits") == [("0.1", wanted)]
     assert says([plain, rounded], "4 bits") == says([dense, plain], "4 bits") == []
+
+
+def report(measured: list[Comparison], tables: Sequence[Published] = ()) -> str:
+    return as_markdown(report_of(measured, tables))
 
 
 def about(model: str = "Llama-2-7b-hf", *cells: Compared) -> About:
@@ -293,7 +299,7 @@ def test_figures_show_what_there_is(place: Path, tmp_path: Path, command: Callab
     assert command(*words)[0] == 0
     for kind, texts in (
         ("quality", ["directshare", "int8", "perplexity", "saved"]),
-        ("layers", ["postshare 0.25", "deletion-same 0.5"]),
+        ("layers", ["directshare, deletion-same, postshare 0.25", "deletion-same 0.5"]),
         ("curves", ["postshare 0.5", "steps"]),
     ):
         drawn = (tmp_path / "drawn" / f"1-{kind}.svg").read_text()
@@ -302,118 +308,157 @@ def test_figures_show_what_there_is(place: Path, tmp_path: Path, command: Callab
     assert "int8" not in (tmp_path / "drawn/1-layers.svg").read_text()
 
 
-def test_accuracies_have_a_figure_of_their_own(tmp_path: Path, figures: list[Any]) -> None:
+def drawn(cells: Sequence[Compared], kind: str) -> list[Element]:
+    """The panels of a figure of this kind; none where it is not drawn."""
+    return [panel.root for figure in figures_of(cells) if figure.kind == kind for panel in figure.panels]
+
+
+def words(panel: Element) -> list[str]:
+    """All that is written in a panel, from its title on."""
+    return [text.text or "" for text in panel.iter("text")]
+
+
+def tips(panel: Element) -> list[str]:
+    """All that is told where a mouse rests: each mark's line and numbers."""
+    return [tip.text or "" for tip in panel.iter("title")]
+
+
+def test_accuracies_have_a_panel_of_their_own() -> None:
     curve = tuple({"step": float(step), "loss": 2.0 - step / 10, "piqa_acc": 0.5 + step / 20} for step in range(3))
-    some = replace(cell("postshare", 0.3, 1.0, 2.0), curve=curve)
-    ((_, path),) = [one for one in draw([some], tmp_path, "x") if "curves" in one[1].name]
-    assert "postshare 0.3, piqa" in path.read_text()
-    assert "accuracy, %" in path.read_text()
-    assert all(step == round(step) for step in figures[-1].axes[-1].get_xticks())
-    assert draw([cell("int8", 0.3, failed="no")], tmp_path, "none") == []
+    loss, accuracies = drawn([replace(cell("postshare", 0.3, 1.0, 2.0), curve=curve)], "curves")
+    assert "postshare 0.3" in words(loss)
+    assert {"postshare 0.3", "accuracy, %", "piqa", "steps"} <= set(words(accuracies))
+    assert "piqa: 55 at 1" in tips(accuracies)
+    assert not {"0.5", "1.5"} & set(words(accuracies))
+    assert figures_of([cell("int8", 0.3, failed="no")]) == []
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures as they were drawn, in order."""
-    from matplotlib.figure import Figure
-
-    found: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *words, **more: (found.append(self), save(self, *words, **more))
-    )
-    return found
-
-
-def lines_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
-    """Points by the style of their line: marked ones by colour, others by how they are drawn."""
-    return {
-        (one.get_color() if one.get_marker() != "None" else one.get_linestyle()): list(map(tuple, one.get_xydata()))
-        for one in axes.lines
-    }
-
-
-def test_shares_are_drawn_a_row_a_method_with_its_values_beside_it(tmp_path: Path, figures: list[Any]) -> None:
+def test_shares_are_drawn_a_row_a_method_with_its_values_beside_it() -> None:
     cells = [cell("dense", 0.0, 1.0, 1.0)]
-    for name, loss in (("flap", 1.5), ("flap+refit", 1.2), ("svd-llm", 1.9)):
+    for name, loss in (("svd-llm", 1.9), ("flap", 1.5), ("flap+refit", 1.2)):
         cells.append(replace(cell(name, 0.0, loss, loss), save=0.2))
-    draw(cells, tmp_path, "x")
-    drawn = (tmp_path / "x-shares.svg").read_text()
+    (panel,) = drawn(cells, "shares")
     low, high = (f"{math.exp(more):.2f}" for more in (0.2, 0.5))
-    assert all(text in drawn for text in (f"flap, {low} to {high}", "svd-llm, 2.46", "20 % of the bytes saved"))
-    assert drawn.index("svd-llm, ") < drawn.index("flap, ")
-    draw(cells[:1], tmp_path, "none")
-    assert not (tmp_path / "none-shares.svg").exists()
+    said = words(panel)
+    assert said[0] == "20 % of the bytes saved"
+    assert [said[said.index(name) + 1] for name in ("flap", "svd-llm")] == [f"{low} to {high}", "2.46"]
+    assert said.index("flap") < said.index("svd-llm")
+    assert drawn(cells[:1], "shares") == []
 
 
-def test_quality_is_drawn_above_dense_and_what_rounds_beside_it(tmp_path: Path, figures: list[Any]) -> None:
+def test_quality_is_drawn_against_bytes_and_what_rounds_apart() -> None:
     cells = [
         cell("dense", 0.0, 1.0),
         cell("directshare", 0.3, 2.0),
         cell("directshare", 0.1, 0.5),
         cell("int8", 0.0, 1.0),
     ]
-    cells = [replace(one, saved_fraction=one.ratio / 10) for one in cells]
-    draw(cells, tmp_path, "x")
-    left, right = figures[0].axes
-    e = math.e
-    assert lines_of(left)["C0"] == [(1.0, pytest.approx(e**0.5 - e)), (3.0, pytest.approx(e**2 - e))]
-    assert lines_of(right)["C1"] == [(0.0, 0.0)]
-    assert left.get_ylim()[0] < e**0.5 - e
-    assert left.get_ylim()[1] > e**2 - e
+    left, right = drawn([replace(one, saved_fraction=one.ratio / 10) for one in cells], "quality")
+    assert words(left)[0] == "Not rounded"
+    assert {"dense", "directshare"} <= set(words(left))
+    assert [tip for tip in tips(left) if " at " in tip] == [
+        f"directshare: {math.exp(loss):.6g} at {at}" for loss, at in ((0.5, 1), (2.0, 3))
+    ]
+    assert words(right)[0] == "Rounded"
+    assert {"dense", "int8", "2.718, 0.0 % saved"} <= set(words(right))
 
 
-def test_each_task_is_drawn_beside_the_dense_model_and_guessing(tmp_path: Path, figures: list[Any]) -> None:
-    """Against the ratio; with one ratio, method beside method."""
+def test_each_task_is_drawn_beside_the_dense_model_and_guessing() -> None:
+    """Against the ratio; with one ratio, method below method."""
     cells = [
         scored("dense", 0.0, 0.7, 0.05),
         scored("directshare", 0.1, 0.6, 0.02),
         scored("directshare", 0.3, 0.4, 0.02),
     ]
-    ((_, path),) = draw([*cells, scored("int8", 0.0, 0.69, 0.05)], tmp_path, "x")
-    assert path.name == "x-tasks.svg"
-    (axes,) = figures[0].axes
-    points = {key: [(x, round(y, 9)) for x, y in some] for key, some in lines_of(axes).items()}
-    assert points["C0"] == [(0.1, 60.0), (0.3, 40.0)]
-    assert points["C1"] == [(0.0, 69.0)]
-    assert [y for _, y in points["-"]] == [70.0, 70.0]
-    assert [y for _, y in points[":"]] == [50.0, 50.0]
-    (band,) = axes.patches
-    assert (band.get_y(), band.get_height()) == (pytest.approx(65), pytest.approx(10))
-    assert all(word in path.read_text() for word in ("directshare", "int8", "piqa, %", "ratio"))
-    assert "what has none" in path.read_text()
-    assert list(axes.get_xticks()) == [0.0, 0.1, 0.3]
-    draw(cells, tmp_path, "none")
-    assert figures[1].get_supxlabel() == "ratio"
-    for others, where in (
-        ([cells[1], scored("postshare", 0.1, 0.65, 0.02)], "ratio 0.1"),
-        ([scored(name, 0.0, 0.65, 0.02) for name in ("int8", "gptq4")], ""),
-    ):
-        draw([cells[0], *others], tmp_path, "one")
-        (axes,) = figures[-1].axes
-        assert [lines_of(axes)[f"C{number}"][0][0] for number in (0, 1)] == [0, 1]
-        assert (list(axes.get_xticks()), figures[-1].get_supxlabel()) == ([], where)
+    (panel,) = drawn([*cells, scored("int8", 0.0, 0.69, 0.05)], "tasks")
+    assert {"piqa", "accuracy, %", "ratio", "dense", "guessing", "int8", "directshare"} <= set(words(panel))
+    assert {"dense: 70", "guessing: 50", "int8: 69", "directshare: 60 at 0.1", "directshare: 40 at 0.3"} <= set(
+        tips(panel)
+    )
+    (band,) = panel.iter("rect")
+    heights = {tip: float(line.get("y1", "")) for line in panel.iter("line") for tip in [line.get("stroke-dasharray")]}
+    assert float(band.get("height", "")) > 0
+    assert heights
+    (panel,) = drawn([cells[0], cells[1], scored("postshare", 0.1, 0.65, 0.02)], "tasks")
+    assert words(panel)[0] == "piqa"
+    assert {"directshare", "60.0", "postshare", "65.0", "dense", "guessing"} <= set(words(panel))
+    assert "postshare: 65 ± 2" in tips(panel)
 
 
-def test_translations_are_drawn_by_their_own_metric(tmp_path: Path, figures: list[Any]) -> None:
-    cells = [translated("dense", 0.0, 30.0, 1.0), translated("directshare", 0.1, 20.0, 1.0)]
-    ((_, path),) = draw(cells, tmp_path, "x")
-    assert "translation of en, bleu" in path.read_text()
-    assert lines_of(figures[0].axes[0])["C0"] == [(0, 20.0)]
-    assert ":" not in lines_of(figures[0].axes[0])
+def test_translations_are_drawn_by_their_own_metric() -> None:
+    (panel,) = drawn([translated("dense", 0.0, 30.0, 1.0), translated("directshare", 0.1, 20.0, 1.0)], "tasks")
+    assert {"translation of en", "BLEU", "20.0"} <= set(words(panel))
+    assert "guessing" not in words(panel)
 
 
-def test_many_methods_that_give_up_the_same_leave_room_for_their_row(tmp_path: Path) -> None:
+def test_no_panel_has_more_than_eight_lines_and_every_method_has_one() -> None:
     methods = [name + last for name in METHODS for last in ("", "+refit")]
-    cells = [replace(cell(name, 0.1, 1.0), by_layer=(0.0, 0.5)) for name in methods]
-    (_, path), *_ = draw(cells, tmp_path, "many")
-    assert all(name in path.read_text() for name in methods)
+    parts = groups(methods)
+    assert sorted(name for part in parts.values() for name in part) == sorted(methods)
+    assert max(map(len, parts.values())) <= 8
+    assert groups(["directshare", "auto"]) == {"": ["directshare", "auto"]}
+    cells = [cell("dense", 0.0, 1.0), *(cell(name, ratio, 1 + ratio) for name in methods for ratio in (0.1, 0.2))]
+    panels = drawn(cells, "quality")
+    assert [words(panel)[0] for panel in panels] == list(parts)
+    assert max(sum(one.tag == "polyline" for one in panel.iter()) for panel in panels) <= 8
 
 
-def test_without_matplotlib_figures_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EvaluationError, match=r"pip install .*\[report\]"):
-        draw([], tmp_path, "x")
+def test_methods_that_give_up_the_same_are_one_row_that_names_them_all() -> None:
+    cells = [replace(cell(name, 0.1, 1.0), by_layer=(0.0, 0.5)) for name in METHODS]
+    cells += [replace(one, method=f"{one.method}+refit") for one in cells]
+    (panel,) = drawn(cells, "layers")
+    assert words(panel)[0] in tips(panel) or "…" in words(panel)[0]
+    assert f"{', '.join(METHODS)} 0.1" in tips(panel)
+    assert "layer 1: 50%" in tips(panel)
+    many = [replace(cell("auto", ratio / 10, 1.0), by_layer=(0.0, ratio / 10)) for ratio in range(1, 10)]
+    assert [words(one)[0] for one in drawn(many, "layers")] == [f"At 0.{number}" for number in range(1, 10)]
+
+
+def test_figures_are_files_with_a_background_of_their_own(tmp_path: Path) -> None:
+    figures = figures_of([cell("dense", 0.0, 1.0), cell("directshare", 0.3, 2.0)])
+    ((title, path),) = save_figures(figures, tmp_path, "x")
+    assert (path.name, title.split(".")[0]) == ("x-quality.svg", "Perplexity against the bytes that are saved")
+    root = fromstring(path.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert [one.get("fill") for one in root][1] == "#ffffff"
+
+
+# ---- the page in HTML
+
+
+def test_the_html_page_needs_no_other_file_and_escapes_what_strangers_wrote() -> None:
+    hostile = "<script>alert(1)</script>"
+    also = '"><img src=x onerror=alert(1)>&amp;'
+    cells = [cell("dense", 0.0, 0.1, 0.1), scored("directshare", 0.1, 0.4, 0.02), scored("postshare", 0.1, 0.5, 0.02)]
+    cells = [replace(one, note=hostile, results=tuple(replace(row, task=also) for row in one.results)) for one in cells]
+    cells.append(replace(cell("int8", 0.0, 1.0, 1.0), method=hostile))
+    described = replace(about(hostile, *cells), title=also, versions={hostile: also})
+    table = Published(table=hostile, model=hostile, tasks=(also,), rows={"directshare 0.1": (61.25,)})
+    page = as_html(report_of([Comparison(described, cells)], [table]))
+    assert page.count("<script>") == 1  # that which sorts tables
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
+    assert not re.findall(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_the_html_page_says_what_the_markdown_says(place: Path, tmp_path: Path, command: Callable) -> None:
+    grid = Grid(("directshare", "match-separate"), (0.25, 0.5), text=EvalText(place / "test", 32))
+    compare(hs.open_checkpoint(place / "model"), grid, tmp_path / "done", title="Matches")
+    page = tmp_path / "page.html"
+    for _ in range(2):  # over a page too
+        assert command("report", tmp_path / "done", "--html", page)[0] == 0
+    html = page.read_text()
+    assert html.startswith("<!doctype html>")
+    assert "matching q, k and v each by itself is worse" in html
+    cells = json.loads((tmp_path / "done" / "cells.json").read_text())
+    assert all(f"{one['saved_fraction']:.2%}" in html for one in cells)
+    assert str(tmp_path) not in html
+    page.write_text("<p>my own notes</p>")
+    status, _, said = command("report", tmp_path / "done", "--html", page)
+    assert status == 1
+    assert "is no page that headshare wrote" in said
+    assert page.read_text() == "<p>my own notes</p>"
 
 
 def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> None:
@@ -433,10 +478,11 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
     folders = sorted(path.parent for path in (ROOT / "results" / "measured").glob("*/cells.json"))
-    measured = [Comparison.load(folder) for folder in folders]
-    drawn = [draw(one.cells, tmp_path, str(number)) for number, one in enumerate(measured, 1)]
+    found = report_of([Comparison.load(folder) for folder in folders], published(PUBLISHED))
+    drawn = [save_figures(one.figures, tmp_path, str(number)) for number, one in enumerate(found.comparisons, 1)]
     shown = [[(title, f"figures/{path.name}") for title, path in some] for some in drawn]
-    assert report(measured, published(PUBLISHED), shown) == (ROOT / "results" / "README.md").read_text()
-    assert {path.name for some in drawn for _, path in some} == {
-        path.name for path in (ROOT / "results" / "figures").iterdir()
-    }
+    results = ROOT / "results"
+    assert as_markdown(found, shown) == (results / "README.md").read_text()
+    assert as_html(found) == (results / "report.html").read_text()
+    kept = {path.name: path.read_text() for path in (results / "figures").iterdir()}
+    assert {path.name: path.read_text() for some in drawn for _, path in some} == kept

@@ -178,20 +178,31 @@ def report_command(
             rich_help_panel=WRITE, metavar="DIR", help="Draw figures into this folder, and show them on the page."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WRITE,
+            help="Also write the page, with its figures, to this HTML file, which needs no other.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one page in Markdown from finished comparisons: their tables, and a check of the paper's claims.
+    """Write one page from finished comparisons: their tables and figures, and what became of the paper's claims.
 
-    Results of `eval` come after them.
+    The page is Markdown; `--html` writes it for a browser too. Results of `eval` come after the comparisons.
     """
     from headshare.evaluation.results import RESULTS
     from headshare.experiments.about import ABOUT
-    from headshare.experiments.report.figures import draw
-    from headshare.experiments.report.page import check_page, report
+    from headshare.experiments.report.content import report_of
+    from headshare.experiments.report.figures import save_figures
+    from headshare.experiments.report.page import as_html, as_markdown, check_page
     from headshare.experiments.report.sources import Comparison, Evaluated, published
+    from headshare.pages import page as pages
 
     if out is not None:
         check_page(out)
+    if html is not None:
+        pages.check_page(html)
     has_results = {folder: is_file(folder / RESULTS) for folder in folders}
     compared = {
         folder: Comparison.load(folder) for folder in folders if is_file(folder / ABOUT) or not has_results[folder]
@@ -200,18 +211,20 @@ def report_command(
     # an evaluation beside a comparison is shown only if it has more than that
     evaluated = [results for folder, results in loaded.items() if results.tells_more_than(compared.get(folder))]
     measured = list(compared.values())
-    tables = published(paper) if paper else ()
+    report = report_of(measured, published(paper) if paper else (), evaluated)
     shown = []
     if figures is not None:
         start = out.absolute().parent if out else Path.cwd()
-        for number, comparison in enumerate(measured, 1):
-            drawn = draw(comparison.cells, figures, str(number))
+        for number, comparison in enumerate(report.comparisons, 1):
+            drawn = save_figures(comparison.figures, figures, str(number))
             shown.append([(title, os.path.relpath(path, start)) for title, path in drawn])
-    page = report(measured, tables, shown, evaluated)
+    page = as_markdown(report, shown)
     if out is not None:
         write_whole(out, page.encode())
+    if html is not None:
+        pages.write_page(html, as_html(report))
     data = {
         "tables": [comparison.to_dict() for comparison in measured],
         "evaluated": [asdict(results) for results in evaluated],
     }
-    print_result(data, page, as_json, written=out)
+    print_result(data, page, as_json, written=out or html)

@@ -15,6 +15,7 @@ from headshare.errors import EvaluationError
 from headshare.files.kept_rows import KeptRows, Keyed, read_rows
 from headshare.files.state_files import key_of
 from headshare.short import short, tail
+from headshare.tables import Table
 
 RESULTS = "results.json"
 # the content of that file, as errors say it
@@ -117,21 +118,26 @@ def read_results(file: Path) -> list[TaskResult]:
     return read_rows(file, TaskResult, CONTENT, refused=EvaluationError)
 
 
-def table_of(rows: Sequence[TaskResult]) -> str:
-    """A Markdown table of results: a row for each model, a column for each task.
+def results_table(rows: Sequence[TaskResult]) -> Table:
+    """A table of results: a row for each model, a column for each task.
 
     Accuracies are in percent with standard errors. The row of guessing has, after a stroke, the accuracy of a constant
     answer. A tilde marks accuracies that are not more than two standard errors above both. A task that was measured
     in several ways has a column for each.
     """
     columns = _columns(rows)
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" + "|--:" * len(columns) + "|"]
+    lines = []
     if any(row.chance is not None for some in columns.values() for row in some):
-        lines.append("| guessing | " + " | ".join(guesses_of(some[0]) for some in columns.values()) + " |")
+        lines.append(["guessing", *(guesses_of(some[0]) for some in columns.values())])
     for model in dict.fromkeys(row.model for row in rows):
         cells = (next((row.in_cell for row in some if row.model == model), "") for some in columns.values())
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([model, *cells])
+    return Table(["model", *columns], lines)
+
+
+def table_of(rows: Sequence[TaskResult]) -> str:
+    """The table of results in Markdown."""
+    return results_table(rows).markdown()
 
 
 def guesses_of(row: TaskResult) -> str:

@@ -92,5 +92,7 @@ COMMANDS = {
             "headshare compare MODEL --text FILE --methods auto --calibration FILE",
         ),
     ),
-    "report": Command("compare:report_command", MEASURE, ("headshare report compared --out report.md",)),
+    "report": Command(
+        "compare:report_command", MEASURE, ("headshare report compared --out report.md --html report.html",)
+    ),
 }

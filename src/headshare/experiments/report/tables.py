@@ -13,10 +13,11 @@ from headshare.evaluation.results import guesses_of
 from headshare.experiments.case import REFIT
 from headshare.experiments.cells import DENSE, Asked, Compared
 from headshare.experiments.methods import DELETING, SHARING
+from headshare.tables import Table
 
 
-def table(cells: Sequence[Compared]) -> str:
-    """Table of the cells in Markdown, a row for each cell.
+def cells_table(cells: Sequence[Compared]) -> Table:
+    """Table of the cells, a row for each cell.
 
     Bytes are in MiB, divergences in nats a token, accuracies in percent; the last two have standard errors. A tilde
     marks an accuracy that is not two standard errors above guessing and above always the same answer.
@@ -27,17 +28,16 @@ def table(cells: Sequence[Compared]) -> str:
     shown = [f"{task} ({asked[task]})" if task in asked else task for task in tasks]
     sizes = ["saved", "disk, MiB", "memory, MiB"]
     heads = ["ratio", "method", "plan", *sizes, "perplexity", "divergence", *shown, "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|--:|---|---" + "|--:" * (len(heads) - 3) + "|"]
+    rows = []
     # a row for guessing, which accuracies are to be read against
     guessed = {row.task: guesses_of(row) for cell in cells for row in cell.results if row.chance is not None}
     if guessed:
-        guesses = [guessed.get(task, "") for task in tasks]
-        lines.append("| | guessing | | | | | | | " + " | ".join(guesses) + " | |")
+        rows.append(["", "guessing", *[""] * 6, *(guessed.get(task, "") for task in tasks)])
     # a row for each cell; one that failed says why
     for cell in cells:
         ratio = str(cell.asked)
         if cell.failed:
-            lines.append(f"| {ratio} | {cell.method} | {cell.failed} |" + " |" * (len(heads) - 3))
+            rows.append([ratio, cell.method, cell.failed])
             continue
         plan = "" if cell.given_up is None else cell.given_up.in_cell
         by_task = {row.task: row.in_cell for row in cell.results}
@@ -45,13 +45,21 @@ def table(cells: Sequence[Compared]) -> str:
         values += map(_mib, (cell.disk_bytes, cell.memory_bytes))
         values += ["" if cell.perplexity is None else f"{cell.perplexity:,.3f}", _with_error(cell.divergences)]
         values += [by_task.get(task, "") for task in tasks]
-        lines.append("| " + " | ".join([*values, f"{cell.seconds:.0f}"]) + " |")
-    # notes below the table: a method whose notes differ by ratio is named with its ratio
+        rows.append([*values, f"{cell.seconds:.0f}"])
+    return Table(heads, rows, words=(1, 2))
+
+
+def notes_of(cells: Sequence[Compared]) -> list[str]:
+    """The notes of the cells as sentences; a method whose notes differ by ratio is named with its ratio."""
     several = Counter(method for method, _ in {(cell.method, cell.note) for cell in cells if not cell.failed})
-    notes = dict.fromkeys(
-        f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note
-    )
-    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+    notes = (f"{cell.title if several[cell.method] > 1 else cell.method}: {cell.note}." for cell in cells if cell.note)
+    return list(dict.fromkeys(notes))
+
+
+def table(cells: Sequence[Compared]) -> str:
+    """The table of the cells in Markdown, and their notes below it."""
+    notes = notes_of(cells)
+    return cells_table(cells).markdown() + ("\n\n" + "\n".join(notes) if notes else "")
 
 
 def _mib(size: int | None) -> str:

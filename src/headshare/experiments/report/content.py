@@ -1,0 +1,175 @@
+"""The content of a report: what was measured, its tables and figures, and what became of the paper's claims."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headshare.evaluation.harness import named
+from headshare.evaluation.results import results_table
+from headshare.experiments.about import About
+from headshare.experiments.cells import Asked, Compared
+from headshare.experiments.report.claims import ACCURACY, Checked, checked
+from headshare.experiments.report.figures import figures_of
+from headshare.experiments.report.sources import Comparison, Evaluated, Published
+from headshare.experiments.report.tables import cells_table, notes_of, verdict
+from headshare.pages.svg import Figure
+from headshare.tables import Table
+
+# what the summary counts
+COUNTED = (
+    "What the paper says, and at how many ratios, or of how many methods, it holds here. Comparisons that agree in "
+    "all that both measured are one; those on other windows are not."
+)
+# the rules by which claims are judged, as the page lists them
+JUDGED = (
+    "What decides is the mean difference of the losses on the same windows of the text, from two standard errors on; "
+    "without a text, that of the mean accuracy or BLEU, as if each had been asked other questions. What differs by "
+    "less is level, or cannot be told.",
+    "The best of several rivals is chosen on those windows too, which favours it. Errors are of the text alone, not of "
+    "the seed of a training run or of a draw.",
+    "More sharing has less quality where that is so from each ratio to the next.",
+    "What was trained has read text that neither the dense model nor what was not trained has.",
+    "In tables, `~` is before an accuracy that is not two standard errors above guessing or, where that is more, above "
+    "always the same answer: the row `guessing` has both.",
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim of the paper on one model: how often each verdict was given."""
+
+    claim: str
+    model: str
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """One comparison: what was measured, how, and what came out.
+
+    `facts` are pairs of a name and what it is here. `beside` has tables of the paper's numbers beside ours, each with a
+    sentence before it.
+    """
+
+    title: str
+    model: str
+    facts: Sequence[tuple[str, str]]
+    table: Table
+    notes: Sequence[str]
+    verdict: Sequence[str]
+    beside: Sequence[tuple[str, Table]]
+    claims: Sequence[Checked]
+    figures: Sequence[Figure]
+
+    @property
+    def heading(self) -> str:
+        """The title, and the model."""
+        return f"{self.title}, on {self.model}" if self.title else self.model
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of a report: the claims on each model, the comparisons, and results of `headshare eval` with their titles."""
+
+    judged: Sequence[Judged]
+    comparisons: Sequence[Compare]
+    evaluated: Sequence[tuple[str, Table]]
+
+
+def report_of(
+    measured: Sequence[Comparison], tables: Sequence[Published] = (), evaluated: Sequence[Evaluated] = ()
+) -> Report:
+    """The report of these comparisons, beside the paper's tables, and of these results."""
+    comparisons = [
+        Compare(
+            one.about.title,
+            one.about.model,
+            list(_facts(one.about)),
+            cells_table(one.cells),
+            notes_of(one.cells),
+            verdict(one.cells).splitlines(),
+            list(_beside(one, tables)),
+            checked(one.cells),
+            figures_of(one.cells),
+        )
+        for one in measured
+    ]
+    return Report(_judged(measured), comparisons, [(one.title, results_table(one.rows)) for one in evaluated])
+
+
+def _facts(about: About) -> Iterable[tuple[str, str]]:
+    yield "model", about.model
+    if about.text:
+        yield "measured on", about.text
+    if about.limit:
+        yield "questions", f"the first {about.limit} questions of each task or subject"
+    if about.dtype:
+        yield "run in", about.dtype
+    if about.few_shot is not None:
+        yield "examples", f"{about.few_shot} examples before each"
+    if about.calibration:
+        yield "calibrated on", about.calibration
+    if about.training:
+        yield "trained on", about.training
+    yield "versions", ", ".join(f"{name} {value}" for name, value in about.versions.items())
+
+
+def _judged(measured: Sequence[Comparison]) -> list[Judged]:
+    """How often each claim holds by model. Comparisons of the same cells count once."""
+    counted: dict[tuple[str, str], Counter[str]] = {}
+    claims: dict[str, None] = {}
+    for model, cells in _pooled(measured):
+        for claim in checked(cells):
+            claims.setdefault(claim.claim)
+            counted.setdefault((claim.claim, model), Counter())[claim.says.value] += 1
+    return [
+        Judged(claim, model, dict(sorted(counts.items())))
+        for of in claims
+        for (claim, model), counts in counted.items()
+        if claim == of
+    ]
+
+
+def _pooled(measured: Sequence[Comparison]) -> list[tuple[str, list[Compared]]]:
+    """Pairs of a model and the cells of its comparisons.
+
+    Comparisons of a model are merged if they have cells in common and agree in all of them; others stay apart.
+    """
+    pools: list[tuple[str, dict[tuple[str, Asked], Compared]]] = []
+    for comparison in measured:
+        cells = {(cell.method, cell.asked): cell for cell in comparison.cells if not cell.failed}
+        for model, pool in pools:
+            both = pool.keys() & cells.keys()
+            agree = bool(both) and all(_results_of(pool[key]) == _results_of(cells[key]) for key in both)
+            if model == comparison.about.model and agree:
+                pool |= cells
+                break
+        else:
+            pools.append((comparison.about.model, cells))
+    return [(model, list(pool.values())) for model, pool in pools]
+
+
+def _results_of(cell: Compared) -> object:
+    """The results that claims are judged by: losses, or without a text the metrics of tasks."""
+    return cell.losses or [(row.task, row.metrics) for row in cell.results]
+
+
+def _beside(comparison: Comparison, tables: Sequence[Published]) -> Iterable[tuple[str, Table]]:
+    """Tables of our accuracies beside the paper's, in percent, if the paper has this model."""
+    for table in (table for table in tables if table.model.casefold() == comparison.about.model.casefold()):
+        ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in comparison.cells}
+        common = [task for task in table.tasks if any(task in results for results in ours.values())]
+        if not common:
+            continue
+        words = f"Beside table {table.table} of the paper (ours / the paper's, percent, on the paper's own questions):"
+        rows = []
+        for name, values in table.rows.items():
+            paper = dict(zip(table.tasks, values, strict=True))
+            rows.append([name, *(f"{_percent(ours.get(name, {}), task)} / {paper[task]:.2f}" for task in common)])
+        yield words, Table(["", *common], rows)
+
+
+def _percent(results: Mapping[str, Any], task: str) -> str:
+    metric = results[task].metrics.get(ACCURACY) if task in results else None
+    return "" if metric is None or metric.value is None else f"{100 * metric.value:.2f}"
