@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 import headshare as hs
 from headshare.errors import CheckpointError, HeadshareError
+from headshare.integrations.transformers.quantizer import HeadshareQuantizer
 from support import tiny
 from support.folders import MANIFEST, WEIGHTS
 from support.shares import share
@@ -107,3 +108,17 @@ def test_a_model_of_zeros_instead_of_what_is_missing_is_never_given(tmp_path: Pa
     dense = tiny.make_llama(tmp_path / "dense", tie_word_embeddings=True)
     model = hs.load(share(dense, tmp_path / "shared"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_shape_that_config_json_does_not_describe_is_refused_where_transformers_takes_any(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shorter(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+
+    folder = changed(FORMAT / "scaled", tmp_path / "folder", shorter)
+    # so do releases of transformers that let a quantizer load what it likes
+    monkeypatch.setattr(HeadshareQuantizer, "param_needs_quantization", lambda *_: True)
+    with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight as \(\d+,\), and its config\.json makes"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map=device)

@@ -21,7 +21,7 @@ from headshare.checkpoint.remote_code import LOCAL_ONLY, check_model_code, check
 from headshare.errors import CheckpointError, EvaluationError
 from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.config import Opened
-from headshare.integrations.transformers.sized import built, check_size
+from headshare.integrations.transformers.sized import built, check_size, shape_mismatch
 from headshare.integrations.transformers.tokenizer import check_vocabulary, leave_unended, unloadable
 
 LOGGER = logging.getLogger("headshare")
@@ -110,11 +110,7 @@ def _from_pretrained(model_class: Any, path: Path, options: dict[str, Any]) -> t
     with foreign(f"transformers cannot load {path}"):
         model, report = model_class.from_pretrained(path, output_loading_info=True, **given)
     if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise CheckpointError(
-            f"{path} holds {name} as {tuple(stored)}, and its config.json makes a model in which it is "
-            f"{tuple(wanted)}. One of the two is of another model."
-        )
+        raise shape_mismatch(path, *mismatched[0])
     if model_class is transformers.AutoModel:
         missing = report["missing_keys"]
         report["missing_keys"] = {key for key in missing if not any(module in key for module in OPTIONAL)}

@@ -25,7 +25,7 @@ from headshare.checkpoint.int4 import check_types, guards, packed_tensors
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
 from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
-from headshare.integrations.transformers.sized import check_numbers
+from headshare.integrations.transformers.sized import check_numbers, shape_mismatch
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
@@ -51,6 +51,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._guarded: set[str] = set()
+        self._shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -72,6 +73,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             tensors = plan.tensors
             packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
             install_packed(model, packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
+            self._shapes = _shapes_of(model)
             return
         # From here on tensors count without removed units, so these must be gone before anything else is placed.
         check_attention(model.config, plan)
@@ -126,6 +128,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._say_what_is_held_again(devices)
         if storage.brings_memory:
             self._mapped = frozenset(f"{path}.weight" for path in paths.values())
+        self._shapes = _shapes_of(self._model)
 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
         paths = self._modules.paths()
@@ -140,6 +143,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         return 0 if param_name in self._mapped else param.element_size()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self._check_shapes(model)
         self.quantization_config.opened = None
         self._model = None
         self._stock = {}
@@ -153,6 +157,19 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
                 module.freeze()
         self._frozen = read_banks(model)
         return model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """Refuse a model that was given tensors of other shapes than config.json describes.
+
+        Newer releases of transformers report them. Older ones, 5.20 among them, take any shape from a quantizer.
+
+        Raises:
+            CheckpointError: naming the first such tensor and both shapes.
+        """
+        for name, loaded in _shapes_of(model).items():
+            if loaded != self._shapes.get(name, loaded):
+                raise shape_mismatch(model.config.name_or_path or "the checkpoint", name, loaded, self._shapes[name])
+        self._shapes = {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         plan = self.quantization_config.sharing.plan
@@ -251,6 +268,10 @@ def _converted(model: nn.Module, dtype: Any) -> nn.Module:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -1,5 +1,6 @@
 """The check, before a model takes memory, that what its configuration describes is what the checkpoint stores."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -38,6 +39,14 @@ def check_numbers(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
             f"config.json of {checkpoint.name} describes a model of {numbers:,} numbers; its tensors are those of a "
             f"model of {allowed:,} at most. Correct it, or download the file again."
         )
+
+
+def shape_mismatch(source: object, name: str, stored: Sequence[int], wanted: Sequence[int]) -> CheckpointError:
+    """The error of a tensor that is stored in another shape than its place in the model has."""
+    return CheckpointError(
+        f"{source} holds {name} as {tuple(stored)}, and its config.json makes a model in which it is "
+        f"{tuple(wanted)}. One of the two is of another model."
+    )
 
 
 def built(checkpoint: Checkpoint, model_class: Any) -> Any:
