@@ -34,6 +34,18 @@ def short_layers(device: torch.device) -> Iterator[None]:
         yield
 
 
+def short_type(device: str | None) -> torch.dtype | None:
+    """The type for weights of a model that only runs: bfloat16 where the device multiplies it, else None.
+
+    None stands for a CPU; a name that is none of a single device, such as `auto`, gives None.
+    """
+    try:
+        place = torch.device(device or "cpu")
+    except RuntimeError:
+        return None
+    return torch.bfloat16 if _multiplies_bfloat16(place) else None
+
+
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """True if the device has instructions for products of bfloat16 numbers."""
     if device.type == "cuda":

@@ -23,10 +23,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 import headshare as hs
+from headshare import precision
 from headshare.errors import CalibrationError
 from headshare.installing import install
 from headshare.progress import shown
-from headshare.text import documents
+from headshare.text import documents, written
 from headshare.text import tokens as calibration
 from headshare.text.tokens import BYTES_PER_TOKEN, Calibration
 from support import tiny
@@ -411,6 +412,26 @@ def test_text_of_its_own_is_drawn_from_the_models_distribution(model: hs.Checkpo
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(found.tokens, drawn(model.path, torch.full((5, 1), BOS), WINDOW - 1, 9))
     assert (found.bos, found.source) == (True, f"text written by {model.name}")
+
+
+def test_text_of_its_own_is_written_in_short_numbers_where_the_device_multiplies_them(
+    model: hs.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def noted(*given: object, **options: object) -> object:
+        loaded.append(written_load(*given, **options))
+        return loaded[-1]
+
+    written_load = written.load_model
+    monkeypatch.setattr(written, "load_model", noted)
+    for short in (False, True):
+        monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda device, short=short: short)
+        Calibration.load("self", model, tokens=2 * WINDOW, window=WINDOW)
+    assert [each.dtype for each in loaded] == [torch.float32, torch.bfloat16]
+    # positions stay exact
+    assert {buffer.dtype for each in loaded for buffer in each.buffers()} == {torch.float32}
+    assert precision.short_type("auto") is None  # nobody knows yet which devices those are
 
 
 def test_text_of_its_own_is_reproducible_and_another_seeds_is_another(model: hs.Checkpoint) -> None:
