@@ -51,7 +51,7 @@ def stages(model: str, text: str, save: float, tokens: int) -> dict[str, tuple[f
     from headshare.calibration.costs.actions import ACTIONS
     from headshare.calibration.costs.local import price_units
     from headshare.calibration.costs.measured import probe_prices
-    from headshare.calibration.refit.refitter import refit_readouts
+    from headshare.calibration.refit.run import refit_readouts
     from headshare.sharing.size import parameter_infos
     from headshare.text.tokens import Calibration
 

@@ -36,7 +36,7 @@ from headshare.calibration.costs.kept import SavedCurves
 from headshare.calibration.costs.local import price_units
 from headshare.calibration.costs.measured import probe_prices
 from headshare.calibration.costs.to_plan import Budgeted
-from headshare.calibration.refit.refitter import refit_readouts
+from headshare.calibration.refit.run import refit_readouts
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
 from headshare.errors import CalibrationError, PlanError

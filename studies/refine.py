@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import headshare as hs
 from benchmarks.machine import machine
 from headshare.calibration.layerwise.layers import Layers
-from headshare.calibration.refit.block_weights import BlockWeights
 from headshare.calibration.refit.layer_fit import LayerFit, Streams
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.steps.block_weights import BlockWeights
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model

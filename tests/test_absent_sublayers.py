@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 import headshare as hs
 from headshare.calibration.layerwise.layers import Layers
-from headshare.calibration.refit.refitter import refit_readouts
-from headshare.calibration.refit.run import record_of
+from headshare.calibration.refit.run import record_of, refit_readouts
 from headshare.errors import PlanError
 from headshare.evaluation.verify import verify
 from headshare.integrations.transformers.absent import AbsentAttention

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import headshare as hs
 from headshare.calibration.refit.normal_equations import NormalEquations
-from headshare.calibration.refit.refitter import Refitter, refit_readouts
-from headshare.calibration.refit.run import record_of, refit
+from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.run import record_of, refit, refit_readouts
 from headshare.calibration.refit.values import in_directions
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import headshare.files.state_files
-from headshare.calibration.refit import block_steps
 from headshare.calibration.refit.refitter import Refitter
+from headshare.calibration.refit.steps import block_steps
 from support import tiny
 from support.command_line import Run, assert_one_error_line
 from support.folders import WEIGHTS, left_behind

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import headshare as hs
 from headshare.calibration.layerwise.layers import Layers
-from headshare.calibration.refit import block_steps, block_weights
-from headshare.calibration.refit.block_steps import BlockTarget, refine_block
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
-from headshare.calibration.refit.refitter import Refitter, refit_readouts
+from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import Refit, RefitStep
-from headshare.calibration.refit.run import record_of
+from headshare.calibration.refit.run import record_of, refit_readouts
+from headshare.calibration.refit.steps import block_steps, block_weights, descent
+from headshare.calibration.refit.steps.block_steps import BlockTarget, refine_block
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import OptionError
 from headshare.integrations.transformers.loading import load_model
@@ -239,7 +239,7 @@ def test_no_window_is_drawn_twice_before_all_were() -> None:
 
 
 def test_the_rate_rises_and_then_falls_towards_nothing() -> None:
-    shares = [block_steps._share_of_rate(step, 40) for step in range(40)]
+    shares = [descent.share_of_rate(step, 40) for step in range(40)]
     assert shares[:4] == pytest.approx([0.25, 0.5, 0.75, shares[3]])
     assert shares[3:] == sorted(shares[3:], reverse=True)
     assert 0 < shares[-1] < 0.01

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-import headshare.calibration.refit.block_steps
+import headshare.calibration.refit.steps.block_steps
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
 from headshare.evaluation.verify import verify
@@ -84,7 +84,7 @@ def test_gradient_steps_change_more_than_readouts_and_the_record_says_which(
     things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = itertools.count(1)  # every look is better than the last: the text is too short for real ones
-    monkeypatch.setattr(headshare.calibration.refit.block_steps, "_held_out", lambda *_: 1 / next(errors))
+    monkeypatch.setattr(headshare.calibration.refit.steps.block_steps, "_held_out", lambda *_: 1 / next(errors))
     share = [*BY_OUTPUT[:2], "stepped", *BY_OUTPUT[3:], "--refine", "8"]
     assert run(*share).status == 0
     assert run(*REFIT, "--refine", "8", "--out", "again").status == 0

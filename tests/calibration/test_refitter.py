@@ -20,9 +20,10 @@ from headshare.calibration.layerwise import layers as streams
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit import layer_fit, refitter
 from headshare.calibration.refit.normal_equations import token_weights
-from headshare.calibration.refit.refitter import Refitter, refit_readouts
+from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.residuals import residual_of, watched
 from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.run import refit_readouts
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError, CheckpointError, PlanError
 from headshare.experiments.controls import overwrite_recipients

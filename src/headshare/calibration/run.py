@@ -22,6 +22,7 @@ from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter, text_written
 from headshare.calibration.refit.run import record_of, refit, run_refit, state_key
+from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import ANY_BASE, check_origin, fingerprint
@@ -187,6 +188,8 @@ def share_calibrated(
     """
     if isinstance(wanted.plan, SharePlan):
         share(dense, wanted.plan)  # a plan of another model is refused before anything is kept
+    if wanted.refit:
+        check_room(dense, Refinement.of(wanted.refine), settings.device_name)
     with calibrated_run(dense, out, settings) as run:
         # Each stage keeps its state, so a run that is stopped loses little.
         chosen = run.plan(wanted.plan) if isinstance(wanted.plan, Budget) else None
@@ -225,6 +228,7 @@ def refit_checkpoint(
     """
     # What cannot be refitted or written is refused before hours of work.
     refinement = Refinement.of(refine)
+    check_room(dense, refinement, settings.device_name)
     files = open_shared(shared)
     plan = files.plan
     entry = files.entry

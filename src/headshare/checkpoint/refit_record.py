@@ -32,6 +32,7 @@ class RefitRecord(BaseModel):
     steps: Count = 0
     step_tokens: Count = 0
     written: Count = 0
+    whole: Count = 0
 
     @classmethod
     def of(
@@ -45,11 +46,12 @@ class RefitRecord(BaseModel):
         steps: int = 0,
         step_tokens: int = 0,
         written: int = 0,
+        whole: int = 0,
     ) -> "RefitRecord":
         """The record of these tensors, fitted on `windows` (their count and length in tokens) of a text.
 
-        `steps` counts gradient steps a layer, `step_tokens` the tokens of each, and `written` the tokens that the dense
-        model wrote to be fitted to besides. Characters of the text's name that
+        `steps` counts gradient steps a layer, `whole` those on all layers together, `step_tokens` the tokens of each,
+        and `written` the tokens that the dense model wrote to be fitted to besides. Characters of the text's name that
         cannot be shown are replaced.
         """
         shown = CONTROL.sub("?", text)[:MAX_TEXT]
@@ -64,6 +66,7 @@ class RefitRecord(BaseModel):
             steps=steps,
             step_tokens=step_tokens,
             written=written,
+            whole=whole,
         )
 
     @classmethod
@@ -75,11 +78,13 @@ class RefitRecord(BaseModel):
     def _written(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """The record as JSON; what a refit had none of is left out, so that earlier records stay as they are."""
         data = plain(self)
-        return {name: value for name, value in data.items() if value or name not in ("step_tokens", "written")}
+        return {name: value for name, value in data.items() if value or name not in ("step_tokens", "written", "whole")}
 
     def in_words(self) -> str:
         """The record in words, as a clause of a checkpoint's description."""
-        how = f", {self.steps} gradient steps a layer" if self.steps else ""
+        taken = [f"{self.steps} gradient steps a layer"] if self.steps else []
+        taken += [f"{self.whole} gradient steps on the whole model"] if self.whole else []
+        how = f", {' and '.join(taken)}" if taken else ""
         how += f" of {self.step_tokens:,} tokens" if self.step_tokens else ""
         more = f" and {self.written:,} that the model wrote after it" if self.written else ""
         return f"{len(self.tensors)} tensors refitted on {self.tokens:,} tokens of {self.text}{more}{how}"

@@ -11,6 +11,7 @@ from headshare.calibration.budget import Budget
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refinement import Refinement
+from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.calibration.run import CalibratedRun, calibrated_run
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
@@ -97,6 +98,7 @@ def shrink_checkpoint(
     # all that can be refused is refused before hours of work
     dense.require_dense("shrink it")
     budget = wanted.budget(dense)
+    check_room(dense, Refinement.of(wanted.refine), settings.device_name)
     other = None if text is None else _read(dense, text)
     if not run_folder(out, "calibrating").exists():
         check_output(out, dense.path, overwrite=overwrite)

@@ -50,7 +50,7 @@ def written_after(
     """
     # Most of the time goes into reading weights, a step of a few tokens at a time: short ones are read twice as fast.
     number = short_type(device) if checkpoint.plan is None else None
-    options = {"device_map": device, "dtype": number}
+    options: dict[str, Any] = {"device_map": device, "dtype": number}
     model = load_model(checkpoint, **{name: value for name, value in options.items() if value is not None})
     if not is_causal(model):
         raise CalibrationError(

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Stream
-from headshare.calibration.refit.block_steps import BlockTarget, refine_block
-from headshare.calibration.refit.block_weights import BlockWeights
 from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.normal_equations import NormalEquations, token_weights
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.regression import Fitted, LowRankColumns, assembled, fit_readout
 from headshare.calibration.refit.residuals import Residual, residual_of, watched
 from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.steps.block_steps import BlockTarget, refine_block
+from headshare.calibration.refit.steps.block_weights import BlockWeights
 from headshare.calibration.refit.values import bases_of, in_directions, narrowed
 from headshare.plan.low_rank import factor_names
 from headshare.plan.narrow_values import NarrowValues
@@ -60,7 +60,7 @@ class LayerFit:
 
     @property
     def takes_steps(self) -> bool:
-        """True if gradient steps follow the closed form."""
+        """True if gradient steps on each layer follow the closed form."""
         return self.refinement is not None and self.refinement.steps > 0
 
     def batches(self, stream: Stream) -> Iterator[slice]:
@@ -230,7 +230,7 @@ class LayerFit:
             narrow,
             prior=prior,
             largest=torch.finfo(dtype).max,
-            all_tokens=not self.takes_steps,
+            all_tokens=self.refinement is None or not self.refinement.takes_steps,  # or some are there to choose by
         )
 
         # Lent columns may be new though no ridge did better: the donor may have been refitted. The layer goes on with

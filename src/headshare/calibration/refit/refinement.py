@@ -13,8 +13,10 @@ NONE = "none"
 class Refinement:
     """What a refit does beyond the closed form on the calibration text.
 
-    The model `written` times as much text as it is calibrated on, going on from that text, and the refit sees both. A
-    layer then takes gradient `steps`, of so many `tokens` each, at rates up to `rate`.
+    The model writes `written` times as much text as it is calibrated on, going on from that text, and the refit sees
+    both. A layer then takes gradient `steps`, of so many `tokens` each, at rates up to `rate`. When all layers are
+    done, they take `whole` steps together, of as many tokens, towards the dense model's predictions, at rates up to
+    `whole_rate`; that needs the whole model in memory.
 
     The rate is the one of those tried that left the least held-out error without a step back at first, in one layer of
     SmolLM2-135M (docs/experiments.md). One that is too high for a model costs time and no quality, as no step is kept
@@ -25,6 +27,8 @@ class Refinement:
     tokens: int = 4096
     rate: float = 1e-3
     written: int = 0
+    whole: int = 0
+    whole_rate: float = 2e-4
 
     @classmethod
     def of(cls, wanted: "str | int | Refinement | None") -> "Refinement | None":
@@ -44,9 +48,15 @@ class Refinement:
             f"{word!r:.40} is no refinement. Give {', '.join(REFINEMENTS)}, or a number of steps up to {MOST_STEPS:,}."
         )
 
+    @property
+    def takes_steps(self) -> bool:
+        """True if there are gradient steps of either kind."""
+        return self.steps > 0 or self.whole > 0
+
     def key(self) -> list[Any]:
         """All that a refined layer depends on, for the key of its state."""
-        return [self.steps, self.tokens, self.rate, self.written]
+        whole = [self.whole, self.whole_rate] if self.whole else []
+        return [self.steps, self.tokens, self.rate, self.written, *whole]
 
 
 REFINEMENTS: dict[str, Refinement | None] = {

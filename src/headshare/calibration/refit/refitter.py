@@ -27,39 +27,10 @@ from headshare.errors import CheckpointError, PlanError
 from headshare.files.state_files import Workspace, key_of
 from headshare.plan.plan import SharePlan
 from headshare.precision import short_layers
-from headshare.progress import track
 from headshare.sharing.expanded import ExpandedTensors
 from headshare.text.tokens import Calibration
 
 HELD_OUT = 0.125
-
-
-def refit_readouts(
-    dense: Checkpoint,
-    plan: SharePlan,
-    calibration: Calibration,
-    *,
-    ffn: bool = True,
-    refine: str | int | Refinement | None = None,
-    device: str = "cpu",
-) -> Refit:
-    """Refit the output projections to make up for a plan's ties: W_o of every layer from the first tie on.
-
-    With `ffn`, W_down is refitted too. With `refine`, a name or a number of gradient steps as `Refinement.of` takes it,
-    the refit has more text, and gradient steps then change all weights of each layer.
-
-    Raises:
-        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
-        PlanError: if the plan is for another model.
-        CalibrationError: if the calibration has fewer than two windows.
-        OptionError: if there is no such refinement.
-    """
-    refinement = Refinement.of(refine)
-    written = text_written(dense, calibration, refinement, device)
-    refitter = Refitter(dense, plan, calibration, ffn=ffn, refinement=refinement, written=written, device=device)
-    for _ in track(refitter.advance(), "refitting", refitter.layers.count):
-        pass
-    return refitter.result
 
 
 def text_written(

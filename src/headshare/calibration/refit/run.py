@@ -8,7 +8,9 @@ from torch import Tensor
 from headshare.calibration import processes
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter, text_written
-from headshare.calibration.refit.result import RefitStep
+from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.whole import take_whole_steps
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.files.state_files import Workspace, check_readable, key_of
 from headshare.plan.plan import SharePlan
@@ -45,6 +47,33 @@ def refit(
     return shared.with_refit(record_of(calibration, tensors, refinement=refinement, written=written), tensors)
 
 
+def refit_readouts(
+    dense: Checkpoint,
+    plan: SharePlan,
+    calibration: Calibration,
+    *,
+    ffn: bool = True,
+    refine: str | int | Refinement | None = None,
+    device: str = "cpu",
+) -> Refit:
+    """Refit the output projections to make up for a plan's ties: W_o of every layer from the first tie on.
+
+    With `ffn`, W_down is refitted too. With `refine`, a name or a number of gradient steps as `Refinement.of` takes it,
+    the refit has more text, and gradient steps then change all weights of each layer, or of all layers together.
+
+    Raises:
+        CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
+        PlanError: if the plan is for another model.
+        CalibrationError: if the calibration has fewer than two windows.
+        OptionError: if there is no such refinement.
+    """
+    refinement = Refinement.of(refine)
+    written = text_written(dense, calibration, refinement, device)
+    refitter = Refitter(dense, plan, calibration, ffn=ffn, refinement=refinement, written=written, device=device)
+    run_refit(refitter, None, "")
+    return refitter.result
+
+
 def state_key(plan: SharePlan, ffn: bool, refinement: Refinement | None) -> str:
     """The key of a refit's state: all that it depends on, beside what identifies the run."""
     return key_of(plan.digest, ffn, refinement.key() if refinement else 0)
@@ -54,7 +83,7 @@ def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None
     """Run a refit to its end, from where an earlier run of the same key in this workspace was stopped.
 
     A layer counts as done when its number is written, which is after its tensors and the streams that leave it. Every
-    process keeps streams of its own, and the first one all else.
+    process keeps streams of its own, and the first one all else. Steps on the whole model come last.
     """
     first = 0 if workspace is None else _take_up(refitter, workspace, key)
     for layer in track(refitter.advance(), "refitting", refitter.layers.count - first):
@@ -67,6 +96,7 @@ def run_refit(refitter: Refitter, workspace: Workspace | None, key: str) -> None
                 workspace.write_json(f"refit-{key}.json", done)
             processes.wait()
             workspace.delete(_streams_after(key, layer - 1))
+    take_whole_steps(refitter, workspace, key)
 
 
 def _take_up(refitter: Refitter, workspace: Workspace, key: str) -> int:
@@ -126,7 +156,8 @@ def record_of(
         seed=calibration.seed,
         steps=max(refinement.steps if refinement else 0, before.steps if before else 0),
         step_tokens=max(
-            refinement.tokens if refinement and refinement.steps else 0, before.step_tokens if before else 0
+            refinement.tokens if refinement and refinement.takes_steps else 0, before.step_tokens if before else 0
         ),
         written=max(written.tokens.numel() if written else 0, before.written if before else 0),
+        whole=max(refinement.whole if refinement else 0, before.whole if before else 0),
     )

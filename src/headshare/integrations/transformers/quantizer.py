@@ -128,7 +128,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._say_what_is_held_again(devices)
         if storage.brings_memory:
             self._mapped = frozenset(f"{path}.weight" for path in paths.values())
-        self._shapes = _shapes_of(self._model)
+        self._shapes = _shapes_of(model)
 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
         paths = self._modules.paths()
@@ -158,7 +158,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._frozen = read_banks(model)
         return model
 
-    def _check_shapes(self, model: nn.Module) -> None:
+    def _check_shapes(self, model: Any) -> None:
         """Refuse a model that was given tensors of other shapes than config.json describes.
 
         Newer releases of transformers report them. Older ones, 5.20 among them, take any shape from a quantizer.

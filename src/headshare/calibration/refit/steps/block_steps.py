@@ -6,7 +6,6 @@ changed layers before it give, what should leave is what the dense layer gives i
 of AA-SVD, arXiv 2604.02119). Beside the layer itself, that takes five times the bytes of its float32 weights.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,11 +18,8 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Stream
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refinement import Refinement
+from headshare.calibration.refit.steps.descent import BETAS, drawn, is_look, share_of_rate
 from headshare.precision import short_layers
-
-BETAS = (0.9, 0.99)
-LOOKS = 5
-WARM_UP = 0.1  # of all steps
 
 
 @dataclass(frozen=True)
@@ -55,15 +51,9 @@ class BlockTarget:
         return layers.batches(range(self.fitted, len(self.entering)), self.entering.shape[1])
 
     def drawn(self, refinement: Refinement, generator: torch.Generator) -> Iterator[tuple[Int[Tensor, " drawn"], int]]:
-        """The windows of each step, and the number of them in all processes.
-
-        All that are fitted to, in any process, come in random order before any comes again.
-        """
-        fitted = processes.total(self.fitted)
+        """The windows of each step, and the number of them in all processes."""
         size = max(1, refinement.tokens // self.entering.shape[1])
-        rounds = math.ceil(refinement.steps * size / fitted)
-        order = torch.cat([torch.randperm(fitted, generator=generator) for _ in range(rounds)])
-        return ((processes.mine_of(step), len(step)) for step in torch.split(order, size)[: refinement.steps])
+        return drawn(self.fitted, size, refinement.steps, generator)
 
 
 def refine_block(
@@ -83,7 +73,7 @@ def refine_block(
     """
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.Adam(weights.values(), refinement.rate, BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, refinement.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, refinement.steps))
     generator = torch.Generator().manual_seed((seed + layer) % 2**63)
 
     # The steps may fit the calibration text and nothing else, so held-out tokens choose among `LOOKS` of them; the
@@ -98,7 +88,7 @@ def refine_block(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if step % max(refinement.steps // LOOKS, 1) == 0 or step == refinement.steps:
+            if is_look(step, refinement.steps):
                 now = _held_out(layers, layer, module, wanted)
                 if now < best.error_after:
                     kept = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -110,12 +100,6 @@ def refine_block(
                 weight.copy_(first[name])
     processes.copied(*best.weights.values())
     return best
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """The share of the highest rate at a step, from 0: a short rise, then half a cosine towards zero."""
-    rise = (step + 1) / max(1, round(WARM_UP * steps))
-    return min(rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _descend(
