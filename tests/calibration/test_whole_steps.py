@@ -20,7 +20,9 @@ from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import Refit
 from headshare.calibration.refit.run import record_of, refit_readouts, run_refit
+from headshare.calibration.refit.steps import divergence as divergence_module
 from headshare.calibration.refit.steps import whole_steps
+from headshare.calibration.refit.steps.divergence import divergences
 from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.errors import CalibrationError
 from headshare.files.state_files import Workspace
@@ -59,6 +61,29 @@ def divergence(dense: Any, changed: Any, tokens: Tensor) -> Tensor:
     """KL(dense | changed), averaged over tokens."""
     wanted, found = (functional.log_softmax(model(input_ids=tokens).logits, dim=-1) for model in (dense, changed))
     return functional.kl_div(found, wanted.detach(), log_target=True, reduction="none").sum(-1).mean()
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_divergences_and_their_gradient_are_those_of_the_definition(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence_module, "ROWS", rows)
+    wanted, found = (torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    weights = torch.rand(2, 7)
+    slopes = []
+    for made in (
+        divergences(wanted, mine := found.clone().requires_grad_()),
+        functional.kl_div(
+            functional.log_softmax(theirs := found.clone().requires_grad_(), -1),
+            functional.log_softmax(wanted, -1),
+            log_target=True,
+            reduction="none",
+        ).sum(-1),
+    ):
+        (made * weights).sum().backward()
+        slopes.append(made)
+    torch.testing.assert_close(slopes[0], slopes[1])
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(divergences(wanted, found), slopes[1])
 
 
 def owned(dense: hs.Checkpoint, plan: SharePlan, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 
+from headshare.architecture.config import text_config
 from headshare.calibration import processes
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import RefitStep
@@ -9,6 +10,9 @@ from headshare.calibration.refit.steps.whole_model import WholeModel, dense_mode
 from headshare.calibration.refit.steps.whole_steps import NUMBERS, Descent, Tokens, WholeSteps, begun, descend
 from headshare.files.state_files import Workspace
 from headshare.progress import say
+
+# the size of a vocabulary that config.json does not tell
+MANY_WORDS = 2**17
 
 
 @torch.no_grad()
@@ -25,7 +29,8 @@ def take_whole_steps(refitter: Refitter, workspace: Workspace | None, key: str) 
     found = processes.from_first(lambda: dict(refitter.result.tensors))
     student = WholeModel.of(refitter.layers, refitter.columns, found, ffn=refitter.layer_fit.ffn)
     teacher = dense_model(dense, refitter.layers.device)
-    tokens = Tokens(refitter.tokens, refitter.layer_fit.fitted)
+    vocabulary = text_config(dense.config).get("vocab_size") or MANY_WORDS
+    tokens = Tokens(refitter.tokens, refitter.layer_fit.fitted, vocabulary)
     wanted = WholeSteps(refinement.whole, refinement.tokens, refinement.whole_rate)
 
     name = f"whole-{key}.safetensors"

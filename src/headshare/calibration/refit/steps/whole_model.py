@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Num
 from torch import Tensor, nn
 
 from headshare.architecture.model_class import class_name, predicts_next
@@ -74,12 +74,11 @@ class WholeModel:
         for block in self.blocks:
             yield block.put({name: found[name] for name in block.weights})
 
-    def log_chances(self, tokens: Int[Tensor, "batch window"]) -> Float[Tensor, "batch window vocabulary"]:
-        """The logarithms of the next tokens' probabilities, with gradients if the caller has them enabled."""
+    def logits(self, tokens: Int[Tensor, "batch window"]) -> Num[Tensor, "batch window vocabulary"]:
+        """The logits of the next tokens, with gradients if the caller has them enabled."""
         with short_layers(self.device):
-            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-        chances: Tensor = logits.float().log_softmax(dim=-1)
-        return chances
+            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits
 
 
 def dense_model(dense: Checkpoint, device: torch.device) -> WholeModel:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from headshare.calibration import processes
 from headshare.calibration.refit.steps.descent import BETAS, drawn, is_look, share_of_rate
+from headshare.calibration.refit.steps.divergence import divergences
 from headshare.calibration.refit.steps.whole_model import WholeModel
 from headshare.progress import track
 
-# the most tokens whose predictions are in memory at once
-TOKENS = 1024
+# the most logits in memory at once
+LOGITS = 2**27
 LARGEST_GRADIENT = 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # of a descent in progress, beside its tensors
@@ -83,6 +84,7 @@ class Tokens:
 
     windows: Int[Tensor, "windows window"]
     fitted: int
+    vocabulary: int
 
     @property
     def window(self) -> int:
@@ -94,8 +96,8 @@ class Tokens:
         return self.windows[self.fitted :]
 
     def pieces(self, windows: Int[Tensor, "some window"]) -> tuple[Tensor, ...]:
-        """These windows, in batches whose predictions fit in memory."""
-        return torch.split(windows, max(1, TOKENS // self.window)) if len(windows) else ()
+        """These windows, in batches whose logits fit in memory."""
+        return torch.split(windows, max(1, LOGITS // (self.vocabulary * self.window))) if len(windows) else ()
 
 
 def begun(
@@ -155,10 +157,10 @@ def _add_gradients(
     """Add the gradients of the mean divergence over so many windows, of which these are this process's own."""
     for batch in tokens.pieces(own):
         with torch.no_grad():
-            wanted = dense.log_chances(batch)
+            wanted = dense.logits(batch)
         with torch.enable_grad():
-            loss = _divergence(wanted, student.log_chances(batch)).sum() / (windows * tokens.window)
-            torch.autograd.backward(loss)
+            lost = divergences(wanted, student.logits(batch)).sum() / (windows * tokens.window)
+            torch.autograd.backward(lost)
 
 
 def _mask(weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
@@ -174,10 +176,5 @@ def _held_out(student: WholeModel, dense: WholeModel, tokens: Tokens) -> float:
     held = tokens.held_out()
     lost = torch.zeros((), dtype=torch.float64)
     for batch in tokens.pieces(held):
-        lost += _divergence(dense.log_chances(batch), student.log_chances(batch)).double().sum().cpu()
+        lost += divergences(dense.logits(batch), student.logits(batch)).double().sum().cpu()
     return float(processes.summed(lost)) / processes.total(held.numel())
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(wanted | found) of each token, in nats, from logarithms of probabilities."""
-    return (wanted.exp() * (wanted - found)).sum(dim=-1)
