@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import headshare.files.state_files
+from headshare.calibration.refit.refinement import REFINEMENTS, Refinement
 from headshare.calibration.refit.refitter import Refitter
-from headshare.calibration.refit.steps import block_steps
+from headshare.calibration.refit.steps import block_steps, whole_steps
 from support import tiny
 from support.command_line import Run, assert_one_error_line
 from support.folders import WEIGHTS, left_behind
@@ -61,15 +63,17 @@ def test_two_processes_give_what_one_gives(words: list[str], things: Path, run: 
     assert_same(made_by_one(run, words, things), made_by_two(words, things))
 
 
+@pytest.mark.parametrize(("refine", "steps"), [("3", block_steps), ("best", whole_steps)], ids=["layers", "whole"])
 def test_two_processes_take_the_gradient_steps_that_one_takes(
-    things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    refine: str, steps: ModuleType, things: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = block_steps._held_out
+    measured = steps._held_out
     looks = itertools.count(1)  # each is better than the last: the text is too short for real ones
-    monkeypatch.setattr(block_steps, "_held_out", lambda *given: measured(*given) * 0 + 1 / next(looks))
+    monkeypatch.setattr(steps, "_held_out", lambda *given: measured(*given) * 0 + 1 / next(looks))
+    monkeypatch.setitem(REFINEMENTS, "best", Refinement(0, 64, whole=3, whole_rate=1e-3))
     # every layer has an error that is far from rounding, since a step is as long however small the gradient is
     add_tokenizer(tiny.make_llama(things / "large", initializer_range=0.2))
-    words = ["share", "large", "out", "--refit", *TEXT, "--save", "20%", "--allow", "remove", "--refine", "3"]
+    words = ["share", "large", "out", "--refit", *TEXT, "--save", "20%", "--allow", "remove", "--refine", refine]
     one, two = made_by_one(run, words, things), made_by_two(words, things)
     assert "model.layers.3.mlp.up_proj.weight" in one[0]["refit"]["tensors"]
     assert one[0] == two[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headshare.calibration.launched import launched_first
-from headshare.calibration.refit.refinement import NONE, REFINEMENTS, Refinement
+from headshare.calibration.refit.refinement import BEST, FAST, NONE, Refinement
 from headshare.cli.streams import unprinted
 from headshare.errors import HeadshareError, OptionError
 from headshare.files.printable import shown
@@ -77,12 +77,10 @@ AnyBaseOption = Annotated[
 # the last line of commands that count or choose for people who have not made the model yet
 NEXT = "To make the model smaller, repaired and measured, in one command: headshare shrink --help"
 
-# the words for how far a model is refined, with what they do besides having more text
-PRESETS = "; ".join(f"{name}: {one.steps} steps" for name, one in REFINEMENTS.items() if one is not None and one.steps)
 REFINE_HELP = (
     "Repair further. text: refit on as much text again, which the dense model writes after the calibration text. "
-    f"{PRESETS}: also pull each layer's output towards the dense layer's by gradient steps. A number: take so many "
-    "steps alone."
+    f"fast: the same, and {FAST.steps} gradient steps on each layer. best: the same as text, and {BEST.whole} steps on "
+    "the whole model, which must fit in memory. A number: so many steps on each layer, and no more text."
 )
 
 

@@ -59,9 +59,11 @@ class Refinement:
         return [self.steps, self.tokens, self.rate, self.written, *whole]
 
 
+FAST = Refinement(60, 2048, written=1)
+BEST = Refinement(0, 2048, written=1, whole=64)
 REFINEMENTS: dict[str, Refinement | None] = {
     NONE: None,
     "text": Refinement(0, written=1),
-    "fast": Refinement(60, 2048, written=1),
-    "best": Refinement(400, written=1),
+    "fast": FAST,
+    "best": BEST,
 }
