@@ -342,8 +342,19 @@ def test_an_interrupted_command_ends_without_a_traceback_and_leaves_nothing(
     found = run("share", model, "out")
     assert found.status == 130
     assert found.out == ""
-    assert "Traceback" not in found.err
+    assert found.err.split("\n")[1:] == ["stopped. Run the same command to go on.", ""]  # after the note
     assert seen(tmp_path) == before
+
+
+def test_a_command_that_keeps_nothing_says_that_it_starts_over(
+    model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headshare.matching.estimate.estimate", interrupt)
+    found = run("estimate", model)
+    assert (found.status, found.out, found.err) == (130, "", "stopped. The same command starts over.\n")
 
 
 KEPT = [

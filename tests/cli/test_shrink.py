@@ -211,7 +211,7 @@ def stopped(place: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(place, stop)
         ended = run(*WORDS)
     assert (ended.status, ended.out) == (130, "")
-    assert ended.err.endswith("stopped. The same command goes on from there.\n")
+    assert ended.err.endswith("stopped. Run the same command to go on.\n")
 
 
 def test_in_python_a_large_loss_is_an_error_that_keeps_what_was_measured(source: Path, tmp_path: Path) -> None:

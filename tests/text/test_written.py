@@ -1,5 +1,6 @@
 """Text that a model writes after the calibration text, for a refit to have more of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from headshare.errors import CalibrationError
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.refits import WINDOW, calibration, dense_of, plan_of
+from support.texts import add_tokenizer
 
 
 def test_windows_begin_with_the_end_of_the_text_and_go_on_as_the_model_does(tmp_path: Path) -> None:
@@ -92,3 +94,22 @@ def test_a_stopped_run_goes_on_with_the_text_that_was_written(tmp_path: Path, mo
             monkeypatch.setattr(Calibration, "continued", lambda *_, **__: 1 / 0)
             raise ZeroDivisionError
     assert torch.equal(found[0].tokens, found[1].tokens)
+
+
+def test_a_stopped_run_goes_on_with_the_text_that_the_model_wrote_to_be_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = hs.open_checkpoint(add_tokenizer(tiny.make("llama-gqa", tmp_path / "model")))
+    settings = CalibrationSettings("self", tokens=64, window=16, device="cpu")
+    found = []
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), calibrated_run(dense, tmp_path / "out", settings) as run:
+            found.append(run.calibration)
+            monkeypatch.setattr(Calibration, "load", lambda *_, **__: 1 / 0)
+            raise ZeroDivisionError
+    first, second = found
+    assert torch.equal(first.tokens, second.tokens)
+    assert replace(first, tokens=second.tokens) == second
+    other = replace(settings, seed=1)
+    with pytest.raises(CalibrationError, match="seed"), calibrated_run(dense, tmp_path / "out", other):
+        pass

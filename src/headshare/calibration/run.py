@@ -30,15 +30,19 @@ from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CalibrationError
 from headshare.files.folder import check_output
 from headshare.files.resume import ResumableRun, run_folder
+from headshare.files.state_files import Workspace
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
 from headshare.sharing.rewrite import check_written_again, is_own, write_refitted
 from headshare.sharing.share import SharedCheckpoint, share
+from headshare.text.documents import SELF
 from headshare.text.tokens import Calibration
 
 # The name, in a run's identity, of the checkpoint that the run refits and may replace.
 _SHARED = "shared model"
+# The names of the state files with the text that the model has written, without their endings.
+WRITTEN = "text"
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,17 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
     dense.require_dense("calibrate it")
     device = settings.device_name
     with processes.together(), enough_memory(device), solved():
-        text = processes.from_first(lambda: _checked_text(dense, settings))
+        # Text that the model writes takes long, so it is state: what decides it takes its place in the identity.
+        own = settings.source == SELF
+        text = None if own else processes.from_first(lambda: _checked_text(dense, settings))
 
         # A stopped run is only gone on with where nothing that its state depends on has changed. The windows of each
         # process depend on how many there are.
         identity = {
             "headshare": version("headshare"),
             "model": fingerprint(dense),
-            "text": text.digest,
-            "seed": str(text.seed),  # it also chooses the windows held out, which are no part of the text's digest
+            "text": f"self, {settings.tokens} tokens, {settings.window}" if text is None else text.digest,
+            "seed": str(settings.seed),  # it also chooses the windows held out, which are no part of the text's digest
             "device": device,
             "number of processes": str(processes.count()),
             **more,
@@ -125,11 +131,25 @@ def calibrated_run(dense: Checkpoint, out: Path, settings: CalibrationSettings, 
         resumable = ResumableRun(folder, identity, refused=CalibrationError, restart=settings.restart)
         with ExitStack() as held:
             processes.from_first(lambda: _enter(held, resumable))
+            if text is None:
+                text = processes.from_first(lambda: _text_of_its_own(dense, settings, resumable.workspace))
             yield CalibratedRun(dense, text, device, resumable, settings.probe, settings.prices)
 
 
 def _enter(held: ExitStack, resumable: ResumableRun) -> None:
     held.enter_context(resumable)
+
+
+def _text_of_its_own(dense: Checkpoint, settings: CalibrationSettings, workspace: Workspace) -> Calibration:
+    """The text that the model writes, from the state of a stopped run where it is whole there."""
+    kept = workspace.read_tensors(f"{WRITTEN}.safetensors")
+    told = workspace.read_json(f"{WRITTEN}.json")
+    if kept is not None and told is not None and {"bos", "source"} <= told.keys() and "tokens" in kept:
+        return Calibration(kept["tokens"], bool(told["bos"]), str(told["source"]), settings.seed)
+    text = _checked_text(dense, settings)
+    workspace.write_json(f"{WRITTEN}.json", {"bos": text.bos, "source": text.source})
+    workspace.write_tensors(f"{WRITTEN}.safetensors", {"tokens": text.tokens})
+    return text
 
 
 def _checked_text(dense: Checkpoint, settings: CalibrationSettings) -> Calibration:

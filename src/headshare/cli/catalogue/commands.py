@@ -16,12 +16,16 @@ MEASURE = "Measure"
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, as module:name in `headshare.cli`, its panel, examples, and what typer is to know."""
+    """A command: its function, as module:name in `headshare.cli`, its panel, examples, and what typer is to know.
+
+    One that `goes_on` keeps its state when it is stopped.
+    """
 
     home: str
     panel: str
     examples: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
 
 
 COMMANDS = {
@@ -32,6 +36,7 @@ COMMANDS = {
             "headshare shrink MODEL OUT --save 20% --calibration FILE",
             "headshare shrink MODEL OUT --to 4GB --calibration FILE --dry-run",
         ),
+        goes_on=True,
     ),
     "estimate": Command(
         "plan:estimate", BEFORE, ("headshare estimate MODEL", "headshare estimate MODEL --ratio 0.2 --parts qkvo")
@@ -44,6 +49,7 @@ COMMANDS = {
             "headshare plan --from-scores scores.safetensors --ratio 0.2",
             "headshare plan MODEL --save 10% --calibration FILE",
         ),
+        goes_on=True,
     ),
     "share": Command(
         "share:share",
@@ -54,8 +60,9 @@ COMMANDS = {
             "headshare share MODEL OUT --save 10% --calibration FILE --refit",
             "headshare share MODEL OUT --plan share_plan.json",
         ),
+        goes_on=True,
     ),
-    "refit": Command("share:refit", SMALLER, ("headshare refit SHARED --calibration FILE --out OUT",)),
+    "refit": Command("share:refit", SMALLER, ("headshare refit SHARED --calibration FILE --out OUT",), goes_on=True),
     "quantize": Command("convert:quantize", SMALLER, ("headshare quantize SHARED OUT --calibration FILE",)),
     "inspect": Command("inspect:inspect", AFTER, ("headshare inspect OUT",)),
     "expand": Command("convert:expand", AFTER, ("headshare expand OUT DENSE",)),
@@ -72,6 +79,7 @@ COMMANDS = {
             "headshare train SHARED OUT --method recover --data FILE --learning_rate 1e-4",
         ),
         {"allow_extra_args": True, "ignore_unknown_options": True},
+        goes_on=True,
     ),
     "eval": Command(
         "evaluate:evaluate_command",
@@ -80,6 +88,7 @@ COMMANDS = {
             "headshare eval OUT --text FILE",
             "headshare eval MODEL OUT --tasks piqa,boolq --data-dir DATA",
         ),
+        goes_on=True,
     ),
     "generate": Command(
         "evaluate:generate_command", MEASURE, ('headshare generate MODEL OUT --prompt "The capital of France is"',)
@@ -91,6 +100,7 @@ COMMANDS = {
             "headshare compare MODEL --text FILE --ratios 0.1,0.2",
             "headshare compare MODEL --text FILE --methods auto --calibration FILE",
         ),
+        goes_on=True,
     ),
     "report": Command(
         "compare:report_command", MEASURE, ("headshare report compared --out report.md --html report.html",)

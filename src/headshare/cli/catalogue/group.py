@@ -7,6 +7,7 @@ Examples stand at the end.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,8 +17,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
+from headshare.calibration.launched import launched_first
 from headshare.cli.catalogue.commands import COMMANDS, Command
 from headshare.cli.options import OTHER
+from headshare.progress import tell
+
+GOES_ON = "stopped. Run the same command to go on."
+STARTS_OVER = "stopped. The same command starts over."
 
 # the words for types in the help of an option; a flag takes no value
 WORDS = {int: "N", float: "X", Path: "PATH", str: "TEXT", bool: ""}
@@ -41,6 +47,7 @@ def made(name: str, command: Command) -> Any:
     module, function_name = command.home.split(":")
     function = getattr(import_module(f"headshare.cli.{module}"), function_name)
     name_types(function)
+    function = _stopped_in_words(function, goes_on=command.goes_on)
     alone = typer.Typer(add_completion=False)
     alone.command(
         name,
@@ -51,6 +58,21 @@ def made(name: str, command: Command) -> Any:
         rich_help_panel=command.panel,
     )(function)
     return typer.main.get_command(alone)
+
+
+def _stopped_in_words(function: Callable[..., None], *, goes_on: bool) -> Callable[..., None]:
+    """The command, which says in one line what to do when a person stops it, and ends with status 130."""
+
+    @wraps(function)
+    def run(*given: Any, **options: Any) -> None:
+        try:
+            function(*given, **options)
+        except KeyboardInterrupt:
+            if launched_first():
+                tell(GOES_ON if goes_on else STARTS_OVER)
+            raise typer.Exit(130) from None
+
+    return run
 
 
 def name_types(function: Callable[..., Any]) -> None:

@@ -149,9 +149,6 @@ def shrink(
     except _Stop as stop:
         _print_prediction(stop.predicted, as_json=common.as_json)
         return
-    except KeyboardInterrupt:
-        tell("stopped. The same command goes on from there.")
-        raise typer.Exit(130) from None
     _print_result(shrunk, time.monotonic() - begun, as_json=common.as_json)
 
 
