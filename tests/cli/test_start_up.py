@@ -75,7 +75,7 @@ def test_the_format_registers_when_transformers_is_imported_after_headshare() ->
     assert said == "False True True\n"
 
 
-@pytest.mark.parametrize("package", ["", ".evaluation", ".training", ".experiments"])
+@pytest.mark.parametrize("package", ["", ".plan", ".evaluation", ".training", ".experiments"])
 def test_lazy_names_are_those_that_type_checkers_see(package: str) -> None:
     module = importlib.import_module(f"headshare{package}")
     tree = ast.parse(Path(str(module.__file__)).read_text())

@@ -14,7 +14,8 @@ from headshare.errors import PlanError
 from headshare.experiments.controls import overwrite_recipients
 from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
-from headshare.training.penalty import Distance, TiePenalty
+from headshare.training.choices import Distance
+from headshare.training.penalty import TiePenalty
 from support import tiny
 
 Case = tuple[Any, SharePlan]

@@ -8,8 +8,8 @@ import torch
 
 from headshare.calibration import processes
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.defaults import TOKENS
 from headshare.errors import CalibrationError
-from headshare.text.documents import TOKENS
 from headshare.text.tokens import Calibration
 
 

@@ -34,8 +34,6 @@ from headshare.files.untrusted import MAX_JSON_BYTES, is_file, parse_json, read_
 
 # keys of config.json that name files of their own folder, and so do not fit a copy
 FILE_KEYS = ("transformers_weights", "configuration_files")
-# types that weights can be written in, with their names in the files
-OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _OTHER_FORMATS = (SAFE, ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz")
 # classes of sentence-transformers' modules that hold weights
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling", "CNN", "LSTM", "WordEmbeddings", "WordWeights")

@@ -8,11 +8,10 @@ import typer
 
 from headshare.cli.options import CHOOSE, RUN, TEXT, WRITE, AnyBaseOption, FieldOption, JsonOption, print_result
 from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption, whole_numbers
+from headshare.defaults import DEMO_RATIOS, DEMO_TOKENS
 from headshare.errors import CheckpointError
-from headshare.experiments.demo_settings import RATIOS, TOKENS
 from headshare.progress import say
 from headshare.storage.names import AUTO, NAMES
-from headshare.text.formats import check_field
 
 DEMO_MODEL = "./demo-output/smollm2-135m"
 
@@ -32,13 +31,14 @@ def demo(
     ),
     tokens: Annotated[
         int, typer.Option(rich_help_panel=TEXT, help="Measure on this many tokens of the text.")
-    ] = TOKENS,
+    ] = DEMO_TOKENS,
     seed: Annotated[int, typer.Option(rich_help_panel=RUN, help="Draw the random donors by this seed.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Share at 0, 0.1, 0.2 and 0.3, verify each model, and print one table of savings and costs."""
     from headshare.experiments.demo import in_one_sentence, language_reference, run_demo
     from headshare.experiments.demo_table import demo_table
+    from headshare.text.formats import check_field
     from headshare.text.windows import read_text
 
     if model == DEMO_MODEL and not Path(model).exists():
@@ -50,7 +50,7 @@ def demo(
     rows = []
     for row in run_demo(model, work, content, tokens=tokens, seed=seed):
         rows.append(row)
-        say(f"{len(rows)} of {len(RATIOS)}: ratio {row.ratio:g} shared, verified, measured")
+        say(f"{len(rows)} of {len(DEMO_RATIOS)}: ratio {row.ratio:g} shared, verified, measured")
     sentence = in_one_sentence(rows)
     first = rows[0]
     source = (

@@ -28,8 +28,6 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import CalibrationOptions
 from headshare.errors import EvaluationError, TrainingError
-from headshare.files.atomic import write_whole
-from headshare.files.untrusted import is_file, read_yaml
 
 # a panel of `--help`
 COMPARE = "Compare"
@@ -130,6 +128,7 @@ def compare_command(
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.experiments import Recipe, compare
     from headshare.experiments.report.tables import in_words, to_dict
+    from headshare.files.untrusted import read_yaml
 
     # only options that were given override the recipe
     given = given_options(context, chosen, text, tasks, translation)
@@ -197,6 +196,8 @@ def report_command(
     from headshare.experiments.report.figures import save_figures
     from headshare.experiments.report.page import as_html, as_markdown, check_page
     from headshare.experiments.report.sources import Comparison, Evaluated, published
+    from headshare.files.atomic import write_whole
+    from headshare.files.untrusted import is_file
     from headshare.pages import page as pages
 
     if out is not None:

@@ -27,7 +27,6 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.errors import EvaluationError
-from headshare.text.formats import check_field, read_lines
 
 # parameters that only tasks and translations use
 OF_TASKS = ("limit", "few_shot", "batch_size", "data_dir", "reference", "prompt", "language")
@@ -172,6 +171,8 @@ def evaluate_command(
 
     With --out, one folder serves many models: each is measured once, and a stopped run goes on.
     """
+    from headshare.text.formats import check_field
+
     text = texts.text
     tasks = listed(asked.tasks)
     source = translation.source
@@ -270,6 +271,7 @@ def generate_command(
     """Continue the same prompts by several models, and show the texts side by side."""
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.evaluation import Runner, Settings, Writing, continuations, samples_of
+    from headshare.text.formats import check_field, read_lines
 
     check_field(field, prompts)
     given = [*(prompt or []), *([] if prompts is None else read_lines(prompts, field))]

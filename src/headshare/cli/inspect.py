@@ -7,9 +7,6 @@ import typer
 from headshare.cli.options import CHECK, NEXT, SHOW, AnyBaseOption, JsonOption, RevisionOption, print_result
 from headshare.cli.share_options import SharedArgument
 from headshare.errors import CheckpointError
-from headshare.plan.describe import describe, picture
-from headshare.plan.placement import held_again, split_evenly
-from headshare.plan.plan import SharePlan
 
 if TYPE_CHECKING:
     from headshare.checkpoint.checkpoint import Checkpoint
@@ -24,6 +21,8 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
         CheckpointError: if the checkpoint is dense, packed in four bits, or lacks a tensor that its plan shares.
         OptionError: if it has fewer layers than there are devices.
     """
+    from headshare.plan.placement import held_again, split_evenly
+
     entry = checkpoint.require_sharing()
     if entry.packing is not None:
         raise CheckpointError(
@@ -75,6 +74,9 @@ def inspect(
 
     Checkpoints are written by `headshare shrink` or `headshare share`.
     """
+    from headshare.plan.describe import describe, picture
+    from headshare.plan.plan import SharePlan
+
     if shared.endswith(".json"):
         if split is not None:
             raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")

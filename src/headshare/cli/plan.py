@@ -35,8 +35,6 @@ from headshare.cli.share_options import (
     RunOptions,
 )
 from headshare.errors import OptionError, OutputError, PlanError
-from headshare.plan.describe import picture
-from headshare.plan.plan import SharePlan
 
 
 def estimate(
@@ -129,6 +127,9 @@ def plan(
     The plan is JSON that can be read, edited and compared. With --calibration, predictions are printed beside
     measurements. To plan, repair, write and measure in one command, use `headshare shrink`.
     """
+    from headshare.plan.describe import picture
+    from headshare.plan.plan import SharePlan
+
     if (model is None) == (from_scores is None):
         raise OptionError("a plan is made for a model or from scores. Give one of MODEL and --from-scores FILE.")
     if from_scores is not None:

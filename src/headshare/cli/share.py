@@ -36,7 +36,6 @@ from headshare.cli.share_options import (
     ShareMatchName,
 )
 from headshare.errors import CalibrationError, CheckpointError, OutputError
-from headshare.plan.plan import SharePlan
 from headshare.progress import tell
 
 if TYPE_CHECKING:
@@ -118,6 +117,7 @@ def share(
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.files.folder import check_output, check_vacant
     from headshare.matching.similarity import score_units
+    from headshare.plan.plan import SharePlan
     from headshare.sharing.share import share as share_checkpoint
 
     by_output = plan_file is None and (match == OUTPUT or choice.save is not None or choice.allow is not None)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
@@ -17,11 +16,10 @@ from headshare.cli.options import (
     is_given,
     refuse_unused,
 )
+from headshare.defaults import OUTPUT_DTYPES, TOKENS
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.modes import MODES
-from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
-from headshare.text.documents import TOKENS
 
 OUTPUT = "output"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from headshare.calibration.settings import CalibrationSettings
     from headshare.checkpoint.checkpoint import Checkpoint
     from headshare.matching.scores import Scores
+    from headshare.plan.plan import SharePlan
 
     MatchName = str
     ShareMatchName = str
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     DtypeName = str
 else:
     # all of them import torch, which only a command that runs has the time for
-    Budget = CalibrationSettings = Checkpoint = Scores = Any
+    Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
 
     MatchName = StrEnum("MatchName", {name: name for name in MATCH_NAMES})
     ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT)})

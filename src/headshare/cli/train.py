@@ -29,9 +29,8 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import MATCH_NAMES, OutArgument
 from headshare.errors import TrainingError
-from headshare.files.untrusted import read_yaml
 from headshare.matching.modes import MODES
-from headshare.training.settings import Distance, TrainingMethod
+from headshare.training.choices import Distance, TrainingMethod
 
 TRAIN = "Train"
 LOSS = "Loss"
@@ -257,6 +256,8 @@ def _given(context: Context, bundle: Any) -> dict[str, Any]:
 
 def _merged(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML file's settings with the given options in their places."""
+    from headshare.files.untrusted import read_yaml
+
     settings = {} if config is None else read_yaml(config, TrainingError) or {}
     if not isinstance(settings, dict):
         raise TrainingError(f"{config} holds no settings but {settings!r:.60}. See docs/training.md for an example.")

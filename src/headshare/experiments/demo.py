@@ -14,11 +14,12 @@ from headshare.calibration.costs.local import price_units
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.defaults import DEMO_RATIOS as RATIOS
+from headshare.defaults import DEMO_TOKENS as TOKENS
 from headshare.errors import EvaluationError, HeadshareError, OutputError
 from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.verify import verify
 from headshare.experiments.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
-from headshare.experiments.demo_settings import RATIOS, TOKENS
 from headshare.files.failures import explain
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.matching.pairing import make_plan

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from headshare.calibration.amounts import Amount
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.defaults import TOKENS
 from headshare.errors import EvaluationError, OptionError
 from headshare.evaluation.harness import Settings
 from headshare.evaluation.measuring import EvalText
@@ -18,7 +19,6 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.cells import Asked
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
-from headshare.text.documents import TOKENS
 from headshare.text.formats import check_field
 from headshare.text.tokens import Calibration
 from headshare.training import TrainSettings

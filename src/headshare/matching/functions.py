@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headshare.defaults import MAX_NAME
 from headshare.errors import OptionError
-from headshare.plan.section import MAX_NAME
 from headshare.plan.units import FFN_PARTS, Part, Sublayer
 
 if TYPE_CHECKING:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit, Tie
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from headshare.plan.layout import Layout
+
     ScoreMatrix = Float[Tensor, "units units"]
 else:
-    Tensor = ScoreMatrix = Any  # the command line takes its choices from here, and has no time to import torch
+    Layout = Tensor = ScoreMatrix = Any  # the command line takes its choices from here, and has no time to import torch
 
 
 @dataclass(frozen=True)

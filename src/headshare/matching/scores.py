@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from headshare.defaults import MAX_NAME
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import foreign, is_file, parse_json
 from headshare.plan.layout import Layout
-from headshare.plan.section import MAX_NAME
 from headshare.plan.units import Part
 from headshare.short import short
 

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from headshare.defaults import MAX_NAME
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import first_error, foreign, is_file, parse_json, read_bytes
@@ -29,7 +30,7 @@ from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.removal import Removal
-from headshare.plan.section import MAX_NAME, SECTION_KINDS, AddedTensor, Borrowed, Removed, Scaled, Section
+from headshare.plan.section import SECTION_KINDS, AddedTensor, Borrowed, Removed, Scaled, Section
 from headshare.plan.spans import joined
 from headshare.plan.tensors import TensorPlan, added_tensors, bias_name, bias_plans, reduced_tensors, tensor_plans
 from headshare.plan.ties import Selection

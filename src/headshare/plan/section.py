@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from headshare.defaults import MAX_NAME
 from headshare.errors import PlanError
 from headshare.plan.layout import Layout
 from headshare.plan.units import HeadUnit
 from headshare.short import short
 
-MAX_NAME = 200
 # signs of a picture that several kinds of section use
 KEPT = "■"
 LENDS = "◆"

@@ -7,8 +7,8 @@ from math import prod
 from headshare.architecture.config import text_config
 from headshare.architecture.families import BUFFERS, INPUT_EMBEDDINGS, MASKS, TIED_OUTPUTS
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.defaults import OUTPUT_DTYPES
 from headshare.errors import OptionError
 from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan

@@ -15,8 +15,8 @@ from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.calibration.run import CalibratedRun, calibrated_run
 from headshare.calibration.settings import CalibrationSettings
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import OUTPUT_DTYPES
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.defaults import OUTPUT_DTYPES, TOKENS
 from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.evaluation.perplexity import Perplexity, evaluate
 from headshare.evaluation.verify import Verification, verify
@@ -29,7 +29,6 @@ from headshare.sharing.share import share
 from headshare.shrinking.prediction import Prediction
 from headshare.shrinking.request import ShrinkRequest, calibration_text
 from headshare.shrinking.result import Shrunk, Size, TextPerplexity
-from headshare.text.documents import TOKENS
 from headshare.text.windows import read_text
 
 # Looks at a prediction before the long part of the work, and raises what ends the run where it must not go on.

@@ -17,8 +17,6 @@ SOURCES = (
     "a UTF-8 text file, a .jsonl, .json or .csv file of documents, 'self' (text that the model itself writes), or "
     "hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
 )
-# tokens of a calibration text that are used unless somebody says otherwise
-TOKENS = 32_768
 ROW_BYTES = 64 * 2**20
 
 # The name of a row. Counting lines takes time, so only an error asks for it.

@@ -18,11 +18,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.defaults import TOKENS
 from headshare.errors import CalibrationError, EvaluationError
 from headshare.files.untrusted import is_file
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.short import short, tail
-from headshare.text.documents import DATA_SET, SELF, SOURCES, TOKENS, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
     check_vocabulary,

@@ -12,7 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from headshare.errors import TrainingError
 from headshare.files.untrusted import foreign
-from headshare.training.settings import RECIPE, TrainingMethod, TrainSettings
+from headshare.training.choices import TrainingMethod
+from headshare.training.settings import RECIPE, TrainSettings
 
 # evaluations in a run, unless `eval_steps` is given
 EVALUATIONS = 10

@@ -22,7 +22,8 @@ from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.progress import say
 from headshare.sharing.fits import fit_plan, open_shared
-from headshare.training.settings import Loss, Sharing, TrainingMethod, TrainSettings
+from headshare.training.choices import TrainingMethod
+from headshare.training.settings import Loss, Sharing, TrainSettings
 from headshare.training.trainer import SharingTrainer
 
 

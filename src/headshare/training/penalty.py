@@ -23,7 +23,7 @@ from headshare.errors import PlanError
 from headshare.plan.layout import Place
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import HeadUnit
-from headshare.training.settings import Distance
+from headshare.training.choices import Distance
 
 # keeps a cosine of zeros finite
 SMALLEST = 1e-12

@@ -7,7 +7,8 @@ from typing import Any
 
 from headshare.plan.units import Tie
 from headshare.short import short
-from headshare.training.settings import TrainingMethod, TrainSettings
+from headshare.training.choices import TrainingMethod
+from headshare.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

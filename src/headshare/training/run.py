@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.contents import OUTPUT_DTYPES, companions
+from headshare.checkpoint.contents import companions
 from headshare.checkpoint.entry import Origin
 from headshare.checkpoint.fingerprint import fingerprint, origin_of
 from headshare.checkpoint.opening import open_checkpoint
+from headshare.defaults import OUTPUT_DTYPES
 from headshare.errors import TrainingError
 from headshare.files.folder import check_output, check_vacant, narrow
 from headshare.files.model_files import CARD, CONFIG
@@ -46,10 +47,11 @@ from headshare.training.checks import (
     plan_to_train,
     try_optimizer,
 )
+from headshare.training.choices import TrainingMethod
 from headshare.training.hub import HUB_ARGUMENTS, Hub
 from headshare.training.penalty import TiePenalty
 from headshare.training.result import Closed, Trained
-from headshare.training.settings import TrainingMethod, TrainSettings
+from headshare.training.settings import TrainSettings
 from headshare.training.state import RECORD, resumed, trainer_run, work_of
 from headshare.training.tasks import MeasuredTasks
 from headshare.training.trainer import SharingTrainer

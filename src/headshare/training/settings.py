@@ -1,7 +1,6 @@
 """Settings of a training run as one value, from Python, from YAML, or from the command line."""
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headshare.errors import TrainingError
 from headshare.files.untrusted import read_yaml
+from headshare.training.choices import Distance, TrainingMethod
 
 # the Trainer's arguments unless they are given: the paper's, but for the batch, which is that of one device
 RECIPE: Mapping[str, Any] = {
@@ -20,32 +20,6 @@ RECIPE: Mapping[str, Any] = {
     "lr_scheduler_type": "cosine",
     "report_to": "none",
 }
-
-
-class TrainingMethod(StrEnum):
-    """The order of training and sharing.
-
-    postshare: pull the pairs of a dense model together, then share it. recover: train a shared model. both: share
-    first, then train, in one run. dense: train a dense model as it is, which the others are compared with, and which
-    can be shared afterwards.
-    """
-
-    POSTSHARE = "postshare"
-    RECOVER = "recover"
-    BOTH = "both"
-    DENSE = "dense"
-
-
-class Distance(StrEnum):
-    """The distance between the two ends of a tie, part by part.
-
-    It is the Frobenius norm of their difference (the paper's), its square, or 1 - cosine of the flattened parts (which
-    units are matched by).
-    """
-
-    FROBENIUS = "frobenius"
-    SQUARED = "squared"
-    COSINE = "cosine"
 
 
 class _Settings(BaseModel):

@@ -1,0 +1,11 @@
+"""Values that options offer, or have where nothing else is said, for those who import no library to know them."""
+
+# types that weights can be written in, with their names in safetensors files
+OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# tokens of a calibration text
+TOKENS = 32_768
+# the demo's ratios, and the tokens that it measures on
+DEMO_RATIOS = (0.0, 0.1, 0.2, 0.3)
+DEMO_TOKENS = 4096
+# characters of the longest name that a plan holds
+MAX_NAME = 200
