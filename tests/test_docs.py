@@ -192,7 +192,7 @@ def test_the_public_names_are_these() -> None:
             "training",
             "Closed Learning Loss Sharing SharingTrainer TrainSettings Trained TrainingMethod TrainingText train",
         ),
-        ("experiments", "Compared Grid METHODS Recipe compare"),
+        ("experiments", "Case Compared Edit Grid METHODS Recipe compare method"),
     ],
 )
 def test_the_names_of_public_packages_are_these(package: str, names: str | None) -> None:

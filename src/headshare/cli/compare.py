@@ -106,6 +106,14 @@ def compare_command(
             help="Write cells.json, cells.csv and table.md into this folder; a stopped grid goes on.",
         ),
     ] = Path("compared"),
+    methods_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=COMPARE,
+            help="Also know the methods of this Python file of your own, which is run; name them in --methods.",
+        ),
+    ] = None,
     *,
     chosen: GridOptions,
     text: TextOptions,
@@ -127,6 +135,8 @@ def compare_command(
     """
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.experiments import Recipe, compare
+    from headshare.experiments.case import base_of
+    from headshare.experiments.own_methods import methods_from as register
     from headshare.experiments.report.tables import in_words, to_dict
     from headshare.files.untrusted import read_yaml
 
@@ -136,8 +146,12 @@ def compare_command(
     if train is not None:
         given["train"] = read_yaml(train, TrainingError)
 
+    own = [] if methods_from is None else register(methods_from)
+
     # options that nothing in the recipe would use
     recipe = Recipe.load(config, given)
+    if own and not {base_of(name) for name in recipe.methods} & set(own):
+        refuse_unused(context, f"none of its methods is compared; add to --methods: {', '.join(own)}", ["methods_from"])
     for name, words in (("text", ("tokens", "window")), ("tasks", ("data_dir", "few_shot")),
                         ("source", ("prompt", "language")),
                         ("calibration", ("calibration_tokens", "calibration_window"))):  # fmt: skip

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from headshare.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from headshare.experiments.case import Case, Edit, method
     from headshare.experiments.cells import Compared
     from headshare.experiments.grid import compare
     from headshare.experiments.methods import METHODS
@@ -13,6 +14,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "headshare.experiments.case": "Case Edit method",
             "headshare.experiments.cells": "Compared",
             "headshare.experiments.grid": "compare",
             "headshare.experiments.methods": "METHODS",
@@ -20,4 +22,4 @@ else:
         },
     )
 
-__all__ = ["METHODS", "Compared", "Grid", "Recipe", "compare"]
+__all__ = ["METHODS", "Case", "Compared", "Edit", "Grid", "Recipe", "compare", "method"]

@@ -173,7 +173,7 @@ class Method:
     """A way to save bytes.
 
     `summary` is its line in a table. `refits`: its plan can be refitted. `fixed`: it saves the same at every ratio.
-    `reads`: it needs a calibration text.
+    `reads`: it needs a calibration text. `digest` is that of the person's own file that it comes from, if it does.
     """
 
     name: str
@@ -182,6 +182,7 @@ class Method:
     refits: bool
     fixed: bool
     reads: bool
+    digest: str = ""
 
 
 METHODS: dict[str, Method] = {}

@@ -76,6 +76,8 @@ class CellRunner:
             made = None
         packages = ("headshare", *self._packages(name))
         amount = f"save {asked.save}" if asked.save else asked.ratio
+        if own := METHODS[base_of(name)].digest if base_of(name) in METHODS else "":
+            name = f"{name} {own}"
         return key_of_result(name, amount, measured, made, self.grid.seed, packages=packages)
 
     def _packages(self, method: str) -> list[str]:
