@@ -10,7 +10,9 @@ import pytest
 from headshare.experiments.report.content import report_of
 from headshare.experiments.report.page import as_html
 from headshare.experiments.report.sources import Comparison
+from headshare.sharing.picture.page import Inspected, plan_page
 from support.browser import WIDTHS, browser, kept, look
+from support.mixed import mixed_plan
 
 MEASURED = Path(__file__).parents[2] / "results" / "measured"
 LONG = "a-method-with-a-name-that-is-longer-than-any-panel-has-room-for+refit"
@@ -44,6 +46,22 @@ def test_a_report_fits_and_its_tables_are_sorted_by_a_click(chromium: Any, tmp_p
     assert rising == sorted(rising) == perplexities(section)[::-1]
     assert len(rising) == sum(cell.perplexity is not None for cell in measured[0].cells)
     tab.close()
+
+
+def test_the_page_of_a_plan_fits(chromium: Any, tmp_path: Path) -> None:
+    page = tmp_path / "inspect.html"
+    page.write_text(plan_page(Inspected("a-model-of-a-long-name" * 9, mixed_plan())))
+    for width in WIDTHS:
+        assert look(chromium, page, width, kept(f"inspect-{width}.png", tmp_path)) == []
+    assert look(chromium, page, WIDTHS[0], kept("inspect-dark.png", tmp_path), dark=True) == []
+
+
+def test_what_sticks_out_is_seen(chromium: Any, tmp_path: Path) -> None:
+    page = tmp_path / "wide.html"
+    text = '<text x="80" y="20">cut off</text><text x="0" y="20">one</text><text x="4" y="20">two</text>'
+    page.write_text(f'<svg class="fig" viewBox="0 0 99 30" width="99">{text}</svg><p style="width: 2000px">wide</p>')
+    faults = look(chromium, page, WIDTHS[1])
+    assert ["the page is" in faults[0], "is cut off" in faults[1], "lies on" in faults[2]] == [True] * 3
 
 
 def perplexities(section: Any) -> list[float]:

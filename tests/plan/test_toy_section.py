@@ -36,6 +36,7 @@ from headshare.plan.section import (
 from headshare.plan.tensors import TensorPlan
 from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.sharing.makers import MAKERS
+from headshare.sharing.picture.page import Inspected, plan_page
 from headshare.storage.changes import MODULE_CHANGES
 from headshare.storage.projection import SharedProjection
 from support import tiny
@@ -312,6 +313,7 @@ def test_it_is_described_and_drawn(dense: hs.Checkpoint) -> None:
     assert describe(plan)["averaged"][0]["averaged"] == 3
     assert "3 of 8 units averaged" in picture(plan)
     assert "m rows of v are their mean" in picture(plan)
+    assert plan_page(Inspected("toy", plan)).count(": rows of v are their mean</title>") == 2 * 3  # of cell and sign
     assert given_up(plan) == [0, 1.0, 0, 0.5]
 
 

@@ -1,5 +1,6 @@
 """The commands inspect and verify."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +68,12 @@ def inspect(
             help="Also count what is held more than once when the layers are split over this many devices.",
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=SHOW, help="Also draw layers by heads, and bytes by layer, on a page: this HTML file."
+        ),
+    ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -81,12 +88,14 @@ def inspect(
         if split is not None:
             raise typer.BadParameter("--split counts bytes, which a plan does not know: give it a shared checkpoint")
         plan = SharePlan.load(shared)
-        print_result(describe(plan), f"{picture(plan)}\n{NEXT}", as_json)
+        _draw(html, Path(shared).name, plan)
+        print_result(describe(plan), f"{picture(plan)}\n{NEXT}", as_json, written=html)
         return
     from headshare.checkpoint.opening import open_checkpoint
 
     checkpoint = open_checkpoint(shared, revision=revision, weights=False)
     entry = checkpoint.require_sharing()
+    _draw(html, Path(shared).absolute().name, entry.plan, entry, checkpoint.tensors)
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     record = entry.refit
     data = {
@@ -103,7 +112,20 @@ def inspect(
     if split is not None:
         data["split"] = describe_split(checkpoint, split)
         words += f"\n{picture_split(data['split'])}"
-    print_result(data, words, as_json)
+    print_result(data, words, as_json, written=html)
+
+
+def _draw(html: Path | None, *inspected: Any) -> None:
+    """Write the page of a plan, and of the checkpoint that it made, if one was asked for.
+
+    `inspected` has the fields of `sharing.picture.page.Inspected`.
+    """
+    if html is None:
+        return
+    from headshare.pages.page import write_page
+    from headshare.sharing.picture.page import Inspected, plan_page
+
+    write_page(html, plan_page(Inspected(*inspected)))
 
 
 def verify(

@@ -64,7 +64,7 @@ COMMANDS = {
     ),
     "refit": Command("share:refit", SMALLER, ("headshare refit SHARED --calibration FILE --out OUT",), goes_on=True),
     "quantize": Command("convert:quantize", SMALLER, ("headshare quantize SHARED OUT --calibration FILE",)),
-    "inspect": Command("inspect:inspect", AFTER, ("headshare inspect OUT",)),
+    "inspect": Command("inspect:inspect", AFTER, ("headshare inspect OUT --html picture.html",)),
     "expand": Command("convert:expand", AFTER, ("headshare expand OUT DENSE",)),
     "verify": Command("inspect:verify", AFTER, ("headshare verify OUT --against MODEL",)),
     "demo": Command("bench:demo", MEASURE, ("headshare demo MODEL --text FILE",)),
