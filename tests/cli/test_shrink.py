@@ -15,6 +15,7 @@ from headshare.files.folder import not_written_by_us
 from headshare.files.resume import run_folder
 from headshare.sharing.size import parameter_bytes
 from support import tiny
+from support.byte_level import make_writer
 from support.command_line import Run, assert_one_error_line
 from support.folders import WEIGHTS, left_behind
 from support.texts import a_text, add_tokenizer
@@ -66,6 +67,18 @@ def test_one_command_makes_verifies_and_measures_a_smaller_model(things: Path, r
     assert left_behind(things) == []
 
 
+def test_without_a_text_the_mix_that_comes_with_headshare_is_taken_and_that_is_said(tmp_path: Path, run: Run) -> None:
+    make_writer(tmp_path / "model")
+    words = ["--calibration-window", "32", "--calibration-tokens", "512"]
+    ended = run("shrink", "model", "out", "--save", "10%", "--yes", *words)
+    assert ended.status == 0, ended.err
+    assert ended.err.count("calibrated on the mix of texts that comes with headshare") == 1
+    assert "--calibration FILE" in ended.err
+    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["refit"]
+    assert record["text"] == "headshare's mix of texts"
+    assert "refitted on 512 tokens of headshare's mix of texts" in ended.out
+
+
 def test_the_result_has_what_was_measured(source: Path, run: Run) -> None:
     data = json.loads((source / "result.json").read_text())
     assert set(data) == {
@@ -102,7 +115,6 @@ def test_amounts_are_of_the_weights_that_are_written(words: list[str], saved: fl
 REFUSALS = """
 shrink model out                                                  | neither of --save and --to is given
 shrink model out --save 20% --to 4GB                              | both of --save and --to is given
-shrink model out --save 20%                                       | Give --calibration FILE
 shrink model out --save some --calibration text                   | no amount to save
 shrink model out --to 4XB --calibration text                      | no amount to shrink to
 shrink model out --to 4GB --calibration text                      | the model's weights have 149.9 kB

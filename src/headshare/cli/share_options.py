@@ -200,8 +200,8 @@ def whole_numbers(text: str | None) -> list[int]:
 CALIBRATION = typer.Option(
     metavar="FILE",
     rich_help_panel=CALIBRATE,
-    help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], or self (the model "
-    "writes it).",
+    help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], mix (texts of "
+    "several kinds that come with headshare), or self (the model writes it).",
 )
 NeededCalibrationOption = Annotated[str, CALIBRATION]
 

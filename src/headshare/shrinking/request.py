@@ -8,8 +8,9 @@ from headshare.calibration.amounts import Amount, in_units
 from headshare.calibration.budget import Budget
 from headshare.calibration.refit.refinement import Refinement
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import CalibrationError, OptionError
+from headshare.errors import OptionError
 from headshare.sharing.size import dtype_code, parameter_bytes, parameter_infos, stored_bytes
+from headshare.text.documents import MIX
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,5 @@ class ShrinkRequest:
 
 
 def calibration_text(given: str | None) -> str:
-    """The text that a model is calibrated on: the one that was given.
-
-    Raises:
-        CalibrationError: if none was.
-    """
-    if given is not None:
-        return given
-    raise CalibrationError(
-        "a text to calibrate on is missing, such as the model is for. Give --calibration FILE (a text file, a .jsonl, "
-        ".json or .csv of documents), hf:NAME for a data set, or self for a text that the model writes."
-    )
+    """The text that a model is calibrated on: the one that was given, or the mix that comes with headshare."""
+    return MIX if given is None else given

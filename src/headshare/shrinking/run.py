@@ -29,8 +29,13 @@ from headshare.sharing.share import share
 from headshare.shrinking.prediction import Prediction
 from headshare.shrinking.request import ShrinkRequest, calibration_text
 from headshare.shrinking.result import Shrunk, Size, TextPerplexity
+from headshare.text.documents import MIX
 from headshare.text.windows import read_text
 
+ON_THE_MIX = (
+    "calibrated on the mix of texts that comes with headshare: text like what the model is for keeps more of it "
+    "(--calibration FILE)"
+)
 # Looks at a prediction before the long part of the work, and raises what ends the run where it must not go on.
 Judge = Callable[[Prediction], None]
 
@@ -101,6 +106,8 @@ def shrink_checkpoint(
     other = None if text is None else _read(dense, text)
     if not run_folder(out, "calibrating").exists():
         check_output(out, dense.path, overwrite=overwrite)
+    if settings.source == MIX:
+        say(ON_THE_MIX)
     with calibrated_run(dense, out, settings) as run:
         stage = _Written(run.resumable.workspace, out, key_of(*_key(wanted)))
         is_written = processes.from_first(lambda: stage.is_reached)

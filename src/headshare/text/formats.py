@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 
 from headshare.errors import CalibrationError
 from headshare.files.untrusted import MAX_VALUES, is_file, parse_json
-from headshare.text.documents import DATA_SET, ROW_BYTES, SELF, Where, documents_of, json_rows, text_of
+from headshare.text.documents import DATA_SET, MIX, ROW_BYTES, SELF, Where, documents_of, json_rows, text_of
 
 TAKEN = "a UTF-8 text file, documents as .jsonl, .json or .csv"
 _ADVICE = f"Give {TAKEN}, or a data set as {DATA_SET}NAME[:CONFIG][:SPLIT]."
@@ -89,7 +89,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def check_field(field: str | None, *sources: str | Path | None) -> None:
-    """Refuse a field that none of the sources has: files of text, or text that the model writes.
+    """Refuse a field that none of the sources has: files of text, text that the model writes, or the mix.
 
     Raises:
         CalibrationError: if it would not be used, or a source cannot be read.
@@ -97,7 +97,7 @@ def check_field(field: str | None, *sources: str | Path | None) -> None:
     given = [source for source in sources if source is not None]
     if field is None or any(str(source).startswith(DATA_SET) for source in given):
         return
-    if all(source == SELF or format_of(Path(source)) is Format.TEXT for source in given):
+    if all(source in (MIX, SELF) or format_of(Path(source)) is Format.TEXT for source in given):
         why = f"{' and '.join(map(str, given))}: plain text, no rows" if given else "no file of rows is read"
         raise CalibrationError(f"there are no fields to take {field!r:.60} from ({why}). Leave --field out.")
 

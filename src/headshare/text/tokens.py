@@ -23,7 +23,17 @@ from headshare.errors import CalibrationError, EvaluationError
 from headshare.files.untrusted import is_file
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.short import short, tail
-from headshare.text.documents import DATA_SET, SELF, SOURCES, data_set_rows, documents_of, json_rows, text_of
+from headshare.text.documents import (
+    DATA_SET,
+    MIX,
+    MIX_FILE,
+    SELF,
+    SOURCES,
+    data_set_rows,
+    documents_of,
+    json_rows,
+    text_of,
+)
 from headshare.text.formats import Format, check_field, format_of, rows_in
 from headshare.text.windows import (
     check_vocabulary,
@@ -83,6 +93,8 @@ class Calibration:
             `self`: text that the model writes, sampled at temperature 1 from the beginning-of-text token, or from a
                 random token where there is none; the model goes on past every end of text, and runs on `device`
                 (default: where it loads);
+            `mix`: texts of several kinds that come with headshare: prose, speeches, manuals, code, web pages, questions
+                and seventeen languages;
             `hf:NAME[:CONFIG][:SPLIT]`: the first documents of a data set (default: of `train`), read through the
                 `datasets` library; no code that a data set brings along is run.
 
@@ -113,9 +125,9 @@ class Calibration:
                 windows = written_after(starts, checkpoint, window, seed, device)
                 name = f"text written by {checkpoint.name}"
             else:
-                runs = _runs(source, tokenizer, tokens // window, window, field, seed)
+                runs = _runs(MIX_FILE if source == MIX else source, tokenizer, tokens // window, window, field, seed)
                 windows = _chosen(runs, str(source), tokens // window, window, first, seed)
-                name = str(source)
+                name = "headshare's mix of texts" if source == MIX else str(source)
             check_vocabulary(checkpoint.config, windows)
         except EvaluationError as error:  # a text that hinders measuring hinders calibrating
             raise CalibrationError(str(error)) from error
