@@ -1,5 +1,6 @@
 # make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
 # make results    write results/README.md and results/report.html anew from what was measured
+# make docs    build the documentation into site/; open site/index.html
 # make fuzz    hostile inputs and starved runs; COUNT=20000 SEED=7 MINUTES=60 make fuzz
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +13,16 @@ KILLS ?= 500
 SEED ?= 0
 MINUTES ?= 30
 
-.PHONY: demo test test-floor test-newest check format results fuzz clean
+# mkdocs advertises its successors otherwise
+export NO_MKDOCS_2_WARNING = 1
+
+.PHONY: demo test test-floor test-newest check docs format results fuzz clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e ".[dev,demo]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,demo,docs]"
 	touch $@
 
 demo-output/smollm2-135m/config.json: $(VENV)/installed examples/smollm2.py
@@ -52,6 +56,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -66,4 +74,4 @@ fuzz: $(VENV)/installed
 	$(BIN)/python -m fuzz.kills --kills $(KILLS) --seed $(SEED) --minutes $(MINUTES)
 
 clean:
-	rm -rf $(VENV) demo-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) site demo-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,8 +1,10 @@
-"""What the README says, runs; and the public names are the ones that are meant."""
+"""What the pages say, runs; and the public names are the ones that are meant."""
 
+import csv
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 import headshare as hs
 from headshare.cli.app import main
+from headshare.cli.catalogue.commands import COMMANDS
 from headshare.integrations.transformers.config import HeadshareConfig
 from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
@@ -18,59 +21,67 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def commands() -> list[list[str]]:
-    """The headshare commands of the README, in order, without comments."""
-    found = re.findall(r"^    (headshare .*)$|`(headshare [a-z]+ [^`]*)`", README, re.M)
-    return [shlex.split(indented or inline, comments=True) for indented, inline in found]
+# the pages whose commands and Python run, each from top to bottom, in a folder of its own
+RUN = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "steps", "repair", "loading", "paper", "faq"))]
+SMALL = {  # what makes a command of a page small, by the options or the command that it has
+    "--calibration": ["--calibration-window", "32", "--calibration-tokens", "512"],
+    "--text": ["--window", "32"],
+    "train": ["--context", "32", "--use_cpu", "true", "--max_steps", "1"],
+    "generate": ["--tokens", "2"],
+    "bench": ["--repeats", "2", "--loads", "1"],
+}
 
 
-def test_the_readmes_commands_run_in_their_order(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def commands(page: str) -> list[list[str]]:
+    """The headshare commands of a page, in order, without comments."""
+    return [shlex.split(line, comments=True) for line in re.findall(r"^    (headshare .*)$", page, re.M)]
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0, (words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_a_page_says_runs_in_its_order(
+    name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    page = (ROOT / name).read_text()
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch)
     a_text(tmp_path / "FILE", 1200)
     add_tokenizer(llama).rename(tmp_path / "MODEL")
+    shutil.copytree(tmp_path / "MODEL", tmp_path / "llama-2-7b")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "DATA").mkdir()
-    for name in ("piqa", "boolq"):
-        (tmp_path / "DATA" / f"{name}.jsonl").write_text('{"query": "w4 w5", "choices": ["w6", "w7 w8"], "gold": 1}\n')
-    seen = set()
-    for words in commands():
-        if words[:2] == ["headshare", "share"] and "--plan" in words:
-            words[3] = "OUT2"
-        if words[1] in ("eval", "compare") and "--text" in words:
-            words += ["--window", "32"]
-        if "--calibration" in words:
-            words += ["--calibration-window", "32", "--calibration-tokens", "512"]
-        if words[1] == "train":
-            words += ["--context", "32", "--use_cpu", "true", "--max_steps", "1"]
-        if words[1] == "generate":
-            words += ["--tokens", "2"]
-        if words[1] == "bench":
-            words += ["--repeats", "2", "--loads", "1"]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0, (words, capsys.readouterr().err)
-        seen.add(words[1])
-    assert seen == {
-        "shrink",
-        "estimate",
-        "share",
-        "inspect",
-        "verify",
-        "eval",
-        "compare",
-        "report",
-        "generate",
-        "bench",
-        "expand",
-        "quantize",
-        "score",
-        "plan",
-        "refit",
-        "train",
-    }
+    for task in ("piqa", "boolq"):
+        (tmp_path / "DATA" / f"{task}.jsonl").write_text('{"query": "w4 w5", "choices": ["w6", "w7 w8"], "gold": 1}\n')
+    if name in ("docs/loading.md", "docs/faq.md"):  # they begin where another page ends
+        run(["headshare", "share", "MODEL", "OUT", "--ratio", "0.3"], monkeypatch, capsys)
+    for words in commands(page):
+        more = [option for key, options in SMALL.items() if key in words for option in options]
+        if words[1] == "shrink":
+            more.append("--yes")  # a random model loses much
+        run(words + more, monkeypatch, capsys)
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
+        exec(code, names)
+    assert type(names.get("model")).__name__ == "LlamaForCausalLM" or "from_pretrained" not in page
+
+
+def test_what_pages_import_is_there() -> None:
+    pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    imports = {line for page in pages for line in re.findall(r"^(?:from|import) headshare.*$", page, re.M)}
+    assert len(imports) > 3
+    for line in imports:
+        exec(line, {})
+
+
+def test_every_command_stands_on_a_page_that_runs() -> None:
+    pages = "\n".join((ROOT / name).read_text() for name in RUN)
+    assert {words[1] for words in commands(pages)} == set(COMMANDS) - {"demo"}
 
 
 def test_the_page_about_shrinking_runs(
@@ -93,15 +104,6 @@ def test_the_page_about_shrinking_runs(
     names: dict[str, object] = {}
     exec(code.replace('calibration="FILE"', f'calibration="FILE", prices="prices.json", **{small}'), names)
     assert (tmp_path / "SMALLER" / "config.json").exists()
-
-
-def test_the_readmes_python_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    llama.rename(tmp_path / "llama-2-7b")
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert type(names["model"]).__name__ == "LlamaForCausalLM"
 
 
 def test_the_architectures_tree_lists_every_package() -> None:
@@ -156,11 +158,38 @@ def test_a_folder_holds_at_most_fourteen_modules_and_a_file_at_most_320_lines() 
 def test_the_readmes_families_are_the_tables() -> None:
     from headshare.architecture.families import FAMILIES
 
-    listed = README[README.index("Families:") :]
+    listed = README[README.index("## Supported models") :]
+    page = (ROOT / "docs" / "models.md").read_text()
     named = {"llama": "Llama", "phi3": "Phi-3", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "opt": "OPT", "bert": "BERT"}
     named |= {"baichuan": "Baichuan 2", "falcon": "Falcon", "mpnet": "MPNet", "olmo2": "OLMo 2", "roberta": "RoBERTa"}
     assert {family.name for family in FAMILIES} == set(named)
-    assert all(name in listed for name in named.values())
+    assert all(name in listed and f"| {name} |" in page for name in named.values())
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 9000
+
+
+def test_figures_of_the_readmes_picture_stand_where_they_are_said_to_stand() -> None:
+    """Update studies/loss_against_bytes.csv and draw again when such a figure changes."""
+    with (ROOT / "studies" / "loss_against_bytes.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] != "trial"]
+    stands = {row["method"]: row["perplexity_over_dense"] in (ROOT / row["source"]).read_text() for row in rows}
+    assert rows
+    assert all(stands.values()), stands
+
+
+def test_the_readmes_picture_names_every_method_of_its_figures() -> None:
+    drawn = (ROOT / "docs" / "figures" / "loss-against-bytes.svg").read_text()
+    with (ROOT / "studies" / "loss_against_bytes.csv").open() as file:
+        methods = {row["method"].partition(" + our refit")[0] for row in csv.DictReader(file)} - {"SVD-LLM"}
+    assert len(methods) == 8
+    assert [name for name in methods if f">{name}<" not in drawn] == []
+
+
+def test_the_site_has_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f": {path.name}\n" not in navigation] == []
 
 
 def test_the_public_names_are_these() -> None:

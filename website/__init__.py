@@ -1,0 +1,1 @@
+"""What turns docs/, pages elsewhere in the repository and the code into a site: `make docs`."""
