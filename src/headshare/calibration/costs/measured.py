@@ -36,6 +36,8 @@ from headshare.text.tokens import Calibration
 # The tokens that are run to measure, and one in how many of them has its predictions compared.
 PROBED_TOKENS = 2048
 EVERY = 4
+# changed models whose predictions are made at once
+TOGETHER = 4
 
 # A curve is measured where these shares of its steps are taken, or after each step if there are no more of them.
 MARKS = (0.1, 0.35, 1.0)
@@ -191,30 +193,33 @@ class _Walk:
     # ---- running
 
     def _through(self, layers: Sequence[int], streams: Sequence[Stream]) -> Sequence[Stream]:
-        """Run these dense layers over each of the streams of hidden states, in place."""
+        """Run these dense layers over all of the streams of hidden states together."""
+        together = torch.cat(list(streams))
         for layer in layers:
             module = self.layers.build(layer)
             with short_layers(self.layers.device):
-                for stream in streams:
-                    self.layers.run_over(module, layer, stream)
-        return streams
+                self.layers.run_over(module, layer, together)
+        return torch.split(together, [len(stream) for stream in streams])
 
     def _divergences(self, streams: Sequence[Stream]) -> list[float]:
         """KL(dense | changed) of each stream of last hidden states, in nats a token.
 
-        It is sum_i p_i (log p_i - z_i) + log sum_i exp z_i, with p the dense model's probabilities and z the changed
-        one's logits. The logits of one window are in memory at a time.
+        It is sum_i p_i log p_i - sum_i p_i z_i + log sum_i exp z_i, with p the dense model's probabilities and z the
+        changed one's logits. Those of `TOGETHER` streams and one window are in memory at a time: the head is read once
+        for all of them.
         """
         totals = torch.zeros(len(streams), dtype=torch.float64)
         for window, last in enumerate(self.last):
-            expected = self.layers.logits(last[None]).log_softmax(dim=-1)
+            expected = self.layers.logits(last[None])[0].log_softmax(dim=-1)
             probability = expected.exp()
-            for number, stream in enumerate(streams):
-                logits = self.layers.logits(stream[window, None, ::EVERY])
-                # The divergence is the same, and no exponential too large.
-                logits -= logits.amax(dim=-1, keepdim=True)
-                lost = (probability * (expected - logits)).sum(dim=-1) + logits.logsumexp(dim=-1)
-                totals[number] += float(lost.double().sum())
+            own = torch.linalg.vecdot(probability, expected).double().sum()
+            for first in range(0, len(streams), TOGETHER):
+                some = torch.stack([stream[window, ::EVERY] for stream in streams[first : first + TOGETHER]])
+                for number, logits in enumerate(self.layers.logits(some), start=first):
+                    # the divergence is the same, and no exponential too large
+                    logits -= logits.amax(dim=-1, keepdim=True)
+                    lost = logits.logsumexp(dim=-1) - torch.linalg.vecdot(probability, logits)
+                    totals[number] += float(own + lost.double().sum())
         tokens = processes.total(self.last.shape[0] * self.last.shape[1])
         return [
             max(total / tokens, 0.0) for total in processes.summed(totals).tolist()
