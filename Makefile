@@ -74,4 +74,4 @@ fuzz: $(VENV)/installed
 	$(BIN)/python -m fuzz.kills --kills $(KILLS) --seed $(SEED) --minutes $(MINUTES)
 
 clean:
-	rm -rf $(VENV) site demo-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) site demo-output example-output fuzz-findings dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from small_model import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import headshare as hs
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--yes", action="store_true", help="go on where the predicted loss is large")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     if arguments.model is None:
         make(arguments.out)
     model = arguments.model or str(arguments.out / "model")

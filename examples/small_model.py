@@ -60,7 +60,7 @@ def a_model() -> transformers.LlamaForCausalLM:
     )
 
 
-def train(model: transformers.LlamaForCausalLM, tokens: torch.Tensor, steps: int, batch: int = 12) -> None:
+def train(model: transformers.LlamaForCausalLM, tokens: torch.Tensor, steps: int, batch: int = 8) -> None:
     """Adam, at a rate that rises for a tenth of the steps and falls to nothing."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1, pct_start=0.1)
@@ -79,7 +79,7 @@ def train(model: transformers.LlamaForCausalLM, tokens: torch.Tensor, steps: int
             print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
-def make(out: Path, steps: int = 300) -> None:
+def make(out: Path, steps: int = 400) -> None:
     """Train the model and write it with its texts, unless it is there."""
     if (out / "model" / "config.json").exists():
         return
@@ -99,7 +99,7 @@ def main() -> None:
     """Make the model that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     make(arguments.out, arguments.steps)
 
