@@ -3,7 +3,8 @@
     python -m studies.loss_against_bytes
 
 SmolLM2-135M, 16-bit numbers, embedding counted once. All methods are calibrated on 32,768 tokens of WikiText-2's
-validation text and measured on its test text in windows of 512: headshare on 32 windows, the others on the first 16.
+validation text and measured on its test text in windows of 512: headshare on 32 windows, the others on the first 32,
+trials on the first 16.
 The column `source` says where a figure stands. `trial` is a run of the methods' formulas outside the package, in
 November 2026, each with its paper's own allocation; it has not been repeated with `headshare compare` yet.
 """
