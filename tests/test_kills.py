@@ -39,4 +39,5 @@ def test_a_half_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_left_behind_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("scratch", "folder"):
         monkeypatch.setattr(f"headshare.files.{place}.remove_dead", lambda *_: None)
-    assert "left behind" in tried("share", tmp_path, 100, first=True).findings[0]
+    findings = tried("share", tmp_path, 100, first=True).findings
+    assert any("left behind" in found for found in findings)  # a run that had no room may be found first

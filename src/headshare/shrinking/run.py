@@ -34,7 +34,7 @@ from headshare.text.windows import read_text
 
 ON_THE_MIX = (
     "calibrated on the mix of texts that comes with headshare: text like what the model is for keeps more of it "
-    "(--calibration FILE)"
+    "(--calibration FILE), and so does text that it writes (--calibration self)"
 )
 # Looks at a prediction before the long part of the work, and raises what ends the run where it must not go on.
 Judge = Callable[[Prediction], None]
