@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headshare.errors import OutputError
@@ -22,6 +22,10 @@ NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=5), st.booleans())
+@example([5e-324], False)
+@example([0.0, 5e-324], False)
+@example([1e9, 1e9 + 1e-6], False)
+@example([1.0, 1.0 + 1e-15], True)
 def test_a_scale_holds_its_numbers_and_marks_round_ones(values: list[float], log: bool) -> None:
     values = [abs(value) + 1e-3 for value in values] if log else values
     scale = Scale.over(values, 0.0, 100.0, log=log)

@@ -10,6 +10,10 @@ STEPS = (1, 2, 2.5, 5, 10)
 SHORT = 3.0
 DIGITS = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 
+# numbers that differ by less than this part of their size, or by less than this at all, are taken for one
+CLOSE = 1e-9
+LEAST = 1e-12
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -60,10 +64,15 @@ def said(value: float) -> str:
 
 
 def _ends(values: list[float], log: bool) -> tuple[float, float]:
+    """The least and the greatest of the numbers; further apart where no picture could tell them apart."""
     low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if high - low > max(size * CLOSE, LEAST):
+        return low, high
     if log:
-        return (low, high) if high > low else (low / 1.2, high * 1.2)
-    return (low, high) if high > low else (low - (abs(low) or 1) * 0.2, high + (abs(high) or 1) * 0.2)
+        return low / 1.2, high * 1.2
+    around = 0.2 * (size if size > LEAST else 1.0)
+    return low - around, high + around
 
 
 def _steps(low: float, high: float, most: int) -> list[float]:
