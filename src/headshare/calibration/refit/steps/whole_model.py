@@ -104,8 +104,9 @@ def _fill(module: nn.Module, layers: Layers, layer: int, columns: PlannedColumns
 
 def takes_whole_steps(dense: Checkpoint, refinement: Refinement | None) -> bool:
     """True if the refinement has steps on the whole model, and the model has predictions to follow."""
-    predicts = predicts_next(class_name(dense.config, dense.tensors), dense.config)
-    return refinement is not None and refinement.whole > 0 and predicts
+    if refinement is None or not refinement.whole:
+        return False  # before the class is looked up, which imports transformers
+    return predicts_next(class_name(dense.config, dense.tensors), dense.config)
 
 
 def check_room(dense: Checkpoint, refinement: Refinement | None, device: str) -> None:
