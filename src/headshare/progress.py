@@ -5,7 +5,7 @@ An interactive interpreter and a notebook show it. A script shows it where `show
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
@@ -29,7 +29,7 @@ def shown(wanted: bool = True) -> Iterator[None]:
         _shown.reset(token)
 
 
-def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+def track(items: Iterable[Item], what: str, total: int) -> Generator[Item]:
     """Pass the items through, reporting how many of `total` are done."""
     if not _is_shown() or total == 0:
         yield from items

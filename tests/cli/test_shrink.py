@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from headshare.files.folder import not_written_by_us
 from headshare.files.resume import run_folder
 from headshare.sharing.size import parameter_bytes
 from support import tiny
-from support.byte_level import make_writer
+from support.byte_level import make_encoder, make_writer
 from support.command_line import Run, assert_one_error_line
 from support.folders import WEIGHTS, left_behind
 from support.texts import a_text, add_tokenizer
@@ -67,16 +68,34 @@ def test_one_command_makes_verifies_and_measures_a_smaller_model(things: Path, r
     assert left_behind(things) == []
 
 
-def test_without_a_text_the_mix_that_comes_with_headshare_is_taken_and_that_is_said(tmp_path: Path, run: Run) -> None:
-    make_writer(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("make", "named", "source"),
+    [
+        (make_writer, "text that the model writes", "text written by model"),
+        (make_encoder, "the mix of texts that comes with headshare", "headshare's mix of texts"),
+    ],
+)
+def test_without_a_text_the_model_writes_one_or_else_has_the_mix_and_that_is_said(
+    make: Callable[[Path], Path], named: str, source: str, tmp_path: Path, run: Run
+) -> None:
+    make(tmp_path / "model")
     words = ["--calibration-window", "32", "--calibration-tokens", "512"]
     ended = run("shrink", "model", "out", "--save", "10%", "--yes", *words)
     assert ended.status == 0, ended.err
-    assert ended.err.count("calibrated on the mix of texts that comes with headshare") == 1
+    assert ended.err.count(f"calibrated on {named}: ") == 1
     assert "--calibration FILE" in ended.err
-    record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["refit"]
-    assert record["text"] == "headshare's mix of texts"
-    assert "refitted on 512 tokens of headshare's mix of texts" in ended.out
+    assert ("model writes 496 tokens\n" in ended.err) == (make is make_writer)
+    assert f"refitted on 512 tokens of {source}" in ended.out
+
+
+def test_in_python_too_the_model_writes_where_no_text_is_given(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*given: Any, **_: object) -> None:
+        raise LookupError(given[3].source)
+
+    monkeypatch.setattr("headshare.shrinking.run.shrink_checkpoint", asked)
+    for more, text in (({}, "self"), ({"calibration": "mix"}, "mix")):
+        with pytest.raises(LookupError, match=f"^{text}$"):
+            hs.shrink(source / "model", source / "out", save="10%", **more)
 
 
 def test_the_result_has_what_was_measured(source: Path, run: Run) -> None:

@@ -472,7 +472,9 @@ def test_writing_says_how_far_it_has_come(
     monkeypatch.setattr("headshare.progress.PLAIN_INTERVAL_S", 0.0)
     with shown():
         Calibration.load("self", model, tokens=40 * 4, window=4)
-    assert "batches of text written by the model: 2 of 3" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "writes 120 tokens\n" in told
+    assert "steps of writing, 16 windows at a time: 4 of 9, about " in told
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "mpnet"])

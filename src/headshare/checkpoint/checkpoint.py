@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headshare.architecture.config import text_config
+from headshare.architecture.model_class import class_name, predicts_next
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.header import TensorInfo
@@ -99,6 +100,20 @@ class Checkpoint:
     def layouts(self) -> ModelLayouts:
         """The layouts of the model, shared or dense, in the dense model's shapes."""
         return ModelLayouts(text_config(self.config), self.dense_shapes)
+
+    @cached_property
+    def model_class(self) -> str | None:
+        """The name of transformers' class for this model, as `class_name` finds it; None for the bare model.
+
+        Raises:
+            CheckpointError: if config.json does not name classes as a list.
+        """
+        return class_name(self.config, self.tensors)
+
+    @property
+    def predicts_next(self) -> bool:
+        """True if this model predicts the next token, so that it can write, and its predictions can be followed."""
+        return predicts_next(self.model_class, self.config)
 
     @property
     def path(self) -> Path:

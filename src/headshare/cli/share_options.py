@@ -197,11 +197,15 @@ def whole_numbers(text: str | None) -> list[int]:
 
 # ---- calibration
 
-CALIBRATION = typer.Option(
+_TEXTS = (
+    "Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], self (the model writes "
+    "it), or mix (texts of several kinds that come with headshare)."
+)
+CALIBRATION = typer.Option(metavar="FILE", rich_help_panel=CALIBRATE, help=_TEXTS)
+CALIBRATION_OR_SELF = typer.Option(
     metavar="FILE",
     rich_help_panel=CALIBRATE,
-    help="Calibrate on this text: a text file, a .jsonl, .json or .csv, hf:NAME[:CONFIG][:SPLIT], mix (texts of "
-    "several kinds that come with headshare), or self (the model writes it).",
+    help=f"{_TEXTS} Default: self; mix for a model that writes no text.",
 )
 NeededCalibrationOption = Annotated[str, CALIBRATION]
 

@@ -10,7 +10,7 @@ from headshare.calibration.refit.refinement import Refinement
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import OptionError
 from headshare.sharing.size import dtype_code, parameter_bytes, parameter_infos, stored_bytes
-from headshare.text.documents import MIX
+from headshare.text.documents import MIX, SELF
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class ShrinkRequest:
         return Budget.parse(dense, save=str(asked), protect=self.protect, multiple=self.multiple)
 
 
-def calibration_text(given: str | None) -> str:
-    """The text that a model is calibrated on: the one that was given, or the mix that comes with headshare."""
-    return MIX if given is None else given
+def calibration_text(given: str | None, dense: Checkpoint) -> str:
+    """The text that a model is calibrated on: the one that was given.
+
+    Where none was, it is text that the model writes, or, if it writes none, the mix of texts that comes with headshare.
+    What it writes itself repairs it better, on texts of every kind that was measured (docs/calibration.md).
+    """
+    if given is not None:
+        return given
+    return SELF if dense.predicts_next else MIX

@@ -29,13 +29,14 @@ from headshare.sharing.share import share
 from headshare.shrinking.prediction import Prediction
 from headshare.shrinking.request import ShrinkRequest, calibration_text
 from headshare.shrinking.result import Shrunk, Size, TextPerplexity
-from headshare.text.documents import MIX
+from headshare.text.documents import MIX, SELF
 from headshare.text.windows import read_text
 
-ON_THE_MIX = (
-    "calibrated on the mix of texts that comes with headshare: text like what the model is for keeps more of it "
-    "(--calibration FILE), and so does text that it writes (--calibration self)"
-)
+# What is calibrated on where there is no text of its owner's.
+STAND_INS = {
+    SELF: "text that the model writes",
+    MIX: "the mix of texts that comes with headshare",
+}
 # Looks at a prediction before the long part of the work, and raises what ends the run where it must not go on.
 Judge = Callable[[Prediction], None]
 
@@ -58,8 +59,10 @@ def shrink(
 
     `save` is what the model is to lose, such as "20%", or `to` what is to be left, such as "4GB". The result says what
     came of it: its bytes, its perplexity beside the dense model's, and what was done. A stopped call goes on when it is
-    made again. `text` is a file to measure perplexity on, besides the calibration text that is held out. `more` has
-    `protect` and `multiple` of `ShrinkRequest`, and fields of `CalibrationSettings`, such as `tokens` and `device`.
+    made again. `calibration` is a text as `Calibration.load` takes it; by default the model writes one, and a model
+    that writes none has the mix of texts that comes with headshare. `text` is a file to measure perplexity on, besides
+    the calibration text that is held out. `more` has `protect` and `multiple` of `ShrinkRequest`, and fields of
+    `CalibrationSettings`, such as `tokens` and `device`.
 
     Raises:
         PlanError: if the predicted loss is large and `yes` is false, or the model cannot be made so small.
@@ -70,7 +73,6 @@ def shrink(
     wanted = ShrinkRequest(save, to, refine, dtype=dtype, **chosen)
     if more.get("prices") is not None:
         more["prices"] = Path(more["prices"])
-    settings = CalibrationSettings(calibration_text(calibration), **more)
 
     def judge(predicted: Prediction) -> None:
         say(predicted.in_words())
@@ -79,6 +81,7 @@ def shrink(
 
     # one that the caller opened stays open
     with nullcontext(model) if isinstance(model, Checkpoint) else open_checkpoint(model) as dense:
+        settings = CalibrationSettings(calibration_text(calibration, dense), **more)
         return shrink_checkpoint(dense, Path(out), wanted, settings, judge, text=text, overwrite=overwrite)
 
 
@@ -106,8 +109,11 @@ def shrink_checkpoint(
     other = None if text is None else _read(dense, text)
     if not run_folder(out, "calibrating").exists():
         check_output(out, dense.path, overwrite=overwrite)
-    if settings.source == MIX:
-        say(ON_THE_MIX)
+    if settings.source in STAND_INS:
+        say(
+            f"calibrated on {STAND_INS[settings.source]}: text like what the model is for keeps more of it "
+            "(--calibration FILE)"
+        )
     with calibrated_run(dense, out, settings) as run:
         stage = _Written(run.resumable.workspace, out, key_of(*_key(wanted)))
         is_written = processes.from_first(lambda: stage.is_reached)

@@ -17,8 +17,8 @@ MIX = "mix"
 # the documents of the mix, which comes with the package; docs/calibration.md says where they are from
 MIX_FILE = Path(__file__).with_name("mix.jsonl")
 SOURCES = (
-    "a UTF-8 text file, a .jsonl, .json or .csv file of documents, 'mix' (texts of several kinds that come with "
-    "headshare), 'self' (text that the model itself writes), or hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
+    "a UTF-8 text file, a .jsonl, .json or .csv file of documents, 'self' (text that the model itself writes), 'mix' "
+    "(texts of several kinds that come with headshare), or hf:NAME[:CONFIG][:SPLIT] (a Hugging Face data set)"
 )
 ROW_BYTES = 64 * 2**20
 

@@ -1,18 +1,20 @@
 """Text that a model writes itself, as windows of tokens."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CalibrationError
 from headshare.integrations.transformers.loading import load_model, quiet, running
 from headshare.precision import short_type
-from headshare.progress import track
+from headshare.progress import say, track
 from headshare.text.windows import check_finite, is_causal, not_causal
 
 # windows that are written together; they share one seed, so their number is part of the result
@@ -42,7 +44,8 @@ def written_after(
 ) -> Int[Tensor, "windows window"]:
     """Windows that the model writes after these first tokens, drawn from its own distribution.
 
-    A dense model runs in bfloat16 where the device multiplies that. The global random state stays as it is.
+    A dense model runs in bfloat16 where the device multiplies that. The global random state stays as it is. How much is
+    written, and how far that is, is reported: on a CPU it takes minutes.
 
     Raises:
         CalibrationError: if the model writes no text.
@@ -63,16 +66,38 @@ def written_after(
 
     # The checkpoint's own settings may sharpen the distribution, penalise words, or stop at an end of text.
     model.generation_config = GenerationConfig()
-    drawn = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - starts.shape[1]
-    )
+    length = window - starts.shape[1]
+    drawn = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length)
 
     batches = torch.split(starts.to(model.device), batch)
+    steps = length * len(batches)
+    say(f"{checkpoint.name} writes {len(starts) * length:,} tokens")
     cards = [model.device] if model.device.type == "cuda" else []
-    with running(), quiet(), torch.random.fork_rng(devices=cards):
+    with (
+        running(),
+        quiet(),
+        torch.random.fork_rng(devices=cards),
+        closing(track(range(steps), f"steps of writing, {batch} windows at a time", steps)) as report,
+    ):
         torch.manual_seed(seed)
+        reported = StoppingCriteriaList([_Reported(report)])
         written = [
-            model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=drawn).cpu()
-            for batch in track(batches, "batches of text written by the model", len(batches))
+            model.generate(
+                some, attention_mask=torch.ones_like(some), generation_config=drawn, stopping_criteria=reported
+            ).cpu()
+            for some in batches
         ]
     return torch.cat(written)
+
+
+class _Reported(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Stops no window, and passes each step on to a report of progress."""
+
+    def __init__(self, report: Iterator[int]) -> None:
+        self.report = report
+        next(report, None)  # none is done yet
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Count one more step; no window is done."""
+        next(self.report, None)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

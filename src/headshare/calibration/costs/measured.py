@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from headshare.architecture.model_class import class_name, predicts_next, reads_images
+from headshare.architecture.model_class import reads_images
 from headshare.calibration import processes
 from headshare.calibration.costs.actions import REMOVE, Order
 from headshare.calibration.costs.curves import CostCurve, CostCurves, repriced
@@ -101,9 +101,8 @@ def check_windows(calibration: Calibration, *, tokens: int = PRICED_TOKENS, held
 
 
 def predicts(checkpoint: Checkpoint) -> bool:
-    """True if the checkpoint is of a model that predicts the next token, so that predictions can be measured."""
-    name = class_name(checkpoint.config, checkpoint.tensors)
-    return predicts_next(name, checkpoint.config) and not reads_images(name)
+    """True if predictions can be measured layer by layer: the model predicts the next token, and reads text alone."""
+    return checkpoint.predicts_next and not reads_images(checkpoint.model_class)
 
 
 class _Walk:

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from headshare.architecture.model_class import class_name, predicts_next
 from headshare.calibration import processes
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Stream
@@ -47,8 +46,7 @@ def text_written(
     Raises:
         CalibrationError: if the model gives no finite numbers to write by.
     """
-    predicts = predicts_next(class_name(dense.config, dense.tensors), dense.config)
-    if refinement is None or not refinement.written or not predicts:
+    if refinement is None or not refinement.written or not dense.predicts_next:
         return None
     windows = refinement.written * len(calibration.tokens)
     return processes.from_first(lambda: _kept_text(dense, calibration, windows, device, workspace))

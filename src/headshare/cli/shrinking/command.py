@@ -20,7 +20,7 @@ from headshare.cli.options import (
     print_result,
 )
 from headshare.cli.share_options import (
-    CALIBRATION,
+    CALIBRATION_OR_SELF,
     CalibrationOptions,
     DtypeOption,
     ModelArgument,
@@ -66,7 +66,7 @@ class SizeOptions:
 class ShrinkTextOptions(CalibrationOptions):
     """The texts of a shrinking run, and how it goes about them."""
 
-    calibration: Annotated[str | None, CALIBRATION] = None
+    calibration: Annotated[str | None, CALIBRATION_OR_SELF] = None
     refine: RefineOption = NONE
     prices: Annotated[
         Path | None,
@@ -134,7 +134,6 @@ def shrink(
     from headshare.shrinking.run import shrink_checkpoint
 
     wanted = ShrinkRequest(size.save, size.to, texts.refine, whole_numbers(size.protect), size.multiple, dtype)
-    settings = texts.settings_on(calibration_text(texts.calibration))
 
     def judge(predicted: Prediction) -> None:
         say(predicted.in_words())
@@ -145,6 +144,7 @@ def shrink(
 
     try:
         with open_checkpoint(model, revision=common.revision) as dense:
+            settings = texts.settings_on(calibration_text(texts.calibration, dense))
             shrunk = shrink_checkpoint(dense, out, wanted, settings, judge, text=texts.text, overwrite=common.overwrite)
     except _Stop as stop:
         _print_prediction(stop.predicted, as_json=common.as_json)

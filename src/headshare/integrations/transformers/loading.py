@@ -13,7 +13,7 @@ import transformers
 
 import headshare.integrations.transformers.quantizer  # noqa: F401 - it registers the format
 from headshare.architecture.families import OPTIONAL
-from headshare.architecture.model_class import class_name, predicts_next
+from headshare.architecture.model_class import predicts_next
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.int4 import PARTS
 from headshare.checkpoint.opening import open_checkpoint
@@ -100,7 +100,7 @@ def _config_with(checkpoint: Checkpoint, storage: str) -> Any:
 
 def _class_of(checkpoint: Checkpoint) -> Any:
     """The class of a checkpoint's model, which is that of the bare model where nothing tells of another."""
-    name = class_name(checkpoint.config, checkpoint.tensors)
+    name = checkpoint.model_class
     return transformers.AutoModel if name is None else getattr(transformers, name)
 
 

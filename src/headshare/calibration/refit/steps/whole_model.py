@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Int, Num
 from torch import Tensor, nn
 
-from headshare.architecture.model_class import class_name, predicts_next
 from headshare.architecture.modules import module_path
 from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.refit.columns import PlannedColumns
@@ -104,9 +103,8 @@ def _fill(module: nn.Module, layers: Layers, layer: int, columns: PlannedColumns
 
 def takes_whole_steps(dense: Checkpoint, refinement: Refinement | None) -> bool:
     """True if the refinement has steps on the whole model, and the model has predictions to follow."""
-    if refinement is None or not refinement.whole:
-        return False  # before the class is looked up, which imports transformers
-    return predicts_next(class_name(dense.config, dense.tensors), dense.config)
+    # the model is asked last, as that imports transformers
+    return refinement is not None and refinement.whole > 0 and dense.predicts_next
 
 
 def check_room(dense: Checkpoint, refinement: Refinement | None, device: str) -> None:
