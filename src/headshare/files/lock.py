@@ -9,10 +9,9 @@ from pathlib import Path
 from headshare.errors import OutputError
 from headshare.files.failures import explain
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there, and two runs on one output do not notice each other
-    fcntl = None  # type: ignore[assignment]
+# Windows opens no folders, and what is locked there its own maker cannot write by another handle. So nothing is locked,
+# and two runs on one output do not notice each other.
+HAS_LOCKS = os.name != "nt"
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -37,11 +36,16 @@ def locked(place: Path, *, wait: bool = True) -> Iterator[int]:
         BlockingIOError: if another process has locked it, and this one does not wait.
         OSError: if it cannot be opened, or its file system has no locks.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         raise OSError(errno.ENOLCK, "this system has no locks", str(place))
+    from filelock import lock_descriptor  # only where something is locked: it takes long to import
+
+    # A FileLock would be a file of its own beside each folder, which a killed run leaves behind. A lock on the folder
+    # itself stays with it when it is renamed, and goes with its process.
     descriptor = os.open(place, _FLAGS)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not lock_descriptor(descriptor, blocking=wait):
+            raise BlockingIOError(errno.EAGAIN, "another process has locked it", str(place))
         yield descriptor
     finally:
         os.close(descriptor)
@@ -54,7 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: if it cannot be made or locked, or another process works in it.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         folder.mkdir(exist_ok=True)
         yield
         return
