@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from headshare.cli.options import print_result
-from headshare.tables import drawn, markdown
+from headshare.tables import Table, drawn, markdown
 
 WIDE = """Before.
 
@@ -45,6 +45,31 @@ def test_a_table_of_numbers_has_its_first_column_to_the_left_and_is_ascii_where_
     text = drawn(markdown([("", "before", "after"), ("on disk", "10", "9"), ("in memory", "2", "1")]), 80, plain=True)
     assert text.isascii()
     assert "| on disk   |     10 |     9 |" in text
+
+
+def test_words_begin_at_the_left_and_numbers_end_at_the_right_however_a_table_is_written() -> None:
+    table = Table(["", "before", "after"], [["on disk", "10", "9"], ["in memory", "2"]])
+    assert table.markdown().splitlines() == [
+        "|  | before | after |",
+        "|---|--:|--:|",
+        "| on disk | 10 | 9 |",
+        "| in memory | 2 |  |",
+    ]
+    even = [
+        "|           | before | after |",
+        "|-----------|-------:|------:|",
+        "| on disk   |     10 |     9 |",
+        "| in memory |      2 |       |",
+    ]
+    assert table.markdown(even=True).splitlines() == even
+    assert markdown([("", "before", "after"), ("on disk", "10", "9"), ("in memory", "2", "")]).splitlines() == even
+
+
+def test_a_cell_holds_any_text() -> None:
+    text = Table(["model", "writes"], [["a|b", "one\ntwo | three"]], words=(0, 1)).markdown()
+    assert text.splitlines()[2] == "| a\\|b | one<br>two \\| three |"
+    lines = drawn(text, 80).splitlines()
+    assert lines[3:5] == ["│ a|b   │ one         │", "│       │ two | three │"]
 
 
 class _Terminal(io.StringIO):

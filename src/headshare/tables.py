@@ -27,22 +27,34 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: Collection[int] = (0,)
 
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        rule = "|".join("---" if column in self.words else "--:" for column in range(len(self.heads)))
-        filled = ([*row, *[""] * (len(self.heads) - len(row))] for row in (self.heads, *self.rows))
-        heads, *rows = ("| " + " | ".join(row) + " |" for row in filled)
+    def markdown(self, *, even: bool = False) -> str:
+        """The table in Markdown. Its columns are `even` for a reader who sees it as it is, or as short as can be."""
+        columns = range(len(self.heads))
+        filled = [
+            [in_one_line(cell) for cell in (*row, *[""] * (len(columns) - len(row)))]
+            for row in (self.heads, *self.rows)
+        ]
+        widths = [max(len(row[column]) for row in filled) if even else 0 for column in columns]
+        rule = "|".join(
+            "-" * max(widths[column] + 2, 3) if column in self.words else "-" * max(widths[column] + 1, 2) + ":"
+            for column in columns
+        )
+        heads, *rows = ("| " + " | ".join(self._filled_up(row, widths)) + " |" for row in filled)
         return "\n".join([heads, f"|{rule}|", *rows])
+
+    def _filled_up(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.ljust(width) if column in self.words else cell.rjust(width)
 
 
 def markdown(cells: Rows) -> str:
-    """A Markdown table of lines of cells; the first line is the heading."""
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    """A Markdown table, in even columns, of lines of cells: the first line is the heading, the first column words."""
+    return Table(cells[0], cells[1:]).markdown(even=True)
+
+
+def in_one_line(text: str) -> str:
+    """A text so that Markdown shows it as it is, in one line of its source and in a cell of a table."""
+    return text.strip().replace("|", "\\|").replace("\n", "<br>")
 
 
 def drawn(text: str, width: int, *, plain: bool = False) -> str:

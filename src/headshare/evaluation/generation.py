@@ -13,6 +13,7 @@ from headshare.evaluation.harness import Runner
 from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.loading import quiet, running
 from headshare.progress import track
+from headshare.tables import Table, in_one_line
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,6 @@ def samples_of(texts: Sequence[tuple[str, Sequence[str]]], prompts: Sequence[str
     """
     lines = []
     for number, prompt in enumerate(prompts):
-        lines += [f"**{_one_line(prompt)}**", "", "| model | writes |", "|---|---|"]
-        lines += [f"| {name} | {_one_line(written[number])} |" for name, written in texts]
-        lines.append("")
+        table = Table(["model", "writes"], [[name, written[number]] for name, written in texts], words=(0, 1))
+        lines += [f"**{in_one_line(prompt)}**", "", table.markdown(), ""]
     return "\n".join(lines).rstrip()
-
-
-def _one_line(text: str) -> str:
-    return text.strip().replace("|", "\\|").replace("\n", "<br>")

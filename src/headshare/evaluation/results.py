@@ -184,9 +184,5 @@ def _columns(rows: Sequence[TaskResult]) -> dict[str, list[TaskResult]]:
 
 
 def _way(row: TaskResult) -> dict[str, Any]:
-    """The settings that a result depends on, as text that can stand in a table."""
-    return {
-        name: ascii(value).strip("'").replace("|", "/")
-        for name, value in row.settings.items()
-        if name not in IRRELEVANT
-    }
+    """The settings that a result depends on, as text."""
+    return {name: ascii(value).strip("'") for name, value in row.settings.items() if name not in IRRELEVANT}

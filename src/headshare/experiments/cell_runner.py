@@ -217,8 +217,8 @@ class CellRunner:
 
 
 def _in_one_line(error: HeadshareError) -> str:
-    """An error's message as it can stand in a table."""
-    return " ".join(str(error).replace("|", "/").split())[:MAX_TEXT]
+    """An error's message, no longer than a cell keeps."""
+    return " ".join(str(error).split())[:MAX_TEXT]
 
 
 def _with_plan(cell: Compared, plan: SharePlan) -> Compared:
