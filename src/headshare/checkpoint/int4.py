@@ -155,6 +155,11 @@ def _group_of(entry: Mapping[str, Any]) -> int:
     return group
 
 
+# compressed-tensors has both of the following, and tests hold ours against them. It is not used: a model is unpacked in
+# every pass, so that loading would need the package; and its numbers come as a whole matrix of 8 bits before they are
+# scaled, where ours are scaled while they are in the processor's cache.
+
+
 def pack(numbers: Shaped[Tensor, "rows inputs"]) -> Int[Tensor, "rows words"]:
     """The words that hold these whole numbers from -8 to 7, eight to a word."""
     shifted = (numbers.to(torch.int64) + OFFSET).reshape(len(numbers), numbers.shape[1] // A_WORD, A_WORD)
