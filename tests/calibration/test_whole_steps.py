@@ -178,8 +178,12 @@ def test_steps_that_were_stopped_go_on_bit_for_bit(looks: int, tmp_path: Path, m
     taken: list[int] = []
     descend = whole_steps._add_gradients
     monkeypatch.setattr(whole_steps, "_add_gradients", lambda *given: (taken.append(1), descend(*given)))
+    looked: list[int] = []
+    look = whole_steps._held_out
+    monkeypatch.setattr(whole_steps, "_held_out", lambda *given: (looked.append(1), look(*given))[1])
     again = Refitter(dense, plan, tokens, refinement=STEPS)
     run_refit(again, workspace, "key")
+    assert len(looked) == STEPS.whole // 2 - looks  # what is known of the weights before the first step is kept
     assert len(taken) == STEPS.whole - 2 * looks  # twelve steps, looked at after every second one
     assert same(again.result, Refit(dict(expected.tensors), expected.steps))
 

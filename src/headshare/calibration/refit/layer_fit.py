@@ -299,8 +299,7 @@ class LayerFit:
             put = block.put(best.weights)
             self.result.tensors.update(put if processes.is_first() else {})
         base = self.layers.tensor(Part.O, layer).removesuffix(f".{self.layers.path(Part.O)}.weight")
-        choice = f"best after {best.step}" if best.step else "none was better"
-        note = f"{self.refinement.steps} gradient steps, {choice}"
+        note = f"{self.refinement.steps} gradient steps, {best.in_words()}"
         self.result.steps.append(RefitStep(base, None, best.error_before, best.error_after, note))
 
 

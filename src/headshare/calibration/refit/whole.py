@@ -1,5 +1,8 @@
 """The last part of a refinement: steps on the whole model, after the refit of all its layers, and their state."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from headshare.architecture.config import text_config
@@ -7,7 +10,7 @@ from headshare.calibration import processes
 from headshare.calibration.refit.refitter import Refitter
 from headshare.calibration.refit.result import RefitStep
 from headshare.calibration.refit.steps.whole_model import WholeModel, dense_model, takes_whole_steps
-from headshare.calibration.refit.steps.whole_steps import NUMBERS, Descent, Tokens, WholeSteps, begun, descend
+from headshare.calibration.refit.steps.whole_steps import Descent, Tokens, begun, descend
 from headshare.files.state_files import Workspace
 from headshare.progress import say
 
@@ -31,38 +34,36 @@ def take_whole_steps(refitter: Refitter, workspace: Workspace | None, key: str) 
     teacher = dense_model(dense, refitter.layers.device)
     vocabulary = text_config(dense.config).get("vocab_size") or MANY_WORDS
     tokens = Tokens(refitter.tokens, refitter.layer_fit.fitted, vocabulary)
-    wanted = WholeSteps(refinement.whole, refinement.tokens, refinement.whole_rate)
 
     name = f"whole-{key}.safetensors"
     with student.narrowed() as (weights, own):
-        descent = begun(student, teacher, tokens, weights, wanted.rate)
-        _take_up(descent, workspace, name)
-        for _ in descend(student, teacher, tokens, descent, own, wanted, seed=refitter.layer_fit.seed):
+        begin = partial(begun, student, teacher, tokens, weights, refinement.whole_rate)
+        descent = begin() if workspace is None else _gone_on_with(begin, workspace, name)
+        for _ in descend(student, teacher, tokens, descent, own, refinement, seed=refitter.layer_fit.seed):
             if workspace is not None and processes.is_first():
-                tensors, numbers = descent.state()
-                kept = torch.tensor([numbers[number] for number in NUMBERS], dtype=torch.float64)
-                workspace.write_tensors(name, {**tensors, "numbers": kept})
+                workspace.write_tensors(name, descent.state())
             processes.wait()
-        processes.copied(*descent.best.values())
+        best = descent.best
+        processes.copied(*best.weights.values())
 
-    if descent.best_step and processes.is_first():
-        for layer in student.put(descent.best):
+    if best.step and processes.is_first():
+        for layer in student.put(best.weights):
             refitter.result.tensors.update(layer)
-    choice = f"best after {descent.best_step}" if descent.best_step else "none was better"
-    note = f"{wanted.steps} gradient steps on the whole model, {choice}; errors are divergences in nats a token"
-    refitter.result.steps.append(RefitStep("model", None, descent.before, descent.least, note))
+    steps = f"{refinement.whole} gradient steps on the whole model, {best.in_words()}"
+    note = f"{steps}; errors are divergences in nats a token"
+    refitter.result.steps.append(RefitStep("model", None, best.error_before, best.error_after, note))
 
 
-def _take_up(descent: Descent, workspace: Workspace | None, name: str) -> None:
-    """Go on from the state of a stopped run, if there is any.
+def _gone_on_with(begin: Callable[..., Descent], workspace: Workspace, name: str) -> Descent:
+    """The descent of a stopped run, or a new one where there is none.
 
     Raises:
-        HeadshareError: of the workspace, if something is missing in it.
+        HeadshareError: of the workspace, if something is missing in the state.
     """
-    kept = None if workspace is None else workspace.read_tensors(name)
-    if workspace is None or kept is None:
-        return
+    state = workspace.read_tensors(name)
     try:
-        descent.take_up(kept, dict(zip(NUMBERS, kept["numbers"].tolist(), strict=True)))
+        return begin(state=state)
     except (KeyError, RuntimeError, ValueError) as error:
+        if state is None:
+            raise
         raise workspace.damaged(name, f"it does not fit the run ({error})") from None

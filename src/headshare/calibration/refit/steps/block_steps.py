@@ -18,21 +18,8 @@ from headshare.calibration.layerwise.layers import Layers
 from headshare.calibration.layerwise.observed import Batch, Stream
 from headshare.calibration.refit.normal_equations import token_weights
 from headshare.calibration.refit.refinement import Refinement
-from headshare.calibration.refit.steps.descent import BETAS, drawn, is_look, share_of_rate
+from headshare.calibration.refit.steps.descent import BETAS, Best, drawn, is_look, share_of_rate
 from headshare.precision import short_layers
-
-
-@dataclass(frozen=True)
-class Refined:
-    """The best of the steps: its weights by name, its number, and the held-out errors before the first step and there.
-
-    An error is the squared error of each token as part of its squared size in the dense model, averaged over tokens.
-    """
-
-    weights: Mapping[str, Tensor]
-    step: int
-    error_before: float
-    error_after: float
 
 
 @dataclass(frozen=True)
@@ -66,20 +53,18 @@ def refine_block(
     refinement: Refinement,
     *,
     seed: int,
-) -> Refined:
+) -> Best:
     """The best weights that a refinement finds, on windows drawn by the seed.
 
-    Only those numbers of the built layer's `weights` change that are its `own`. The layer is left as it was.
+    Only those numbers of the built layer's `weights` change that are its `own`. The layer is left as it was. An error
+    is the squared error of each held-out token as part of its squared size in the dense model, averaged over tokens.
     """
-    first = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.Adam(weights.values(), refinement.rate, BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, refinement.steps))
     generator = torch.Generator().manual_seed((seed + layer) % 2**63)
 
-    # The steps may fit the calibration text and nothing else, so held-out tokens choose among `LOOKS` of them; the
-    # weights before the first step are a choice too.
-    before = _held_out(layers, layer, module, wanted)
-    best = Refined(first, 0, before, before)
+    best = Best.of(weights, _held_out(layers, layer, module, wanted))
+    first = best.weights
     for weight in weights.values():
         weight.requires_grad_()
     try:
@@ -89,10 +74,7 @@ def refine_block(
             optimizer.zero_grad()
             schedule.step()
             if is_look(step, refinement.steps):
-                now = _held_out(layers, layer, module, wanted)
-                if now < best.error_after:
-                    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-                    best = Refined(kept, step, before, now)
+                best.look(step, weights, _held_out(layers, layer, module, wanted))
     finally:
         with torch.no_grad():
             for name, weight in weights.items():

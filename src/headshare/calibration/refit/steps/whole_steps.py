@@ -13,7 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from headshare.calibration import processes
-from headshare.calibration.refit.steps.descent import BETAS, drawn, is_look, share_of_rate
+from headshare.calibration.refit.refinement import Refinement
+from headshare.calibration.refit.steps.descent import BETAS, Best, drawn, is_look, share_of_rate
 from headshare.calibration.refit.steps.divergence import divergences
 from headshare.calibration.refit.steps.whole_model import WholeModel
 from headshare.progress import track
@@ -22,60 +23,47 @@ from headshare.progress import track
 LOGITS = 2**27
 LARGEST_GRADIENT = 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# of a descent in progress, beside its tensors
-NUMBERS = ("step", "best_step", "before", "least")
-
-
-@dataclass(frozen=True)
-class WholeSteps:
-    """So many steps of so many tokens each, at rates up to `rate`."""
-
-    steps: int
-    tokens: int
-    rate: float
 
 
 @dataclass
 class Descent:
-    """A descent in progress: the weights, Adam's moments, the best weights so far, and the held-out divergences.
+    """A descent in progress: the weights, Adam's moments, the best weights so far, and the number of the last step.
 
-    `step` is the number of the last step taken. Divergences are in nats a token: before the first step, and of the
-    best weights, which are those after the step `best_step`.
+    Errors are divergences in nats a token.
     """
 
     weights: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Adam
-    best: dict[str, Tensor]
-    before: float
-    least: float
+    best: Best
     step: int = 0
-    best_step: int = 0
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All that a stopped descent needs to go on, as tensors and as numbers."""
+    def state(self) -> dict[str, Tensor]:
+        """All that a stopped descent needs to go on, as tensors."""
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
-        tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
+        tensors |= {f"best.{name}": weight for name, weight in self.best.weights.items()}
         for name, weight in self.weights.items():
             tensors |= {f"{moment}.{name}": self.optimizer.state[weight][moment] for moment in MOMENTS}
-        numbers = {name: float(getattr(self, name)) for name in NUMBERS}
-        return tensors, numbers
+        numbers = [self.step, self.best.step, self.best.error_before, self.best.error_after]
+        return {**tensors, "numbers": torch.tensor(numbers, dtype=torch.float64)}
 
+    @classmethod
     @torch.no_grad()
-    def take_up(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
-        """Go on from the state of a stopped descent of the same arguments.
+    def taken_up(
+        cls, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, state: Mapping[str, Tensor]
+    ) -> "Descent":
+        """The stopped descent of this state, in these weights.
 
         Raises:
-            KeyError: if something is missing in it.
+            KeyError, RuntimeError, ValueError: if the state is not one of these weights.
         """
-        for name, weight in self.weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
-            self.best[name] = tensors[f"best.{name}"].to(weight)
-            moments = {moment: tensors[f"{moment}.{name}"].to(weight) for moment in MOMENTS}
-            self.optimizer.state[weight] = {"step": torch.tensor(float(numbers["step"])), **moments}
-        self.step = int(numbers["step"])
-        self.best_step = int(numbers["best_step"])
-        self.before = float(numbers["before"])
-        self.least = float(numbers["least"])
+        step, best_step, before, least = state["numbers"].tolist()
+        best = {}
+        for name, weight in weights.items():
+            weight.copy_(state[f"weight.{name}"])
+            best[name] = state[f"best.{name}"].to(weight)
+            moments = {moment: state[f"{moment}.{name}"].to(weight) for moment in MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+        return cls(weights, optimizer, Best(best, before, least, int(best_step)), int(step))
 
 
 @dataclass(frozen=True)
@@ -101,14 +89,24 @@ class Tokens:
 
 
 def begun(
-    student: WholeModel, dense: WholeModel, tokens: Tokens, weights: Mapping[str, nn.Parameter], rate: float
+    student: WholeModel,
+    dense: WholeModel,
+    tokens: Tokens,
+    weights: Mapping[str, nn.Parameter],
+    rate: float,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Descent:
-    """A descent before its first step."""
+    """A descent before its first step; with the `state` of a stopped one, after its last.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: if the state is of another descent.
+    """
     for weight in weights.values():
         weight.requires_grad_()
-    before = _held_out(student, dense, tokens)
-    best = {name: weight.detach().clone() for name, weight in weights.items()}
-    return Descent(weights, torch.optim.Adam(weights.values(), rate, BETAS), best, before, before)
+    optimizer = torch.optim.Adam(weights.values(), rate, BETAS)
+    if state is not None:
+        return Descent.taken_up(weights, optimizer, state)
+    return Descent(weights, optimizer, Best.of(weights, _held_out(student, dense, tokens)))
 
 
 def descend(
@@ -117,22 +115,22 @@ def descend(
     tokens: Tokens,
     descent: Descent,
     own: Mapping[str, Bool[Tensor, "..."]],
-    wanted: WholeSteps,
+    wanted: Refinement,
     *,
     seed: int,
 ) -> Iterator[int]:
-    """Take the steps from where the descent is, on windows drawn by the seed.
+    """Take the refinement's steps on the whole model from where the descent is, on windows drawn by the seed.
 
     Only those numbers change that are a layer's `own`. Yields the number of each step after which the held-out text was
     looked at.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     size = max(1, wanted.tokens // tokens.window)
-    all_steps = list(drawn(tokens.fitted, size, wanted.steps, generator))
-    remaining = track(all_steps[descent.step :], "steps on the whole model", wanted.steps - descent.step)
+    all_steps = list(drawn(tokens.fitted, size, wanted.whole, generator))
+    remaining = track(all_steps[descent.step :], "steps on the whole model", wanted.whole - descent.step)
     for step, (at, windows) in enumerate(remaining, start=descent.step + 1):
         for group in descent.optimizer.param_groups:
-            group["lr"] = wanted.rate * share_of_rate(step - 1, wanted.steps)
+            group["lr"] = wanted.whole_rate * share_of_rate(step - 1, wanted.whole)
         _add_gradients(student, dense, tokens, tokens.windows[at], windows)
         _mask(descent.weights, own)
         torch.nn.utils.clip_grad_norm_(descent.weights.values(), LARGEST_GRADIENT)
@@ -140,14 +138,8 @@ def descend(
         descent.optimizer.zero_grad()
         descent.step = step
 
-        # The steps may fit the text and nothing else, so held-out tokens choose among the looks; the weights before the
-        # first step are a choice too.
-        if is_look(step, wanted.steps):
-            now = _held_out(student, dense, tokens)
-            if now < descent.least:
-                descent.best = {name: weight.detach().clone() for name, weight in descent.weights.items()}
-                descent.least = now
-                descent.best_step = step
+        if is_look(step, wanted.whole):
+            descent.best.look(step, descent.weights, _held_out(student, dense, tokens))
             yield step
 
 
