@@ -14,6 +14,7 @@ import headshare as hs
 from headshare.cli.app import main
 from headshare.cli.catalogue.commands import COMMANDS
 from headshare.integrations.transformers.config import HeadshareConfig
+from support import gguf_models
 from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
@@ -22,7 +23,10 @@ README = (ROOT / "README.md").read_text()
 
 
 # the pages whose commands and Python run, each from top to bottom, in a folder of its own
-RUN = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "steps", "repair", "loading", "paper", "faq"))]
+RUN = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "steps", "repair", "loading", "gguf", "paper", "faq")),
+]
 SMALL = {  # what makes a command of a page small, by the options or the command that it has
     "--calibration": ["--calibration-window", "32", "--calibration-tokens", "512"],
     "--text": ["--window", "32"],
@@ -52,7 +56,10 @@ def test_what_a_page_says_runs_in_its_order(
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch)
     a_text(tmp_path / "FILE", 1200)
-    add_tokenizer(llama).rename(tmp_path / "MODEL")
+    if name == "docs/gguf.md":  # it needs a tokenizer of the kinds that llama.cpp has
+        gguf_models.make("llama", tmp_path / "MODEL")
+    else:
+        add_tokenizer(llama).rename(tmp_path / "MODEL")
     shutil.copytree(tmp_path / "MODEL", tmp_path / "llama-2-7b")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "DATA").mkdir()
@@ -198,7 +205,7 @@ def test_the_public_names_are_these() -> None:
         *("open_checkpoint", "Checkpoint", "load"),
         *("score_units", "make_plan", "match_function", "SharePlan"),
         *("Calibration", "Budget", "plan_by_output"),
-        *("share", "refit", "expand", "verify", "estimate", "shrink"),
+        *("share", "refit", "expand", "export_gguf", "verify", "estimate", "shrink"),
         "HeadshareError",
     }
 

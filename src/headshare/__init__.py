@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.errors import HeadshareError
     from headshare.evaluation.verify import verify
+    from headshare.integrations.gguf.export import export_gguf
     from headshare.integrations.transformers.loading import load
     from headshare.matching.estimate import estimate
     from headshare.matching.functions import match_function
@@ -40,6 +41,7 @@ else:
             "headshare.checkpoint.opening": "open_checkpoint",
             "headshare.errors": "HeadshareError",
             "headshare.evaluation.verify": "verify",
+            "headshare.integrations.gguf.export": "export_gguf",
             "headshare.integrations.transformers.loading": "load",
             "headshare.matching.estimate": "estimate",
             "headshare.matching.functions": "match_function",
@@ -62,6 +64,7 @@ __all__ = [
     "SharePlan",
     "estimate",
     "expand",
+    "export_gguf",
     "load",
     "make_plan",
     "match_function",

@@ -7,5 +7,8 @@ TOKENS = 32_768
 # the demo's ratios, and the tokens that it measures on
 DEMO_RATIOS = (0.0, 0.1, 0.2, 0.3)
 DEMO_TOKENS = 4096
+# formats that a model may be made for
+GGUF = "gguf"
+TARGET_NAMES = (GGUF,)
 # characters of the longest name that a plan holds
 MAX_NAME = 200

@@ -29,6 +29,10 @@ ALLOWED = {
     ("checkpoint/contents.py", "LayerNorm"): "a module of sentence-transformers, by its folder's name",
     ("experiments/peers/slicegpt.py", "LayerNorm"): "torch's own class, which a norm is or is not",
     ("evaluation/likelihoods.py", "position_ids"): "an argument that every model is called with",
+    ("integrations/gguf/vocabulary.py", "gpt2"): "GGUF's word for byte-level tokenizers, of any family",
+    ("integrations/gguf/vocabulary.py", "llama"): "GGUF's word for tokenizers of SentencePiece",
+    ("integrations/gguf/splitting.py", "llama"): "llama-bpe, a name of a tokenizer's splitting",
+    ("integrations/gguf/splitting.py", "qwen2"): "the same",
 }
 
 

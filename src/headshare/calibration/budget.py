@@ -15,6 +15,7 @@ from headshare.calibration.costs.actions import (
     Action,
     Output,
 )
+from headshare.calibration.targets import target_of
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError, PlanError
@@ -62,6 +63,7 @@ class Budget:
         ffn_groups: int = 1,
         protect: Collection[int] = (),
         multiple: int = 1,
+        target: str | None = None,
     ) -> "Budget":
         """The budget that these options describe.
 
@@ -70,17 +72,23 @@ class Budget:
         `allow`), of ranks or of widths, the budget is the number of bytes that sharing q, k and v at this ratio would
         save. "none" shares nothing. With `save` and no parts, units and sublayers may be removed and values narrowed,
         unless `allow` says which actions there may be besides sharing, and nothing is shared unless `allow` is empty.
-        Otherwise the parts are those of auto.
+        Otherwise the parts are those of auto. A `target` is a format that keeps only some actions: those are allowed,
+        nothing is shared, and neurons go in its blocks, unless `multiple` says another number.
 
         Raises:
-            OptionError: if a word is not known, `save` is not an amount, or `multiple` does not divide the neurons that
-                may be removed from a layer.
+            OptionError: if a word is not known, `save` is not an amount, `multiple` does not divide the neurons that
+                may be removed from a layer, or the target does not keep what is asked for.
             PlanError: if the budget cannot be met by any plan.
+            ArchitectureError: if the model cannot be written in the target's format.
         """
         dense.require_dense("plan for it")
         # Beside removed units and narrow values, ties were worth nothing at any budget that we priced, and take four
         # times as long to price (docs/experiments.md). So a number of bytes to save has them only where they are asked
         # for, or nothing else is allowed.
+        if target is not None:
+            chosen = target_of(target, dense, allow=allow, shares=parts not in (None, NOTHING))
+            parts, allow = NOTHING, allow or chosen.kept
+            multiple = chosen.multiple(dense) if multiple == 1 else multiple
         if allow is None:
             allow = BY_DEFAULT if save is not None and parts is None else ()
         if parts is None:

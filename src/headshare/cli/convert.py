@@ -1,8 +1,9 @@
-"""The commands quantize and expand."""
+"""The commands quantize, expand and export."""
 
 import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,12 @@ from headshare.cli.options import (
     print_written,
 )
 from headshare.cli.share_options import CalibrationOptions, NeededCalibrationOption, OutArgument, SharedArgument
+from headshare.integrations.gguf.number_types import NUMBER_TYPES
+
+if TYPE_CHECKING:
+    FileTypeName = str
+else:
+    FileTypeName = StrEnum("FileTypeName", {name: name for name in NUMBER_TYPES})
 
 
 @with_bundles
@@ -90,3 +97,31 @@ def expand(
     size = sum(info.nbytes for info in open_checkpoint(dense).tensors.values())
     words = f"{size:,} bytes of weights in {dense}"
     print_result({"out": str(dense), "bytes": size}, words, as_json, written=dense)
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="OUT", help="A folder of a shared model or of a dense one, or a hub id.")
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The file to write; it must not exist.")],
+    dtype: Annotated[
+        FileTypeName, typer.Option(rich_help_panel=WRITE, help="Store the matrices as numbers of this type.")
+    ] = "f16",
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a GGUF file, which llama.cpp, Ollama and LM Studio run as it is.
+
+    What was removed stays removed. What is shared is written as often as it is used, and the command says what that
+    takes.
+    """
+    begun = time.monotonic()
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.integrations.gguf.export import export_gguf
+
+    with open_checkpoint(model, revision=revision) as checkpoint:
+        written = export_gguf(checkpoint, file, dtype=dtype, overwrite=overwrite)
+    seconds = time.monotonic() - begun
+    words = f"{written.in_words()}\nWritten and checked in {seconds:.1f} s, {written.bytes:,} bytes: {file}"
+    print_result({**written.to_dict(), "seconds": seconds}, words, as_json, written=file)

@@ -120,7 +120,7 @@ def share(
     from headshare.plan.plan import SharePlan
     from headshare.sharing.share import share as share_checkpoint
 
-    by_output = plan_file is None and (match == OUTPUT or choice.save is not None or choice.allow is not None)
+    by_output = plan_file is None and (match == OUTPUT or choice.asks_for_output)
     _check_share(
         context,
         planned=plan_file is not None,
@@ -129,7 +129,7 @@ def share(
         calibrated=run.calibration is not None,
     )
     if by_output and match != OUTPUT:
-        refuse_unused(context, "--save and --allow choose by output", ["match"])
+        refuse_unused(context, "--save, --allow and --target choose by output", ["match"])
     check_vacant(out, overwrite=common.overwrite)
     with watched_peak() as peak, open_checkpoint(model, revision=common.revision) as dense:
         check_output(out, dense.path, overwrite=common.overwrite)

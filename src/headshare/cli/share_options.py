@@ -1,6 +1,6 @@
 """Options that several commands share: how units are chosen, and on which text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from headshare.cli.options import (
     is_given,
     refuse_unused,
 )
-from headshare.defaults import OUTPUT_DTYPES, TOKENS
+from headshare.defaults import OUTPUT_DTYPES, TARGET_NAMES, TOKENS
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.modes import MODES
 from headshare.plan.units import Sublayer
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     ShareMatchName = str
     ModeName = str
     DtypeName = str
+    TargetName = str
 else:
     # all of them import torch, which only a command that runs has the time for
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
@@ -44,6 +45,7 @@ else:
     ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT)})
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
+    TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[
@@ -93,6 +95,14 @@ MultipleOption = Annotated[
         rich_help_panel=CHOOSE,
         help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
         "formats, 8 to 128 for GPUs.",
+    ),
+]
+TargetOption = Annotated[
+    TargetName | None,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Give up only what this format keeps, and neurons in its blocks. gguf: heads, neurons and whole "
+        "sublayers, 32 neurons at a time, for `export`.",
     ),
 ]
 CALIBRATED_PARTS = (
@@ -146,11 +156,17 @@ class ChoiceOptions:
         ),
     ] = None
     multiple: MultipleOption = 1
+    target: TargetOption = None
 
     @property
     def weight_parts(self) -> str:
         """The parts that are shared where units are chosen by their weights."""
         return self.parts or "qkv"
+
+    @property
+    def asks_for_output(self) -> bool:
+        """True if an option is given that only a plan by output has."""
+        return any(option is not None for option in (self.save, self.allow, self.target))
 
     def plan_from(self, scores: Scores) -> SharePlan:
         """The plan by weights that the options ask for."""
@@ -173,11 +189,12 @@ class ChoiceOptions:
             dense,
             ratio=self.ratio,
             save=self.save,
-            parts=self.parts or (None if self.save or self.allow else "qkv"),
+            parts=self.parts or (None if self.save or self.allow or self.target else "qkv"),
             allow=None if self.allow is None else [word for word in self.allow.split(",") if word != NOTHING],
             ffn_groups=self.ffn_groups,
             protect=whole_numbers(self.protect),
             multiple=self.multiple,
+            target=self.target,
         )
         refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
         if is_given(context, "save"):
@@ -294,4 +311,4 @@ DtypeOption = Annotated[
 # names of parameters, to refuse those that would not be used
 _TEXT = ("field", "calibration_tokens", "calibration_window", "seed", "device")
 CALIBRATING = (*_TEXT, "restart", "probe", "prices", "measure")
-CHOOSING = ("ratio", "match", "parts", "mode", "ffn_groups", "ffn_ratio", "protect", "save", "allow", "multiple")
+CHOOSING = ("match", *(option.name for option in fields(ChoiceOptions)))

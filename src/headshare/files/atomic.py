@@ -1,6 +1,8 @@
 """Files put in place whole or not at all, whatever they hold."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from headshare.errors import OutputError
@@ -14,12 +16,22 @@ def write_whole(path: str | Path, data: bytes) -> None:
     Raises:
         OutputError: if it cannot be written; nothing of it is left behind, and what was there stays.
     """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling of a file to write in. It takes the file's place when the block ends, as in `write_whole`.
+
+    Raises:
+        OutputError: if it cannot be written; nothing of it is left behind, and what was there stays.
+    """
     path = Path(path)
     try:
         with scratch_file(path.absolute().parent) as temporary:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
             flush_folder(path.absolute().parent)

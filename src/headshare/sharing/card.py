@@ -90,7 +90,7 @@ def model_card(source: Checkpoint, config: Mapping[str, Any]) -> str:
     shown = named if on_hub else Path(named).name
     shown = shown if is_shown(shown) and "`" not in shown else "a model"
     front = {"base_model": named} if on_hub else {}
-    front |= {"library_name": "transformers", **_licence(source.path)}
+    front |= {"library_name": "transformers", **licence_of(source.path)}
     front |= {"pipeline_tag": "text-generation"} if model_class(config).endswith("ForCausalLM") else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags: [headshare]", "---", ""]
     lines += [f"# Made from `{shown}`", "", f"Written by headshare. {_kind(entry, before)}", ""]
@@ -125,7 +125,7 @@ def _steps(entry: SharingEntry | None) -> list[str]:
     return titles(entry.plan) + [each.in_words() for each in (refit, entry.packing) if each is not None]
 
 
-def _licence(folder: Path) -> dict[str, str]:
+def licence_of(folder: Path) -> dict[str, str]:
     """What the front matter of a folder's card says of its licence."""
     card = folder / CARD
     if not card.is_file() or not is_inside(folder, CARD):

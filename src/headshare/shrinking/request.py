@@ -20,7 +20,7 @@ class ShrinkRequest:
     `save` is the amount that it is to lose, `to` the amount that is to be left, each of the bytes of its weights in the
     type in which they are written; exactly one of them is given. `refine` names the gradient steps that follow the
     refit. Layers in `protect` give nothing up. A layer keeps a multiple of `multiple` neurons. `dtype` is the type of
-    the weights that are written; None leaves it.
+    the weights that are written; None leaves it. `target` is a format that the model is to be written in afterwards.
     """
 
     save: str | None = None
@@ -29,6 +29,7 @@ class ShrinkRequest:
     protect: Collection[int] = ()
     multiple: int = 1
     dtype: str | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         if (self.save is None) == (self.to is None):
@@ -63,7 +64,7 @@ class ShrinkRequest:
             saved = Amount.parse(self.save or "", "to save").of(whole)
         # plans count bytes as the model stores them, whatever the type that is written
         asked = max(1, ceil(saved * before / whole)) if saved else 0
-        return Budget.parse(dense, save=str(asked), protect=self.protect, multiple=self.multiple)
+        return Budget.parse(dense, save=str(asked), protect=self.protect, multiple=self.multiple, target=self.target)
 
 
 def calibration_text(given: str | None, dense: Checkpoint) -> str:

@@ -61,15 +61,15 @@ def shrink(
     came of it: its bytes, its perplexity beside the dense model's, and what was done. A stopped call goes on when it is
     made again. `calibration` is a text as `Calibration.load` takes it; by default the model writes one, and a model
     that writes none has the mix of texts that comes with headshare. `text` is a file to measure perplexity on, besides
-    the calibration text that is held out. `more` has `protect` and `multiple` of `ShrinkRequest`, and fields of
-    `CalibrationSettings`, such as `tokens` and `device`.
+    the calibration text that is held out. `more` has `protect`, `multiple` and `target` of `ShrinkRequest`, and fields
+    of `CalibrationSettings`, such as `tokens` and `device`.
 
     Raises:
         PlanError: if the predicted loss is large and `yes` is false, or the model cannot be made so small.
         OptionError: if neither or both of `save` and `to` are given, or a word is not known.
         HeadshareError: if a step fails; the state stays, and the same call goes on from there.
     """
-    chosen = {name: more.pop(name) for name in ("protect", "multiple") if name in more}
+    chosen = {name: more.pop(name) for name in ("protect", "multiple", "target") if name in more}
     wanted = ShrinkRequest(save, to, refine, dtype=dtype, **chosen)
     if more.get("prices") is not None:
         more["prices"] = Path(more["prices"])
@@ -164,7 +164,8 @@ def _key(wanted: ShrinkRequest) -> list[Any]:
     """All that what is written depends on, besides the identity of a calibrated run."""
     refinement = Refinement.of(wanted.refine)
     steps = None if refinement is None else refinement.key()
-    return [wanted.save, wanted.to, steps, sorted(wanted.protect), wanted.multiple, wanted.dtype]
+    key = [wanted.save, wanted.to, steps, sorted(wanted.protect), wanted.multiple, wanted.dtype]
+    return key if wanted.target is None else [*key, wanted.target]
 
 
 @dataclass(frozen=True)

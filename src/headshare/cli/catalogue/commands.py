@@ -66,6 +66,11 @@ COMMANDS = {
     "quantize": Command("convert:quantize", SMALLER, ("headshare quantize SHARED OUT --calibration FILE",)),
     "inspect": Command("inspect:inspect", AFTER, ("headshare inspect OUT --html picture.html",)),
     "expand": Command("convert:expand", AFTER, ("headshare expand OUT DENSE",)),
+    "export": Command(
+        "convert:export",
+        AFTER,
+        ("headshare export OUT model.gguf", "headshare export OUT model.gguf --dtype q8_0"),
+    ),
     "verify": Command("inspect:verify", AFTER, ("headshare verify OUT --against MODEL",)),
     "demo": Command("bench:demo", MEASURE, ("headshare demo MODEL --text FILE",)),
     "bench": Command(

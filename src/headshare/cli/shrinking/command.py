@@ -26,6 +26,7 @@ from headshare.cli.share_options import (
     ModelArgument,
     MultipleOption,
     OutArgument,
+    TargetOption,
     whole_numbers,
 )
 from headshare.progress import say, tell
@@ -60,6 +61,7 @@ class SizeOptions:
         ),
     ] = None
     multiple: MultipleOption = 1
+    target: TargetOption = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def shrink(
     from headshare.shrinking.request import ShrinkRequest, calibration_text
     from headshare.shrinking.run import shrink_checkpoint
 
-    wanted = ShrinkRequest(size.save, size.to, texts.refine, whole_numbers(size.protect), size.multiple, dtype)
+    protect = whole_numbers(size.protect)
+    wanted = ShrinkRequest(size.save, size.to, texts.refine, protect, size.multiple, dtype, size.target)
 
     def judge(predicted: Prediction) -> None:
         say(predicted.in_words())

@@ -54,7 +54,7 @@ def leave_unended(tokenizer: Any) -> None:
     Raises:
         EvaluationError: if such tokens cannot be kept away.
     """
-    before, behind = _around(tokenizer)
+    before, behind = around(tokenizer)
     if not behind:
         return
     words = tokenizer.convert_ids_to_tokens(before)
@@ -63,14 +63,14 @@ def leave_unended(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[*words, "$A"], special_tokens=special)
     else:
         tokenizer.build_inputs_with_special_tokens = lambda ids, other=None: [*before, *ids, *(other or [])]
-    if _around(tokenizer)[1]:
+    if around(tokenizer)[1]:
         raise EvaluationError(
             f"{type(tokenizer).__name__} puts {tokenizer.convert_ids_to_tokens(behind)} behind every text, so that no "
             "text can be gone on from. Set add_eos_token to false in tokenizer_config.json."
         )
 
 
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before a text, and those behind it."""
     plain = list(tokenizer(_LETTER, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_LETTER)["input_ids"])

@@ -1,0 +1,114 @@
+"""A GGUF file in llama.cpp beside its folder in transformers: bytes, tokens a second, perplexity on the same tokens.
+
+    pip install xllamacpp
+    python studies/llama_cpp.py small.gguf OUT --text FILE [--tokens 2048] [--window 512] [--threads 1]
+
+Perplexity is over windows of the text, each from its first token on. llama.cpp runs as it comes (its cache in 16-bit
+numbers); it is asked for the probabilities of the next token after each prefix of a window. Tokens a second are of 64
+that it generates greedily, the best of three times. Prints one row of a table.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp as xc
+from torch import Tensor
+
+import headshare as hs
+from headshare.integrations.transformers.loading import load_model, load_tokenizer
+
+# more of llama.cpp's most likely tokens are asked for than transformers' rank of the one that follows
+MORE = 200
+GENERATED = 64
+
+
+def server(file: Path, context: int, threads: int) -> xc.Server:
+    """llama.cpp with a file loaded."""
+    params = xc.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.cpuparams.n_threads = threads
+    params.verbosity = -1
+    return xc.Server(params)
+
+
+def ask(engine: xc.Server, **asked: Any) -> dict[str, Any]:
+    """The answer of llama.cpp to a request for a completion."""
+    found = engine.handle_completions({"temperature": 0, "ignore_eos": True, **asked})
+    answer: dict[str, Any] = json.loads(found) if isinstance(found, str | bytes) else found
+    return answer
+
+
+def likelihoods(engine: xc.Server, window: list[int], ranks: list[int], vocabulary: int) -> Iterator[float]:
+    """llama.cpp's log-probability of each token of a window but the first, after those before it."""
+    for at, rank in enumerate(ranks, 1):
+        for count in (min(rank + MORE, vocabulary), vocabulary):
+            # a letter is forced, since a token that ends a text comes without its probabilities
+            answer = ask(engine, prompt=window[:at], n_predict=1, n_probs=count, logit_bias=[[40, 1e4]])
+            listed = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found = next((each["logprob"] for each in listed if each["id"] == window[at]), None)
+            if found is not None:
+                yield found
+                break
+
+
+def speed(engine: xc.Server, window: list[int]) -> float:
+    """Tokens a second while llama.cpp generates."""
+    runs = [ask(engine, prompt=window[:64], n_predict=GENERATED, cache_prompt=False)["timings"] for _ in range(3)]
+    return max(float(run["predicted_per_second"]) for run in runs)
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, text: str, tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows of a text, log-probabilities of their tokens but the first, and the ranks of these: windows x tokens."""
+    with hs.open_checkpoint(folder) as checkpoint:
+        ids = load_tokenizer(checkpoint)(text[: tokens * 20], add_special_tokens=False)["input_ids"][:tokens]
+        model = load_model(checkpoint, dtype=torch.float32)
+    windows = torch.tensor(ids).view(-1, size)
+    scores = torch.cat([model(window[None]).logits[:, :-1].double().log_softmax(-1) for window in windows])
+    wanted = scores.gather(2, windows[:, 1:, None])
+    return windows, wanted[..., 0], (scores > wanted).sum(dim=-1)
+
+
+def main() -> None:
+    """Print the row of a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    for name, number in (("tokens", 2048), ("window", 512), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    given = parser.parse_args()
+    windows, theirs, ranks = in_transformers(given.folder, given.text.read_text(), given.tokens, given.window)
+    engine = server(given.file, given.window + GENERATED, given.threads)
+    config = json.loads((given.folder / "config.json").read_text())
+    ours = torch.tensor(
+        [
+            list(likelihoods(engine, window.tolist(), row.tolist(), config["vocab_size"]))
+            for window, row in zip(windows, ranks, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    missed = (ours - theirs).abs()
+    cells = [
+        given.file.name,
+        f"{given.file.stat().st_size:,}",
+        f"{speed(engine, windows[0].tolist()):.0f}",
+        f"{math.exp(-ours.mean()):.3f}",
+        f"{math.exp(-theirs.mean()):.3f}",
+        f"{missed.mean():.4f}",
+        f"{missed.max():.3f}",
+    ]
+    print("| file | bytes | tokens/s | perplexity | in transformers | mean difference, nats | largest |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
