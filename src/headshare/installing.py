@@ -1,4 +1,4 @@
-"""The command that installs an extra of headshare, in the way in which headshare itself was installed."""
+"""How headshare is installed: on another machine, and an extra of it on this one, in the way in which it was itself."""
 
 import json
 from importlib.metadata import PackageNotFoundError, distribution
@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 NAME = "headshare"
+# How somebody gets headshare who has a model that it wrote: it is on no index.
+FROM_A_CHECKOUT = "`pip install .` in a checkout of its repository"
 
 
 def install(extra: str) -> str:

@@ -44,7 +44,13 @@ def dense(llama: Path) -> Path:
 def test_a_card_carries_the_licence_on_and_not_the_figures(dense: Path, tmp_path: Path) -> None:
     out = share(dense, tmp_path / "out")
     again = hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")
-    for folder in (out, again):
+    (out / "README.md").rename(tmp_path / "ours")
+    (out / "README.md").write_text(THEIRS)  # as somebody may have put it there
+    record = RefitRecord.of([], "text", "0" * 64, windows=(2, 16), seed=0)
+    with hs.open_checkpoint(out) as shared:
+        refitted = write_refitted(open_shared(shared), record, {}, tmp_path / "refitted")
+    (tmp_path / "ours").replace(out / "README.md")
+    for folder in (out, again, refitted):
         card = (folder / "README.md").read_text()
         assert "73.2" not in card
         assert front_of(folder) == {
@@ -61,7 +67,7 @@ def test_the_code_of_a_card_loads_the_folder(dense: Path, tmp_path: Path) -> Non
     out = share(dense, tmp_path / "out")
     for folder in (out, hs.expand(hs.open_checkpoint(out), tmp_path / "expanded")):
         code = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")
-        assert ("import headshare" in code) == (folder == out)
+        assert (code.splitlines()[0] == "import headshare") == (folder == out)
         names: dict[str, object] = {}
         exec(code.replace("this folder", str(folder)), names)
         assert type(names["model"]).__name__ == "LlamaForCausalLM"

@@ -17,6 +17,7 @@ from headshare.files.atomic import write_whole
 from headshare.files.folder import copy_file, write_text
 from headshare.files.model_files import CARD
 from headshare.files.printable import is_shown
+from headshare.installing import FROM_A_CHECKOUT
 from headshare.plan.describe import titles
 from headshare.sharing.manifest import note_changed
 
@@ -95,9 +96,9 @@ def model_card(source: Checkpoint, config: Mapping[str, Any]) -> str:
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "tags: [headshare]", "---", ""]
     lines += [f"# Made from `{shown}`", "", f"Written by headshare. {_kind(entry, before)}", ""]
     lines += [f"* {step}" for step in _steps(entry)]
-    lines += ["", _NOT_MEASURED, "", "```python"]
-    lines += [f"from transformers import {model_class(config)}"]
-    lines += ["import headshare  # pip install headshare"] if entry else []
+    lines += ["", _NOT_MEASURED, ""]
+    lines += [f"transformers loads it once headshare is imported: {FROM_A_CHECKOUT}.", ""] if entry else []
+    lines += ["```python", *(["import headshare"] if entry else []), f"from transformers import {model_class(config)}"]
     lines += ["", f'model = {model_class(config)}.from_pretrained("this folder")', "```", ""]
     return "\n".join([*lines, *([_CITE] if entry else [])])
 
