@@ -306,7 +306,7 @@ def test_what_wants_other_numbers_is_refused(packed: Checkpoint, dense: Checkpoi
     with pytest.raises(StorageError, match="held by their owners"):
         load_model(packed, storage="alias")
     text = a_text(tmp_path / "text", 15 * 40)
-    with pytest.raises(TrainingError, match="rounded to 4 bits, which are not trained"):
+    with pytest.raises(TrainingError, match="rounded, and those are not trained"):
         train(packed.path, tmp_path / "out", settings(text, "recover"))
     with pytest.raises(StorageError, match="Train it before"):
         _ = hs.load(packed.path).hf_quantizer.is_trainable
@@ -323,7 +323,7 @@ def test_commands_know_what_is_packed(run: Run, packed: Checkpoint, tmp_path: Pa
     assert "matrices of 4 bits, a scale for every 16 inputs of a row" in shown.out
     assert json.loads(run("inspect", str(packed.path), "--json").out)["quantization_config"]["ignore"] == ["lm_head"]
     assert run("verify", str(packed.path)).status == 0
-    assert "is not counted for matrices of 4 bits" in run("inspect", str(packed.path), "--split", "2").err
+    assert "is not counted for rounded matrices" in run("inspect", str(packed.path), "--split", "2").err
     assert run("expand", str(packed.path), str(tmp_path / "whole"), "--unpack").status == 0
     assert "quantization_config" not in json.loads((tmp_path / "whole/config.json").read_text())
     for words in (
@@ -340,6 +340,6 @@ def test_commands_know_what_is_packed(run: Run, packed: Checkpoint, tmp_path: Pa
     ):
         found = run(*words)
         assert_one_error_line(found)
-        assert "rounded to 4 bits" in found.err
+        assert "are rounded" in found.err
     found = run("eval", str(packed.path), "--text", str(text), "--window", "16")
     assert found.status == 0, found.err

@@ -19,6 +19,8 @@ from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.header import TensorInfo
 from headshare.checkpoint.names import changed_prefixes, follow
+from headshare.checkpoint.rounding.numbers import Rounded, dense
+from headshare.checkpoint.rounding.tensors import stored_parts, whole_numbers
 from headshare.checkpoint.seal import Metadata, check_seal
 from headshare.errors import CheckpointError
 from headshare.files.opened import OpenedFiles, Stamp
@@ -31,6 +33,8 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in a folder of safetensors files, or only the headers of one on the hub.
+
+    A rounded matrix is one of its `tensors`, and reads as the numbers that it means.
 
     It is `sharded` if an index says which file holds which tensor. `metadata` is that of each file of weights. `stamps`
     tell whether config.json and those files are still the ones that were opened: what was replaced or changed since is
@@ -77,6 +81,16 @@ class Checkpoint:
     def plan(self) -> SharePlan | None:
         """The share plan; None where this is a dense checkpoint."""
         return None if self.sharing is None else self.sharing.plan
+
+    @property
+    def stored(self) -> list[TensorInfo]:
+        """The entries of all tensors as the files hold them."""
+        return stored_parts(self.tensors.values())
+
+    def widened(self) -> "Checkpoint":
+        """This checkpoint with rounded matrices that read in float32, in which each number is exact."""
+        infos = (replace(info, dtype="F32") if info.parts else info for info in self.tensors.values())
+        return replace(self, tensors={info.name: info for info in infos})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,6 +149,30 @@ class Checkpoint:
         info = self.tensors[name]
         length = info.shape[0] if info.shape else 1
         stop = length if stop is None else stop
+        if info.parts is not None:
+            return self._read_rounded(info, start, stop)
+        return self._read_stored(info, start, stop)
+
+    def read_rounded(self, name: str, start: int = 0, stop: int | None = None) -> Rounded:
+        """Rows [start, stop) of a rounded matrix's whole numbers, one to each place, and their scales.
+
+        Rows are outputs, whichever way round the model stores the matrix.
+        """
+        parts = self.tensors[name].parts
+        assert parts is not None, name
+        stop = parts.numbers.shape[0] if stop is None else stop
+        numbers = whole_numbers(self._read_stored(parts.numbers, start, stop), parts)
+        return Rounded(numbers, self._read_stored(parts.scale, start, stop))
+
+    def _read_rounded(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        assert info.parts is not None
+        if info.parts.in_out:  # a row of the tensor takes one number of each stored row
+            whole = dense(*self.read_rounded(info.name), info.parts.group, info.torch_dtype)
+            return whole.T[start:stop].contiguous()
+        return dense(*self.read_rounded(info.name, start, stop), info.parts.group, info.torch_dtype)
+
+    def _read_stored(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        length = info.shape[0] if info.shape else 1
         row_bytes = info.nbytes // length if length else 0
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)

@@ -1,5 +1,6 @@
 """The entry of headshare in config.json, and the check of an entry that somebody else wrote."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -7,12 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from headshare.checkpoint.int4 import NESTED, Packing
 from headshare.checkpoint.refit_record import RefitRecord
+from headshare.checkpoint.rounding.entry import METHOD as METHOD
+from headshare.checkpoint.rounding.entry import Rounding, is_rounding
 from headshare.errors import CheckpointError, PlanError
 from headshare.files.printable import is_shown
 from headshare.files.untrusted import checked_record
 from headshare.plan.plan import FORMAT, SharePlan, check_format
 
-METHOD = "headshare"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
@@ -44,14 +46,14 @@ class SharingEntry:
     """The `quantization_config` of a shared checkpoint. It holds no weight and no path.
 
     `base_model` is the name of the dense model at the time of sharing, and `origin` what it was. `packing` says how
-    matrices are packed in four bits. `from_config` reads the entry from a dictionary, wherever that comes from;
-    `to_config` writes one again.
+    matrices are rounded: by `Rounding`, or as they were stored before there was that. `from_config` reads the entry
+    from a dictionary, wherever that comes from; `to_config` writes one again.
     """
 
     plan: SharePlan
     refit: RefitRecord | None = None
     base_model: str | None = None
-    packing: Packing | None = None
+    packing: Packing | Rounding | None = None
     origin: Origin | None = None
 
     @classmethod
@@ -81,7 +83,7 @@ class SharingEntry:
             plan=plan,
             refit=None if refit is None else RefitRecord.from_dict(refit),
             base_model=name if isinstance(name, str) and is_shown(name) else None,
-            packing=None if packing is None else Packing.from_dict(packing),
+            packing=None if packing is None else _packing(packing),
             origin=None if origin is None else Origin.from_dict(origin),
         )
 
@@ -100,3 +102,25 @@ class SharingEntry:
         if self.origin is not None:
             entry["origin"] = self.origin.to_dict()
         return entry
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """The record of rounding, if matrices are stored by it."""
+        return self.packing if isinstance(self.packing, Rounding) else None
+
+
+def _packing(entry: Any) -> Packing | Rounding:
+    return Rounding.from_dict(entry) if is_rounding(entry) else Packing.from_dict(entry)
+
+
+def rounding_of(config: Mapping[str, Any]) -> Rounding | None:
+    """The record of rounding in config.json, without a look at the plan beside it; None where there is none.
+
+    Raises:
+        CheckpointError: if it is not valid.
+    """
+    entry = config.get("quantization_config")
+    if isinstance(entry, SharingEntry):
+        return entry.rounding
+    nested = entry.get(NESTED) if isinstance(entry, dict) and entry.get("quant_method") == METHOD else None
+    return Rounding.from_dict(nested) if is_rounding(nested) else None

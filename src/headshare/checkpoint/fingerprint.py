@@ -26,10 +26,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     checkpoint.check_unchanged()
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
-    for name in sorted(checkpoint.tensors):
-        info = checkpoint.tensors[name]
-        digest.update(f"{name} {info.dtype} {info.shape} {info.file}\n".encode())
-    for file in sorted({*(info.file for info in checkpoint.tensors.values()), *used_files(checkpoint.path)}):
+    stored = sorted(checkpoint.stored, key=lambda info: info.name)
+    for info in stored:
+        digest.update(f"{info.name} {info.dtype} {info.shape} {info.file}\n".encode())
+    for file in sorted({*(info.file for info in stored), *used_files(checkpoint.path)}):
         status = os.stat(checkpoint.path / file)  # noqa: PTH116 - a path that is certainly there
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -43,10 +43,9 @@ def content_digest(checkpoint: Checkpoint) -> str:
     takes moments, and tells models apart that differ all over, as revisions of one model do.
     """
     digest = hashlib.sha256()
-    pieces = max(1, min(PIECES, MOST_BYTES // (PIECE_BYTES * max(1, len(checkpoint.tensors)))))
-    for name in sorted(checkpoint.tensors):
-        info = checkpoint.tensors[name]
-        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+    pieces = max(1, min(PIECES, MOST_BYTES // (PIECE_BYTES * max(1, len(checkpoint.stored)))))
+    for info in sorted(checkpoint.stored, key=lambda info: info.name):
+        digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
         if info.nbytes <= pieces * PIECE_BYTES:
             places = [(0, info.nbytes)]
         else:

@@ -47,7 +47,11 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The entry of a stored tensor in a file's header: its type, its shape and the place of its bytes."""
+    """The entry of a stored tensor in a file's header: its type, its shape and the place of its bytes.
+
+    A rounded matrix stands as one tensor, in the shape and the type that its numbers mean. `parts` are the tensors that
+    it is stored as, and `nbytes` what those take.
+    """
 
     name: str
     dtype: str
@@ -55,11 +59,33 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
+    parts: "Parts | None" = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of its numbers in torch."""
         return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors that a rounded matrix is stored as: whole numbers, scales, and a guard of no numbers.
+
+    Numbers have a row for each output, and `group` inputs of a row one scale (None: all). With `in_out` the matrix that
+    they mean is stored the other way round, (input, output).
+    """
+
+    numbers: TensorInfo
+    scale: TensorInfo
+    guard: TensorInfo
+    bits: int
+    group: int | None
+    in_out: bool
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The entries of all of them."""
+        return (self.numbers, self.scale, self.guard)
 
 
 class Header(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from headshare.checkpoint.entry import SharingEntry
-from headshare.checkpoint.int4 import PACKED, part_of
+from headshare.checkpoint.int4 import PACKED, Packing, part_of
 from headshare.plan.plan import SharePlan
 
 
@@ -40,7 +40,7 @@ def follow(entry: SharingEntry, names: Collection[str]) -> SharingEntry:
         tensors = tuple(new if (new := prefixes.renamed(old)) in names else old for old in refit.tensors)
         refit = refit.model_copy(update={"tensors": tensors})
     packing = entry.packing
-    if packing is not None:
+    if isinstance(packing, Packing):
         ignored = tuple(new if (new := prefixes.renamed(old)) in known else old for old in packing.ignore)
         packing = packing.model_copy(update={"ignore": ignored})
     return dataclasses.replace(entry, plan=_renamed_plan(entry.plan, prefixes), refit=refit, packing=packing)

@@ -10,8 +10,10 @@ from typing import Any
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.contents import check_named, fetched, reading, weight_files
+from headshare.checkpoint.entry import rounding_of
 from headshare.checkpoint.header import TensorInfo, check_count, read_whole_header, tensor_info
 from headshare.checkpoint.justified import check_config
+from headshare.checkpoint.rounding.tensors import joined_parts
 from headshare.checkpoint.seal import Metadata
 from headshare.errors import CheckpointError
 from headshare.files.folder import clear_left
@@ -124,6 +126,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder / str(weights.index)} lists {absent[0]} in {listed[absent[0]]}, where it is not."
         )
+    tensors = joined_parts(tensors, rounding_of(config))
     sharded = weights.index is not None
     checkpoint = Checkpoint(str(folder), config, tensors, folder, metadata, stamps, sharded)
     checkpoint.check_unchanged()  # the configuration and all headers are of one checkpoint
@@ -156,7 +159,8 @@ def _open_hub(model: str, revision: str | None, weights: bool) -> Checkpoint:
         ]
     check_count(len(infos), model)
     sealed = {file: header.metadata or {} for file, header in metadata.files_metadata.items()}
-    return Checkpoint(model, config, {info.name: info for info in infos}, metadata=sealed)
+    tensors = joined_parts({info.name: info for info in infos}, rounding_of(config))
+    return Checkpoint(model, config, tensors, metadata=sealed)
 
 
 def _fetch(model: str, revision: str | None, *, local_files_only: bool) -> Path:

@@ -11,13 +11,24 @@ from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     WRITE,
     CommonOptions,
+    Context,
     JsonOption,
     OverwriteOption,
     RevisionOption,
     print_result,
     print_written,
+    refuse_unused,
 )
-from headshare.cli.share_options import CalibrationOptions, NeededCalibrationOption, OutArgument, SharedArgument
+from headshare.cli.share_options import (
+    BitsName,
+    CalibrationOption,
+    CalibrationOptions,
+    EmbeddingBits,
+    GroupOption,
+    OutArgument,
+    SharedArgument,
+)
+from headshare.errors import OptionError
 from headshare.integrations.gguf.number_types import NUMBER_TYPES
 
 if TYPE_CHECKING:
@@ -28,47 +39,79 @@ else:
 
 @with_bundles
 def quantize(
+    context: Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A shared checkpoint, or a dense one.")],
     out: OutArgument,
-    calibration: NeededCalibrationOption,
-    group: Annotated[
-        int | None,
+    bits: Annotated[
+        BitsName | None,
         typer.Option(
             rich_help_panel=WRITE,
-            help="Give groups of this many inputs one scale. Default: the largest of 128, 64, 32... that fits.",
+            help="Round to this many bits: 8, to the nearest, without a text; or 4, by GPTQ on a text (default with "
+            "--calibration).",
         ),
     ] = None,
+    calibration: CalibrationOption = None,
+    group: GroupOption = None,
+    embeddings: Annotated[
+        EmbeddingBits,
+        typer.Option(rich_help_panel=WRITE, help="Give the input and output embeddings 8 bits, or leave them at 16."),
+    ] = "8",
     *,
     windows: CalibrationOptions,
     common: CommonOptions,
 ) -> None:
-    """Round the layers' matrices to 4 bits by GPTQ (gptqmodel), each shared unit once, on the inputs of all its users.
+    """Round all matrices to 8 bits, or the layers' to 4, each shared unit once.
 
-    Ties must be of q, k and v (or of gate and up). The result loads like any shared checkpoint.
+    8 bits are the nearest numbers: half the bytes at next to no loss, for any plan. 4 bits are found by GPTQ
+    (gptqmodel) on the inputs of all users of a unit; ties must then be of q, k and v (or of gate and up). The result
+    loads like any shared checkpoint.
     """
     begun = time.monotonic()
-    from headshare.calibration.gptq import round_by_gptq
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.files.folder import check_output, check_vacant
 
     check_vacant(out, overwrite=common.overwrite)
+    if bits is None and calibration is None:
+        raise OptionError("say how to round: --bits 8 needs no text; 4 bits are found on one: --calibration FILE.")
     with open_checkpoint(model, revision=common.revision) as source:
         check_output(out, source.path, overwrite=common.overwrite)
-        settings = windows.settings(calibration)
-        rounded = round_by_gptq(source, settings.load(source), group=group, device=settings.device_name)
-        rounded.save(out, overwrite=common.overwrite)
+        if bits is not None and int(bits) == 8:
+            refuse_unused(context, "8 bits are the nearest numbers, and need no text", ("calibration", *_OF_A_TEXT))
+            from headshare.sharing.rounded.write import round_to_nearest
+
+            nearest = round_to_nearest(source, group=group, embeddings=str(embeddings) == "8")
+            nearest.save(out, overwrite=common.overwrite)
+            count = len(nearest.bits)
+            of = "a row" if group is None else f"{group} inputs"
+        else:
+            if calibration is None:
+                raise OptionError("4 bits are found on a text. Give --calibration FILE; 8 bits need none: --bits 8.")
+            refuse_unused(context, "4 bits leave the embeddings as they are", ("embeddings",))
+            from headshare.calibration.gptq import round_by_gptq
+
+            settings = windows.settings(calibration)
+            rounded = round_by_gptq(source, settings.load(source), group=group, device=settings.device_name)
+            rounded.save(out, overwrite=common.overwrite)
+            count = len(rounded.matrices)
+            group = rounded.packing.group
+            of = f"{group} inputs"
         before = sum(info.nbytes for info in source.tensors.values())
     after = sum(info.nbytes for info in open_checkpoint(out).tensors.values())
     seconds = time.monotonic() - begun
+    number = int(bits or "4")
     data = {
-        "matrices": len(rounded.matrices), "group": rounded.packing.group, "bytes_before": before, "bytes": after,
+        "matrices": count, "bits": number, "group": group, "bytes_before": before, "bytes": after,
         "seconds": seconds, "out": str(out),
     }  # fmt: skip
     words = (
-        f"{len(rounded.matrices)} matrices rounded to 4 bits in groups of {rounded.packing.group}: {before:,} bytes of "
-        f"weights before, {after:,} now ({1 - after / before:.1%} less)"
+        f"{count} matrices rounded to {number} bits, a scale for {of}: {before:,} bytes of weights before, "
+        f"{after:,} now ({1 - after / before:.1%} less)"
     )
     print_written(data, words, out, seconds, as_json=common.as_json)
+
+
+# parameters that only rounding on a text uses
+_OF_A_TEXT = ("field", "calibration_tokens", "calibration_window", "seed", "device")
 
 
 def expand(
@@ -79,7 +122,7 @@ def expand(
         typer.Option(
             "--unpack",
             rich_help_panel=WRITE,
-            help="Write matrices of 4 bits as ordinary ones. Default: as compressed-tensors.",
+            help="Write rounded matrices as ordinary ones. Default: as compressed-tensors.",
         ),
     ] = False,
     revision: RevisionOption = None,

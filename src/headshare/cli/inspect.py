@@ -19,7 +19,7 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
     """Count what is held more than once when the layers are split evenly over devices: by pair, by device, in all.
 
     Raises:
-        CheckpointError: if the checkpoint is dense, packed in four bits, or lacks a tensor that its plan shares.
+        CheckpointError: if the checkpoint is dense, rounded, or lacks a tensor that its plan shares.
         OptionError: if it has fewer layers than there are devices.
     """
     from headshare.plan.placement import held_again, split_evenly
@@ -27,7 +27,7 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
     entry = checkpoint.require_sharing()
     if entry.packing is not None:
         raise CheckpointError(
-            "what devices hold again is not counted for matrices of 4 bits: give the checkpoint before."
+            "what devices hold again is not counted for rounded matrices: give the checkpoint before."
         )
     places = split_evenly(entry.plan, devices)
     missing = sorted(set(places) - set(checkpoint.tensors))

@@ -24,10 +24,12 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
+    BitsOption,
     ChoiceOptions,
     DtypeOption,
     FfnGroupsOption,
     FfnRatioOption,
+    GroupOption,
     MatchOption,
     ModelArgument,
     PartsOption,
@@ -45,6 +47,8 @@ def estimate(
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     dtype: DtypeOption = None,
+    bits: BitsOption = None,
+    group: GroupOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,7 +61,15 @@ def estimate(
 
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
     estimated = estimate_bytes(
-        checkpoint, ratio, parts=parts, match=match, ffn_groups=ffn_groups, ffn_ratio=ffn_ratio, dtype=dtype
+        checkpoint,
+        ratio,
+        parts=parts,
+        match=match,
+        ffn_groups=ffn_groups,
+        ffn_ratio=ffn_ratio,
+        dtype=dtype,
+        bits=None if bits is None else int(bits),
+        group=group,
     )
     print_result(estimated.to_dict(), f"{estimated.in_words()}\n{NEXT}", as_json)
 

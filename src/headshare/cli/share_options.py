@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     ModeName = str
     DtypeName = str
     TargetName = str
+    BitsName = str
+    EmbeddingBits = str
 else:
     # all of them import torch, which only a command that runs has the time for
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
@@ -46,6 +48,8 @@ else:
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
     TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})
+    BitsName = StrEnum("BitsName", {name: name for name in ("8", "4")})
+    EmbeddingBits = StrEnum("EmbeddingBits", {name: name for name in ("8", "16")})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[
@@ -87,6 +91,19 @@ FfnGroupsOption = Annotated[
 FfnRatioOption = Annotated[
     float | None,
     typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
+]
+BitsOption = Annotated[
+    BitsName | None,
+    typer.Option(rich_help_panel=WRITE, help="Count matrices as rounded to this many bits, embeddings too."),
+]
+GroupOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        rich_help_panel=WRITE,
+        help="Give so many inputs of a row one scale. Default: in 8 bits the whole row; in 4 bits the largest of 128, "
+        "64, 32... that fits.",
+    ),
 ]
 MultipleOption = Annotated[
     int,
@@ -225,6 +242,7 @@ CALIBRATION_OR_SELF = typer.Option(
     help=f"{_TEXTS} Default: self; mix for a model that writes no text.",
 )
 NeededCalibrationOption = Annotated[str, CALIBRATION]
+CalibrationOption = Annotated[str | None, CALIBRATION]
 
 
 @dataclass(frozen=True)
@@ -275,7 +293,7 @@ class CalibrationOptions:
 class RunOptions(CalibrationOptions):
     """A run that may be calibrated: on which text, and how it goes about it."""
 
-    calibration: Annotated[str | None, CALIBRATION] = None
+    calibration: CalibrationOption = None
     probe: Annotated[
         bool,
         typer.Option(

@@ -21,7 +21,6 @@ from headshare.errors import CheckpointError, HeadshareError, OutputError
 from headshare.files.failures import in_one_line
 from headshare.files.scratch import scratch_folder
 from headshare.integrations.transformers.loading import load_model, running
-from headshare.plan.plan import SharePlan
 from headshare.plan.tensors import TensorPlan, bias_name
 from headshare.plan.units import READOUTS
 from headshare.progress import track
@@ -29,6 +28,7 @@ from headshare.sharing.expand import expand_files, write_overwritten
 from headshare.sharing.expanded import rotated_otherwise
 from headshare.sharing.fits import SharedFiles, fit_plan, open_shared
 from headshare.sharing.manifest import check_manifest
+from headshare.sharing.rounded.nearest import is_nearest
 from headshare.sharing.size import parameter_bytes, parameter_infos
 from headshare.sharing.writer import same_numbers
 from headshare.short import short
@@ -128,7 +128,7 @@ def _check_origin(shared: Checkpoint, dense: Checkpoint, any_base: bool, result:
 def _check_numbers(files: SharedFiles, original: SharedFiles, result: Verification) -> None:
     """Check every tensor of the shared model against the original dense one, bit for bit.
 
-    What the plan gave up, what a refit changed and what was rounded to 4 bits is left out.
+    What the plan gave up and what a refit changed is left out; what was rounded is to be the nearest.
     """
     shared = files.checkpoint
     dense = original.checkpoint
@@ -152,14 +152,18 @@ def _check_numbers(files: SharedFiles, original: SharedFiles, result: Verificati
         result.fail(f"the record of the refit names {name}, which no refit changes")
     _check_lent(shared, dense, refitted, tensors, result)
     # all other tensors are compared number by number, in the type of the shared checkpoint
-    common = [name for name in common if name not in refitted | files.plan.rewritten]
+    rounded = {name for name, info in shared.tensors.items() if info.parts}
+    common = [name for name in common if name not in refitted | files.plan.rewritten | rounded]
     for name in track(common, "numbers", len(common)):
         if dense.tensors[name].dtype != shared.tensors[name].dtype:
             converted.add(f"{dense.tensors[name].dtype} to {shared.tensors[name].dtype}")
         if not same_numbers(shared, dense, name, tensors.get(name)):
             result.fail(f"{name} differs from the dense model's beyond what the plan gave up")
         result.tensors_checked += 1
-    for layer in rotated_otherwise(files, original) if not refitted & files.plan.rewritten else ():
+    for name in sorted(rounded - refitted - files.plan.rewritten - set(original.added)):
+        if not is_nearest(shared, dense, name, tensors.get(name)):
+            result.fail(f"{name} has a number that is not the nearest to the dense model's")
+    for layer in () if (refitted | rounded) & files.plan.rewritten else rotated_otherwise(files, original):
         result.fail(f"the narrow values of layer {layer} are not as near to the dense model's as they can be")
     # what could not be compared is said
     if entry.refit:
@@ -167,7 +171,7 @@ def _check_numbers(files: SharedFiles, original: SharedFiles, result: Verificati
     for near in filter(None, (section.approximate for section in files.plan.sections)):
         result.notes.append(f"not compared with the dense model: {near}")
     if entry.packing:
-        result.notes.append(f"not compared with the dense model: {entry.packing.in_words()}")
+        result.notes.append(f"not compared bit for bit with the dense model: {entry.packing.in_words()}")
     if converted:
         result.notes.append(f"weights were converted: {', '.join(sorted(converted))}")
 
@@ -209,7 +213,7 @@ def _check_lent(
     readouts = _refittable(dense, stepped=False)
     lent: dict[str, set[tuple[int, int]]] = {}
     for gap in (gap for tensor in tensors.values() for gap in tensor.gaps):
-        if gap.donor in refitted - readouts and gap.donor in shared.tensors:
+        if gap.donor in refitted - readouts and gap.donor in shared.tensors and not shared.tensors[gap.donor].parts:
             lent.setdefault(gap.donor, set()).add((gap.donor_start, gap.stop - gap.start))
     for name, spans in lent.items():
         tensor = tensors[name]
@@ -232,12 +236,13 @@ def _check_logits(files: SharedFiles, original: SharedFiles | None, result: Veri
         result.notes.append(f"logits not compared with a stock model, as there is none: {plan.no_stock_equivalent}")
         return
     # where sums have other terms than in the stock model, a wide type keeps the difference small
-    reason = _why_rounding_differs(plan)
+    reason = _why_rounding_differs(files)
     stored = next(iter(shared.tensors.values())).torch_dtype
     dtype = torch.promote_types(stored, torch.float32) if reason and stored.is_floating_point else stored
     # memory for one model, in that type and unpacked; the two models are loaded one after the other
     widened = dtype.itemsize / stored.itemsize
     unpacked = [math.prod(info.shape) * A_WORD for name, info in shared.tensors.items() if name.endswith(PACKED)]
+    unpacked += [math.prod(info.shape) for info in shared.tensors.values() if info.parts]
     whole = sum(info.nbytes for info in shared.tensors.values()) + sum(unpacked) * torch.float32.itemsize
     needed = int(MODEL_OVERHEAD * widened * whole)
     free = psutil.virtual_memory().available
@@ -269,9 +274,10 @@ def _check_logits(files: SharedFiles, original: SharedFiles | None, result: Veri
         result.notes.append(f"logits compared to {allowed:.1e}: {reason}")
 
 
-def _why_rounding_differs(plan: SharePlan) -> str | None:
+def _why_rounding_differs(files: SharedFiles) -> str | None:
     """The reason why a shared model rounds in another way than the stock one; None where it does not."""
-    reasons = [section.rounding for section in reversed(plan.sections)]
+    reasons = [section.rounding for section in reversed(files.plan.sections)]
+    reasons += ["sums of whole numbers are scaled once"] * (files.entry.rounding is not None)
     return next((reason for reason in reasons if reason), None)
 
 

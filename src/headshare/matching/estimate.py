@@ -9,6 +9,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Parts, Tie
+from headshare.sharing.rounded.matrices import estimate_rounded
 from headshare.sharing.size import Estimate, estimate_plan
 
 
@@ -21,8 +22,12 @@ def estimate(
     ffn_groups: int = 1,
     ffn_ratio: float | None = None,
     dtype: str | None = None,
+    bits: int | None = None,
+    group: int | None = None,
 ) -> Estimate:
     """The bytes that `share` will leave of a checkpoint under a plan, or at a ratio of units.
+
+    With `bits`, all matrices are rounded then, a scale for every `group` inputs of a row (None: for the row).
 
     Reads names and shapes only. A ratio stands for the plan that `make_plan` makes in mode star or root, by the `match`
     function and in the `parts` that are named. A plan says all of this itself.
@@ -31,7 +36,7 @@ def estimate(
         ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
     """
     if isinstance(wish, SharePlan):
-        return estimate_plan(checkpoint, wish, dtype=dtype)
+        return _estimate(checkpoint, wish, dtype, bits, group)
     checkpoint.require_dense("estimate the saving of")
     # Bytes depend on how many units are shared and in which parts, never on which units they are. So any ties do, and
     # no weight is read.
@@ -51,7 +56,15 @@ def estimate(
             tied = tuple(part for part in asked if part in table)
             if tied:
                 selections.append(Selection(layout=layout.only(tied), ties=ties, chosen=choice))
-    return estimate_plan(checkpoint, SharePlan(selections=tuple(selections)), dtype=dtype)
+    return _estimate(checkpoint, SharePlan(selections=tuple(selections)), dtype, bits, group)
+
+
+def _estimate(
+    checkpoint: Checkpoint, plan: SharePlan, dtype: str | None, bits: int | None, group: int | None
+) -> Estimate:
+    if bits is None:
+        return estimate_plan(checkpoint, plan, dtype=dtype)
+    return estimate_rounded(checkpoint, plan, bits=bits, group=group, dtype=dtype)
 
 
 def _any_ties(layout: Layout, count: int) -> tuple[Tie, ...]:

@@ -1,7 +1,8 @@
 """Expansion: a shared checkpoint back to a stock one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from headshare.errors import CheckpointError
 from headshare.sharing.assembly import Assembly, copied, filled, overwritten, stream
 from headshare.sharing.expanded import ExpandedTensors, LazyTensors
 from headshare.sharing.fits import SharedFiles, open_shared
+from headshare.sharing.rounded.stock import StockMatrices
 from headshare.sharing.writer import write_checkpoint
 
 
@@ -24,7 +26,7 @@ def expand(
 
     Borrowed indices are filled from their donors, and removed ones with zeros. Scales are multiplied into the columns
     of W_o that they belong to, and low-rank factors with each other. Such a W_o is `rounded` to the checkpoint's type,
-    or else written as float32 at least. Matrices rounded to 4 bits stay so, in compressed-tensors' format, or are
+    or else written as float32 at least. Rounded matrices stay so, in compressed-tensors' format, or are
     `unpacked` to the type that most of the other numbers have.
 
     Raises:
@@ -48,8 +50,13 @@ def expand_files(
     why = files.plan.no_stock_equivalent
     if why is not None:
         raise CheckpointError(f"{shared.name} has no stock equivalent: {why}. Load it with headshare.")
-    # every tensor in its dense shape; those that the plan added are gone, and so are the guards of packed matrices
-    gone = {*files.added, *guards(shared.tensors)}
+    if not rounded:  # then a rounded matrix is written as what it means exactly
+        files = dataclasses.replace(files, checkpoint=shared.widened())
+        shared = files.checkpoint
+    # every tensor in its dense shape; those that the plan added are gone, and so are the guards of packed matrices, and
+    # matrices that stock tools load rounded
+    stock = None if unpacked or files.entry.rounding is None else StockMatrices(files)
+    gone = {*files.added, *guards(shared.tensors), *(stock.names if stock else ())}
     assemblies = [
         filled(info, files.tensors[name], files.tensors) if name in files.tensors else copied(info)
         for name, info in shared.tensors.items()
@@ -60,9 +67,13 @@ def expand_files(
     if not rounded:
         assemblies = [_widened(each) if each.name in computed else each for each in assemblies]
     config = {key: value for key, value in shared.config.items() if key != "quantization_config"}
+    if stock is not None and stock.names:
+        config["quantization_config"] = stock.config()
+        given: Mapping[str, Tensor] = ChainMap(stock.tensors(), computed)  # type: ignore[arg-type]
+        return write_checkpoint(shared, [*assemblies, *stock.assemblies()], config, Path(out), overwrite, given)
     # packed matrices can share rows only, so that none of them is computed
     packing = files.entry.packing
-    if packing is None:
+    if packing is None or files.entry.rounding is not None:
         return write_checkpoint(shared, assemblies, config, Path(out), overwrite, computed)
     if not unpacked:
         config["quantization_config"] = packing.to_dict()

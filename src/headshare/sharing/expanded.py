@@ -67,9 +67,7 @@ class ExpandedTensors:
         if checkpoint.sharing is None:
             return cls(SharedFiles(checkpoint, SharingEntry(SharePlan()), {}, {}, stored=False))
         if checkpoint.sharing.packing is not None:
-            raise CheckpointError(
-                f"the matrices of {checkpoint.name} are rounded to 4 bits. Do this to the model before."
-            )
+            raise CheckpointError(f"the matrices of {checkpoint.name} are rounded. Do this to the model before.")
         return cls(open_shared(checkpoint))
 
     @classmethod

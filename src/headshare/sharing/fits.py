@@ -65,7 +65,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
         raise CheckpointError(f"{checkpoint.name} is not a shared checkpoint; its config.json names no headshare plan.")
     entry = checkpoint.sharing
     plan = entry.plan
-    packing = entry.packing
+    packing = entry.packing if isinstance(entry.packing, Packing) else None
     tensors = _tensors_of(plan, checkpoint)
     if packing is not None:
         tensors = packed_tensors(tensors, packing)

@@ -13,6 +13,7 @@ from headshare.errors import PlanError
 from headshare.plan.spans import Span, Spans, joined
 from headshare.plan.tensors import TensorPlan, total_rank
 from headshare.sharing.factors import join_columns
+from headshare.storage.matrix import Weight
 from headshare.storage.projection import SharedProjection
 
 
@@ -60,7 +61,7 @@ class LowRankProjection(SharedProjection):
         by_unit = factor_in.view(units, self._ranks[0], factor_in.shape[1])
         return torch.bmm(of_units, by_unit.mT).transpose(0, 1).flatten(1)
 
-    def whole_weight(self) -> Float[Tensor, "rows columns"]:
+    def whole_weight(self) -> Weight:
         """The dense weight, with products multiplied out and rounded, in the stock module's orientation."""
         rows = torch.split(self.factor_in, self._ranks)
         columns = torch.split(self.factor_out, self._ranks, dim=1)

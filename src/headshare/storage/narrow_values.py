@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headshare.plan.tensors import TensorPlan
+from headshare.storage.matrix import Weight
 from headshare.storage.projection import SharedProjection
 
 # The classes of narrow values, by width. A class says the width, as operations on a tensor keep its class.
@@ -30,7 +31,7 @@ class NarrowValuesProjection(SharedProjection):
         """The values of all heads, side by side, to be viewed as heads."""
         return self.multiply(x, self.weight).as_subclass(_class_of(self.width))
 
-    def whole_weight(self) -> Float[Tensor, "rows columns"]:
+    def whole_weight(self) -> Weight:
         """The weight, which has no rows for dropped dimensions."""
         return self.weight
 

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from headshare.architecture.modules import ModuleMap
 from headshare.plan.tensors import TensorPlan
+from headshare.storage.matrix import Weight
 from headshare.storage.projection import SharedProjection
 
 # The most tokens for which a product for each run of rows is faster than putting the whole weight together.
@@ -129,7 +130,7 @@ class OwnerProjection(SharedProjection):
         }
         return torch.cat([products[donor][nth].to(x.device) for donor, nth in self._slots], dim=-1)
 
-    def whole_weight(self) -> Float[Tensor, "rows columns"]:
+    def whole_weight(self) -> Weight:
         """The dense weight: the stored parameter itself where nothing is borrowed, else put together anew."""
         if not self._slots:
             return self.weight

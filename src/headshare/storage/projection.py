@@ -11,6 +11,7 @@ from headshare.architecture.families import Linear
 from headshare.architecture.modules import linear_of
 from headshare.errors import PlanError, StorageError
 from headshare.plan.tensors import TensorPlan
+from headshare.storage.matrix import Weight
 
 
 class SharedProjection(nn.Module):
@@ -35,11 +36,11 @@ class SharedProjection(nn.Module):
         scaled_channels = sum(stop - start for start, stop in tensor.scaled)
         self.tie_scale = nn.Parameter(self.weight.new_ones(scaled_channels)) if scaled_channels else None
 
-    def whole_weight(self) -> Float[Tensor, "rows columns"]:
+    def whole_weight(self) -> Weight:
         """The dense weight, in the stock module's orientation."""
         raise NotImplementedError
 
-    def multiply(self, x: Tensor, weight: Float[Tensor, "rows columns"]) -> Tensor:
+    def multiply(self, x: Tensor, weight: Weight) -> Tensor:
         """The stock module's product of x and this whole weight. Channels of scaled ties are scaled first."""
         if self.tie_scale is not None:
             x = x * self.channel_scale(self.tie_scale)

@@ -32,7 +32,7 @@ class Storage(Protocol):
     Attributes:
         name: the name by which users ask for it.
         trains: True if its weights are ordinary parameters, which train, change and move like those of any model.
-        packs: True if matrices rounded to 4 bits are held in its way, by `storage.int4`.
+        packs: True if rounded matrices are held in its way.
         replicates: True if it holds a unit that two devices use on both.
         brings_memory: True if its weights take no memory from torch's allocator, which then must reserve none.
     """
@@ -78,10 +78,18 @@ def check_storage(name: str) -> None:
         raise StorageError(f"there is no storage '{name}'. There are: {AUTO}, {', '.join(STORAGES)}.")
 
 
-def choose_storage(name: str, tensors: Mapping[str, TensorPlan], dtypes: Set[torch.dtype], devices: Set[str]) -> str:
+def choose_storage(
+    name: str,
+    tensors: Mapping[str, TensorPlan],
+    dtypes: Set[torch.dtype],
+    devices: Set[str],
+    *,
+    packs: bool = False,
+) -> str:
     """The name of the storage to use. `auto` takes the first that does not refuse, and logs why.
 
-    `dtypes` are types of numbers, and `devices` kinds of devices (cpu, cuda, disk).
+    `dtypes` are types of numbers, and `devices` kinds of devices (cpu, cuda, disk). With `packs`, it must hold rounded
+    matrices.
 
     Raises:
         StorageError: if there is no storage of that name.
@@ -92,6 +100,8 @@ def choose_storage(name: str, tensors: Mapping[str, TensorPlan], dtypes: Set[tor
     refusals: list[str] = []
     for storage in STORAGES.values():
         refusal = storage.refusal(tensors, dtypes, devices)
+        if packs and not storage.packs:
+            refusal = f"{storage.name} does not hold rounded matrices"
         if refusal is None:
             LOGGER.info("storage %s: %s", storage.name, "; ".join(dict.fromkeys(refusals)) or placed_on(devices))
             return storage.name

@@ -34,9 +34,7 @@ def plan_to_train(source: Checkpoint, settings: TrainSettings) -> SharePlan:
         TrainingError: if the method is not for this model or plan.
     """
     if source.sharing is not None and source.sharing.packing is not None:
-        raise TrainingError(
-            f"the matrices of {source.name} are rounded to 4 bits, which are not trained. Train it before."
-        )
+        raise TrainingError(f"the matrices of {source.name} are rounded, and those are not trained. Train it before.")
     # a shared model brings its plan
     if settings.method is TrainingMethod.RECOVER:
         if source.plan is None:

@@ -63,7 +63,14 @@ COMMANDS = {
         goes_on=True,
     ),
     "refit": Command("share:refit", SMALLER, ("headshare refit SHARED --calibration FILE --out OUT",), goes_on=True),
-    "quantize": Command("convert:quantize", SMALLER, ("headshare quantize SHARED OUT --calibration FILE",)),
+    "quantize": Command(
+        "convert:quantize",
+        SMALLER,
+        (
+            "headshare quantize SHARED OUT --bits 8",
+            "headshare quantize SHARED OUT --calibration FILE",
+        ),
+    ),
     "inspect": Command("inspect:inspect", AFTER, ("headshare inspect OUT --html picture.html",)),
     "expand": Command("convert:expand", AFTER, ("headshare expand OUT DENSE",)),
     "export": Command(

@@ -37,7 +37,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
 
     Raises:
         CheckpointError: if the entry is not valid; it is untrusted until it has passed here.
-        StorageError: if there is no such storage, or it does not hold matrices that are rounded to 4 bits.
+        StorageError: if there is no such storage, or it does not hold rounded matrices.
     """
 
     def __init__(self, storage: str = "auto", **entry: Any) -> None:
@@ -47,7 +47,7 @@ class HeadshareConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfo
         sharing = self.opened.entry if self.opened else SharingEntry.from_config({**entry, "quant_method": METHOD})
         assert sharing is not None  # it has our name
         if sharing.packing is not None and storage != AUTO and not STORAGES[storage].packs:
-            raise StorageError(f"matrices of four bits are held by their owners; storage {storage} is for others.")
+            raise StorageError(f"rounded matrices are held by their owners; storage {storage} is for others.")
         self.quant_method = METHOD
         self.sharing = sharing
         self.storage = storage

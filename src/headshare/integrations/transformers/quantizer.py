@@ -21,9 +21,11 @@ from headshare.architecture.modules import ModuleMap, module_path, replace_modul
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import METHOD, SharingEntry
 from headshare.checkpoint.header import read_whole_header
-from headshare.checkpoint.int4 import check_types, guards, packed_tensors
+from headshare.checkpoint.int4 import Packing, check_types, guards, packed_tensors
+from headshare.checkpoint.rounding.tensors import joined_parts
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
+from headshare.integrations.transformers.rounded import RoundedWeights
 from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
 from headshare.integrations.transformers.sized import check_numbers, shape_mismatch
 from headshare.plan.placement import held_again
@@ -34,6 +36,7 @@ from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
 from headshare.storage.projection import SharedProjection, is_loaded, stored_dtypes
 from headshare.storage.registry import STORAGES, TRAINABLE, choose_storage
+from headshare.storage.rounded import is_rounded, stored_parts
 
 LOGGER = logging.getLogger("headshare")
 
@@ -52,27 +55,28 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         super().__init__(*args, **kwargs)
         self._guarded: set[str] = set()
         self._shapes: dict[str, torch.Size] = {}
+        self._rounded = RoundedWeights()
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         """Replace the modules that the plan touches: take removed units out, add low-rank modules, then share.
 
-        The files must hold what the plan says, or a missing tensor would be left as memory happens to be.
-
-        A device map that is still to be worked out is worked out on the storage that trains, whose parameters have the
-        sizes of all stored tensors.
+        The files must hold what the plan says, or a missing tensor would be left as memory happens to be. A device map
+        that is still to be worked out is worked out on the storage that trains, whose parameters have the sizes of all
+        stored tensors.
         """
         entry = self.quantization_config.sharing
         plan = entry.plan
-        packing = entry.packing
         if checkpoint_files:
             self._check_files(model, [Path(file) for file in checkpoint_files])
-        # Matrices that are rounded to 4 bits have modules of their own, and plans for them only share rows.
-        if packing is not None:
+        elif entry.rounding is not None:
+            raise StorageError("a model with rounded matrices is loaded from its files. Give their folder.")
+        # Matrices that were rounded before there was a record have modules of their own; their plans only share rows.
+        if isinstance(entry.packing, Packing):
             tensors = plan.tensors
-            packed_tensors(tensors, packing)  # refuses a plan that does more than share rows
-            install_packed(model, packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
+            packed_tensors(tensors, entry.packing)  # refuses a plan that does more than share rows
+            install_packed(model, entry.packing, tensors, ModuleMap.of(model, tensors), guarded=self._guarded)
             self._shapes = _shapes_of(model)
             return
         # From here on tensors count without removed units, so these must be gone before anything else is placed.
@@ -88,6 +92,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         # transformers measures modules to make a map of a name like "auto": a second call then installs for good
         if isinstance(device_map, str):
             STORAGES[TRAINABLE]({}).install(model, self._tensors, self._modules)
+            self._rounded.hold_all(model)
         else:
             self._install(model, device_map)
 
@@ -104,6 +109,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             with suppress(PlanError):  # a bare model lacks what stands in the head
                 self._guarded.add(module_path(model, guard))
         check_types((info.name, info.dtype) for info in opened.tensors.values())
+        self._rounded = RoundedWeights.of(opened)
         # a model is being built without memory, and here numbers are read
         with torch.device("cpu"), opened:
             open_shared(opened)
@@ -119,7 +125,9 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _install(self, model: nn.Module, device_map: Any) -> None:
         dtypes = stored_dtypes(self._stock.values())
-        name = choose_storage(self.quantization_config.storage, self._tensors, dtypes, _device_types(device_map))
+        asked = self.quantization_config.storage
+        packs = self.quantization_config.sharing.rounding is not None
+        name = choose_storage(asked, self._tensors, dtypes, _device_types(device_map), packs=packs)
         paths = self._modules.paths()
         devices = {tensor: device_of(path, device_map) for tensor, path in paths.items()}
         storage = STORAGES[name](devices)
@@ -128,6 +136,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._say_what_is_held_again(devices)
         if storage.brings_memory:
             self._mapped = frozenset(f"{path}.weight" for path in paths.values())
+        self._rounded.hold_all(model)
         self._shapes = _shapes_of(model)
 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
@@ -150,11 +159,14 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._tensors = {}
         for path, module in model.named_modules():
             if isinstance(module, SharedProjection | PackedLinear):
-                _check_loaded(path, module)
+                _check_loaded(path, chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+            if is_rounded(module):
+                _check_loaded(path, stored_parts(module))
             if isinstance(module, PackedLinear):
                 module.check(path)
             if isinstance(module, AbsentAttention):
                 module.freeze()
+        self._rounded.stand_in(model)
         self._frozen = read_banks(model)
         return model
 
@@ -173,13 +185,14 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         plan = self.quantization_config.sharing.plan
-        if self.quantization_config.sharing.packing is not None:
+        if isinstance(self.quantization_config.sharing.packing, Packing):
             number: Any = model.dtype
             packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]
             _put_back(model, {path: unpacked(module, number) for path, module in packed})
             return _converted(model, dtype)
         if plan.no_stock_equivalent is not None:
             raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
+        self._rounded.unround(model)
         # in the reverse of the order on loading: shared modules become dense, then removed units come back as zeros
         removed = ModuleMap.of(model, shrunk_of(plan))
         stock = _stock_modules(model, {*changed_paths(model), *removed.paths().values()})
@@ -216,11 +229,11 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         """Whether every stored number is an ordinary parameter.
 
         Raises:
-            StorageError: if shared weights are read-only or rounded to 4 bits. The Trainer asks, and would otherwise
+            StorageError: if shared weights are read-only or rounded. The Trainer asks, and would otherwise
                 train only the others.
         """
         if self.quantization_config.sharing.packing is not None:
-            raise StorageError("this model's matrices are rounded to 4 bits, which are not trained. Train it before.")
+            raise StorageError("this model's matrices are rounded, and those are not trained. Train it before.")
         if self._frozen:
             raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")
         return True
@@ -240,18 +253,19 @@ def _opened(model: Any, entry: SharingEntry, files: Sequence[Path]) -> Checkpoin
     """The checkpoint of the files that transformers is about to load into this model."""
     headers = {file.name: read_whole_header(file) for file in files}
     tensors = {info.name: info for header in headers.values() for info in header.tensors}
+    tensors = joined_parts(tensors, entry.rounding)
     metadata = {name: header.metadata for name, header in headers.items()}
     config = {**model.config.to_dict(), "quantization_config": entry}
     return Checkpoint("the checkpoint", config, tensors, files[0].parent, metadata)
 
 
-def _check_loaded(path: str, module: nn.Module) -> None:
+def _check_loaded(path: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Refuse a module with tensors that no file held: their memory holds anything. Those left on disk have none.
 
     Raises:
         CheckpointError: naming the tensor.
     """
-    for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+    for name, tensor in tensors:
         if not tensor.is_meta and not is_loaded(tensor):
             raise CheckpointError(
                 f"nothing was loaded into {path}.{name}, which the plan or the packing needs: the checkpoint does not "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.header import TensorInfo
-from headshare.checkpoint.int4 import PACKED
+from headshare.checkpoint.int4 import PACKED, Packing
 from headshare.pages.cells import bars_of_layers
 from headshare.pages.page import render
 from headshare.pages.svg import Figure
@@ -85,7 +85,7 @@ def _layers(of: Inspected, sizes: Mapping[int | None, LayerSize]) -> Table:
     for section in of.plan.sections:
         heads.append(section.picture(of.plan.sections).splitlines()[0].partition(" (")[0].partition(": ")[0])
         columns.append(Counter(unit_.layer for unit_ in section.units_given()))
-    if of.tensors is not None and of.entry is not None and of.entry.packing is not None:
+    if of.tensors is not None and of.entry is not None and isinstance(of.entry.packing, Packing):
         packed = sizes_of(of.plan, {name: info for name, info in of.tensors.items() if name.endswith(PACKED)})
         heads.append("bytes of 4 bits")
         columns.append({layer: size.stored for layer, size in packed.items() if layer is not None})

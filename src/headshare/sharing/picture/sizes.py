@@ -47,6 +47,6 @@ def sizes_of(plan: SharePlan, tensors: Mapping[str, TensorInfo] | None) -> dict[
         size = size_of(name)
         size.stored += info.nbytes
         size.dense += 0 if name in plan.added_tensors else info.nbytes
-        if name in changed and prod(info.shape) == prod(changed[name].stored_shape):
+        if name in changed and not info.parts and prod(info.shape) == prod(changed[name].stored_shape):
             size.dense += absent_numbers(changed[name]) * info.torch_dtype.itemsize
     return found

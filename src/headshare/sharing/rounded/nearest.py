@@ -1,0 +1,28 @@
+"""The check that rounded numbers are the nearest to a dense model's."""
+
+import torch
+
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.rounding.numbers import to_nearest
+from headshare.plan.tensors import TensorPlan
+from headshare.sharing.assembly import copied, kept_only, stream
+
+
+def is_nearest(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorPlan | None) -> bool:
+    """True if a rounded matrix is what the kept indices of the dense one round to; also if it was rounded otherwise.
+
+    Numbers that GPTQ found are further away on purpose, and are not compared.
+    """
+    info = shared.tensors[name]
+    parts = info.parts
+    assert parts is not None, name
+    rounding = shared.require_sharing().rounding
+    assert rounding is not None
+    if not rounding.is_to_nearest(parts.bits):
+        return True
+    own = dense.tensors[name]
+    meant = copied(own, info.dtype) if tensor is None else kept_only(own, tensor, info.dtype)
+    kept = torch.cat([piece.view(-1, *meant.shape[1:]) for piece in stream(meant, dense)])
+    found = to_nearest(kept.T if parts.in_out else kept, parts.bits, parts.group, info.torch_dtype)
+    stored = shared.read_rounded(name)
+    return torch.equal(stored.numbers, found.numbers) and torch.equal(stored.scale, found.scale)
