@@ -85,15 +85,15 @@ def of_kind(dense: Checkpoint, kind: str) -> SharePlan:
 
 
 KINDS = ("nothing", "ties", "removals", "low_rank", "narrow_values")
-CASES = [
-    *(("llama-gqa", kind) for kind in KINDS),
-    *(("gpt2", kind) for kind in KINDS[:-1]),
+QUICK = [*(("llama-gqa", kind) for kind in KINDS[1:]), ("gpt2", "ties"), ("bert", "low_rank")]
+SLOW = [
+    *(("gpt2", kind) for kind in ("nothing", "removals", "low_rank")),
     ("opt", "narrow_values"),
     ("falcon-mha", "ties"),
     ("phi3", "removals"),
-    ("bert", "low_rank"),
     ("gpt_neox", "ties"),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 def shared_by(kind: str, name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
@@ -157,26 +157,23 @@ def test_a_rounded_model_of_any_plan_computes_what_its_numbers_say(name: str, ki
     assert parameter_bytes(out) == unique_parameter_bytes(model)
     found = verify(out)
     assert found.ok, found.problems
-    # stock transformers, by compressed-tensors or with ordinary matrices
-    for unpack in (False, True):
-        folder = expand(out, tmp_path / f"stock{unpack}", unpacked=unpack)
-        stock = (
-            type(model).from_pretrained(folder)
-            if unpack
-            else getattr(transformers, type(model).__name__).from_pretrained(folder)
-        )
-        torch.testing.assert_close(outputs(stock.eval()), outputs(model), **CLOSE)
-    # saved again, copied, converted, dequantised
-    model.save_pretrained(tmp_path / "again")
-    again = hs.open_checkpoint(tmp_path / "again")
-    assert load_file(again.path / MODEL).keys() == load_file(out.path / MODEL).keys()
-    for other in (load_model(again), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert outputs(other).equal(outputs(model))
+    # stock transformers, by compressed-tensors where that can hold it
+    folder = expand(out, tmp_path / "stock")
+    stock = getattr(transformers, type(model).__name__).from_pretrained(folder)
+    torch.testing.assert_close(outputs(stock.eval()), outputs(model), **CLOSE)
     torch.testing.assert_close(outputs(model.dequantize()), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("group", [None, 5, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_saved_again_copied_and_pickled(tmp_path: Path) -> None:
+    out = round_to_nearest(shared_by("ties", "llama-gqa", tmp_path)).save(tmp_path / "rounded")
+    model = hs.load(out)
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / MODEL).keys() == load_file(out / MODEL).keys()
+    for other in (hs.load(tmp_path / "again"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert outputs(other).equal(outputs(model))
+
+
+@pytest.mark.parametrize(("dtype", "group"), [(torch.bfloat16, None), (torch.float16, 5)])
 def test_a_model_of_16_bits_is_rounded_in_groups_and_generates(
     dtype: torch.dtype, group: int | None, tmp_path: Path
 ) -> None:
@@ -220,7 +217,7 @@ def test_embeddings_may_stay_and_a_head_of_its_own_is_rounded_by_itself(tmp_path
         assert both[f"{name}_int8"].shape == none[name].shape == (tiny.VOCABULARY, 32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[2:])
 def test_bytes_are_known_before(kind: str, tmp_path: Path) -> None:
     dense = hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "dense", dtype=torch.bfloat16))
     plan = of_kind(dense, kind)
@@ -286,7 +283,6 @@ def test_what_cannot_be_rounded_is_one_clear_error(run: Run, tmp_path: Path) -> 
         (("quantize", str(out.path), str(tmp_path / "again"), *calibrated), "are rounded"),
         (("refit", str(out.path), *calibrated), "are rounded"),
         (("share", str(out.path), str(tmp_path / "again")), "expand --unpack"),
-        (("train", str(out.path), str(tmp_path / "again"), "--text", str(text)), "are rounded"),
         (("quantize", str(folder), str(tmp_path / "again")), "--bits 8 needs no text"),
         (("quantize", str(folder), str(tmp_path / "again"), "--bits", "4"), "Give --calibration FILE"),
         (("quantize", str(folder), str(tmp_path / "again"), "--bits", "8", *calibrated), "need no text"),
