@@ -10,8 +10,11 @@ import typer
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     WRITE,
+    BitsName,
     CommonOptions,
     Context,
+    EmbeddingBits,
+    GroupOption,
     JsonOption,
     OverwriteOption,
     RevisionOption,
@@ -20,11 +23,8 @@ from headshare.cli.options import (
     refuse_unused,
 )
 from headshare.cli.share_options import (
-    BitsName,
     CalibrationOption,
     CalibrationOptions,
-    EmbeddingBits,
-    GroupOption,
     OutArgument,
     SharedArgument,
 )

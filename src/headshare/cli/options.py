@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,26 @@ FieldOption = Annotated[
         rich_help_panel=TEXT,
         help="Read the text of a row from this field, in .jsonl, .json, .csv and data sets. Default: the one that it "
         "can be.",
+    ),
+]
+if TYPE_CHECKING:
+    BitsName = str
+    EmbeddingBits = str
+else:
+    BitsName = StrEnum("BitsName", {name: name for name in ("8", "4")})
+    EmbeddingBits = StrEnum("EmbeddingBits", {name: name for name in ("8", "16")})
+
+BitsOption = Annotated[
+    BitsName | None,
+    typer.Option(rich_help_panel=WRITE, help="Count matrices as rounded to this many bits, embeddings too."),
+]
+GroupOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        rich_help_panel=WRITE,
+        help="Give so many inputs of a row one scale. Default: in 8 bits the whole row; in 4 bits the largest of 128, "
+        "64, 32... that fits.",
     ),
 ]
 OverwriteOption = Annotated[

@@ -14,8 +14,10 @@ from headshare.cli.options import (
     CHOOSE,
     NEXT,
     WRITE,
+    BitsOption,
     CommonOptions,
     Context,
+    GroupOption,
     JsonOption,
     OverwriteOption,
     RevisionOption,
@@ -24,12 +26,10 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
-    BitsOption,
     ChoiceOptions,
     DtypeOption,
     FfnGroupsOption,
     FfnRatioOption,
-    GroupOption,
     MatchOption,
     ModelArgument,
     PartsOption,

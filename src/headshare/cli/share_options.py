@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     ModeName = str
     DtypeName = str
     TargetName = str
-    BitsName = str
-    EmbeddingBits = str
 else:
     # all of them import torch, which only a command that runs has the time for
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
@@ -48,8 +46,6 @@ else:
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
     TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})
-    BitsName = StrEnum("BitsName", {name: name for name in ("8", "4")})
-    EmbeddingBits = StrEnum("EmbeddingBits", {name: name for name in ("8", "16")})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[
@@ -91,19 +87,6 @@ FfnGroupsOption = Annotated[
 FfnRatioOption = Annotated[
     float | None,
     typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
-]
-BitsOption = Annotated[
-    BitsName | None,
-    typer.Option(rich_help_panel=WRITE, help="Count matrices as rounded to this many bits, embeddings too."),
-]
-GroupOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        rich_help_panel=WRITE,
-        help="Give so many inputs of a row one scale. Default: in 8 bits the whole row; in 4 bits the largest of 128, "
-        "64, 32... that fits.",
-    ),
 ]
 MultipleOption = Annotated[
     int,
