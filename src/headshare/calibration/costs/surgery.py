@@ -62,17 +62,18 @@ class Surgery:
 
     With Q the inverse of the inputs' Gram matrix, removing channels r turns W into W - W_r Q_rr^-1 Q_r and adds
     tr(W_r Q_rr^-1 W_r^T) to the squared error on the inputs that are fitted to. On the other inputs, whose Gram matrix
-    is `held`, the error is that of the difference from the `dense` matrix. The ridge is `RIDGE` times the inputs' mean
-    square. `weight` is zero where a channel is gone. All in float64.
+    is `held`, the error is that of the difference from the matrix at first. The ridge is `RIDGE` times the inputs' mean
+    square. `weight` is zero where a channel is gone. All in float64, and changed in place: a new matrix of this size
+    costs more than what is computed of it.
     """
 
-    dense: Readout
+    weight: Readout
     inverse: Gram
     held: Gram | None
-    weight: Readout = field(init=False)
+    _moved: Readout = field(init=False)  # the change of the projection so far, times `held`
 
     def __post_init__(self) -> None:
-        self.weight = self.dense.clone()
+        self._moved = torch.zeros_like(self.weight)
 
     @classmethod
     def on(cls, fitted: Inputs, held: Float[Tensor, "held channels"], weight: Readout) -> "Surgery":
@@ -83,25 +84,26 @@ class Surgery:
         gram = gram_of(fitted)
         count = processes.total(len(held))
         judged = gram_of(held) * (processes.total(len(fitted) + len(held)) / count) if count else None
-        return cls(weight.double(), inverted(ridged(gram, gram.diagonal())), judged)
+        return cls(weight.to(torch.float64, copy=True), inverted(ridged(gram, gram.diagonal())), judged)
 
     def cheapest(self, count: int) -> Int[Tensor, " count"]:
         """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
         inverse = self.inverse.diagonal()
-        costs = self.weight.square().sum(dim=0) / inverse
+        costs: Tensor = torch.linalg.vector_norm(self.weight, dim=0).square() / inverse
         costs[inverse == 0] = torch.inf
         return costs.topk(count, largest=False).indices.sort().values
 
     def remove(self, columns: Columns) -> float:
         """Remove these channels. Returns the error that this adds."""
-        lost = self.weight[:, columns].clone()
-        inner = torch.linalg.cholesky(self.inverse[columns][:, columns])
-        across = torch.cholesky_solve(self.inverse[columns], inner)
+        lost = self.weight[:, columns]
+        rows = self.inverse[columns]
+        inner = torch.linalg.cholesky(rows[:, columns])
+        across = torch.cholesky_solve(rows, inner)
         added = self._added(lost, across, inner)
 
         # What is gone is set to zero, as rounding leaves a little.
-        self.weight -= lost @ across
-        self.inverse -= self.inverse[:, columns] @ across
+        self.weight.addmm_(lost, across, alpha=-1)
+        self.inverse.addmm_(rows.T, across, alpha=-1)
         self.weight[:, columns] = 0
         self.inverse[columns] = 0
         self.inverse[:, columns] = 0
@@ -119,8 +121,9 @@ class Surgery:
         """
         if self.held is None:
             return float((torch.cholesky_solve(lost.T, inner) * lost.T).sum())
-        # With C the change so far, |(C - L A) x|^2 - |C x|^2 summed over the inputs needs one product with their Gram
-        # matrix, as thin as the channels are few.
-        seen = self.held @ across.T
-        before = (self.weight - self.dense) @ seen
-        return float((lost * (lost @ (across @ seen)) - 2 * lost * before).sum())
+        # With C the change so far, |(C - L A) x|^2 - |C x|^2 summed over the inputs needs one product of A with their
+        # Gram matrix, as thin as the channels are few. That of C is kept.
+        seen = across @ self.held
+        before = self._moved @ across.T
+        self._moved.addmm_(lost, seen, alpha=-1)
+        return float((lost * (lost @ (seen @ across.T)) - 2 * lost * before).sum())
