@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import headshare as hs
 from headshare.architecture.modules import module_path
-from headshare.calibration.gptq import QuantizedModel, round_by_gptq
+from headshare.calibration.gptq import round_by_gptq
 from headshare.calibration.layerwise.layers import Layers
-from headshare.checkpoint.int4 import Packing
-from headshare.errors import CheckpointError, EvaluationError, OptionError, PlanError
+from headshare.checkpoint.rounding.entry import Scheme
+from headshare.errors import CheckpointError, EvaluationError, OptionError
 from headshare.evaluation import EvalText
 from headshare.evaluation.verify import verify
 from headshare.experiments import Grid, compare
@@ -27,10 +27,12 @@ from headshare.integrations.transformers.loading import load_model
 from headshare.plan.plan import SharePlan
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Tie
+from headshare.sharing.rounded.write import RoundedCheckpoint, round_to_nearest
 from headshare.text.tokens import Calibration
 from support import tiny
 from support.command_line import Run, assert_one_error_line
 from support.nearest import Nearest, stand_in
+from support.rounded import outputs, shared_by
 from support.texts import a_text, add_tokenizer
 
 BITS, GROUP = 4, 16
@@ -65,17 +67,25 @@ def nearest_numbers(monkeypatch: pytest.MonkeyPatch) -> list[Nearest]:
     return stand_in(monkeypatch)
 
 
-def rounded(checkpoint: hs.Checkpoint, text: Calibration) -> QuantizedModel:
+def rounded(checkpoint: hs.Checkpoint, text: Calibration) -> RoundedCheckpoint:
     return round_by_gptq(checkpoint, text, group=GROUP)
 
 
-def whole(found: QuantizedModel) -> dict[str, Tensor]:
+def whole(found: RoundedCheckpoint) -> dict[str, Tensor]:
     """Numbers times scales, in plain words."""
-    return {
-        name: unpack_from_int32(one.packed, 4, (len(one.packed), 8 * one.packed.shape[1])).float()
-        * one.scale.float().repeat_interleave(found.packing.group, dim=1)
-        for name, one in found.matrices.items()
-    }
+    numbers = {}
+    for name, bits in found.bits.of.items():
+        if bits == BITS:
+            made = found.make(name)
+            wide = made.scale.float().repeat_interleave(GROUP, dim=1)[:, : made.numbers.shape[1]]
+            numbers[name] = made.numbers.float() * wide
+    return numbers
+
+
+def dense_of(found: RoundedCheckpoint, tmp_path: Path) -> dict[str, Tensor]:
+    """The numbers, with borrowed rows in their places, as a stock checkpoint has them."""
+    out = hs.open_checkpoint(found.save(tmp_path / "rounded"))
+    return load_file(hs.expand(out, tmp_path / "unpacked", unpacked=True) / "model.safetensors")
 
 
 def inputs_of(model: Any, text: Calibration) -> dict[str, Tensor]:
@@ -113,7 +123,7 @@ def by_the_library(weight: Tensor, *inputs: Tensor) -> Tensor:
 @pytest.mark.usefixtures("gptqmodel")
 def test_a_dense_models_matrices_are_rounded_on_their_own_inputs(dense: hs.Checkpoint, text: Calibration) -> None:
     found, seen = rounded(dense, text), inputs_of(load_model(dense, dtype=torch.float32), text)
-    assert len(found.matrices) == 4 * 7
+    assert len(whole(found)) == 4 * 7
     for name, tensor in whole(found).items():
         wanted = by_the_library(dense.read(name), seen[name])
         torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-5)  # scales are kept in 16 bits
@@ -122,7 +132,7 @@ def test_a_dense_models_matrices_are_rounded_on_their_own_inputs(dense: hs.Check
 @pytest.mark.usefixtures("gptqmodel")
 def test_shared_rows_are_rounded_once_on_what_all_their_users_give(shared: hs.Checkpoint, text: Calibration) -> None:
     stock = load_model(shared, storage="owner", dtype=torch.float32).dequantize()
-    found, seen = whole(rounded(shared, text)), inputs_of(stock, text)
+    found, seen = dense_of(rounded(shared, text), shared.path.parent), inputs_of(stock, text)
     assert shared.plan is not None
     (selection,) = shared.plan.selections
     donors = {tie.donor for tie in selection.ties}
@@ -194,11 +204,11 @@ def test_each_row_is_rounded_once_on_the_inputs_of_every_use_of_it(
     uses = [module_path(stock, place.name(layer)) for layer in (0, 2, 3, 3)]
     wanted = torch.cat([seen[f"{path}.weight"].flatten(0, 1) for path in uses])
     torch.testing.assert_close(torch.cat(task.inputs), wanted, rtol=1e-4, atol=1e-5)
-    numbers = whole(found)
+    numbers = dense_of(found, tmp_path)
     for layer, group in ((2, 1), (3, 0), (3, 2)):
         first, last = place.span(group)
         assert numbers[place.name(layer)][first:last].equal(numbers[place.name(0)][start:stop])
-    stored = sum(math.prod(shared.tensors[key].shape) for key in found.matrices)
+    stored = sum(math.prod(shared.tensors[key].shape) for key in whole(found))
     assert sum(one.weight.numel() for one in nearest) == stored  # nothing twice, nothing left out
 
 
@@ -208,22 +218,27 @@ def test_what_is_rounded_is_written_and_computes_the_same(
 ) -> None:
     found = rounded({"dense": dense, "shared": shared}[kind], text)
     out = hs.open_checkpoint(found.save(tmp_path / "out"))
-    assert out.require_sharing().packing == Packing(group=GROUP, ignore=("lm_head",))
-    assert verify(out).ok
+    rounding = out.require_sharing().rounding
+    assert rounding is not None
+    assert (rounding.int4, rounding.int8) == (Scheme(group=GROUP, how="by GPTQ"), None)
+    assert verify(out, {"dense": dense, "shared": None}[kind]).ok
     stock = load_model(shared if kind == "shared" else dense, storage="owner", dtype=torch.float32)
     stock = stock.dequantize() if kind == "shared" else stock
     with torch.no_grad():
-        for name, numbers in whole(found).items():
-            stock.get_submodule(name.removesuffix(".weight")).weight.copy_(numbers)
+        for name, numbers in dense_of(found, tmp_path).items():
+            if "_proj" in name:
+                stock.get_submodule(name.removesuffix(".weight")).weight.copy_(numbers)
         tokens = tiny.tokens(2, 8)
-        assert hs.load(out.path)(input_ids=tokens).logits.equal(stock(input_ids=tokens).logits)
+        torch.testing.assert_close(
+            hs.load(out.path)(input_ids=tokens).logits, stock(input_ids=tokens).logits, rtol=2e-3, atol=2e-3
+        )  # scales are kept in 16 bits
 
 
 def test_the_largest_group_that_fits_is_taken(dense: hs.Checkpoint, text: Calibration, nearest: list[Nearest]) -> None:
     """Matrices of 32 and 48 inputs."""
-    assert round_by_gptq(dense, text).packing.group == 16
-    for wrong in (-1, 0, 4, 12):
-        with pytest.raises(OptionError, match="use a multiple of 8"):
+    assert round_by_gptq(dense, text).bits.groups[BITS] == 16
+    for wrong in (-1, 0):
+        with pytest.raises(OptionError, match="cannot have a scale"):
             round_by_gptq(dense, text, group=wrong)
     with pytest.raises(CheckpointError, match="32, 48 inputs do not divide into groups of 64"):
         round_by_gptq(dense, text, group=64)
@@ -271,21 +286,61 @@ def test_the_command_rounds(
     assert found.status == 0, found.err
     data = json.loads(found.out)
     stored = sum(info.nbytes for info in hs.open_checkpoint(tmp_path / "out").tensors.values())
-    assert (data["matrices"], data["group"], data["bytes"]) == (28, GROUP, stored)
+    assert (data["matrices"], data["group"], data["bytes"]) == (28 + 2, GROUP, stored)  # two embeddings, in 8 bits
     assert data["bytes"] < data["bytes_before"] / 2
     assert_one_error_line(run(*words))  # it is there
 
 
-def test_what_cannot_be_rounded_is_one_error(dense: hs.Checkpoint, text: Calibration, tmp_path: Path) -> None:
-    plan = hs.make_plan(hs.score_units(dense, parts="qkvo"), 0.5, parts="qkvo")
-    other = hs.open_checkpoint(hs.share(dense, plan).save(tmp_path / "qkvo"))
-    with pytest.raises(PlanError, match="only ties of q, k and v"):
-        round_by_gptq(other, text)
-    turned = hs.open_checkpoint(tiny.make("gpt2", tmp_path / "gpt2"))
-    with pytest.raises(CheckpointError, match="input, output"):
-        round_by_gptq(turned, text)
+def test_methods_that_tie_more_are_not_compared_in_four_bits_yet() -> None:
     with pytest.raises(EvaluationError, match="tie q, k and v alone, as deletion does not"):
         Grid(("deletion+gptq4",), (0.5,), tasks=("piqa",))
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("llama-gqa", "ties"), ("llama-gqa", "removals"), ("llama-gqa", "low_rank"), ("gpt2", "ties"),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in (("gpt2", "removals"), ("gpt2", "low_rank"), ("opt", "narrow_values"), ("bert", "removals"))),
+])  # fmt: skip
+def test_every_plan_is_rounded_on_the_inputs_of_its_own_columns(
+    name: str, kind: str, text: Calibration, nearest: list[Nearest], tmp_path: Path
+) -> None:
+    shared = shared_by(kind, name, tmp_path)
+    found = round_by_gptq(shared, text, group=8, embeddings=True)
+    out = hs.open_checkpoint(found.save(tmp_path / "out"))
+    assert verify(out).ok
+    # stand-in and real thing take the nearest numbers, here with a range of -8 to 7 and there of -7 to 7
+    wanted = round_to_nearest(shared, bits=4, group=8)
+    assert found.bits == wanted.bits
+    plain = load_model(hs.open_checkpoint(wanted.save(tmp_path / "nearest")))
+    torch.testing.assert_close(outputs(load_model(out)), outputs(plain), rtol=2e-3, atol=2e-3)
+    # every stored row of the layers once, on inputs as wide as it is and as many tokens as use it
+    stored = sum(math.prod(shared.tensors[key].shape) for key, bits in found.bits.of.items() if bits == BITS)
+    wide = [(-(-shared.tensors[key].shape[0 if matrix.in_out else 1] // 8) * 8, matrix)
+            for key, matrix in found.matrices.items() if found.bits.of.get(key) == BITS]  # fmt: skip
+    assert sum(one.weight.numel() for one in nearest) == sum(width * matrix.outputs for width, matrix in wide) >= stored
+    assert all(len(torch.cat(one.inputs)) % text.tokens.numel() == 0 for one in nearest)
+    assert all(bool(one.inputs[0].abs().sum()) for one in nearest)
+
+
+def test_columns_that_others_borrow_see_what_these_give_them_times_the_scale(
+    text: Calibration, nearest: list[Nearest], tmp_path: Path
+) -> None:
+    shared = shared_by("ties", "llama-mha", tmp_path)
+    round_by_gptq(shared, text, group=8)
+    stock = load_model(shared, storage="owner").dequantize()
+    seen = inputs_of(stock, text)
+    name = "model.layers.{}.self_attn.o_proj.weight"
+    (task,) = [one for one in nearest if one.weight.equal(shared.read(name.format(0)).float())]
+    own, *lent = task.inputs
+    torch.testing.assert_close(own, seen[name.format(0)].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    # group 0 of layer 0 is the last group of layer 1, with scales from a half to two, and group 0 of layer 3
+    scale = torch.linspace(0.5, 2, 8)
+    for layer, columns, given in zip((1, 3), (slice(24, 32), slice(0, 8)), lent, strict=True):
+        wanted = torch.zeros_like(given)
+        wanted[:, :8] = seen[name.format(layer)].flatten(0, 1)[:, columns] * scale
+        if layer == 3:
+            wanted[:, :8] = seen[name.format(layer)].flatten(0, 1)[:, columns] * torch.linspace(0.5, 2, 8)
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_without_gptqmodel_the_error_says_what_to_install(

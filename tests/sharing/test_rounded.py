@@ -6,11 +6,9 @@ same plan that is not rounded."""
 import copy
 import json
 import pickle
-import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,58 +28,17 @@ from headshare.errors import CheckpointError, OptionError, StorageError
 from headshare.evaluation.verify import verify
 from headshare.integrations.transformers.loading import load_model, unique_parameter_bytes
 from headshare.matching.estimate import estimate
-from headshare.plan.low_rank import LowRankUnits
-from headshare.plan.narrow_values import NarrowValues
-from headshare.plan.plan import SharePlan
-from headshare.plan.removal import Removal
-from headshare.plan.section import Section
-from headshare.plan.ties import Selection
-from headshare.plan.units import HeadUnit, Part, Tie
 from headshare.sharing.expand import expand
 from headshare.sharing.rounded.write import round_to_nearest
 from headshare.sharing.size import parameter_bytes
 from support import tiny
 from support.command_line import Run, assert_one_error_line
+from support.rounded import MODEL, of_kind, outputs, shared_by
 from support.texts import a_text, add_tokenizer
 
-MODEL = "model.safetensors"
 # what is no matrix of attention, feed-forward or embedding
 LEFT = ("position", "wpe", "token_type", "pooler", "predictions.transform")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def tie(*four: int) -> Tie:
-    return Tie(HeadUnit(*four[:2]), HeadUnit(*four[2:]))
-
-
-def of_kind(dense: Checkpoint, kind: str) -> SharePlan:
-    """A plan of each kind: one that ties in the first layers, one that removes, one that makes and narrows."""
-    units, neurons = dense.layouts.attention, dense.layouts.neurons
-    assert neurons is not None
-    some = {layer: random.Random(layer).sample(range(neurons.groups), 15) for layer in (0, 2)}
-    last = units.groups - 1
-    ranks = {1: [3], 2: [2] * units.groups}
-    sections: dict[str, Callable[[], list[Section]]] = {
-        "nothing": list,
-        "ties": lambda: [
-            Selection(layout=units.only((Part.Q, Part.K, Part.V)), ties=(tie(2, 0, 0, last), tie(3, last, 0, last))),
-            Selection(layout=units.only((Part.O,)), ties=(tie(1, last, 0, 0), tie(3, 0, 0, 0)), scale=True),
-            Selection(layout=dense.layouts.ffn_in(2), ties=(tie(3, 1, 1, 0),)),
-        ],
-        "removals": lambda: [
-            Removal(layout=units, removed={0: [last], 3: range(units.groups)}),
-            Removal(layout=neurons, removed={**some, 3: range(neurons.groups)}),
-        ],
-        "low_rank": lambda: [
-            LowRankUnits(layout=units.only((Part.O,)), units={1: [0], 2: range(units.groups)}, ranks=ranks),
-        ],
-        "narrow_values": lambda: [
-            NarrowValues(layout=units.only((Part.V, Part.O)), widths={0: 5, 2: 3}),
-            Removal(layout=units, removed={0: [last]}),
-            Removal(layout=neurons, removed=some),
-        ],
-    }
-    return SharePlan.of_sections(sections[kind](), str(dense.config["model_type"]))
 
 
 KINDS = ("nothing", "ties", "removals", "low_rank", "narrow_values")
@@ -94,18 +51,6 @@ SLOW = [
     ("gpt_neox", "ties"),
 ]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-
-
-def shared_by(kind: str, name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """A shared checkpoint of a tiny model by a plan of this kind. Scales of ties are not all one."""
-    dense = hs.open_checkpoint(tiny.make(name, folder / "dense", dtype=dtype))
-    out = hs.share(dense, of_kind(dense, kind)).save(folder / "shared")
-    tensors = load_file(out / MODEL)
-    for key in [key for key in tensors if key.endswith("tie_scale")]:
-        tensors[key] = torch.linspace(0.5, 2, tensors[key].numel()).to(tensors[key])
-    save_file(tensors, out / MODEL, metadata={"format": "pt"})
-    (out / "headshare.json").unlink()
-    return hs.open_checkpoint(out)
 
 
 def by_a_loop(matrix: Tensor, bits: int, group: int | None) -> Tensor:
@@ -131,13 +76,6 @@ def rounded_by_a_loop(shared: Checkpoint, folder: Path, bits: int, group: int | 
             tensors[key] = (found.T if key.endswith(turned) else found).contiguous()
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})
     return hs.open_checkpoint(folder)
-
-
-@torch.no_grad()
-def outputs(model: Any, tokens: Tensor | None = None) -> Tensor:
-    found = model(input_ids=tiny.tokens(2, 10) if tokens is None else tokens)
-    logits: Tensor = found.logits if hasattr(found, "logits") else found[0]
-    return logits
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -46,25 +46,28 @@ def quantize(
         BitsName | None,
         typer.Option(
             rich_help_panel=WRITE,
-            help="Round to this many bits: 8, to the nearest, without a text; or 4, by GPTQ on a text (default with "
-            "--calibration).",
+            help="Round to this many bits: 8, or 4 (default with --calibration).",
         ),
     ] = None,
     calibration: CalibrationOption = None,
     group: GroupOption = None,
     embeddings: Annotated[
         EmbeddingBits,
-        typer.Option(rich_help_panel=WRITE, help="Give the input and output embeddings 8 bits, or leave them at 16."),
+        typer.Option(
+            metavar="BITS",
+            rich_help_panel=WRITE,
+            help="Give the input and output embeddings 8 bits, or leave them at 16.",
+        ),
     ] = "8",
     *,
     windows: CalibrationOptions,
     common: CommonOptions,
 ) -> None:
-    """Round all matrices to 8 bits, or the layers' to 4, each shared unit once.
+    """Round all matrices to 8 bits, or the layers' to 4, under any plan, each shared unit once.
 
-    8 bits are the nearest numbers: half the bytes at next to no loss, for any plan. 4 bits are found by GPTQ
-    (gptqmodel) on the inputs of all users of a unit; ties must then be of q, k and v (or of gate and up). The result
-    loads like any shared checkpoint.
+    8 bits are the nearest numbers: half the bytes at next to no loss. 4 bits are found by GPTQ (gptqmodel) on the
+    inputs of all users of a unit where a text is given, and are the nearest numbers else. The result loads like any
+    shared checkpoint.
     """
     begun = time.monotonic()
     from headshare.checkpoint.opening import open_checkpoint
@@ -72,35 +75,33 @@ def quantize(
 
     check_vacant(out, overwrite=common.overwrite)
     if bits is None and calibration is None:
-        raise OptionError("say how to round: --bits 8 needs no text; 4 bits are found on one: --calibration FILE.")
+        raise OptionError("say how to round: --bits 8, or 4 bits by GPTQ on a text: --calibration FILE.")
+    number = int(bits or "4")
     with open_checkpoint(model, revision=common.revision) as source:
         check_output(out, source.path, overwrite=common.overwrite)
-        if bits is not None and int(bits) == 8:
-            refuse_unused(context, "8 bits are the nearest numbers, and need no text", ("calibration", *_OF_A_TEXT))
+        eight = str(embeddings) == "8"
+        if calibration is None:
+            refuse_unused(context, "the nearest numbers need no text", _OF_A_TEXT)
             from headshare.sharing.rounded.write import round_to_nearest
 
-            nearest = round_to_nearest(source, group=group, embeddings=str(embeddings) == "8")
-            nearest.save(out, overwrite=common.overwrite)
-            count = len(nearest.bits)
-            of = "a row" if group is None else f"{group} inputs"
+            rounded = round_to_nearest(source, bits=number, group=group, embeddings=eight)
         else:
-            if calibration is None:
-                raise OptionError("4 bits are found on a text. Give --calibration FILE; 8 bits need none: --bits 8.")
-            refuse_unused(context, "4 bits leave the embeddings as they are", ("embeddings",))
+            if number == 8:
+                refuse_unused(context, "8 bits are the nearest numbers, and need no text", ("calibration",))
             from headshare.calibration.gptq import round_by_gptq
 
             settings = windows.settings(calibration)
-            rounded = round_by_gptq(source, settings.load(source), group=group, device=settings.device_name)
-            rounded.save(out, overwrite=common.overwrite)
-            count = len(rounded.matrices)
-            group = rounded.packing.group
-            of = f"{group} inputs"
+            text = settings.load(source)
+            rounded = round_by_gptq(source, text, group=group, embeddings=eight, device=settings.device_name)
+        rounded.save(out, overwrite=common.overwrite)
+        count = len(rounded.bits.of)
+        size = rounded.bits.groups[number]
+        of = "a row" if size is None else f"{size} inputs"
         before = sum(info.nbytes for info in source.tensors.values())
     after = sum(info.nbytes for info in open_checkpoint(out).tensors.values())
     seconds = time.monotonic() - begun
-    number = int(bits or "4")
     data = {
-        "matrices": count, "bits": number, "group": group, "bytes_before": before, "bytes": after,
+        "matrices": count, "bits": number, "group": size, "bytes_before": before, "bytes": after,
         "seconds": seconds, "out": str(out),
     }  # fmt: skip
     words = (

@@ -11,7 +11,6 @@ from headshare.calibration.budget import BY_DEFAULT
 from headshare.calibration.choose import prices_on
 from headshare.calibration.costs.actions import ACTIONS, REMOVE, Action
 from headshare.calibration.costs.curves import CostCurves
-from headshare.calibration.gptq import QuantizedModel
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError
 from headshare.experiments.baselines import Importance, magnitudes, taylor
@@ -24,6 +23,7 @@ from headshare.matching.scores import Scores
 from headshare.matching.similarity import score_units
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Sublayer
+from headshare.sharing.rounded.write import RoundedCheckpoint
 from headshare.sharing.size import parameter_bytes
 from headshare.text.tokens import Calibration
 from headshare.training import Sharing, TrainSettings
@@ -165,7 +165,7 @@ class Edit:
     refit: Callable[[Any], int] | None = None
 
 
-Make = Callable[[Case], SharePlan | Edit | TrainSettings | QuantizedModel]
+Make = Callable[[Case], SharePlan | Edit | TrainSettings | RoundedCheckpoint]
 
 
 @dataclass(frozen=True)

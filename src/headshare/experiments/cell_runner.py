@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headshare.calibration.gptq import QuantizedModel, round_by_gptq
+from headshare.calibration.gptq import round_by_gptq
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.fingerprint import fingerprint
@@ -29,6 +29,7 @@ from headshare.files.state_files import Workspace
 from headshare.integrations.transformers.loading import unique_parameter_bytes
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan
+from headshare.sharing.rounded.write import RoundedCheckpoint
 from headshare.sharing.share import share
 from headshare.sharing.size import estimate_plan, parameter_bytes
 from headshare.text.tokens import Calibration
@@ -98,7 +99,7 @@ class CellRunner:
             made = METHODS[base_of(name)].make(case)
             if isinstance(made, TrainSettings):
                 return self._trained(cell, made, begun)
-            if isinstance(made, QuantizedModel):
+            if isinstance(made, RoundedCheckpoint):
                 return self._rounded(cell, made, begun)
             if isinstance(made, Edit):
                 return self._edited(replace(cell, note=made.note), made, begun)
@@ -140,7 +141,7 @@ class CellRunner:
         shutil.rmtree(folder)
         return measured
 
-    def _rounded(self, cell: Compared, rounded: QuantizedModel, begun: float) -> Compared:
+    def _rounded(self, cell: Compared, rounded: RoundedCheckpoint, begun: float) -> Compared:
         with open_checkpoint(rounded.save(self.folder.with_name(MADE_ROUNDED), overwrite=True)) as written:
             whole, left = map(parameter_bytes, (self.dense, written))
             return self._measured(cell, written, saved=whole - left, seconds=time.monotonic() - begun)

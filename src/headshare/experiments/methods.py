@@ -12,7 +12,7 @@ import torch
 import headshare.experiments.peers.registry  # noqa: F401 - registers the methods of others
 from headshare.calibration.allocate import plan_for_units
 from headshare.calibration.costs.actions import AUTO_ACTIONS, QKV, REMOVE
-from headshare.calibration.gptq import QuantizedModel, round_by_gptq
+from headshare.calibration.gptq import round_by_gptq
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.experiments.baselines import (
     overwrite_with_mean,
@@ -27,6 +27,7 @@ from headshare.matching.pairing import units_at
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.units import HeadUnit
+from headshare.sharing.rounded.write import RoundedCheckpoint
 from headshare.sharing.size import estimate_plan
 from headshare.training import TrainingMethod as Training
 from headshare.training import TrainSettings
@@ -195,5 +196,5 @@ def _int8(case: Case) -> Edit:
     fixed=True,
     reads=True,
 )
-def _gptq4(case: Case) -> QuantizedModel:
+def _gptq4(case: Case) -> RoundedCheckpoint:
     return round_by_gptq(case.dense, case.common.text, device=case.common.device)

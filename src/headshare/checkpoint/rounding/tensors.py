@@ -25,7 +25,14 @@ TYPES = {8: "I8", 4: "U8"}
 SCALE = "_scale"
 GUARD_TYPE = "I8"
 FLOATS = ("F64", "F32", "F16", "BF16")
+# the type of scales of four bits, of which there are many, where matrices have a longer one
+SHORT = {"F64": "F16", "F32": "F16"}
 WHAT = "the checkpoint does not hold rounded matrices as its config.json says"
+
+
+def scale_type(bits: int, dtype: str) -> str:
+    """The type of the scales of a matrix of this type in so many bits, in safetensors' words."""
+    return SHORT.get(dtype, dtype) if bits == 4 else dtype
 
 
 @dataclass(frozen=True)

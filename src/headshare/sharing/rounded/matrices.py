@@ -7,9 +7,11 @@ from math import prod
 from headshare.architecture.families import INPUT_EMBEDDINGS, TIED_OUTPUTS
 from headshare.architecture.model_layouts import ModelLayouts
 from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
-from headshare.checkpoint.header import TensorInfo
+from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.checkpoint.int4 import GROUPS
 from headshare.checkpoint.rounding.numbers import groups_of
-from headshare.errors import CheckpointError
+from headshare.checkpoint.rounding.tensors import SUFFIXES, scale_type
+from headshare.errors import CheckpointError, OptionError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.units import READOUTS
@@ -71,6 +73,63 @@ def _roundable(
     return matrices
 
 
+def once(checkpoint: Checkpoint, matrices: Mapping[str, Roundable]) -> dict[str, Roundable]:
+    """These matrices without output embeddings that are the input's, and so are not stored again."""
+    repeated = repeated_outputs(checkpoint)
+    return {name: matrix for name, matrix in matrices.items() if name not in repeated}
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The bits of each matrix that is rounded, by name, and how many of its inputs have one scale, by bits."""
+
+    of: Mapping[str, int]
+    groups: Mapping[int, int | None]
+
+    def group(self, name: str) -> int | None:
+        """The inputs of this matrix that have one scale; None for all of a row."""
+        return self.groups[self.of[name]]
+
+
+def bits_for(
+    layouts: ModelLayouts, matrices: Mapping[str, Roundable], bits: int, group: int | None, *, embeddings: bool
+) -> Bits:
+    """The bits that each of these matrices gets where so many are asked for.
+
+    `embeddings` are rounded to 8 bits, or stay. In 8 bits a `group` of None is a scale for each row. In 4 it is the
+    largest of 128, 64, 32, 16 and 8 inputs that divides those of all dense matrices; a stored one of less than half a
+    group has no use for 4 bits, and gets 8.
+
+    Raises:
+        CheckpointError: if no group divides the inputs of all matrices in 4 bits, or this one does not.
+        OptionError: if there is no such rounding.
+    """
+    if bits not in SUFFIXES:
+        raise OptionError(f"there is no rounding to {bits} bits. There are: {', '.join(map(str, sorted(SUFFIXES)))}.")
+    if group is not None and not 1 <= group <= 2**16:
+        raise OptionError(f"a group of {group} inputs cannot have a scale. Give a number from 1 to {2**16}.")
+    asked = {name: matrix for name, matrix in matrices.items() if embeddings or not matrix.embedding}
+    if bits == 8:
+        return Bits(dict.fromkeys(asked, 8), {8: group})
+    size = _fitting(_inputs(layouts), group)
+    eight = {name for name, matrix in asked.items() if matrix.embedding or 2 * matrix.inputs < size}
+    return Bits({name: 8 if name in eight else 4 for name in asked}, {4: size, 8: None})
+
+
+def _inputs(layouts: ModelLayouts) -> set[int]:
+    """The counts of inputs that a model's dense matrices have."""
+    places = [(part, place) for layout in layouts.all for part, place in layout.parts.items()]
+    return {place.shape[place.axis if part in READOUTS else 1 - place.axis] for part, place in places}
+
+
+def _fitting(inputs: set[int], group: int | None) -> int:
+    fitting = [size for size in GROUPS if all(count % size == 0 for count in inputs)]
+    if (group is None and not fitting) or (group is not None and any(count % group for count in inputs)):
+        sizes = ", ".join(map(str, sorted(inputs)))
+        raise CheckpointError(f"matrices of {sizes} inputs do not divide into groups of {group or GROUPS[-1]}.")
+    return group or fitting[0]
+
+
 def repeated_outputs(checkpoint: Checkpoint) -> set[str]:
     """Output embeddings that a checkpoint stores although they are the input's: a rounded one is stored once."""
     once = parameter_infos(checkpoint)
@@ -80,13 +139,14 @@ def repeated_outputs(checkpoint: Checkpoint) -> set[str]:
 def estimate_rounded(
     checkpoint: Checkpoint, plan: SharePlan, *, bits: int, group: int | None = None, dtype: str | None = None
 ) -> Estimate:
-    """The estimate for this plan and a dense checkpoint whose matrices are then rounded, embeddings too.
+    """The estimate for this plan and a dense checkpoint whose matrices are then rounded, embeddings to 8 bits.
 
-    It is what `round_to_nearest` leaves, to the byte. Scales have the type of the weights, which is `dtype` if given.
+    It is what rounding leaves, to the byte. Weights have the type `dtype` if it is given.
 
     Raises:
         ArchitectureError: if the model's layout is not known.
-        OptionError: if there is no such type.
+        CheckpointError: if a group does not fit.
+        OptionError: if there is no such type or rounding.
     """
     estimate = estimate_plan(checkpoint, plan, dtype=dtype)
     code = dtype_code(dtype)
@@ -98,9 +158,13 @@ def estimate_rounded(
     added = plan.added_tensors
     infos |= {name: replace(infos[extra.weight], name=name, shape=extra.shape) for name, extra in added.items()}
     matrices = _roundable(checkpoint.layouts, infos, added)
+    rounded = bits_for(checkpoint.layouts, matrices, bits, group, embeddings=True)
     size = 0
     for name, info in infos.items():
-        each = item_size(info, code)
-        size += matrices[name].nbytes(bits, group, each) if name in matrices else prod(info.shape) * each
+        if name in matrices:
+            scale = DTYPES[scale_type(rounded.of[name], code or info.dtype)].itemsize
+            size += matrices[name].nbytes(rounded.of[name], rounded.group(name), scale)
+        else:
+            size += prod(info.shape) * item_size(info, code)
     saved = estimate.dense_bytes - size
     return replace(estimate, shared_bytes=size, saved_bytes=saved, saved_fraction=saved / estimate.dense_bytes)

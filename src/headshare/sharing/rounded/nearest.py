@@ -4,6 +4,7 @@ import torch
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.rounding.numbers import to_nearest
+from headshare.checkpoint.rounding.tensors import scale_type
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied, kept_only, stream
 
@@ -21,7 +22,9 @@ def is_nearest(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorP
     if not rounding.is_to_nearest(parts.bits):
         return True
     own = dense.tensors[name]
-    meant = copied(own, info.dtype) if tensor is None else kept_only(own, tensor, info.dtype)
+    # a matrix had the type of its scales before, or a longer one where scales are shorter
+    dtype = own.dtype if scale_type(parts.bits, own.dtype) == info.dtype else info.dtype
+    meant = copied(own, dtype) if tensor is None else kept_only(own, tensor, dtype)
     kept = torch.cat([piece.view(-1, *meant.shape[1:]) for piece in stream(meant, dense)])
     found = to_nearest(kept.T if parts.in_out else kept, parts.bits, parts.group, info.torch_dtype)
     stored = shared.read_rounded(name)

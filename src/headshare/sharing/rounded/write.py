@@ -12,16 +12,16 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
-from headshare.checkpoint.rounding.entry import Rounding, Scheme
+from headshare.checkpoint.rounding.entry import NEAREST, Rounding, Scheme
 from headshare.checkpoint.rounding.numbers import Rounded, groups_of, to_nearest
-from headshare.checkpoint.rounding.tensors import GUARD_TYPE, SCALE, SUFFIXES, TYPES, RoundedMatrix
-from headshare.errors import CheckpointError, OptionError
+from headshare.checkpoint.rounding.tensors import GUARD_TYPE, SCALE, SUFFIXES, TYPES, RoundedMatrix, scale_type
+from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.sharing.assembly import Assembly, copied
 from headshare.sharing.expanded import LazyTensors
 from headshare.sharing.fits import open_shared
-from headshare.sharing.rounded.matrices import Roundable, repeated_outputs, roundable
+from headshare.sharing.rounded.matrices import Bits, Roundable, bits_for, once, repeated_outputs, roundable
 from headshare.sharing.writer import write_checkpoint
 
 
@@ -29,14 +29,21 @@ from headshare.sharing.writer import write_checkpoint
 class RoundedCheckpoint:
     """A checkpoint and the bits that each of its stored matrices gets, as `save` writes them.
 
-    `matrices` are rounded with `bits`, by name. `make` gives the numbers of one when it is asked for.
+    `how` says for each count of bits how numbers are found, and `make` gives those of a matrix when they are asked for.
     """
 
     checkpoint: Checkpoint
-    rounding: Rounding
     matrices: Mapping[str, Roundable]
-    bits: Mapping[str, int]
+    bits: Bits
+    how: Mapping[int, str]
     make: Callable[[str], Rounded]
+
+    @property
+    def rounding(self) -> Rounding:
+        """The record of it in config.json."""
+        used = set(self.bits.of.values())
+        schemes = {bits: Scheme(group=self.bits.groups[bits], how=self.how.get(bits, NEAREST)) for bits in used}
+        return Rounding(int8=schemes.get(8), int4=schemes.get(4))
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the rounded checkpoint as a folder, whole or not at all, and check what was written.
@@ -52,14 +59,15 @@ class RoundedCheckpoint:
         if entry is None:
             kind = text_config(source.config).get("model_type")
             entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name, origin=origin_of(source))
+        repeated = repeated_outputs(source)
         assemblies: list[Assembly] = []
         part_of: dict[str, str] = {}
         for name, info in source.tensors.items():
-            if name in self.bits:
+            if name in self.bits.of:
                 parts = self._parts(name, info.file)
                 assemblies += parts
                 part_of |= {part.name: name for part in parts}
-            elif name not in repeated_outputs(source):
+            elif name not in repeated:
                 assemblies.append(copied(info))
         config = {
             **source.config,
@@ -71,15 +79,15 @@ class RoundedCheckpoint:
     def _parts(self, name: str, file: str) -> list[Assembly]:
         """The assemblies of a matrix's parts."""
         matrix = self.matrices[name]
-        bits = self.bits[name]
+        bits = self.bits.of[name]
         rows = matrix.outputs
         width = matrix.inputs if bits == 8 else -(-matrix.inputs // 2)
-        groups = groups_of(matrix.inputs, self.rounding.group(bits))
+        groups = groups_of(matrix.inputs, self.bits.group(name))
         guard = (matrix.inputs, 0) if matrix.in_out else (0, matrix.inputs)
-        scale_type = self.checkpoint.tensors[name].dtype
+        scales = scale_type(bits, self.checkpoint.tensors[name].dtype)
         return [
             Assembly(f"{name}{SUFFIXES[bits]}", TYPES[bits], (rows, width), file, 0, ()),
-            Assembly(f"{name}{SCALE}", scale_type, (rows, groups), file, 0, ()),
+            Assembly(f"{name}{SCALE}", scales, (rows, groups), file, 0, ()),
             Assembly(name, GUARD_TYPE, guard, file, 0, ()),
         ]
 
@@ -96,9 +104,9 @@ class _Given:
     def _part(self, name: str) -> Tensor:
         if name not in self._last:
             matrix = self._part_of[name]
-            bits = self._of.bits[matrix]
+            bits = self._of.bits.of[matrix]
             in_out = self._of.matrices[matrix].in_out
-            rounded = RoundedMatrix(self._of.make(matrix), bits, self._of.rounding.group(bits), in_out)
+            rounded = RoundedMatrix(self._of.make(matrix), bits, self._of.bits.group(matrix), in_out)
             self._last = rounded.parts(matrix)
         return self._last[name]
 
@@ -108,46 +116,36 @@ def round_to_nearest(
 ) -> RoundedCheckpoint:
     """A dense or shared checkpoint with its matrices rounded to the nearest numbers. No text is needed.
 
-    Each stored row is rounded once, whoever uses it, with a scale for every `group` of its inputs (None: for the row),
-    in the type that the matrix had. `embeddings` rounds the input and output embeddings too, one that is both once.
-    Norms, biases, scales of ties, experts and their routers stay.
+    Each stored row is rounded once, whoever uses it. `bits_for` says which matrix gets how many bits, and what `group`
+    means. `embeddings` rounds the input and output embeddings too, to 8 bits, one that is both once. Norms, biases,
+    scales of ties, experts and their routers stay.
 
     Raises:
-        CheckpointError: if it is rounded already, or quantised by another tool.
+        CheckpointError: if it is rounded already, quantised by another tool, or a group does not fit.
         ArchitectureError: if the model's layout is not known.
         OptionError: if there is no such rounding.
     """
-    if bits not in SUFFIXES:
-        raise OptionError(f"there is no rounding to {bits} bits. There are: {', '.join(map(str, sorted(SUFFIXES)))}.")
-    check_group(group)
-    added = check_roundable(checkpoint)
-    matrices = roundable(checkpoint, added)
-    repeated = repeated_outputs(checkpoint)
-    taken = {
-        name: bits for name, matrix in matrices.items() if name not in repeated and (embeddings or not matrix.embedding)
-    }
+    matrices = roundable(checkpoint, check_roundable(checkpoint))
+    rounded = bits_for(checkpoint.layouts, once(checkpoint, matrices), bits, group, embeddings=embeddings)
 
     def make(name: str) -> Rounded:
-        whole = checkpoint.read(name)
-        scale_type = DTYPES[checkpoint.tensors[name].dtype]
-        try:
-            return to_nearest(whole.T if matrices[name].in_out else whole, bits, group, scale_type)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name} cannot be rounded: {error}.") from None
+        return nearest_of(checkpoint, matrices[name], rounded.of[name], rounded.group(name))
 
-    scheme = Scheme(group=group)
-    rounding = Rounding(int8=scheme) if bits == 8 else Rounding(int4=scheme)
-    return RoundedCheckpoint(checkpoint, rounding, matrices, taken, make)
+    return RoundedCheckpoint(checkpoint, matrices, rounded, {}, make)
 
 
-def check_group(group: int | None) -> None:
-    """Refuse a count of inputs for one scale that is none.
+def nearest_of(checkpoint: Checkpoint, matrix: Roundable, bits: int, group: int | None) -> Rounded:
+    """The nearest numbers to those of a stored matrix.
 
     Raises:
-        OptionError: saying what can be given.
+        CheckpointError: naming it, if it has numbers that are not finite.
     """
-    if group is not None and not 1 <= group <= 2**16:
-        raise OptionError(f"a group of {group} inputs cannot have a scale. Give a number from 1 to {2**16}.")
+    whole = checkpoint.read(matrix.name)
+    scales = DTYPES[scale_type(bits, checkpoint.tensors[matrix.name].dtype)]
+    try:
+        return to_nearest(whole.T if matrix.in_out else whole, bits, group, scales)
+    except CheckpointError as error:
+        raise CheckpointError(f"{matrix.name} cannot be rounded: {error}.") from None
 
 
 def check_roundable(checkpoint: Checkpoint) -> Mapping[str, AddedTensor]:
