@@ -44,36 +44,48 @@ MODELS: Mapping[str, tuple[type, Any]] = {
 TEXTS = [
     "The guinea pig went to the house because the cat was there, and it'll stay until 12.5 hours have passed.",
     "Question: does the river freeze in winter?\nAnswer: IT DOES!!\n\n  def f(x):\n\treturn x ** 2  # naïve 日本語",
-    "In 1867 they've found 3000 letters; she'd written them all. ¿Qué? Ђ да… 👍🏽",
+    "In 1867 they've found 3000 letters; SHE'D WRITTEN them allToUs, on the 1/8/1867. ¿Qué? Ђ да… 👍🏽",
 ]
 ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START, SLASH = r"[^\r\n\p{L}\p{N}]?", REST.replace(r"[\r\n]*", r"[\r\n/]*")
+# expressions by which tokenizers split texts, as their authors publish them; None: by words, as GPT-2 does
 SPLITS = {
     "gpt-2": None,
-    "smollm": pre_tokenizers.Digits(individual_digits=True),
-    "llama-bpe": pre_tokenizers.Split(
-        Regex(rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?{REST}"), "isolated"
-    ),
-    "qwen2": pre_tokenizers.Split(Regex(rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?{REST}"), "isolated"),
+    "smollm": None,
+    "llama-bpe": rf"{ENGLISH}|{START}\p{{L}}+|\p{{N}}{{1,3}}| ?{REST}",
+    "smaug-bpe": rf"{ENGLISH}|{START}\p{{L}}+|\p{{N}}{{1,3}}| ?{REST}",
+    "qwen2": rf"{ENGLISH}|{START}\p{{L}}+|\p{{N}}| ?{REST}",
+    "tekken": rf"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|\p{{N}}| ?{SLASH}",
+    "gpt-4o": rf"{START}{UPPER}*{LOWER}+{ENGLISH}?|{START}{UPPER}+{LOWER}*{ENGLISH}?|\p{{N}}{{1,3}}| ?{SLASH}",
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def byte_tokenizer(split: str = "gpt-2", *, size: int = 310) -> tf.PreTrainedTokenizerFast:
-    """A byte-level tokenizer that splits texts as this one of llama.cpp's names says, trained on our texts."""
-    inner = Tokenizer(models.BPE(ignore_merges=split == "llama-bpe"))
-    first = SPLITS[split]
-    by_words = split in ("gpt-2", "smollm")
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_words)
-    inner.pre_tokenizer = last if first is None else pre_tokenizers.Sequence([first, last])
-    inner.normalizer = normalizers.NFC() if split == "qwen2" else None
+    """A byte-level tokenizer that splits texts as this one of llama.cpp's names says, trained on our texts.
+
+    It was trained without splitting, so that it would merge whatever it is not kept from.
+    """
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
+        max_token_length=6,
     )
     inner.train_from_iterator(TEXTS * 4, trainer)
+    inner.model.ignore_merges = split in WHOLE_WORDS
+    expression = SPLITS[split]
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
+    steps += [] if expression is None else [pre_tokenizers.Split(Regex(expression), "isolated")]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps) if steps[1:] else steps[0]
+    inner.normalizer = normalizers.NFC() if split == "qwen2" else None
     return tf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
