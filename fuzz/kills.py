@@ -23,6 +23,7 @@ import transformers
 from fuzz.options import Choice, Count, parsed
 from fuzz.stopped import MARK, Ended, hidden, run, same_for_all_times
 from support import tiny
+from support.byte_level import make_writer
 from support.folders import contents
 from support.texts import a_text, add_tokenizer
 
@@ -49,6 +50,7 @@ CASES = {
     "share over": Case("share model out --overwrite", "out", before="shared"),
     "expand": Case("expand shared out", "out"),
     "expand over": Case("expand shared out --overwrite", "out", before="model"),
+    "export": Case("export writer out.gguf --dtype q8_0", "out.gguf"),
     "score": Case("score model -o scores.safetensors", "scores.safetensors"),
     "plan": Case(f"plan model -o plan.json --save 3% --allow remove {TEXT}", "plan.json"),
     "share by output": Case(f"share model out --match output --refit {TEXT}", "out"),
@@ -80,6 +82,7 @@ def make_good(folder: Path) -> None:
     """A folder with all that the commands read, and a note of its owner's."""
     folder.mkdir()
     add_tokenizer(tiny.make_llama(folder / "model", num_hidden_layers=3))
+    make_writer(folder / "writer")
     a_text(folder / "text", words=600)
     (folder / "notes.txt").write_text("months of work")
     (folder / "tmp").mkdir()

@@ -28,6 +28,7 @@ SHARED: tuple[Words, ...] = (
     ("verify", "shared"),
     ("verify", "shared", "--against", "model"),
     ("expand", "shared", "out"),
+    ("export", "shared", "out.gguf"),
     ("eval", "shared", *TEXT),
     ("quantize", "shared", "out", "--group", "8", "--calibration", "text", *CALIBRATION),
     (*TRAIN, "--method", "recover", "--data", "text"),
@@ -292,6 +293,7 @@ def tokenizer_files(random: Random, folder: Path) -> Sequence[Words]:
     return (
         ("eval", model, *TEXT),
         ("generate", model, "--prompt", "w4 w5", "--tokens", "2"),
+        ("export", model, "out.gguf", "--dtype", "q8_0"),
         ("share", model, "out", "--save", "2%", "--calibration", "text", *CALIBRATION),
         ("eval", model, "--tasks", "piqa", "--data-dir", "data") if model == "writer" else ("eval", model, *TEXT),
     )

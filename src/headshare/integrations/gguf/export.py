@@ -50,6 +50,6 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
         keys = {**general(checkpoint, shape, wanted), **hyperparameters(config, shape, rotary, rows)}
     keys |= vocabulary(checkpoint, rows)
     placed = [(each, type_of(each.shape, wanted, reads_out=each.reads_out)) for each in contents]
+    checkpoint.check_unchanged()  # the settings and the tokenizer are those of the weights, which are watched
     size = write_file(out, keys, placed)
-    checkpoint.check_unchanged()
     return exported(tensors, shape, placed, wanted, out, size)
