@@ -56,6 +56,7 @@ CASES = {
     "share by output": Case(f"share model out --match output --refit {TEXT}", "out"),
     "refit": Case(f"refit shared --out out {TEXT}", "out"),
     "refit in place": Case(f"refit shared {TEXT}", "shared", before="shared"),
+    "quantize to 8": Case("quantize shared out --bits 8", "out"),
     "verify": Case("verify shared --against model"),
     "train": Case("train model out --data text --context 16 --held-out 4 --max_steps 6 --eval_steps 2 --use_cpu",
                   "out"),

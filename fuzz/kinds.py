@@ -30,12 +30,14 @@ SHARED: tuple[Words, ...] = (
     ("expand", "shared", "out"),
     ("export", "shared", "out.gguf"),
     ("eval", "shared", *TEXT),
+    ("quantize", "shared", "out", "--bits", "8"),
     ("quantize", "shared", "out", "--group", "8", "--calibration", "text", *CALIBRATION),
     (*TRAIN, "--method", "recover", "--data", "text"),
 )
 DENSE: tuple[Words, ...] = (
     ("estimate", "model"),
     ("estimate", "model", "--json"),
+    ("estimate", "model", "--bits", "4", "--json"),
     ("share", "model", "out"),
     ("share", "model", "out", "--parts", "qkvo+ffn", "--ffn-groups", "2"),
     ("score", "model", "-o", "new.safetensors"),

@@ -141,6 +141,20 @@ def _unpacked(value: Any) -> Any:
     return type(value)(map(_unpacked, value)) if isinstance(value, list | tuple) else value
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    """What an operator with a matrix on its left gives: that of the unpacked matrix."""
+
+    def operate(matrix: Matrix, *others: Any) -> Any:
+        return getattr(matrix.dense(), name)(*map(_unpacked, others))
+
+    return operate
+
+
+# Python looks operators up in the class
+for _name in ("__add__", "__sub__", "__mul__", "__truediv__", "__matmul__", "__neg__"):
+    setattr(Matrix, _name, _operator(_name))
+
+
 def _is_of_outputs(weight: Any) -> bool:
     return isinstance(weight, Matrix) and not weight.held.in_out
 

@@ -17,6 +17,8 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 # The most tokens for which torch's product of 16-bit inputs and whole numbers is faster than converting these: it reads
 # them once for each token. Measured on 576 x 1536 and 4096 x 4096 (benchmarks/int8.py).
 FEW_TOKENS = 16
+# torch's product takes so many inputs in one step, and reads past the end of a matrix that its steps do not fill
+WHOLE_STEPS = 32
 # whole numbers that are converted together, so that they stay in a cache
 AT_ONCE = 2**20
 HALF = (torch.bfloat16, torch.float16)
@@ -36,7 +38,7 @@ def on_cpu(
     outputs, inputs = numbers.shape
     if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
         return converted(x, numbers, scale)
-    if len(x) <= FEW_TOKENS and x.dtype in HALF and numbers.is_contiguous():
+    if len(x) <= FEW_TOKENS and x.dtype in HALF and numbers.is_contiguous() and inputs % WHOLE_STEPS == 0:
         return torch._weight_int8pack_mm(x.contiguous(), numbers, scale)
     step = max(1, AT_ONCE // max(1, inputs))
     if step >= outputs:
