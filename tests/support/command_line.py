@@ -46,7 +46,6 @@ def run_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
     monkeypatch.setattr("headshare.bench.bench.measure_loading", load_here)
-    monkeypatch.setattr("headshare.experiments.demo.measure_loading", load_here)
 
     def command(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["headshare", *map(str, words)])

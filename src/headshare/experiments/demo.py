@@ -1,66 +1,79 @@
-"""The demo: sharing a real model from start to end, with its savings and costs beside its controls."""
+"""The demo: a real model made smaller from start to end, beside 8 bits and the paper's method."""
 
 import pydoc_data.topics
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from headshare.bench.bench import Subject, measure_loading
-from headshare.calibration.allocate import plan_for_units
-from headshare.calibration.costs.actions import QKV
-from headshare.calibration.costs.curves import CostCurves
-from headshare.calibration.costs.local import price_units
+from transformers import PreTrainedTokenizerBase
+
+from headshare.calibration.allocate import plan_for_bytes
+from headshare.calibration.budget import Budget
+from headshare.calibration.choose import prices_on
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
-from headshare.defaults import DEMO_RATIOS as RATIOS
+from headshare.defaults import DEMO_RATIO as RATIO
+from headshare.defaults import DEMO_SAVED as SAVED
 from headshare.defaults import DEMO_TOKENS as TOKENS
 from headshare.errors import EvaluationError, HeadshareError, OutputError
 from headshare.evaluation.perplexity import perplexity
 from headshare.evaluation.verify import verify
-from headshare.experiments.controls import delete_units, overwrite_recipients, recipients_of, with_random_donors
 from headshare.files.failures import explain
 from headshare.integrations.transformers.loading import load_model, load_tokenizer, unique_parameter_bytes
 from headshare.matching.pairing import make_plan
 from headshare.matching.similarity import score_units
-from headshare.plan.layout import Layout
-from headshare.plan.plan import SharePlan
-from headshare.sharing.share import share
+from headshare.progress import say
+from headshare.sharing.rounded.write import RoundedCheckpoint, round_to_nearest
+from headshare.sharing.share import SharedCheckpoint, share
 from headshare.text.tokens import Calibration
 from headshare.text.windows import Windows, finite_or_null, window_for, windows_of
 
-CALIBRATED_TIMES = 2  # tokens to calibrate on, as a multiple of the tokens to measure on
+# Shorter windows than those that are measured, so that few tokens still make enough of them to hold some out.
+CALIBRATION_WINDOW = 256
+DENSE = "dense"
+EIGHT_BITS = "8 bits, rounded to the nearest"
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """The measurements at one ratio.
+    """The measurements of one model.
 
-    Bytes are measured: the files on disk, the parameters of the loaded model (each counted once), and the PSS that
-    loading adds to a fresh process (None where the system does not say).
-
-    `shared`, `deleted`, `random_donors` and `refit` are perplexities. The first three treat the paper's pairs. `refit`
-    shares as many units, matched by output and refitted on text of the same sort that is not measured on.
+    Bytes are measured: the files on disk, and the parameters and buffers of the loaded model, each counted once.
+    `perplexity` is on text that nothing was fitted to.
     """
 
-    ratio: float
-    recipients: int
+    name: str
     disk_bytes: int
     memory_bytes: int
-    pss_bytes: int | None
-    verified: bool
-    shared: float
-    deleted: float
-    random_donors: float
-    dense: float
-    refit: float
+    perplexity: float
     tokens: int
     window: int
 
     def to_dict(self) -> dict[str, Any]:
         """The row under the names that `--json` prints; a perplexity past any float is null."""
         return finite_or_null(asdict(self))
+
+    def saved(self, dense: "DemoRow") -> float:
+        """The part of the dense model's bytes in memory that this one does without."""
+        return 1 - self.memory_bytes / dense.memory_bytes
+
+    def over(self, dense: "DemoRow") -> float:
+        """The perplexity as a multiple of the dense model's."""
+        return self.perplexity / dense.perplexity
+
+
+def paper(ratio: float) -> str:
+    """The name of the paper's method in the table."""
+    return f"the paper's DirectShare, {ratio:.0%} of the heads"
+
+
+def shrunk(saved: str) -> str:
+    """The name of `shrink` in the table."""
+    return f"shrink --save {saved}"
 
 
 def language_reference() -> str:
@@ -70,114 +83,115 @@ def language_reference() -> str:
 
 
 def run_demo(
-    model: str | Path, work: Path, text: str, *, ratios: Sequence[float] = RATIOS, tokens: int = TOKENS, seed: int = 0
+    model: str | Path,
+    work: Path,
+    text: str,
+    *,
+    saved: Sequence[str] = SAVED,
+    tokens: int = TOKENS,
+    keep: bool = False,
 ) -> Iterator[DemoRow]:
-    """Share at each ratio into `work`, verify, measure, and yield one row at a time.
+    """Measure a model, and write, verify and measure it in 8 bits, by the paper's method, and shrunk by each amount.
+
+    The models are written into `work`, one at a time, and removed when they are measured, unless they are to be kept.
+    As many `tokens` of the text are measured as are calibrated on after those.
 
     Raises:
-        HeadshareError: if any step fails, or a shared model does not verify.
+        HeadshareError: if any step fails, or a model does not verify.
     """
     if tokens < 1:
         raise EvaluationError(f"--tokens {tokens} leaves nothing to measure; use at least one window's worth.")
     dense = open_checkpoint(model)
-    # the dense model's perplexity, and the windows to measure and to calibrate on
-    tokenizer = load_tokenizer(dense)
-    model_at_rest = load_model(dense)
-    window = window_for(None, dense.config)
-    windows, calibration = _halved(windows_of(tokenizer, text, window=window), tokens, seed)
-    dense_value = perplexity(model_at_rest, windows).perplexity
-    del model_at_rest
-    # what plans at all ratios are made from: scores of pairs for the paper's plan, cost curves for the refitted one
-    scores = score_units(dense, "qk", "qkv")
-    curves = price_units(dense, calibration, [QKV])
+    windows, calibration = _texts(load_tokenizer(dense), text, window_for(None, dense.config), tokens)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(explain(error, work)) from None
-    for ratio in ratios:
-        plan = make_plan(scores, ratio)
-        out = share(dense, plan).save(work / f"shared-{ratio:g}", overwrite=True)
-        with open_checkpoint(out) as shared:
-            report = verify(shared, dense)
-            if not report.ok:
-                raise HeadshareError(f"the model shared at {ratio} does not verify: {'; '.join(report.problems)}")
-            # the shared model, and its controls on the same windows
-            loaded = load_model(shared)
-            yield DemoRow(
-                ratio=ratio,
-                recipients=plan.ties,
-                disk_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
-                memory_bytes=unique_parameter_bytes(loaded),
-                pss_bytes=measure_loading([Subject("shared", out)], 1, {})["shared"][0].pss_bytes,
-                verified=True,
-                shared=perplexity(loaded, windows).perplexity,
-                deleted=_with_deleted(dense, plan, scores.tables[0].layout, windows) if ratio else dense_value,
-                random_donors=_with_random(dense, plan, windows, seed) if ratio else dense_value,
-                dense=dense_value,
-                refit=_refitted(dense, curves, plan.ties, calibration, windows, work / f"refit-{ratio:g}"),
-                tokens=windows.tokens.numel(),
-                window=window,
-            )
+    table = _Table(dense, work, windows, keep)
+    yield table.of(DENSE, dense)
+
+    # what is done without a text
+    yield table.written(EIGHT_BITS, round_to_nearest(dense))
+    yield table.written(paper(RATIO), share(dense, make_plan(score_units(dense, "qk", "qkv"), RATIO)))
+
+    # One pricing serves all amounts.
+    budgets = [Budget.parse(dense, save=amount) for amount in saved]
+    prices = prices_on(dense, calibration, budgets[0].actions)
+    for amount, budget in zip(saved, budgets, strict=True):
+        assert budget.saved_bytes is not None
+        plan = plan_for_bytes(prices, budget.saved_bytes).plan
+        yield table.written(shrunk(amount), refit(share(dense, plan), calibration))
 
 
-def _halved(windows: Windows, tokens: int, seed: int) -> tuple[Windows, Calibration]:
+@dataclass(frozen=True)
+class _Table:
+    """What all rows have in common: the dense model, where models are written, and the text to measure on."""
+
+    dense: Checkpoint
+    work: Path
+    windows: Windows
+    keep: bool
+
+    def written(self, name: str, made: SharedCheckpoint | RoundedCheckpoint) -> DemoRow:
+        """The row of a model that is written, verified, loaded and measured.
+
+        Raises:
+            HeadshareError: if it does not verify.
+        """
+        out = made.save(self.work / "".join(letter if letter.isalnum() else "-" for letter in name), overwrite=True)
+        try:
+            with open_checkpoint(out) as checkpoint:
+                report = verify(checkpoint, self.dense)
+                if not report.ok:
+                    raise HeadshareError(f"{name}: what was written does not verify: {'; '.join(report.problems)}")
+                return self.of(name, checkpoint)
+        finally:
+            if not self.keep:
+                shutil.rmtree(out, ignore_errors=True)
+
+    def of(self, name: str, checkpoint: Checkpoint) -> DemoRow:
+        """The row of a model on disk."""
+        loaded = load_model(checkpoint)
+        row = DemoRow(
+            name=name,
+            disk_bytes=sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")),
+            memory_bytes=unique_parameter_bytes(loaded),
+            perplexity=perplexity(loaded, self.windows).perplexity,
+            tokens=self.windows.tokens.numel(),
+            window=self.windows.length,
+        )
+        say(f"{name}: perplexity {row.perplexity:,.2f}, {row.memory_bytes / 2**20:,.1f} MiB")
+        return row
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, text: str, window: int, tokens: int) -> tuple[Windows, Calibration]:
     """The windows to measure on (the first, as many as these tokens fill) and those after them to calibrate on.
 
     Raises:
         EvaluationError: if there are too few.
     """
-    count = max(1, tokens // windows.length)
-    rest = windows.tokens[count : count * (1 + CALIBRATED_TIMES)]
-    if len(rest) < 2:
+    windows = windows_of(tokenizer, text, window=window)
+    count = max(1, tokens // window)
+    measured = Windows(windows.tokens[:count], windows.bos)
+
+    # no token of the text is in both, whatever a window begins with
+    short = windows_of(tokenizer, text, window=min(CALIBRATION_WINDOW, window))
+    first = ceil(count * (window - windows.bos) / (short.length - short.bos))
+    rest = short.tokens[first : first + max(1, tokens // short.length)]
+    if len(rest) < 4:
         raise EvaluationError(
-            f"the text has {len(windows.tokens)} windows of {windows.length} tokens; {count} to measure on leave too "
+            f"the text has {len(windows.tokens)} windows of {window} tokens; {count} to measure on leave too "
             "few to calibrate on. Use a longer --text, or fewer --tokens."
         )
-    source = "the same text, after what is measured on"
-    return Windows(windows.tokens[:count], windows.bos), Calibration(rest, windows.bos, source, seed)
-
-
-def _refitted(
-    dense: Checkpoint, curves: CostCurves, units: int, calibration: Calibration, windows: Windows, out: Path
-) -> float:
-    """Perplexity of this many units matched by output and refitted, written and loaded again."""
-    shared = share(dense, plan_for_units(curves, units).plan)
-    with open_checkpoint(refit(shared, calibration).save(out, overwrite=True)) as written:
-        return perplexity(load_model(written), windows).perplexity
-
-
-def _with_deleted(dense: Checkpoint, plan: SharePlan, layout: Layout, windows: Windows) -> float:
-    model = load_model(dense)
-    for units in recipients_of(plan).values():
-        delete_units(model, layout, units)
-    return perplexity(model, windows).perplexity
-
-
-def _with_random(dense: Checkpoint, plan: SharePlan, windows: Windows, seed: int) -> float:
-    model = load_model(dense)
-    overwrite_recipients(model, with_random_donors(plan, seed))
-    return perplexity(model, windows).perplexity
+    return measured, Calibration(rest, short.bos, "the same text, after what is measured on", 0)
 
 
 def in_one_sentence(rows: Sequence[DemoRow]) -> str:
     """The result of the table in words that follow from its numbers."""
-    last = rows[-1]
-    saved = 1 - last.memory_bytes / rows[0].memory_bytes
-    named = [(last.shared, "the paper's pairs"), (last.random_donors, "random donors"), (last.deleted, "deletion")]
-    repaired = f"Matched by output and refitted, it is {last.refit:.1f}."
-    order = ", then ".join(f"{name} ({value:,.0f})" for value, name in sorted(named))
-    where = f"on disk and in memory alike{_in_pss(rows)}"
+    dense, bits, direct, *smaller = rows
+    costs = ", ".join(f"{row.saved(dense):.1%} for {row.over(dense) - 1:+.1%}" for row in smaller)
     return (
-        f"At ratio {last.ratio:g} the saving is real, {saved:.1%} of the model {where}, but "
-        f"without repair it costs {last.shared / last.dense:.0f} times the dense perplexity ({last.dense:.1f} to "
-        f"{last.shared:,.0f}); best to worst at the same recipients: {order}. {repaired}"
+        f"`shrink` saved {costs} perplexity, repaired on {dense.tokens:,} tokens; more of them cost less. "
+        f"The paper's method saved {direct.saved(dense):.1%}, at {direct.over(dense):.1f} times the dense perplexity. "
+        f"8 bits saved {bits.saved(dense):.1%} for {bits.over(dense) - 1:+.2%}: take those first."
     )
-
-
-def _in_pss(rows: Sequence[DemoRow]) -> str:
-    """The saving as the system sees it: the dense model's PSS against the last row's."""
-    dense = rows[0].pss_bytes
-    shared = rows[-1].pss_bytes
-    if dense is None or shared is None:
-        return ""
-    return f" (PSS of dense {dense / 2**20:,.1f} MiB, of shared {shared / 2**20:,.1f} MiB)"

@@ -1,37 +1,25 @@
-"""The table of the demo as Markdown, which reads well in a terminal and can be pasted anywhere."""
+"""The table of the demo."""
 
 from collections.abc import Sequence
 
 from headshare.bench.tables import mib
 from headshare.experiments.demo import DemoRow
-from headshare.tables import markdown
+from headshare.tables import Table
 
-HEADERS = (
-    "ratio",
-    "units shared",
-    "on disk",
-    "parameters",
-    "PSS",
-    "shared",
-    "deleted",
-    "random donors",
-    "dense",
-    "refit",
-)
+HEADERS = ("model", "saved", "on disk", "in memory", "perplexity", "over dense")
 
 
-def demo_table(rows: Sequence[DemoRow]) -> str:
-    """Table of the demo, one line a ratio: measured bytes, then perplexities of the shared model and its controls."""
-    return markdown([HEADERS, *(_cells(row) for row in rows)])
+def demo_table(rows: Sequence[DemoRow]) -> Table:
+    """Table of the demo, one line a model: measured bytes, and perplexity on text that nothing was fitted to."""
+    return Table(HEADERS, [_cells(row, rows[0]) for row in rows])
 
 
-def _cells(row: DemoRow) -> tuple[str, ...]:
-    perplexities = (row.shared, row.deleted, row.random_donors, row.dense, row.refit)
+def _cells(row: DemoRow, dense: DemoRow) -> tuple[str, ...]:
     return (
-        f"{row.ratio:g}",
-        str(row.recipients),
+        row.name,
+        f"{row.saved(dense):.1%}",
         mib(row.disk_bytes),
         mib(row.memory_bytes),
-        "unknown" if row.pss_bytes is None else mib(row.pss_bytes),
-        *(f"{value:,.1f}" for value in perplexities),
+        f"{row.perplexity:,.2f}",
+        f"{row.over(dense):,.3f}",
     )
