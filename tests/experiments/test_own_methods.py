@@ -12,7 +12,7 @@ from headshare.experiments import METHODS
 from headshare.experiments.own_methods import methods_from
 from support.command_line import Run, assert_one_error_line
 
-DOCS = Path(__file__).parents[2] / "docs" / "evaluating.md"
+DOCS = Path(__file__).parents[2] / "docs" / "comparing.md"
 BEGIN = "from headshare.experiments import method\n"
 
 

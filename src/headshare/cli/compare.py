@@ -131,7 +131,7 @@ def compare_command(
 ) -> None:
     """Compare sharing, its controls and other methods, each at the bytes that sharing saves.
 
-    docs/evaluating.md lists the methods. Every cell is kept when it is done.
+    docs/comparing.md lists the methods. Every cell is kept when it is done.
     """
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.experiments import Recipe, compare
