@@ -222,7 +222,7 @@ def test_the_public_names_are_these() -> None:
         (
             "evaluation",
             "EvalText Metric Parallel Runner Settings TaskResult Writing continuations measure read_results samples_of "
-            "table_of",
+            "table_of write_tasks",
         ),
         (
             "training",

@@ -5,13 +5,15 @@ import math
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from headshare.errors import EvaluationError
+from headshare.errors import EvaluationError, OutputError
 from headshare.evaluation import harness
 from headshare.evaluation.harness import Runner, chosen_tasks
+from headshare.evaluation.harness_tasks import as_task, write_tasks
 from headshare.evaluation.likelihoods import ContextsOnce
 from headshare.evaluation.measuring import EvalText, measure
 from headshare.evaluation.results import table_of
@@ -55,6 +57,45 @@ def test_a_task_of_the_harness_that_does_not_choose_reports_its_own_metrics(
     assert one.metrics["bits_per_byte"].value == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert (one.questions, one.chance) == (3, None)
     assert "bits_per_byte" in table_of([one]) or "word_perplexity" in table_of([one])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shots"), [(["piqa", "winogrande", "race_middle", "tnews", "mmlu"], 0), (["tnews"], 1)]
+)
+def test_tasks_written_for_the_harness_ask_the_same_there(
+    tasks: list[str], shots: int, runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own reader of files gives the model the same texts in the same order, and finds the same answers right."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (data / "tnews_dev.jsonl").write_text(json.dumps({"sentence": "\u98ce", "label_desc": "news_car"}))
+    names = write_tasks(tasks, data, tmp_path / "files")
+    assert names == [f"headshare_{name}" for name in tasks]
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path / "files"))
+    ours = [as_task(task.task, *part) for task in chosen_tasks(tasks, data) for part in (task.parts or {}).items()]
+    asked = []
+    for given, more in ((names, manager), (ours, TaskManager(include_defaults=False))):
+        options = {"num_fewshot": shots, "bootstrap_iters": 0, "log_samples": True, "limit": 2}
+        with harness._hushed(), harness._no_commit_asked():
+            out = lm_eval.simple_evaluate(model=runner._for_harness, tasks=given, task_manager=more, **options)
+        asked.append(
+            {
+                name.removeprefix("headshare_"): [(one["arguments"], one["target"], one["acc"]) for one in samples]
+                for name, samples in out["samples"].items()
+            }
+        )
+    assert asked[0] == asked[1]
+    assert sum(map(len, asked[0].values())) >= len(tasks)
+
+
+def test_tasks_are_written_whole_or_not_at_all(data: Path, tmp_path: Path) -> None:
+    for names, where, error, reason in (
+        (["piqa", "nothing"], "files", EvaluationError, "'nothing' of ours"),
+        (["piqa"], "data", OutputError, "exists"),
+        (["piqa"], "gone/files", OutputError, "gone"),
+    ):
+        with pytest.raises(error, match=reason):
+            write_tasks(names, data, tmp_path / where)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_answers_taken_from_the_text_in_several_ways_are_each_reported(
