@@ -17,6 +17,9 @@ from headshare.errors import CheckpointError
 AT_ONCE = 2**20
 # of four bits are stored with this added, two to a byte, the first in the lower half
 OFFSET = 8
+# parts of the scale by which a group's largest number becomes -8, of which the one with the least error is taken; by
+# the first it becomes -7, as in a symmetric rounding
+SHRUNK = (8 / 7, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 
 
 class Rounded(NamedTuple):
@@ -32,28 +35,70 @@ def groups_of(inputs: int, group: int | None) -> int:
 
 
 def to_nearest(matrix: Float[Tensor, "rows inputs"], bits: int, group: int | None, dtype: torch.dtype) -> Rounded:
-    """The nearest numbers of so many bits, for scales of this type that let the largest of each group be reached.
+    """The nearest numbers of so many bits, with scales of this type.
 
-    Whole numbers are symmetric: -127 to 127 in 8 bits. A scale is rounded up to its type, so that nothing is cut off.
+    8 bits are symmetric, -127 to 127, and a scale is rounded up, so that nothing is cut off. Of 4 bits all sixteen
+    numbers count: a scale has the sign by which its group's largest number becomes -8, and may be smaller than that
+    number needs (`SHRUNK`), where the squared error of the group is then least.
 
     Raises:
         CheckpointError: if the matrix is not finite, or a scale does not fit its type.
     """
     rows, inputs = matrix.shape
-    top = 2 ** (bits - 1) - 1
     numbers = torch.empty((rows, inputs), dtype=torch.int8)
     scales = torch.empty((rows, groups_of(inputs, group)), dtype=dtype)
     step = max(1, AT_ONCE // max(1, inputs))
     for start in range(0, rows, step):
         grouped = _grouped(matrix[start : start + step].float(), group)
-        largest = grouped.abs().amax(dim=2)
-        scale = _rounded_up(largest / top, dtype)
-        if not bool(torch.isfinite(largest).all()) or not bool(torch.isfinite(scale).all()):
-            raise CheckpointError(f"it has numbers that are not finite, or too large for scales of {dtype}")
-        nearest = (grouped / scale.float()[:, :, None]).round_().clamp_(-top, top)
-        numbers[start : start + step] = nearest.flatten(1)[:, :inputs].to(torch.int8)
+        if not bool(torch.isfinite(grouped).all()):
+            raise CheckpointError("it has numbers that are not finite")
+        scale = _scales(grouped, dtype) if bits == 8 else _least_squares(grouped, dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise CheckpointError(f"it has numbers that are too large for scales of {dtype}")
+        numbers[start : start + step] = _nearest(grouped, scale, bits).flatten(1)[:, :inputs].to(torch.int8)
         scales[start : start + step] = scale
     return Rounded(numbers, scales)
+
+
+def nearest_for(
+    matrix: Float[Tensor, "rows inputs"], scale: Float[Tensor, "rows groups"], bits: int, group: int | None
+) -> Int[Tensor, "rows inputs"]:
+    """The nearest numbers of so many bits to a matrix, for scales that are given."""
+    nearest = _nearest(_grouped(matrix.float(), group), scale, bits)
+    return nearest.flatten(1)[:, : matrix.shape[1]].to(torch.int8)
+
+
+def _nearest(
+    grouped: Float[Tensor, "rows groups size"], scale: Float[Tensor, "rows groups"], bits: int
+) -> Float[Tensor, "rows groups size"]:
+    top = 2 ** (bits - 1) - 1
+    return (grouped / scale.float()[:, :, None]).round_().clamp_(-top - (bits < 8), top)
+
+
+def _scales(grouped: Float[Tensor, "rows groups size"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
+    """Scales in their type by which 127 is no smaller than the largest number, and one for a group of zeros."""
+    scale = grouped.abs().amax(dim=2) / 127
+    stored = scale.to(dtype)
+    # the bits of a positive number, taken as a whole number, are one less than those of the next
+    bits = stored.view(torch.int16 if stored.itemsize == 2 else torch.int32 if stored.itemsize == 4 else torch.int64)
+    stored = torch.where(stored.float() < scale, (bits + 1).view(dtype), stored)
+    return torch.where(scale > 0, stored, torch.ones_like(stored))
+
+
+def _least_squares(grouped: Float[Tensor, "rows groups size"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
+    """Scales in their type by which four bits come nearest, of a few that are tried."""
+    largest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    whole = largest / -OFFSET
+    best = torch.ones_like(whole).to(dtype)
+    least = torch.full_like(whole, torch.inf)
+    for part in SHRUNK:
+        scale = (whole * part).to(dtype)
+        scale = torch.where(scale.float().abs() > 0, scale, torch.ones_like(scale))
+        error = _nearest(grouped, scale, 4).mul_(scale.float()[:, :, None]).sub_(grouped).square_().sum(dim=2)
+        better = error < least
+        best = torch.where(better, scale, best)
+        least = torch.where(better, error, least)
+    return best
 
 
 def dense(
@@ -95,12 +140,3 @@ def _grouped(matrix: Float[Tensor, "rows inputs"], group: int | None) -> Float[T
     if count * size > inputs:
         matrix = torch.nn.functional.pad(matrix, (0, count * size - inputs))
     return matrix.view(rows, count, size)
-
-
-def _rounded_up(scale: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
-    """Scales in their type, none smaller than it was, and one where there is nothing to be scaled."""
-    stored = scale.to(dtype)
-    # the bits of a positive number, taken as a whole number, are one less than those of the next
-    bits = stored.view(torch.int16 if stored.itemsize == 2 else torch.int32 if stored.itemsize == 4 else torch.int64)
-    stored = torch.where(stored.float() < scale, (bits + 1).view(dtype), stored)
-    return torch.where(scale > 0, stored, torch.ones_like(stored))

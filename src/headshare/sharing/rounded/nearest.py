@@ -3,14 +3,14 @@
 import torch
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.rounding.numbers import to_nearest
+from headshare.checkpoint.rounding.numbers import nearest_for
 from headshare.checkpoint.rounding.tensors import scale_type
 from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied, kept_only, stream
 
 
 def is_nearest(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorPlan | None) -> bool:
-    """True if a rounded matrix is what the kept indices of the dense one round to; also if it was rounded otherwise.
+    """True if a rounded matrix is what the kept indices of the dense one round to, for the scales that it has.
 
     Numbers that GPTQ found are further away on purpose, and are not compared.
     """
@@ -26,6 +26,5 @@ def is_nearest(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorP
     dtype = own.dtype if scale_type(parts.bits, own.dtype) == info.dtype else info.dtype
     meant = copied(own, dtype) if tensor is None else kept_only(own, tensor, dtype)
     kept = torch.cat([piece.view(-1, *meant.shape[1:]) for piece in stream(meant, dense)])
-    found = to_nearest(kept.T if parts.in_out else kept, parts.bits, parts.group, info.torch_dtype)
-    stored = shared.read_rounded(name)
-    return torch.equal(stored.numbers, found.numbers) and torch.equal(stored.scale, found.scale)
+    numbers, scale = shared.read_rounded(name)
+    return torch.equal(numbers, nearest_for(kept.T if parts.in_out else kept, scale, parts.bits, parts.group))
