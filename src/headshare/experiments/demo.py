@@ -177,7 +177,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, text: str, window: int, tokens: i
     # no token of the text is in both, whatever a window begins with
     short = windows_of(tokenizer, text, window=min(CALIBRATION_WINDOW, window))
     first = ceil(count * (window - windows.bos) / (short.length - short.bos))
-    rest = short.tokens[first : first + max(1, tokens // short.length)]
+    rest = short.tokens[first : first + max(4, tokens // short.length)]
     if len(rest) < 4:
         raise EvaluationError(
             f"the text has {len(windows.tokens)} windows of {window} tokens; {count} to measure on leave too "
