@@ -17,9 +17,6 @@ from headshare.errors import CheckpointError
 AT_ONCE = 2**20
 # of four bits are stored with this added, two to a byte, the first in the lower half
 OFFSET = 8
-# parts of the scale by which a group's largest number becomes -8, of which the one with the least error is taken; by
-# the first it becomes -7, as in a symmetric rounding
-SHRUNK = (8 / 7, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 
 
 class Rounded(NamedTuple):
@@ -37,9 +34,9 @@ def groups_of(inputs: int, group: int | None) -> int:
 def to_nearest(matrix: Float[Tensor, "rows inputs"], bits: int, group: int | None, dtype: torch.dtype) -> Rounded:
     """The nearest numbers of so many bits, with scales of this type.
 
-    8 bits are symmetric, -127 to 127, and a scale is rounded up, so that nothing is cut off. Of 4 bits all sixteen
-    numbers count: a scale has the sign by which its group's largest number becomes -8, and may be smaller than that
-    number needs (`SHRUNK`), where the squared error of the group is then least.
+    A scale is as small as lets nothing be cut off, rounded up to its type: scales of less squared error, which cut the
+    largest numbers, lose more. 8 bits are symmetric, -127 to 127. Of 4 bits all sixteen numbers count: a scale has the
+    sign by which its group's largest number is on the side of -8.
 
     Raises:
         CheckpointError: if the matrix is not finite, or a scale does not fit its type.
@@ -52,7 +49,7 @@ def to_nearest(matrix: Float[Tensor, "rows inputs"], bits: int, group: int | Non
         grouped = _grouped(matrix[start : start + step].float(), group)
         if not bool(torch.isfinite(grouped).all()):
             raise CheckpointError("it has numbers that are not finite")
-        scale = _scales(grouped, dtype) if bits == 8 else _least_squares(grouped, dtype)
+        scale = _scales(grouped, bits, dtype)
         if not bool(torch.isfinite(scale).all()):
             raise CheckpointError(f"it has numbers that are too large for scales of {dtype}")
         numbers[start : start + step] = _nearest(grouped, scale, bits).flatten(1)[:, :inputs].to(torch.int8)
@@ -75,30 +72,21 @@ def _nearest(
     return (grouped / scale.float()[:, :, None]).round_().clamp_(-top - (bits < 8), top)
 
 
-def _scales(grouped: Float[Tensor, "rows groups size"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
-    """Scales in their type by which 127 is no smaller than the largest number, and one for a group of zeros."""
-    scale = grouped.abs().amax(dim=2) / 127
-    stored = scale.to(dtype)
+def _scales(grouped: Float[Tensor, "rows groups size"], bits: int, dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
+    """Scales in their type by which nothing is cut off, and one for a group of zeros."""
+    if bits == 8:
+        size = grouped.abs().amax(dim=2) / 127
+        sign = torch.ones_like(size)
+    else:
+        # the side of the largest number has eight numbers, and the other seven
+        sign = -torch.sign(grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2))
+        signed = grouped * sign[:, :, None]
+        size = torch.maximum(-signed.amin(dim=2) / OFFSET, signed.amax(dim=2).clamp_min_(0) / (OFFSET - 1))
+    stored = size.to(dtype)
     # the bits of a positive number, taken as a whole number, are one less than those of the next
-    bits = stored.view(torch.int16 if stored.itemsize == 2 else torch.int32 if stored.itemsize == 4 else torch.int64)
-    stored = torch.where(stored.float() < scale, (bits + 1).view(dtype), stored)
-    return torch.where(scale > 0, stored, torch.ones_like(stored))
-
-
-def _least_squares(grouped: Float[Tensor, "rows groups size"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
-    """Scales in their type by which four bits come nearest, of a few that are tried."""
-    largest = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-    whole = largest / -OFFSET
-    best = torch.ones_like(whole).to(dtype)
-    least = torch.full_like(whole, torch.inf)
-    for part in SHRUNK:
-        scale = (whole * part).to(dtype)
-        scale = torch.where(scale.float().abs() > 0, scale, torch.ones_like(scale))
-        error = _nearest(grouped, scale, 4).mul_(scale.float()[:, :, None]).sub_(grouped).square_().sum(dim=2)
-        better = error < least
-        best = torch.where(better, scale, best)
-        least = torch.where(better, error, least)
-    return best
+    whole = stored.view(torch.int16 if stored.itemsize == 2 else torch.int32 if stored.itemsize == 4 else torch.int64)
+    stored = torch.where(stored.float() < size, (whole + 1).view(dtype), stored)
+    return torch.where(size > 0, stored * sign.to(dtype), torch.ones_like(stored))
 
 
 def dense(
