@@ -344,9 +344,12 @@ def test_the_package_that_writes_the_format_is_asked_for(
         hs.export_gguf(checkpoint, tmp_path / "a.gguf")
 
 
-def test_a_checkpoint_of_4_bits_is_to_be_unpacked_first(tmp_path: Path) -> None:
+def test_what_is_rounded_already_is_not_rounded_again(tmp_path: Path) -> None:
     packed = Path(__file__).parents[1] / "sharing" / "format" / "packed"
-    with hs.open_checkpoint(packed) as checkpoint, pytest.raises(CheckpointError, match="rounded to 4 bits"):
+    with (
+        hs.open_checkpoint(packed) as checkpoint,
+        pytest.raises(CheckpointError, match="are rounded already"),
+    ):
         hs.export_gguf(checkpoint, tmp_path / "a.gguf")
 
 

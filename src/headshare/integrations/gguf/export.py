@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.errors import ArchitectureError, OptionError
+from headshare.errors import ArchitectureError, CheckpointError, OptionError
 from headshare.files.untrusted import foreign
 from headshare.integrations.gguf.contents import contents_of
 from headshare.integrations.gguf.exported import Exported, exported
@@ -28,7 +28,7 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
     Raises:
         OptionError: if there is no such type, the file does not end in .gguf, or the gguf package is not installed.
         ArchitectureError: if llama.cpp does not run such a model, with the reason.
-        CheckpointError: if the checkpoint is incomplete, packed in 4 bits, or its tokenizer is of another kind.
+        CheckpointError: if the checkpoint is incomplete, rounded already, or its tokenizer is of another kind.
         OutputError: if the file exists or cannot be written; nothing of it is left behind.
     """
     out = Path(out)
@@ -37,8 +37,7 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
         raise OptionError(f"{out.name} should end in {ENDING}, which is the only format that is written so far.")
     check_installed()
     check_file(out, checkpoint.path, overwrite=overwrite)
-    if checkpoint.sharing is None:
-        checkpoint.require_dense("export it")
+    _check_unrounded(checkpoint)
     tensors = ExpandedTensors.of(checkpoint)
     shape = shape_of(checkpoint, block=wanted.block)
     config = checkpoint.layouts.config
@@ -53,3 +52,18 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
     checkpoint.check_unchanged()  # the settings and the tokenizer are those of the weights, which are watched
     size = write_file(out, keys, placed)
     return exported(tensors, shape, placed, wanted, out, size)
+
+
+def _check_unrounded(checkpoint: Checkpoint) -> None:
+    """Refuse matrices that are rounded already: they would be rounded twice, in blocks that do not fit each other.
+
+    Raises:
+        CheckpointError: saying what to export instead.
+    """
+    entry = checkpoint.sharing
+    if entry is None:
+        checkpoint.require_dense("export it")
+    elif entry.packing is not None:
+        raise CheckpointError(
+            f"the matrices of {checkpoint.name} are rounded already. Export the folder that they were rounded from."
+        )
