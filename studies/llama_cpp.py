@@ -5,7 +5,7 @@
 
 Perplexity is over windows of the text, each from its first token on. llama.cpp runs as it comes (its cache in 16-bit
 numbers); it is asked for the probabilities of the next token after each prefix of a window. Tokens a second are of 64
-that it generates greedily, the best of three times. Prints one row of a table.
+that it generates greedily, the best of five times; `--tokens 0` asks for them alone. Prints one row of a table.
 """
 
 import argparse
@@ -60,20 +60,37 @@ def likelihoods(engine: xc.Server, window: list[int], ranks: list[int], vocabula
 
 def speed(engine: xc.Server, window: list[int]) -> float:
     """Tokens a second while llama.cpp generates."""
-    runs = [ask(engine, prompt=window[:64], n_predict=GENERATED, cache_prompt=False)["timings"] for _ in range(3)]
+    runs = [ask(engine, prompt=window[:64], n_predict=GENERATED, cache_prompt=False)["timings"] for _ in range(5)]
     return max(float(run["predicted_per_second"]) for run in runs)
 
 
-@torch.no_grad()
-def in_transformers(folder: Path, text: str, tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows of a text, log-probabilities of their tokens but the first, and the ranks of these: windows x tokens."""
+def windows_of(folder: Path, text: str, tokens: int, size: int) -> Tensor:
+    """Windows of a text, at least one: windows x tokens."""
+    count = max(tokens // size, 1) * size
     with hs.open_checkpoint(folder) as checkpoint:
-        ids = load_tokenizer(checkpoint)(text[: tokens * 20], add_special_tokens=False)["input_ids"][:tokens]
+        ids = load_tokenizer(checkpoint)(text[: count * 20], add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[:count]).view(-1, size)
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all tokens of windows but the first, and the ranks of these: windows x tokens."""
+    with hs.open_checkpoint(folder) as checkpoint:
         model = load_model(checkpoint, dtype=torch.float32)
-    windows = torch.tensor(ids).view(-1, size)
     scores = torch.cat([model(window[None]).logits[:, :-1].double().log_softmax(-1) for window in windows])
     wanted = scores.gather(2, windows[:, 1:, None])
-    return windows, wanted[..., 0], (scores > wanted).sum(dim=-1)
+    return wanted[..., 0], (scores > wanted).sum(dim=-1)
+
+
+def compared(engine: xc.Server, folder: Path, windows: Tensor) -> list[str]:
+    """Perplexity in llama.cpp and in transformers, and how far log-probabilities are apart: on average, and at most."""
+    theirs, ranks = in_transformers(folder, windows)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rows = zip(windows.tolist(), ranks.tolist(), strict=True)
+    ours = torch.tensor([list(likelihoods(engine, window, row, vocabulary)) for window, row in rows]).double()
+    missed = (ours - theirs).abs()
+    perplexities = [f"{math.exp(-one.mean()):.3f}" for one in (ours, theirs)]
+    return [*perplexities, f"{missed.mean():.4f}", f"{missed.max():.3f}"]
 
 
 def main() -> None:
@@ -85,26 +102,10 @@ def main() -> None:
     for name, number in (("tokens", 2048), ("window", 512), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=number)
     given = parser.parse_args()
-    windows, theirs, ranks = in_transformers(given.folder, given.text.read_text(), given.tokens, given.window)
+    windows = windows_of(given.folder, given.text.read_text(), given.tokens, given.window)
     engine = server(given.file, given.window + GENERATED, given.threads)
-    config = json.loads((given.folder / "config.json").read_text())
-    ours = torch.tensor(
-        [
-            list(likelihoods(engine, window.tolist(), row.tolist(), config["vocab_size"]))
-            for window, row in zip(windows, ranks, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    missed = (ours - theirs).abs()
-    cells = [
-        given.file.name,
-        f"{given.file.stat().st_size:,}",
-        f"{speed(engine, windows[0].tolist()):.0f}",
-        f"{math.exp(-ours.mean()):.3f}",
-        f"{math.exp(-theirs.mean()):.3f}",
-        f"{missed.mean():.4f}",
-        f"{missed.max():.3f}",
-    ]
+    cells = [given.file.name, f"{given.file.stat().st_size:,}", f"{speed(engine, windows[0].tolist()):.0f}"]
+    cells += compared(engine, given.folder, windows) if given.tokens else [""] * 4
     print("| file | bytes | tokens/s | perplexity | in transformers | mean difference, nats | largest |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     print(f"| {' | '.join(cells)} |")
