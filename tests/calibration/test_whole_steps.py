@@ -24,6 +24,7 @@ from headshare.calibration.refit.steps import divergence as divergence_module
 from headshare.calibration.refit.steps import whole_steps
 from headshare.calibration.refit.steps.divergence import divergences
 from headshare.calibration.refit.steps.whole_model import check_room
+from headshare.calibration.refit.steps.whole_steps import highest_rate
 from headshare.errors import CalibrationError
 from headshare.files.state_files import Workspace
 from headshare.plan.plan import SharePlan
@@ -116,6 +117,21 @@ def test_steps_bring_predictions_nearer(tmp_path: Path) -> None:
     step = refit_readouts(dense, plan_of(dense, "scaled qkvo"), tokens, refine=faster).steps[-1]
     assert step.error_after < 0.95 * step.error_before
     assert "12 gradient steps on the whole model, best after" in step.note
+
+
+def test_the_rate_follows_from_the_divergence_before_the_first_step(tmp_path: Path) -> None:
+    dense, tokens = dense_of("llama-gqa", tmp_path), calibration(windows=24)
+    plan = plan_of(dense, "scaled qkvo")
+    by_itself = refit_readouts(dense, plan, tokens, refine=replace(STEPS, whole_rate=None))
+    rate = highest_rate(by_itself.steps[-1].error_before)
+    given = refit_readouts(dense, plan, tokens, refine=replace(STEPS, whole_rate=rate))
+    assert by_itself.steps[-1].error_after < by_itself.steps[-1].error_before
+    assert all(torch.equal(tensor, given.tensors[name]) for name, tensor in by_itself.tensors.items())
+
+
+def test_the_rate_goes_with_the_square_of_the_divergence() -> None:
+    rates = [highest_rate(divergence) for divergence in (0.0, 0.01, 0.1, 0.2, 3.0)]
+    assert rates == pytest.approx([2e-5, 2e-5, 5e-5, 2e-4, 2e-4])
 
 
 @pytest.mark.usefixtures("every_look_is_better")

@@ -16,7 +16,8 @@ class Refinement:
     The model writes `written` times as much text as it is calibrated on, going on from that text, and the refit sees
     both. A layer then takes gradient `steps`, of so many `tokens` each, at rates up to `rate`. When all layers are
     done, they take `whole` steps together, of as many tokens, towards the dense model's predictions, at rates up to
-    `whole_rate`; that needs the whole model in memory.
+    `whole_rate`; that needs the whole model in memory. Without one, the rate follows from how far the predictions are
+    from the dense model's before the first step (`steps.whole_steps`).
 
     The rate is the one of those tried that left the least held-out error without a step back at first, in one layer of
     SmolLM2-135M (docs/experiments.md). One that is too high for a model costs time and no quality, as no step is kept
@@ -28,7 +29,7 @@ class Refinement:
     rate: float = 1e-3
     written: int = 0
     whole: int = 0
-    whole_rate: float = 2e-4
+    whole_rate: float | None = None
 
     @classmethod
     def of(cls, wanted: "str | int | Refinement | None") -> "Refinement | None":

@@ -37,7 +37,7 @@ def take_whole_steps(refitter: Refitter, workspace: Workspace | None, key: str) 
 
     name = f"whole-{key}.safetensors"
     with student.narrowed() as (weights, own):
-        begin = partial(begun, student, teacher, tokens, weights, refinement.whole_rate)
+        begin = partial(begun, student, teacher, tokens, weights)
         descent = begin() if workspace is None else _gone_on_with(begin, workspace, name)
         for _ in descend(student, teacher, tokens, descent, own, refinement, seed=refitter.layer_fit.seed):
             if workspace is not None and processes.is_first():

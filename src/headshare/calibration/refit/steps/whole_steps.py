@@ -22,6 +22,8 @@ from headshare.progress import track
 # the most logits in memory at once
 LOGITS = 2**27
 LARGEST_GRADIENT = 1.0
+# the rate of a descent that begins at this divergence, in nats a token, or further away; and the least rate of any
+RATE, FAR, LEAST_RATE = 2e-4, 0.2, 2e-5
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -88,12 +90,21 @@ class Tokens:
         return torch.split(windows, max(1, LOGITS // (self.vocabulary * self.window))) if len(windows) else ()
 
 
+def highest_rate(divergence: float) -> float:
+    """The highest rate of a descent that begins at this divergence, in nats a token.
+
+    The less there is to be learnt, the more the noise of a step weighs against it. SmolLM2-135M, 64 steps
+    (docs/experiments.md): at 20 % and 30 % of its bytes `RATE` is good; at 10 %, half as far from the dense model, a
+    quarter of it takes a quarter off the loss, and the whole of it next to nothing. So the rate goes with the square.
+    """
+    return max(RATE * min(divergence / FAR, 1.0) ** 2, LEAST_RATE)
+
+
 def begun(
     student: WholeModel,
     dense: WholeModel,
     tokens: Tokens,
     weights: Mapping[str, nn.Parameter],
-    rate: float,
     state: Mapping[str, Tensor] | None = None,
 ) -> Descent:
     """A descent before its first step; with the `state` of a stopped one, after its last.
@@ -103,7 +114,7 @@ def begun(
     """
     for weight in weights.values():
         weight.requires_grad_()
-    optimizer = torch.optim.Adam(weights.values(), rate, BETAS)
+    optimizer = torch.optim.Adam(weights.values(), betas=BETAS)  # each step sets its rate
     if state is not None:
         return Descent.taken_up(weights, optimizer, state)
     return Descent(weights, optimizer, Best.of(weights, _held_out(student, dense, tokens)))
@@ -127,10 +138,11 @@ def descend(
     generator = torch.Generator().manual_seed(seed % 2**63)
     size = max(1, wanted.tokens // tokens.window)
     all_steps = list(drawn(tokens.fitted, size, wanted.whole, generator))
+    highest = highest_rate(descent.best.error_before) if wanted.whole_rate is None else wanted.whole_rate
     remaining = track(all_steps[descent.step :], "steps on the whole model", wanted.whole - descent.step)
     for step, (at, windows) in enumerate(remaining, start=descent.step + 1):
         for group in descent.optimizer.param_groups:
-            group["lr"] = wanted.whole_rate * share_of_rate(step - 1, wanted.whole)
+            group["lr"] = highest * share_of_rate(step - 1, wanted.whole)
         _add_gradients(student, dense, tokens, tokens.windows[at], windows)
         _mask(descent.weights, own)
         torch.nn.utils.clip_grad_norm_(descent.weights.values(), LARGEST_GRADIENT)
