@@ -28,11 +28,12 @@ OUT = Path(__file__).parents[1] / "docs" / "figures" / "loss-against-bytes.svg"
 # lines: colour, and where the name stands: at which point, how far from it in points, and how it is aligned
 LINES = {
     "headshare": ("s0", 40, (8, -3), "left"),
+    "headshare --refine best": ("s5", 30, (8, -3), "left"),
     "MoDeGPT": ("s2", 30, (8, -3), "left"),
     "FLAP": ("s1", 30, (8, -3), "left"),
-    "SVD-LLM (pivoted)": ("s3", 20, (8, -2), "left"),
-    "Basis Sharing": ("s4", 20, (8, -3), "left"),
-    "whole layers (ShortGPT)": ("s7", 30, (8, -3), "left"),
+    "SVD-LLM (pivoted)": ("s3", 30, (8, -2), "left"),
+    "Basis Sharing": ("s4", 10, (0, 7), "center"),
+    "whole layers (ShortGPT)": ("s7", 20, (-8, 0), "right"),
 }
 BITS = {"8 bits": (0, 9), "4 bits, to the nearest": (0, 9)}
 REFITTED = " + our refit"
