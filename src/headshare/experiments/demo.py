@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from headshare.calibration.allocate import plan_for_bytes
 from headshare.calibration.budget import Budget
-from headshare.calibration.choose import prices_on
+from headshare.calibration.costs.local import price_units
+from headshare.calibration.costs.measured import predicts
 from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.opening import open_checkpoint
@@ -114,9 +115,9 @@ def run_demo(
     yield table.written(EIGHT_BITS, round_to_nearest(dense))
     yield table.written(paper(RATIO), share(dense, make_plan(score_units(dense, "qk", "qkv"), RATIO)))
 
-    # One pricing serves all amounts.
+    # One pricing serves all amounts. `shrink` also measures what it prices; that would take longer than all else here.
     budgets = [Budget.parse(dense, save=amount) for amount in saved]
-    prices = prices_on(dense, calibration, budgets[0].actions)
+    prices = price_units(dense, calibration, budgets[0].actions, sensitive=predicts(dense))
     for amount, budget in zip(saved, budgets, strict=True):
         assert budget.saved_bytes is not None
         plan = plan_for_bytes(prices, budget.saved_bytes).plan
