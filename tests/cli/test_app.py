@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import headshare as hs
 from headshare.cli.app import app
 from headshare.experiments.demo import DemoRow
-from support import tiny
+from support import gguf_models, tiny
 from support.command_line import Outcome, Run, assert_one_error_line
 from support.folders import WEIGHTS
 from support.nearest import stand_in
@@ -27,7 +27,7 @@ from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
     "shrink", "bench", "estimate", "score", "plan", "share", "refit", "train", "quantize", "inspect", "verify",
-    "expand", "eval", "compare", "report", "generate", "demo",
+    "expand", "export", "eval", "compare", "report", "generate", "demo",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ KEYS: dict[str, set[str]] = {
     "inspect": {"model_type", "plan_digest", "ties", "selections", "removals", "factored", "stored_bytes", "refit"},
     "verify": {"ok", "max_logit_diff"},
     "expand": {"out", "bytes"},
+    "export": {"out", "bytes", "architecture", "dtype", "given_back"},
     "eval": {"perplexity", "tokens", "window"},
     "compare": {"cells", "verdict"},
     "report": {"tables"},
@@ -142,6 +143,7 @@ def valid(
         "inspect": [shared],
         "verify": [shared, "--against", model],
         "expand": [shared, "expanded"],
+        "export": [gguf_models.make("llama", tmp_path / "exported"), "one.gguf"],
         "eval": [model, "--text", text, "--window", 32],
         "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
