@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headshare.checkpoint.int4 import pack, unpack
+from headshare.checkpoint.int4 import unpack
+from support.packed import pack
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import headshare as hs
-from headshare.checkpoint.int4 import Packing, pack
-from headshare.sharing.rewrite import PackedMatrix, write_packed
+from headshare.checkpoint.int4 import Packing
+from support.packed import PackedMatrix, pack, write_packed
 from support.shares import share
 
 FORMAT = Path(__file__).parents[1] / "sharing" / "format"

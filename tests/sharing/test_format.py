@@ -19,8 +19,8 @@ import headshare as hs
 from headshare.checkpoint.fingerprint import content_digest
 from headshare.evaluation.verify import verify
 from headshare.files.model_files import CARD
-from headshare.sharing.rewrite import PackedMatrix, write_packed
 from support.folders import numbers
+from support.packed import PackedMatrix, write_packed
 
 FOLDER = Path(__file__).parent / "format"
 EXPECTED = FOLDER / "expected.json"

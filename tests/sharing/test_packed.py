@@ -4,8 +4,6 @@ their numbers say, and stock transformers computes the same of them once expande
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 import headshare as hs
 from headshare.architecture.modules import module_path
 from headshare.checkpoint.checkpoint import Checkpoint
-from headshare.checkpoint.int4 import Packing, pack
+from headshare.checkpoint.int4 import Packing
 from headshare.errors import CheckpointError, PlanError, StorageError, TrainingError
 from headshare.evaluation.verify import verify
 from headshare.integrations.transformers.loading import load_model
@@ -26,10 +24,11 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Tie
 from headshare.sharing.expand import expand
-from headshare.sharing.rewrite import PackedMatrix, write_packed
 from headshare.training import train
 from support import tiny
 from support.command_line import Run, assert_one_error_line
+from support.packed import PackedMatrix, pack, write_packed
+from support.running import assert_is_one_graph, with_layers_on_disk
 from support.texts import a_text, add_tokenizer
 from support.trainings import settings
 
@@ -162,11 +161,7 @@ def test_conversion_and_copies_keep_what_is_packed(packed: Checkpoint) -> None:
 
 
 def test_layers_offloaded_to_disk_lend_and_borrow(packed: Checkpoint, tmp_path: Path) -> None:
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{layer}": "disk" if layer in (0, 1, 3) else "cpu" for layer in range(4)}
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        packed.path, device_map=places, offload_folder=tmp_path / "offload"
-    )
+    model = with_layers_on_disk(packed.path, tmp_path / "offload", head="cpu")
     assert model.model.layers[0].self_attn.q_proj.weight_packed.device.type == "meta"
     with torch.inference_mode():
         assert model(tiny.tokens()).logits.equal(hs.load(packed.path)(tiny.tokens()).logits)
@@ -174,17 +169,7 @@ def test_layers_offloaded_to_disk_lend_and_borrow(packed: Checkpoint, tmp_path: 
 
 @pytest.mark.slow
 def test_torch_compile_takes_the_whole_model_as_one_graph(packed: Checkpoint) -> None:
-    code = f"""
-import sys, torch, headshare
-model = headshare.load({str(packed.path)!r}, dtype=torch.float32)
-tokens = torch.arange(5, 15)[None]
-compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-with torch.no_grad():
-    difference = (compiled(tokens, use_cache=False).logits - model(tokens, use_cache=False).logits).abs().max().item()
-sys.exit(difference > 1e-4)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_is_one_graph(packed.path, ", dtype=torch.float32")
 
 
 def test_dequantized_it_is_a_stock_model(packed: Checkpoint) -> None:

@@ -7,8 +7,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from headshare.sharing.size import parameter_bytes
 from support import tiny
 from support.command_line import Run, assert_one_error_line
 from support.rounded import MODEL, of_kind, outputs, shared_by
+from support.running import assert_is_one_graph, with_layers_on_disk
 from support.texts import a_text, add_tokenizer
 
 # what is no matrix of attention, feed-forward or embedding
@@ -178,11 +177,7 @@ def test_experts_stay_and_attention_beside_them_is_rounded(tmp_path: Path) -> No
 
 def test_layers_on_disk_run(tmp_path: Path) -> None:
     out = round_to_nearest(shared_by("ties", "llama-mha", tmp_path)).save(tmp_path / "rounded")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
-    places |= {f"model.layers.{layer}": "disk" if layer in (0, 1, 3) else "cpu" for layer in range(4)}
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        out, device_map=places, offload_folder=tmp_path / "offload"
-    )
+    model = with_layers_on_disk(out, tmp_path / "offload", head="disk")
     assert model.model.layers[0].self_attn.q_proj.weight_int8.device.type == "meta"
     assert outputs(model).equal(outputs(hs.load(out)))
 
@@ -190,17 +185,7 @@ def test_layers_on_disk_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torch_compile_takes_it_as_one_graph(tmp_path: Path) -> None:
     out = round_to_nearest(shared_by("ties", "llama-gqa", tmp_path)).save(tmp_path / "rounded")
-    code = f"""
-import sys, torch, headshare
-model = headshare.load({str(out)!r})
-tokens = torch.arange(5, 15)[None]
-compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-with torch.no_grad():
-    difference = (compiled(tokens, use_cache=False).logits - model(tokens, use_cache=False).logits).abs().max().item()
-sys.exit(difference > 1e-4)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_is_one_graph(out)
 
 
 # ---- what is refused

@@ -304,3 +304,14 @@ LINEARS: Mapping[str, Linear] = {family.linear.name: family.linear for family in
 # Facts of no family: ends of transformers' names for classes that predict the next token. The last also read images.
 WITH_IMAGES = "ForConditionalGeneration"
 CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", WITH_IMAGES)
+
+
+def is_embedding(name: str) -> bool:
+    """True if this is the name of an input embedding's weight, or of an output embedding's."""
+    return name.endswith(INPUT_EMBEDDINGS) or name in TIED_OUTPUTS
+
+
+def names_elsewhere(name: str) -> list[str]:
+    """The names that the weight of this name may have in another release of transformers: new for old, old for new."""
+    pairs = [pair for one in OLD_NAMES.items() for pair in (one, one[::-1])]
+    return [name.removesuffix(here) + there for here, there in pairs if name.endswith(here)]

@@ -27,8 +27,6 @@ from headshare.files.opened import OpenedFiles, Stamp
 from headshare.plan.plan import SharePlan
 from headshare.short import short, tail
 
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-
 
 @dataclass(frozen=True)
 class Checkpoint:

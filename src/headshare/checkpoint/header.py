@@ -45,6 +45,10 @@ if hasattr(torch, "float8_e8m0fnu"):
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
+# the types in which weights are stored
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """The entry of a stored tensor in a file's header: its type, its shape and the place of its bytes.

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -155,16 +155,9 @@ def _group_of(entry: Mapping[str, Any]) -> int:
     return group
 
 
-# compressed-tensors has both of the following, and tests hold ours against them. It is not used: a model is unpacked in
-# every pass, so that loading would need the package; and its numbers come as a whole matrix of 8 bits before they are
-# scaled, where ours are scaled while they are in the processor's cache.
-
-
-def pack(numbers: Shaped[Tensor, "rows inputs"]) -> Int[Tensor, "rows words"]:
-    """The words that hold these whole numbers from -8 to 7, eight to a word."""
-    shifted = (numbers.to(torch.int64) + OFFSET).reshape(len(numbers), numbers.shape[1] // A_WORD, A_WORD)
-    words: Tensor = (shifted << torch.arange(0, 32, BITS)).sum(dim=2)
-    return words.to(torch.int32)  # the highest number's top bit is the sign
+# compressed-tensors has this too, and tests hold ours against it. It is not used: a model is unpacked in every pass, so
+# that loading would need the package; and its numbers come as a whole matrix of 8 bits before they are scaled, where
+# ours are scaled while they are in the processor's cache.
 
 
 def unpack(

@@ -1,6 +1,7 @@
 """Layouts of a checkpoint's attention and feed-forward units."""
 
-from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import WEIGHT_DTYPES
 from headshare.errors import CheckpointError
 from headshare.plan.layout import Layout
 from headshare.plan.units import Parts

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
-from headshare.checkpoint.header import DTYPES
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import DTYPES, WEIGHT_DTYPES
 from headshare.checkpoint.int4 import A_WORD, PACKED, PARTS, SCALE, guards, part_of, unpack
 from headshare.errors import CheckpointError
 from headshare.sharing.assembly import Assembly, copied, filled, overwritten, stream

@@ -1,43 +1,25 @@
-"""Shared checkpoints written again: refitted, trained or rounded."""
+"""Shared checkpoints written again: refitted or trained."""
 
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from headshare.architecture.config import text_config
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.contents import companions
-from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
-from headshare.checkpoint.int4 import (
-    A_WORD,
-    GUARD,
-    GUARD_DTYPE,
-    PACKED,
-    SCALE,
-    SHAPE,
-    Packing,
-    packed_tensors,
-    part_of,
-)
 from headshare.checkpoint.refit_record import RefitRecord
-from headshare.errors import CheckpointError, OutputError
+from headshare.errors import OutputError
 from headshare.files.folder import MANIFEST, check_output, clear_left
 from headshare.files.model_files import CARD, CONFIG, INDEX
-from headshare.plan.plan import SharePlan
-from headshare.plan.tensors import TensorPlan
 from headshare.sharing.assembly import copied
 from headshare.sharing.fits import SharedFiles, open_shared
 from headshare.sharing.share import as_stored
 from headshare.sharing.size import dtype_code
-from headshare.sharing.writer import all_finite, dtype_key, given_assembly, write_checkpoint
+from headshare.sharing.writer import dtype_key, write_checkpoint
 
 
 def write_refitted(
@@ -101,61 +83,6 @@ def write_trained(
     if dtype is not None:
         config[dtype_key(config)] = dtype
     return write_checkpoint(trained, assemblies, config, out, overwrite, notes=notes)
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix rounded to 4 bits: its packed numbers, and a scale for each group of a row's inputs."""
-
-    packed: Int[Tensor, "rows words"]
-    scale: Float[Tensor, "rows groups"]
-
-
-def write_packed(
-    source: Checkpoint,
-    matrices: Mapping[str, PackedMatrix],
-    packing: Packing,
-    out: Path,
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Write a checkpoint with these packed matrices in the place of its own.
-
-    A dense checkpoint is written as a shared one that shares nothing. The matrices are whole; what the plan keeps of
-    them is stored.
-
-    Raises:
-        PlanError: if the plan does more than share rows.
-        CheckpointError: if a scale is not finite, or the source cannot be read.
-        OutputError: if it cannot be written.
-    """
-    # a dense source gets a plan that shares nothing, since only an entry of headshare can hold the packing
-    tensors: Mapping[str, TensorPlan] = {}
-    if source.sharing is None:
-        kind = text_config(source.config).get("model_type")
-        entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name, origin=origin_of(source))
-    else:
-        entry = source.sharing
-        tensors = packed_tensors(open_shared(source).tensors, packing)
-    # each matrix becomes three tensors: of two the plan keeps some rows, and the third says the dense shape; a guard of
-    # no numbers keeps those from loading it who would look for the matrix itself
-    assemblies = [copied(info) for name, info in source.tensors.items() if name not in matrices]
-    given: dict[str, Tensor] = {}
-    for name, matrix in matrices.items():
-        if not all_finite(matrix.scale):
-            raise CheckpointError(f"the scales of {name} are not finite: its weights or their inputs are too large.")
-        parts = {part_of(name, PACKED): matrix.packed, part_of(name, SCALE): matrix.scale}
-        for part, whole in parts.items():
-            rows = [whole[start:stop] for start, stop in tensors[part].kept()] if part in tensors else [whole]
-            given[part] = rows[0] if len(rows) == 1 else torch.cat([whole[:0], *rows])
-        given[part_of(name, SHAPE)] = torch.tensor([len(matrix.packed), matrix.packed.shape[1] * A_WORD])
-        given[part_of(name, GUARD)] = torch.empty(0, dtype=GUARD_DTYPE)
-        file = source.tensors[name].file
-        stored = (*parts, part_of(name, SHAPE), part_of(name, GUARD))
-        assemblies += [given_assembly(part, given[part], file) for part in stored]
-    entry = dataclasses.replace(entry, packing=packing)
-    config = {**source.config, "quantization_config": entry.to_config()}
-    return write_checkpoint(source, assemblies, config, out, overwrite, given)
 
 
 def check_written_again(shared: Checkpoint, out: Path, *, overwrite: bool) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.contents import FILE_KEYS, check_inside, companions, without_weights
 from headshare.checkpoint.entry import SharingEntry
-from headshare.checkpoint.header import DTYPES, read_header
+from headshare.checkpoint.header import DTYPES, WEIGHT_DTYPES, read_header
 from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.seal import seal_of
 from headshare.errors import CheckpointError

@@ -51,15 +51,18 @@ class Rounding(BaseModel):
         Raises:
             CheckpointError: if no matrix should have so many bits.
         """
-        scheme = {8: self.int8, 4: self.int4}[bits]
+        scheme = self._scheme(bits)
         if scheme is None:
             raise CheckpointError(f"config.json says nothing of matrices of {bits} bits, which the checkpoint has.")
         return scheme.group
 
     def is_to_nearest(self, bits: int) -> bool:
         """True if matrices of so many bits have the nearest numbers."""
-        scheme = {8: self.int8, 4: self.int4}[bits]
+        scheme = self._scheme(bits)
         return scheme is not None and scheme.how == NEAREST
+
+    def _scheme(self, bits: int) -> Scheme | None:
+        return {8: self.int8, 4: self.int4}[bits]
 
     def in_words(self) -> str:
         """The rounding in words, as a clause of a checkpoint's description."""

@@ -31,6 +31,11 @@ def groups_of(inputs: int, group: int | None) -> int:
     return 1 if group is None else math.ceil(inputs / group)
 
 
+def stored_width(inputs: int, bits: int) -> int:
+    """The bytes that the numbers of a row with so many inputs take."""
+    return inputs if bits == 8 else -(-inputs // 2)
+
+
 def to_nearest(matrix: Float[Tensor, "rows inputs"], bits: int, group: int | None, dtype: torch.dtype) -> Rounded:
     """The nearest numbers of so many bits, with scales of this type.
 

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headshare.checkpoint.header import Parts, TensorInfo
+from headshare.checkpoint.header import WEIGHT_DTYPES, Parts, TensorInfo
 from headshare.checkpoint.rounding.entry import Rounding
-from headshare.checkpoint.rounding.numbers import Rounded, dense, from_halves, groups_of, halves
+from headshare.checkpoint.rounding.numbers import Rounded, dense, from_halves, groups_of, halves, stored_width
 from headshare.errors import CheckpointError
 
 SUFFIXES = {8: "_int8", 4: "_int4"}
 TYPES = {8: "I8", 4: "U8"}
 SCALE = "_scale"
 GUARD_TYPE = "I8"
-FLOATS = ("F64", "F32", "F16", "BF16")
 # the type of scales of four bits, of which there are many, where matrices have a longer one
 SHORT = {"F64": "F16", "F32": "F16"}
 WHAT = "the checkpoint does not hold rounded matrices as its config.json says"
@@ -33,6 +32,11 @@ WHAT = "the checkpoint does not hold rounded matrices as its config.json says"
 def scale_type(bits: int, dtype: str) -> str:
     """The type of the scales of a matrix of this type in so many bits, in safetensors' words."""
     return SHORT.get(dtype, dtype) if bits == 4 else dtype
+
+
+def guard_shape(inputs: int, *, in_out: bool) -> tuple[int, int]:
+    """The shape of a guard, which says how many inputs there are and where they stand."""
+    return (inputs, 0) if in_out else (0, inputs)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class RoundedMatrix:
         """The tensors that it is stored as, by name."""
         numbers, scale = self.rounded
         inputs = numbers.shape[1]
-        guard = torch.empty((inputs, 0) if self.in_out else (0, inputs), dtype=torch.int8)
+        guard = torch.empty(guard_shape(inputs, in_out=self.in_out), dtype=torch.int8)
         stored = numbers if self.bits == 8 else halves(numbers)
         return {f"{name}{SUFFIXES[self.bits]}": stored, f"{name}{SCALE}": scale, name: guard}
 
@@ -90,9 +94,9 @@ def _joined(name: str, bits: int, tensors: Mapping[str, TensorInfo], group: int 
     in_out = guard.shape[-1:] == (0,)
     inputs = max(guard.shape, default=0)
     rows = numbers.shape[0] if numbers.shape else 0
-    wanted = (rows, inputs if bits == 8 else -(-inputs // 2))
+    wanted = (rows, stored_width(inputs, bits))
     fits = (numbers.dtype, numbers.shape) == (TYPES[bits], wanted)
-    fits = fits and scale.dtype in FLOATS and scale.shape == (rows, groups_of(inputs, group))
+    fits = fits and scale.dtype in WEIGHT_DTYPES and scale.shape == (rows, groups_of(inputs, group))
     fits = fits and inputs > 0 and (guard.dtype, guard.nbytes, len(guard.shape)) == (GUARD_TYPE, 0, 2)
     if not fits:
         found = ", ".join(f"{part.name} {part.dtype} {part.shape}" for part in (numbers, scale, guard))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 from headshare.architecture.llama_cpp import ALIKE, ENGINE, VARIED, FileArchitecture, runs_as
-from headshare.architecture.model_class import class_name, predicts_next
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import ArchitectureError
 from headshare.integrations.gguf.number_types import BLOCK
@@ -102,15 +101,15 @@ def check_family(checkpoint: Checkpoint) -> FileArchitecture:
     """
     model_type = str(checkpoint.config.get("model_type"))
     found = runs_as(model_type)
-    name = class_name(checkpoint.config, checkpoint.tensors)
     if found is None:
         raise ArchitectureError(
             f"{checkpoint.name} is a '{model_type}' model. headshare writes GGUF for {', '.join(ALIKE)} alone; for "
             f"others give the folder that headshare expand writes to {ENGINE}'s own converter."
         )
-    if not predicts_next(name, checkpoint.config):
+    if not checkpoint.predicts_next:
         raise ArchitectureError(
-            f"{checkpoint.name} is a {name or 'bare model'}, which predicts no next token. Give a model that does."
+            f"{checkpoint.name} is a {checkpoint.model_class or 'bare model'}, which predicts no next token. Give a "
+            "model that does."
         )
     config = checkpoint.layouts.config
     if config.get("hidden_act") not in ("silu", "swish"):

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from headshare.architecture.families import OLD_NAMES
+from headshare.architecture.families import names_elsewhere
 from headshare.architecture.modules import module_path
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.header import TensorInfo
 from headshare.errors import PlanError
-from headshare.storage.rounded import hold, is_rounded, rounded_modules, stand_in, tie, unrounded, untied
+from headshare.storage.rounded import held_by, hold, is_rounded, rounded_modules, stand_in, tie, unrounded, untied
 
 
 @dataclass
@@ -44,7 +44,7 @@ class RoundedWeights:
             if path is not None:
                 module = model.get_submodule(path)
                 parameter = name.rpartition(".")[2]
-                if parameter not in getattr(module, "_rounded_parts", {}):
+                if parameter not in held_by(module):
                     hold(module, parameter, info)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         for target, source in list(tied.items()):
@@ -73,9 +73,7 @@ class RoundedWeights:
 
 def _path_of(model: nn.Module, name: str) -> str | None:
     """The path of the module that a tensor is loaded into, also by the name that it has in other releases, or None."""
-    renamed = [name.removesuffix(one) + other for pair in OLD_NAMES.items() for one, other in (pair, pair[::-1])
-               if name.endswith(one)]  # fmt: skip
-    for each in (name, *renamed):
+    for each in (name, *names_elsewhere(name)):
         with suppress(PlanError):
             return module_path(model, each)
     return None

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from headshare.architecture.families import INPUT_EMBEDDINGS, TIED_OUTPUTS
+from headshare.architecture.families import TIED_OUTPUTS, is_embedding
 from headshare.architecture.model_layouts import ModelLayouts
-from headshare.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint
-from headshare.checkpoint.header import DTYPES, TensorInfo
+from headshare.checkpoint.checkpoint import Checkpoint
+from headshare.checkpoint.header import DTYPES, WEIGHT_DTYPES, TensorInfo
 from headshare.checkpoint.int4 import GROUPS
-from headshare.checkpoint.rounding.numbers import groups_of
+from headshare.checkpoint.rounding.numbers import groups_of, stored_width
 from headshare.checkpoint.rounding.tensors import SUFFIXES, scale_type
 from headshare.errors import CheckpointError, OptionError
 from headshare.plan.plan import SharePlan
@@ -33,8 +33,7 @@ class Roundable:
 
     def nbytes(self, bits: int, group: int | None, scale_bytes: int) -> int:
         """The bytes that it takes in so many bits, its scales included."""
-        row = self.inputs if bits == 8 else -(-self.inputs // 2)
-        return self.outputs * (row + groups_of(self.inputs, group) * scale_bytes)
+        return self.outputs * (stored_width(self.inputs, bits) + groups_of(self.inputs, group) * scale_bytes)
 
 
 def roundable(checkpoint: Checkpoint, added: Mapping[str, AddedTensor]) -> dict[str, Roundable]:
@@ -62,7 +61,7 @@ def _roundable(
             in_out = (place.axis == 1) != (part in READOUTS)
             found |= {place.name(layer): in_out for layer in range(layout.layers)}
     found |= {name: False for name, tensor in added.items() if tensor.fill is None}
-    embeddings = [name for name in infos if name.endswith(INPUT_EMBEDDINGS) or name in TIED_OUTPUTS]
+    embeddings = [name for name in infos if is_embedding(name)]
     found |= dict.fromkeys(embeddings, False)
     matrices: dict[str, Roundable] = {}
     for name, in_out in found.items():
@@ -132,8 +131,8 @@ def _fitting(inputs: set[int], group: int | None) -> int:
 
 def repeated_outputs(checkpoint: Checkpoint) -> set[str]:
     """Output embeddings that a checkpoint stores although they are the input's: a rounded one is stored once."""
-    once = parameter_infos(checkpoint)
-    return {name for name in checkpoint.tensors if name in TIED_OUTPUTS and name not in once}
+    infos = parameter_infos(checkpoint)
+    return {name for name in checkpoint.tensors if name in TIED_OUTPUTS and name not in infos}
 
 
 def estimate_rounded(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headshare.architecture.config import text_config
-from headshare.architecture.families import INPUT_EMBEDDINGS, OLD_NAMES, TIED_OUTPUTS, Linear, family_of
+from headshare.architecture.families import TIED_OUTPUTS, Linear, family_of, is_embedding, names_elsewhere
 from headshare.checkpoint.header import Parts
 from headshare.checkpoint.rounding.numbers import Rounded, groups_of, halves
 from headshare.plan.tensors import NOTHING
@@ -38,16 +38,15 @@ class StockMatrices:
     def __init__(self, files: SharedFiles) -> None:
         self._files = files
         self._tensors = files.checkpoint.tensors
-        family = family_of(str(text_config(files.checkpoint.config).get("model_type")))
+        self._family = family_of(str(text_config(files.checkpoint.config).get("model_type")))
         # compressed-tensors knows torch's own linear modules, and transformers loads no mixture of experts through it
         # of which only attention is rounded
-        known = (family is None or family.linear == Linear()) and files.checkpoint.layouts.ffn is not None
+        known = (self._family is None or self._family.linear == Linear()) and files.checkpoint.layouts.ffn is not None
         self.names = frozenset(name for name in self._tensors if known and self._is_stock(name))
 
     def _is_stock(self, name: str) -> bool:
         parts = self._tensors[name].parts
-        outside = name.endswith(INPUT_EMBEDDINGS) or name in TIED_OUTPUTS
-        if parts is None or parts.in_out or outside or not name.endswith(WEIGHT):
+        if parts is None or parts.in_out or is_embedding(name) or not name.endswith(WEIGHT):
             return False
         tensor = self._files.tensors.get(name)
         if tensor is None:
@@ -119,15 +118,12 @@ class StockMatrices:
 
     def _ignored(self) -> list[str]:
         """The modules that may be linear ones, and have ordinary weights; also a head that is the embedding."""
-        checkpoint = self._files.checkpoint
         added = self._files.added
-        family = family_of(str(text_config(checkpoint.config).get("model_type")))
-        heads = TIED_OUTPUTS if family is None else family.tied_outputs
+        heads = TIED_OUTPUTS if self._family is None else self._family.tied_outputs
         plain = [name for name, info in self._tensors.items() if len(info.shape) == 2 and name not in added]
         names = [name for name in (*plain, *heads) if name.endswith(WEIGHT) and name not in self.names]
         # a model of another release may have a module under the name that older checkpoints have, or the reverse
-        pairs = [pair for one in OLD_NAMES.items() for pair in (one, one[::-1])]
-        names += [name.removesuffix(old) + new for old, new in pairs for name in names if name.endswith(old)]
+        names += [other for name in names for other in names_elsewhere(name)]
         return sorted({name.removesuffix(WEIGHT) for name in names})
 
     def _shape(self, name: str) -> tuple[int, ...]:

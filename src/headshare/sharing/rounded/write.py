@@ -13,8 +13,16 @@ from headshare.checkpoint.entry import SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
 from headshare.checkpoint.rounding.entry import NEAREST, Rounding, Scheme
-from headshare.checkpoint.rounding.numbers import Rounded, groups_of, to_nearest
-from headshare.checkpoint.rounding.tensors import GUARD_TYPE, SCALE, SUFFIXES, TYPES, RoundedMatrix, scale_type
+from headshare.checkpoint.rounding.numbers import Rounded, groups_of, stored_width, to_nearest
+from headshare.checkpoint.rounding.tensors import (
+    GUARD_TYPE,
+    SCALE,
+    SUFFIXES,
+    TYPES,
+    RoundedMatrix,
+    guard_shape,
+    scale_type,
+)
 from headshare.errors import CheckpointError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
@@ -81,9 +89,9 @@ class RoundedCheckpoint:
         matrix = self.matrices[name]
         bits = self.bits.of[name]
         rows = matrix.outputs
-        width = matrix.inputs if bits == 8 else -(-matrix.inputs // 2)
+        width = stored_width(matrix.inputs, bits)
         groups = groups_of(matrix.inputs, self.bits.group(name))
-        guard = (matrix.inputs, 0) if matrix.in_out else (0, matrix.inputs)
+        guard = guard_shape(matrix.inputs, in_out=matrix.in_out)
         scales = scale_type(bits, self.checkpoint.tensors[name].dtype)
         return [
             Assembly(f"{name}{SUFFIXES[bits]}", TYPES[bits], (rows, width), file, 0, ()),
