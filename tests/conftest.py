@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,17 @@ def llama(tmp_path: Path) -> Path:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command in this process, in the test's own folder, as the console script does."""
     return run_in(tmp_path, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files of this process and its children lie in a folder that no other test process looks into.
+
+    A test that does without locks leaves files that others would take for those of a dead run.
+    """
+    place = str(tmp_path_factory.mktemp("temporary"))
+    with mock.patch.dict(os.environ, {"TMPDIR": place}), mock.patch.object(tempfile, "tempdir", place):
+        yield
 
 
 @pytest.fixture(autouse=True)
