@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 # the pages whose commands and Python run, each from top to bottom, in a folder of its own
 RUN = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "steps", "repair", "loading", "gguf", "paper", "faq")),
+    *(f"docs/{name}.md" for name in ("quickstart", "steps", "repair", "loading", "gguf", "duplicates", "paper", "faq")),
 ]
 SMALL = {  # what makes a command of a page small, by the options or the command that it has
     "--calibration": ["--calibration-window", "32", "--calibration-tokens", "512"],
@@ -205,7 +205,7 @@ def test_the_public_names_are_these() -> None:
         *("open_checkpoint", "Checkpoint", "load"),
         *("score_units", "make_plan", "match_function", "SharePlan"),
         *("Calibration", "Budget", "plan_by_output"),
-        *("share", "refit", "expand", "export_gguf", "verify", "estimate", "shrink"),
+        *("share", "refit", "expand", "exact_plan", "repeat_layers", "export_gguf", "verify", "estimate", "shrink"),
         "HeadshareError",
     }
 

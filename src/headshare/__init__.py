@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from headshare.integrations.gguf.export import export_gguf
     from headshare.integrations.transformers.loading import load
     from headshare.matching.estimate import estimate
+    from headshare.matching.exact.plan import exact_plan
+    from headshare.matching.exact.repeat import repeat_layers
     from headshare.matching.functions import match_function
     from headshare.matching.pairing import make_plan
     from headshare.matching.similarity import score_units
@@ -44,6 +46,8 @@ else:
             "headshare.integrations.gguf.export": "export_gguf",
             "headshare.integrations.transformers.loading": "load",
             "headshare.matching.estimate": "estimate",
+            "headshare.matching.exact.plan": "exact_plan",
+            "headshare.matching.exact.repeat": "repeat_layers",
             "headshare.matching.functions": "match_function",
             "headshare.matching.pairing": "make_plan",
             "headshare.matching.similarity": "score_units",
@@ -63,6 +67,7 @@ __all__ = [
     "HeadshareError",
     "SharePlan",
     "estimate",
+    "exact_plan",
     "expand",
     "export_gguf",
     "load",
@@ -71,6 +76,7 @@ __all__ = [
     "open_checkpoint",
     "plan_by_output",
     "refit",
+    "repeat_layers",
     "score_units",
     "share",
     "shrink",

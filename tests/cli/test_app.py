@@ -26,8 +26,8 @@ from support.nearest import stand_in
 from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
-    "shrink", "bench", "estimate", "score", "plan", "share", "refit", "train", "quantize", "inspect", "verify",
-    "expand", "export", "eval", "compare", "report", "generate", "demo",
+    "shrink", "bench", "estimate", "score", "plan", "share", "repeat", "refit", "train", "quantize", "inspect",
+    "verify", "expand", "export", "eval", "compare", "report", "generate", "demo",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_no_command_at_all_shows_the_help(run: Run) -> None:
 # ---- one JSON object
 
 ESTIMATED = {"units", "recipients", "dense_bytes", "shared_bytes", "saved_bytes", "saved_fraction", "parts_fraction"}
-ESTIMATED |= {"removed_units", "removed_neurons", "narrow_layers"}
+ESTIMATED |= {"removed_units", "removed_neurons", "narrow_layers", "identical_tensors"}
 SHARED = ESTIMATED | {
     "seconds",
     "peak_anonymous_bytes",
@@ -106,6 +106,7 @@ KEYS: dict[str, set[str]] = {
     "score": {"output", "units", "tables", "digest", "seconds"},
     "plan": {"output", "ties", "plan_digest", "saved_bytes", "price", "price_unit", "measured"},
     "share": SHARED,
+    "repeat": {"layers", "layers_before", "dense_bytes", "shared_bytes", "plan_digest", "seconds", "out"},
     "refit": {"tensors", "text", "text_digest", "tokens", "window", "seed", "seconds", "out"},
     "train": {"method", "steps", "best_step", "loss_before", "loss_after", "ties", "curve", "settings"},
     "quantize": {"matrices", "group", "bytes_before", "bytes", "seconds", "out"},
@@ -137,6 +138,7 @@ def valid(
         "score": [model],
         "plan": ["--from-scores", tmp_path / "scores"],
         "share": [model, "out"],
+        "repeat": [model, "out", "--layers", "1-2"],
         "refit": [shared, "--calibration", text, "--calibration-window", 16, "--calibration-tokens", 128],
         "train": [model, "trained", "--data", text, "--context", 16, "--max_steps", 1, "--use_cpu", "true"],
         "quantize": [shared, "rounded", "--calibration", text, "--calibration-window", 16],

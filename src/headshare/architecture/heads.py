@@ -6,6 +6,9 @@ from typing import Any
 
 from headshare.architecture.families import family_of
 
+# settings under which families give their count of layers
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -22,7 +25,7 @@ def heads_of(config: Mapping[str, Any]) -> Heads:
     """The head counts of a configuration, whatever names the family gives them."""
     query_heads = _first(config, "num_attention_heads", "n_head", "num_heads")
     return Heads(
-        layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
+        layers=_first(config, *LAYER_COUNTS),
         query_heads=query_heads,
         kv_heads=_kv_heads(config, query_heads),
         head_dim=_first(config, "head_dim"),

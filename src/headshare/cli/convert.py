@@ -1,4 +1,4 @@
-"""The commands quantize, expand and export."""
+"""The commands quantize, repeat, expand and export."""
 
 import time
 from enum import StrEnum
@@ -9,6 +9,7 @@ import typer
 
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
+    CHOOSE,
     WRITE,
     BitsName,
     CommonOptions,
@@ -25,6 +26,8 @@ from headshare.cli.options import (
 from headshare.cli.share_options import (
     CalibrationOption,
     CalibrationOptions,
+    DtypeOption,
+    ModelArgument,
     OutArgument,
     SharedArgument,
 )
@@ -113,6 +116,53 @@ def quantize(
 
 # parameters that only rounding on a text uses
 _OF_A_TEXT = ("field", "calibration_tokens", "calibration_window", "seed", "device")
+
+
+@with_bundles
+def repeat(
+    model: ModelArgument,
+    out: OutArgument,
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERS",
+            rich_help_panel=CHOOSE,
+            help="Repeat these layers, counted from 0: 10-16 is a block whose last layer is 16, and 10-16,20 are two "
+            "blocks, each repeated by itself.",
+        ),
+    ],
+    times: Annotated[int, typer.Option(rich_help_panel=CHOOSE, help="Run each block so many times in a row.")] = 2,
+    dtype: DtypeOption = None,
+    *,
+    common: CommonOptions,
+) -> None:
+    """Make a deeper model whose blocks of layers run several times in a row, and store and hold each weight once.
+
+    It computes what a self-merge of the same layers does, bit for bit. `headshare expand` writes that one.
+    """
+    begun = time.monotonic()
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.folder import check_output, check_vacant
+    from headshare.matching.exact.repeat import repeat_layers
+
+    check_vacant(out, overwrite=common.overwrite)
+    with open_checkpoint(model, revision=common.revision) as dense:
+        check_output(out, dense.path, overwrite=common.overwrite)
+        repeated = repeat_layers(dense, layers, times=times, dtype=dtype)
+        repeated.save(out, overwrite=common.overwrite)
+        estimate = repeated.estimate
+        before = dense.layouts.attention.layers
+        now = repeated.dense.layouts.attention.layers
+    seconds = time.monotonic() - begun
+    words = (
+        f"{now} layers of {before}: {estimate.shared_bytes:,} bytes of weights are stored and held. With a copy for "
+        f"each layer they would be {estimate.dense_bytes:,}."
+    )
+    data = {
+        **estimate.to_dict(), "layers_before": before, "layers": now, "plan_digest": repeated.plan.digest,
+        "seconds": seconds, "out": str(out),
+    }  # fmt: skip
+    print_written(data, words, out, seconds, as_json=common.as_json)
 
 
 def expand(

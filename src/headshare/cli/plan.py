@@ -26,8 +26,10 @@ from headshare.cli.options import (
 )
 from headshare.cli.share_options import (
     CALIBRATING,
+    EXACT,
     ChoiceOptions,
     DtypeOption,
+    EstimateMatchName,
     FfnGroupsOption,
     FfnRatioOption,
     MatchOption,
@@ -37,13 +39,22 @@ from headshare.cli.share_options import (
     RunOptions,
 )
 from headshare.errors import OptionError, OutputError, PlanError
+from headshare.progress import tell
 
 
 def estimate(
+    context: Context,
     model: ModelArgument,
     ratio: RatioOption = 0.3,
     parts: PartsOption = "qkv",
-    match: MatchOption = "qk",
+    match: Annotated[
+        EstimateMatchName,
+        typer.Option(
+            rich_help_panel=CHOOSE,
+            help="Match units by the cosine of these parts; or exact: count once what stands several times bit for "
+            "bit, for which weights are read.",
+        ),
+    ] = "qk",
     ffn_groups: FfnGroupsOption = 1,
     ffn_ratio: FfnRatioOption = None,
     dtype: DtypeOption = None,
@@ -54,12 +65,21 @@ def estimate(
 ) -> None:
     """Count exactly what sharing would save, and how large the chosen parts are, before any weight is read.
 
+    With --match exact, count what is stored several times, bit for bit. Only weights tell that, so they are read.
+
     To make the model smaller, repair it and measure it, use `headshare shrink`.
     """
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.matching.estimate import estimate as estimate_bytes
 
-    checkpoint = open_checkpoint(model, revision=revision, weights=False)
+    exact = match == EXACT
+    if exact:
+        refuse_unused(context, "what stands several times is all counted once", _OF_A_RATIO)
+    checkpoint = open_checkpoint(model, revision=revision, weights=exact)
+    if exact:
+        from headshare.matching.exact.find import bytes_to_read
+
+        tell(f"only their numbers say which tensors are equal: {bytes_to_read(checkpoint):,} bytes are read.")
     estimated = estimate_bytes(
         checkpoint,
         ratio,
@@ -71,7 +91,15 @@ def estimate(
         bits=None if bits is None else int(bits),
         group=group,
     )
-    print_result(estimated.to_dict(), f"{estimated.in_words()}\n{NEXT}", as_json)
+    words = f"{estimated.in_words()}\n{NEXT}"
+    if exact:
+        found = estimated.identical_tensors or estimated.recipients
+        words = estimated.in_words() if found else f"Nothing stands twice in {model}, bit for bit."
+    print_result(estimated.to_dict(), words, as_json)
+
+
+# parameters that only an estimate of a ratio uses
+_OF_A_RATIO = ("ratio", "parts", "ffn_groups", "ffn_ratio")
 
 
 def score(

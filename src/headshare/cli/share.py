@@ -24,6 +24,7 @@ from headshare.cli.options import (
 from headshare.cli.share_options import (
     CALIBRATING,
     CHOOSING,
+    EXACT,
     OUTPUT,
     CalibrationOptions,
     ChoiceOptions,
@@ -48,6 +49,17 @@ else:
 UNREPAIRED = (
     "note: nothing is repaired after this sharing. At --ratio 0.3 it took SmolLM2-135M from a perplexity of 15 to 202, "
     "to save 3.7 % of its bytes. To save as much at x1.03: headshare shrink MODEL OUT --save 4% --calibration FILE"
+)
+
+
+# parameters that a lossless plan has no use for
+_INEXACT = (
+    *(name for name in CHOOSING if name != "match"),
+    "calibration",
+    *CALIBRATING,
+    "refit",
+    "refit_ffn",
+    "refine",
 )
 
 
@@ -91,7 +103,8 @@ def share(
         ShareMatchName,
         typer.Option(
             rich_help_panel=CHOOSE,
-            help="Match units by the cosine of these parts, or by output: their effect on the calibration text.",
+            help="Match units by the cosine of these parts; or by output: their effect on the calibration text; or "
+            "exact: store once what stands several times bit for bit, without loss.",
         ),
     ] = "qk",
     *,
@@ -116,10 +129,14 @@ def share(
     from headshare.calibration.run import share_calibrated
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.files.folder import check_output, check_vacant
+    from headshare.matching.exact.plan import exact_plan
     from headshare.matching.similarity import score_units
     from headshare.plan.plan import SharePlan
     from headshare.sharing.share import share as share_checkpoint
 
+    exact = plan_file is None and match == EXACT
+    if exact:
+        refuse_unused(context, "--match exact shares all that is equal, and nothing else", _INEXACT)
     by_output = plan_file is None and (match == OUTPUT or choice.asks_for_output)
     _check_share(
         context,
@@ -139,6 +156,12 @@ def share(
             wanted = SharePlan.load(plan_file)
         elif by_output:
             wanted = choice.budget(context, dense)
+        elif exact:
+            wanted = exact_plan(dense)
+            if not wanted.sections:
+                raise CheckpointError(
+                    f"nothing stands twice in {model}, bit for bit: sharing it exactly saves nothing."
+                )
         else:
             wanted = choice.plan_from(score_units(dense, match, choice.weight_parts, ffn_groups=choice.ffn_groups))
         # with a calibration text the run can be resumed and may refit; without one the plan is written as it is
@@ -155,7 +178,7 @@ def share(
         else:
             assert isinstance(wanted, SharePlan)
             outcome = Outcome(share_checkpoint(dense, wanted, dtype=dtype))
-            if wanted.ties:
+            if wanted.ties and not exact:
                 tell(UNREPAIRED)
             outcome.shared.save(out, overwrite=common.overwrite)
         estimated = outcome.shared.estimate

@@ -22,6 +22,8 @@ from headshare.matching.modes import MODES
 from headshare.plan.units import Sublayer
 
 OUTPUT = "output"
+# what stands several times bit for bit: the name that `matching.exact` has for it, which imports torch
+EXACT = "exact"
 MATCH_NAMES = tuple(name for name, function in MATCH_FUNCTIONS.items() if function.kind is Sublayer.ATTENTION)
 
 # the choices of options: enumerations to typer, which offers their values; words to a type checker
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     MatchName = str
     ShareMatchName = str
+    EstimateMatchName = str
     ModeName = str
     DtypeName = str
     TargetName = str
@@ -42,7 +45,8 @@ else:
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
 
     MatchName = StrEnum("MatchName", {name: name for name in MATCH_NAMES})
-    ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT)})
+    ShareMatchName = StrEnum("ShareMatchName", {name: name for name in (*MATCH_NAMES, OUTPUT, EXACT)})
+    EstimateMatchName = StrEnum("EstimateMatchName", {name: name for name in (*MATCH_NAMES, EXACT)})
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
     TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})

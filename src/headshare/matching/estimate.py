@@ -2,6 +2,7 @@
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
+from headshare.matching.exact.plan import EXACT, exact_plan
 from headshare.matching.pairing import check_covered, checked_recipients, ratio_of
 from headshare.matching.similarity import match_for, tied_together
 from headshare.plan.layout import Layout
@@ -29,8 +30,9 @@ def estimate(
 
     With `bits`, all matrices are rounded then, a scale for every `group` inputs of a row (None: for the row).
 
-    Reads names and shapes only. A ratio stands for the plan that `make_plan` makes in mode star or root, by the `match`
-    function and in the `parts` that are named. A plan says all of this itself.
+    Reads names and shapes only, unless `match` is "exact": then weights are read, and what stands several times bit for
+    bit is counted once, whatever the ratio and the parts. A ratio stands for the plan that `make_plan` makes in mode
+    star or root, by the `match` function and in the `parts` that are named. A plan says all of this itself.
 
     Raises:
         ArchitectureError, CheckpointError, OptionError, PlanError: as `share` would.
@@ -38,6 +40,8 @@ def estimate(
     if isinstance(wish, SharePlan):
         return _estimate(checkpoint, wish, dtype, bits, group)
     checkpoint.require_dense("estimate the saving of")
+    if match == EXACT:
+        return _estimate(checkpoint, exact_plan(checkpoint), dtype, bits, group)
     # Bytes depend on how many units are shared and in which parts, never on which units they are. So any ties do, and
     # no weight is read.
     wanted = Parts.parse(parts)

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from itertools import combinations, groupby, pairwise
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,13 +26,22 @@ from headshare.defaults import MAX_NAME
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import first_error, foreign, is_file, parse_json, read_bytes
+from headshare.plan.copies.identical import IdenticalTensors
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.narrow_values import NarrowValues
 from headshare.plan.removal import Removal
-from headshare.plan.section import SECTION_KINDS, AddedTensor, Borrowed, Removed, Scaled, Section
-from headshare.plan.spans import joined
-from headshare.plan.tensors import TensorPlan, added_tensors, bias_name, bias_plans, reduced_tensors, tensor_plans
+from headshare.plan.section import SECTION_KINDS, AddedTensor, Borrowed, Section
+from headshare.plan.tensors import (
+    TensorPlan,
+    added_tensors,
+    bias_name,
+    bias_plans,
+    check_copies,
+    check_ranges,
+    reduced_tensors,
+    tensor_plans,
+)
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 from headshare.short import short
@@ -106,25 +115,9 @@ class SharePlan(BaseModel):
                     _refuse(section.conflict(other) or other.conflict(section))
             earlier += alike
         if self.others:
-            self._check_ranges()
+            check_ranges(self.sections)
+            check_copies(self.copies, self.tensors, self.biases)
         return self
-
-    def _check_ranges(self) -> None:
-        """Raise PlanError if two sections claim the same indices of a tensor; built-in sections check each other.
-
-        Indices may be removed twice, as those of a unit that is removed from a layer of narrow values.
-        """
-        by_name: dict[str, list[tuple[int, int]]] = {}
-        removed: dict[str, list[tuple[int, int]]] = {}
-        for section in self.sections:
-            for name, _, _, span, _ in section.touched():
-                if span is not None and not isinstance(span, Scaled):
-                    lists = removed if isinstance(span, Removed) else by_name
-                    lists.setdefault(name, []).append((span.start, span.stop))
-        for name, spans in by_name.items():
-            claimed = sorted([*spans, *joined(sorted(removed.get(name, ())))])
-            if any(before[1] > after[0] for before, after in pairwise(claimed)):
-                raise PlanError(f"two sections of the plan claim the same indices of {name}.")
 
     @model_serializer(mode="wrap")
     def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
@@ -173,13 +166,26 @@ class SharePlan(BaseModel):
 
     @cached_property
     def reduced_tensors(self) -> Mapping[str, TensorPlan]:
-        """Tensor plans of all tensors that lend or borrow, by name, in reduced coordinates."""
-        return reduced_tensors(self.tensors)
+        """Tensor plans of all tensors that lend units or borrow some, by name, in reduced coordinates.
+
+        Whole copies are not among them, nor tensors that lend to these alone.
+        """
+        return reduced_tensors({name: tensor for name, tensor in self.tensors.items() if name not in self.copies})
+
+    @cached_property
+    def copies(self) -> Mapping[str, str]:
+        """The tensors that are another tensor whole, by name, each with the name of the one that is stored."""
+        return dict(copy for section in self.sections for copy in section.copies())
 
     @cached_property
     def added_tensors(self) -> Mapping[str, AddedTensor]:
         """The tensors that the plan adds to those of a dense model, by name."""
         return added_tensors(self.sections)
+
+    @property
+    def identical(self) -> IdenticalTensors | None:
+        """The tensors that are stored once under several names, or None."""
+        return next((section for section in self.others if isinstance(section, IdenticalTensors)), None)
 
     @property
     def narrow_values(self) -> NarrowValues | None:

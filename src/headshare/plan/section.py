@@ -157,6 +157,10 @@ class Section(BaseModel, ABC):
         """The tensors that this section adds, by name."""
         return iter(())
 
+    def copies(self) -> Iterator[tuple[str, str]]:
+        """Tensors that are other tensors whole, each with that one: a loaded model has one parameter for both."""
+        return iter(())
+
     def rewritten(self) -> Iterator[str]:
         """The weights whose kept numbers are not the dense model's; biases beside them may be rewritten too."""
         return iter(())

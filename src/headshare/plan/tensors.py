@@ -13,9 +13,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from headshare.errors import PlanError
 from headshare.plan.low_rank import LowRankRange
 from headshare.plan.section import AddedTensor, Borrowed, Made, Removed, Scaled, Section, Touched
 from headshare.plan.spans import Span, Spans, joined
@@ -235,3 +236,45 @@ def added_tensors(sections: Iterable[Section]) -> dict[str, AddedTensor]:
 def total_rank(tensor: TensorPlan) -> int:
     """The sum of the ranks of an output projection's low-rank units."""
     return sum(unit.rank for unit in tensor.factored)
+
+
+def check_ranges(sections: Iterable[Section]) -> None:
+    """Refuse sections that claim the same indices of a tensor; built-in sections check each other.
+
+    Indices may be removed twice, as those of a unit that is removed from a layer of narrow values.
+
+    Raises:
+        PlanError: naming the tensor.
+    """
+    by_name: dict[str, list[tuple[int, int]]] = {}
+    removed: dict[str, list[tuple[int, int]]] = {}
+    for section in sections:
+        for name, _, _, span, _ in section.touched():
+            if span is not None and not isinstance(span, Scaled):
+                lists = removed if isinstance(span, Removed) else by_name
+                lists.setdefault(name, []).append((span.start, span.stop))
+    for name, spans in by_name.items():
+        claimed = sorted([*spans, *joined(sorted(removed.get(name, ())))])
+        if any(before[1] > after[0] for before, after in pairwise(claimed)):
+            raise PlanError(f"two sections of the plan claim the same indices of {name}.")
+
+
+def check_copies(
+    copies: Mapping[str, str], tensors: Mapping[str, TensorPlan], biases: Mapping[str, TensorPlan]
+) -> None:
+    """Refuse copies of tensors that are not stored whole, and tensors that borrow from a copy.
+
+    Raises:
+        PlanError: naming the tensors.
+    """
+    for name, donor in copies.items():
+        if not tensors[donor].is_whole or name in biases or donor in biases:
+            raise PlanError(f"{name} is stored as {donor}, of which the plan also takes numbers away.")
+        if tensors[donor].shape != tensors[name].shape:
+            raise PlanError(f"{name} is stored as {donor}, which other sections of the plan give another shape.")
+    for tensor in tensors.values():
+        lender = next((gap.donor for gap in tensor.gaps if gap.donor in copies), None)
+        if lender is not None:
+            raise PlanError(
+                f"{tensor.name} takes numbers from {lender}, which is stored as {copies[lender]}. Tie it to that one."
+            )

@@ -39,6 +39,7 @@ class SharedCheckpoint:
     """A dense checkpoint and a plan that fits it, from which `save` writes. No weight is read before.
 
     `origin` is what the model of that name held before training; by default it is what the dense checkpoint holds.
+    `base_model` is that name: "" stands for the dense checkpoint's, None for a model that lies nowhere.
     """
 
     files: SharedFiles
@@ -46,6 +47,7 @@ class SharedCheckpoint:
     refit: RefitRecord | None = None
     refitted: Mapping[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
+    base_model: str | None = ""
 
     def __repr__(self) -> str:
         refitted = f"{len(self.refit.tensors)} tensors refitted" if self.refit else ""
@@ -85,8 +87,9 @@ class SharedCheckpoint:
             kept_only(info, tensors[name], code, shared=name in tied) if name in tensors else copied(info, code)
             for name, info in self.dense.tensors.items()
         ]
+        base = self.dense.name if self.base_model == "" else self.base_model
         # the plan travels in config.json, so that the folder alone can be loaded
-        entry = SharingEntry(self.plan, self.refit, self.dense.name, origin=self.origin or origin_of(self.dense))
+        entry = SharingEntry(self.plan, self.refit, base, origin=self.origin or origin_of(self.dense))
         config = {**self.dense.config, "quantization_config": entry.to_config()}
         if self.dtype is not None:
             config[dtype_key(config)] = self.dtype

@@ -25,7 +25,8 @@ class Estimate:
     """Bytes that a plan saves. They are of parameters, as the model holds them in memory and the checkpoint on disk.
 
     `units` and `recipients` are summed over the grids that share: attention, feed-forward, or each part when parts are
-    matched separately. `removed_units` counts attention units, and `narrow_layers` layers with narrow values.
+    matched separately. `removed_units` counts attention units, `narrow_layers` layers with narrow values, and
+    `identical_tensors` tensors that are not stored because an equal one is.
     `saved_fraction` is the saved part of the whole model, and `parts_fraction` the part of it that the chosen parts
     have.
     """
@@ -40,9 +41,11 @@ class Estimate:
     removed_units: int = 0
     removed_neurons: int = 0
     narrow_layers: int = 0
+    identical_tensors: int = 0
 
     def __repr__(self) -> str:
         given = f"{self.recipients} of {self.units} units shared" if self.recipients else ""
+        given = f"{self.identical_tensors} tensors stand elsewhere" if self.identical_tensors else given
         return short(
             self,
             given,
@@ -60,10 +63,13 @@ class Estimate:
         removed = f", {' and '.join(gone)} removed" if gone else ""
         if self.narrow_layers:
             removed += f", narrow values in {self.narrow_layers} layer{'s'[: self.narrow_layers != 1]}"
-        text = (
-            f"{self.recipients} of {self.units} units shared{removed}: {_mib(self.dense_bytes)} becomes "
-            f"{_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
-        )
+        becomes = f"{_mib(self.dense_bytes)} becomes {_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
+        if self.identical_tensors:
+            units = f" and {self.recipients} units" if self.recipients else ""
+            return (
+                f"{self.identical_tensors} tensors{units} stand elsewhere too, bit for bit: {becomes} Nothing is lost."
+            )
+        text = f"{self.recipients} of {self.units} units shared{removed}: {becomes}"
         if self.parts_fraction < SMALL_PARTS:
             text += f" The chosen parts are only {self.parts_fraction:.1%} of this model; no ratio can save more."
         if self.recipients and self.saved_fraction < LITTLE:
@@ -109,6 +115,7 @@ def estimate_plan(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None 
         removed_units=plan.removed(Sublayer.ATTENTION),
         removed_neurons=plan.removed(Sublayer.FFN),
         narrow_layers=len(plan.narrow_values.widths) if plan.narrow_values else 0,
+        identical_tensors=len(plan.copies),
     )
 
 

@@ -213,6 +213,14 @@ def _holds(written: Checkpoint, name: str, pieces: Iterable[Tensor]) -> bool:
     return offset == info.nbytes
 
 
+def same_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """True if two stored tensors of a checkpoint, of one type and shape, are equal bit for bit."""
+    infos = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (infos[0].file, infos[0].offset) == (infos[1].file, infos[1].offset):
+        return True
+    return _holds(checkpoint, one, stream(copied(infos[1]), checkpoint))
+
+
 def same_numbers(shared: Checkpoint, dense: Checkpoint, name: str, tensor: TensorPlan | None) -> bool:
     """True if a stored tensor equals the kept indices of the dense one, bit for bit, after conversion."""
     info = dense.tensors[name]

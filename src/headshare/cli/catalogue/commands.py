@@ -59,9 +59,11 @@ COMMANDS = {
             "headshare share MODEL OUT --ratio 0.2 --calibration FILE --refit",
             "headshare share MODEL OUT --save 10% --calibration FILE --refit",
             "headshare share MODEL OUT --plan share_plan.json",
+            "headshare share MODEL OUT --match exact",
         ),
         goes_on=True,
     ),
+    "repeat": Command("convert:repeat", SMALLER, ("headshare repeat MODEL OUT --layers 10-16",)),
     "refit": Command("share:refit", SMALLER, ("headshare refit SHARED --calibration FILE --out OUT",), goes_on=True),
     "quantize": Command(
         "convert:quantize",

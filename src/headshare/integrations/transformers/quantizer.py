@@ -25,12 +25,14 @@ from headshare.checkpoint.int4 import Packing, check_types, guards, packed_tenso
 from headshare.checkpoint.rounding.tensors import joined_parts
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
+from headshare.integrations.transformers.placing import device_of, device_types
 from headshare.integrations.transformers.rounded import RoundedWeights
 from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
 from headshare.integrations.transformers.sized import check_numbers, shape_mismatch
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
+from headshare.storage.copies import Copies
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
@@ -56,6 +58,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._guarded: set[str] = set()
         self._shapes: dict[str, torch.Size] = {}
         self._rounded = RoundedWeights()
+        self._copies: Copies | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -85,6 +88,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         if removed:
             shrink(model, plan, ModuleMap.of(model, removed))
         change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
+        self._copies = Copies(model, plan.copies) if plan.copies else None
         self._tensors = plan.reduced_tensors
         self._modules = ModuleMap.of(model, self._tensors)
         self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
@@ -92,7 +96,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         # transformers measures modules to make a map of a name like "auto": a second call then installs for good
         if isinstance(device_map, str):
             STORAGES[TRAINABLE]({}).install(model, self._tensors, self._modules)
-            self._rounded.hold_all(model)
+            self._hold_others(model)
         else:
             self._install(model, device_map)
 
@@ -127,7 +131,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         dtypes = stored_dtypes(self._stock.values())
         asked = self.quantization_config.storage
         packs = self.quantization_config.sharing.rounding is not None
-        name = choose_storage(asked, self._tensors, dtypes, _device_types(device_map), packs=packs)
+        name = choose_storage(asked, self._tensors, dtypes, device_types(device_map), packs=packs)
         paths = self._modules.paths()
         devices = {tensor: device_of(path, device_map) for tensor, path in paths.items()}
         storage = STORAGES[name](devices)
@@ -136,8 +140,14 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._say_what_is_held_again(devices)
         if storage.brings_memory:
             self._mapped = frozenset(f"{path}.weight" for path in paths.values())
-        self._rounded.hold_all(model)
+        self._hold_others(model)
         self._shapes = _shapes_of(model)
+
+    def _hold_others(self, model: nn.Module) -> None:
+        """Make room for rounded matrices, and none for tensors that are others."""
+        self._rounded.hold_all(model)
+        if self._copies is not None:
+            self._copies.empty(model)
 
     def _say_what_is_held_again(self, devices: Mapping[str, str]) -> None:
         paths = self._modules.paths()
@@ -167,6 +177,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             if isinstance(module, AbsentAttention):
                 module.freeze()
         self._rounded.stand_in(model)
+        if self._copies is not None:
+            self._copies.join(model)
         self._frozen = read_banks(model)
         return model
 
@@ -193,6 +205,9 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         if plan.no_stock_equivalent is not None:
             raise StorageError(f"no stock model computes the same as this one: {plan.no_stock_equivalent}.")
         self._rounded.unround(model)
+        if self._copies is not None:
+            self._copies.part(model)
+            self._copies = None
         # in the reverse of the order on loading: shared modules become dense, then removed units come back as zeros
         removed = ModuleMap.of(model, shrunk_of(plan))
         stock = _stock_modules(model, {*changed_paths(model), *removed.paths().values()})
@@ -213,12 +228,14 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         finally:
             self._gathered = None
 
-    def get_state_dict_and_metadata(self, _: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Mapping[str, Any] | None, dict[str, str]]:
         """Tensors and metadata for transformers to save; None stands for the model's own tensors.
 
         No seal is among the metadata: safetensors writes several keys in another order each time.
         """
-        return self._gathered, {}
+        if self._copies is None:
+            return self._gathered, {}
+        return self._copies.emptied(model.state_dict() if self._gathered is None else self._gathered), {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """True: a shared model is saved as it was loaded."""
@@ -291,23 +308,6 @@ def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         replace_module(model, path, module)
-
-
-def device_of(path: str, device_map: Any) -> str:
-    """The device of a module, by the longest of the map's keys that it lies under. Numbers are CUDA devices."""
-    places = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
-    above = [key for key in places if not key or path == key or path.startswith(f"{key}.")]
-    return _device_name(places[max(above, key=len)] if above else "cpu")
-
-
-def _device_types(device_map: Any) -> set[str]:
-    """Kinds of devices (cpu, cuda, disk) in a device map that transformers has resolved. Numbers are CUDA devices."""
-    places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-    return {_device_name(place).partition(":")[0] for place in places}
-
-
-def _device_name(place: Any) -> str:
-    return f"cuda:{place}" if isinstance(place, int) else str(place)
 
 
 def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

@@ -1,0 +1,1 @@
+"""Copies: tensors that are, whole and bit for bit, one stored tensor under several names."""
