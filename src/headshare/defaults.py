@@ -13,3 +13,5 @@ GGUF = "gguf"
 TARGET_NAMES = (GGUF,)
 # characters of the longest name that a plan holds
 MAX_NAME = 200
+# words for the bits that a plan may give matrices
+WIDTH_NAMES = ("16", "8", "4", "auto")

@@ -6,6 +6,8 @@ the curve of every sublayer, and the number of steps to take along it.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from headshare.errors import PlanError
 from headshare.plan.section import Choice
 from headshare.plan.units import Sublayer
 
+# What a sublayer can do: an end of a curve, or more.
+Chosen = TypeVar("Chosen")
 # For each sublayer, the index of the end that is chosen.
 Taken = list[int]
 
@@ -31,8 +35,8 @@ def plan_for_units(prices: CostCurves, units: int, *, choice: Choice | None = No
         PlanError: if so many units cannot be given up.
     """
     of_units = (curve for curve in prices.curves if not curve.is_of_neurons)
-    sublayers = [_SublayerCurves.of(curves) for curves in _by_sublayer(of_units)]
-    most = sum(sublayer.most_steps for sublayer in sublayers)
+    sublayers = [_of_curves(curves) for curves in _by_sublayer(of_units)]
+    most = sum(max(end for _, end in sublayer.ends) for sublayer in sublayers)
     if not 0 <= units <= most:
         raise PlanError(f"{units} units cannot be given up; of those that were priced, {most} can. Ask for less.")
     return budgeted(prices, _cheapest(sublayers, units), choice)
@@ -67,8 +71,8 @@ def _most_saved(curves: Sequence[CostCurve]) -> int:
     return max(sum(step.saved_bytes for step in curve.steps) for curve in curves)
 
 
-def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
-    """Selections of the curves: all that go together, those that share nothing, and each set of actions alone.
+def going_together(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
+    """Selections of the curves: all that go together, and those that share nothing.
 
     Where units are tied, values of layer 0 stay as they are, since narrow ones are not lent and there must be a donor.
     """
@@ -77,6 +81,11 @@ def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
         yield [curve for curve in curves if curve.layer or not any(action.narrows for action in curve.actions)]
     if alone or not curves:
         yield alone
+
+
+def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
+    """Selections of the curves: those that go together, and each set of actions alone."""
+    yield from going_together(curves)
     kinds = sorted({(curve.kind, tuple(sorted(curve.actions))) for curve in curves})
     if len(kinds) > 1:
         for kind, actions in kinds:
@@ -85,44 +94,34 @@ def _alternatives(curves: Sequence[CostCurve]) -> Iterator[Sequence[CostCurve]]:
 
 def _saving(curves: Sequence[CostCurve], wanted: int) -> list[End]:
     """The ends to which these curves are followed to save so many bytes."""
-    sublayers = [_SublayerCurves.of(alternatives).worth_having() for alternatives in _by_sublayer(curves)]
-    return _ends(sublayers, _trimmed(sublayers, _greedy(sublayers, wanted), wanted))
+    return cheapest_saving([_of_curves(alternatives) for alternatives in _by_sublayer(curves)], wanted)
 
 
 # ---- how far to follow which curve
 
 
 @dataclass(frozen=True)
-class _SublayerCurves:
-    """All choices that one sublayer has: to give nothing up, or the first steps of one of its cost curves.
+class Choices(Generic[Chosen]):
+    """All choices that one sublayer has, such as to give nothing up, or the first steps of one of its cost curves.
 
-    Each of the `ends` is a curve with a number of steps; they are sorted by saved bytes. `price` and `saved` are the
-    sums over these steps.
+    The `ends` are sorted by the bytes that are `saved`; the first saves none. `price` is the cost of each.
     """
 
-    ends: tuple[End, ...]
+    ends: tuple[Chosen, ...]
     price: NDArray[np.float64]
     saved: NDArray[np.int64]
 
     @classmethod
-    def of(cls, curves: Sequence[CostCurve]) -> "_SublayerCurves":
-        """The choices that these curves of one sublayer give. Giving nothing up is one choice, whatever the curve."""
-        ends = [(0, 0.0, curves[0], 0)]
-        for curve in curves:
-            price = 0.0
-            saved = 0
-            for end, step in enumerate(curve.steps, 1):
-                price += step.price
-                saved += step.saved_bytes
-                ends.append((saved, price, curve, end))
-        ends.sort(key=lambda choice: choice[:2])
+    def of(cls, choices: Iterable[tuple[int, float, Chosen]]) -> "Choices[Chosen]":
+        """The choices with these saved bytes and costs."""
+        ordered = sorted(choices, key=lambda choice: choice[:2])
         return cls(
-            tuple((curve, end) for _, _, curve, end in ends),
-            np.array([price for _, price, _, _ in ends]),
-            np.array([saved for saved, _, _, _ in ends], dtype=np.int64),
+            tuple(end for _, _, end in ordered),
+            np.array([price for _, price, _ in ordered]),
+            np.array([saved for saved, _, _ in ordered], dtype=np.int64),
         )
 
-    def worth_having(self) -> "_SublayerCurves":
+    def worth_having(self) -> "Choices[Chosen]":
         """The choices without those that cost something, save no more than another and cost no less."""
         # Ends come by saved bytes. Each drops those before it that cost as much or more, unless they cost nothing; it
         # stays if it saves more than the last that is left.
@@ -132,16 +131,35 @@ class _SublayerCurves:
                 kept.pop()
             if self.saved[kept[-1]] < self.saved[at]:
                 kept.append(at)
-        return _SublayerCurves(tuple(self.ends[at] for at in kept), self.price[kept], self.saved[kept])
-
-    @property
-    def most_steps(self) -> int:
-        """The number of steps of the longest curve."""
-        return max(end for _, end in self.ends)
+        return Choices(tuple(self.ends[at] for at in kept), self.price[kept], self.saved[kept])
 
     def beyond(self, at: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The cost and the saved bytes of going on from this end to each of those after it."""
         return self.price[at + 1 :] - self.price[at], self.saved[at + 1 :] - self.saved[at]
+
+
+def _followed(curve: CostCurve) -> Iterator[tuple[int, float, End]]:
+    """The saved bytes and the cost of the first steps of a curve, for each number of steps from one on."""
+    price = 0.0
+    saved = 0
+    for end, step in enumerate(curve.steps, 1):
+        price += step.price
+        saved += step.saved_bytes
+        yield saved, price, (curve, end)
+
+
+def _of_curves(curves: Sequence[CostCurve]) -> Choices[End]:
+    """The choices that these curves of one sublayer give. Giving nothing up is one choice, whatever the curve."""
+    return Choices.of([(0, 0.0, (curves[0], 0)), *chain.from_iterable(map(_followed, curves))])
+
+
+def cheapest_saving(sublayers: Sequence[Choices[Chosen]], wanted: int) -> list[Chosen]:
+    """One choice of each sublayer, which together save so many bytes at the least cost that a greedy search finds.
+
+    All choices together can save as much.
+    """
+    useful = [sublayer.worth_having() for sublayer in sublayers]
+    return _ends(useful, _trimmed(useful, _greedy(useful, wanted), wanted))
 
 
 def _by_sublayer(curves: Iterable[CostCurve]) -> list[list[CostCurve]]:
@@ -152,12 +170,12 @@ def _by_sublayer(curves: Iterable[CostCurve]) -> list[list[CostCurve]]:
     return list(sublayers.values())
 
 
-def _ends(sublayers: Sequence[_SublayerCurves], taken: Taken) -> list[End]:
-    """The curve and the number of steps that each sublayer takes."""
+def _ends(sublayers: Sequence[Choices[Chosen]], taken: Taken) -> list[Chosen]:
+    """What each sublayer takes."""
     return [sublayer.ends[at] for sublayer, at in zip(sublayers, taken, strict=True)]
 
 
-def _cheapest(sublayers: Sequence[_SublayerCurves], units: int) -> list[End]:
+def _cheapest(sublayers: Sequence[Choices[End]], units: int) -> list[End]:
     """The ends of least cost that have this many steps in all. Among equals, later sublayers give less up."""
     # `best` is the least cost of every number of steps in the sublayers so far: at first there is no sublayer.
     best = np.full(units + 1, np.inf)
@@ -176,7 +194,7 @@ def _cheapest(sublayers: Sequence[_SublayerCurves], units: int) -> list[End]:
     return _followed_back(sublayers, chosen, units)
 
 
-def _followed_back(sublayers: Sequence[_SublayerCurves], chosen: NDArray[np.int64], units: int) -> list[End]:
+def _followed_back(sublayers: Sequence[Choices[End]], chosen: NDArray[np.int64], units: int) -> list[End]:
     """The end of each sublayer in the best choice of this many units, traced back from the last sublayer."""
     taken = []
     for sublayer, row in zip(sublayers[::-1], chosen[::-1], strict=True):
@@ -186,7 +204,7 @@ def _followed_back(sublayers: Sequence[_SublayerCurves], chosen: NDArray[np.int6
     return taken[::-1]
 
 
-def _greedy(sublayers: Sequence[_SublayerCurves], wanted: int) -> Taken:
+def _greedy(sublayers: Sequence[Choices[Chosen]], wanted: int) -> Taken:
     """The cheapest choice that saves so many bytes, among those one turn away from a state of the greedy search."""
     taken = [0] * len(sublayers)
     price = 0.0
@@ -208,23 +226,23 @@ def _greedy(sublayers: Sequence[_SublayerCurves], wanted: int) -> Taken:
         # The best rate can lead past a cheaper end, so the best way to end here is kept on every turn.
         cost, number, further = min(completions)
         if cost < least:
-            best = _followed(taken, number, further)
+            best = _moved(taken, number, further)
             least = cost
         # The search itself goes on by the best rate, until enough is saved.
         _, number, further = min(extensions)
         more, saved = sublayers[number].beyond(taken[number])
-        taken = _followed(taken, number, further)
+        taken = _moved(taken, number, further)
         price += more[further]
         left -= int(saved[further])
     return best
 
 
-def _followed(taken: Taken, number: int, further: int) -> Taken:
+def _moved(taken: Taken, number: int, further: int) -> Taken:
     """The choice with sublayer `number` moved on by one end, and by `further` more."""
     return [at + 1 + further if position == number else at for position, at in enumerate(taken)]
 
 
-def _trimmed(sublayers: Sequence[_SublayerCurves], taken: Taken, wanted: int) -> Taken:
+def _trimmed(sublayers: Sequence[Choices[Chosen]], taken: Taken, wanted: int) -> Taken:
     """The choice without steps that cost something and are not needed; the dearest go first."""
     spare = sum(int(sublayer.saved[at]) for sublayer, at in zip(sublayers, taken, strict=True)) - wanted
     while True:

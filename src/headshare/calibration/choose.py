@@ -6,6 +6,8 @@ from typing import Any
 
 from headshare.calibration import processes
 from headshare.calibration.allocate import plan_for_bytes, plan_for_units
+from headshare.calibration.bits.costs import MatrixCosts, checked_costs, costs_to_data, rounding_costs
+from headshare.calibration.bits.joint import plan_with_bits
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import Action
 from headshare.calibration.costs.curves import CostCurve, CostCurves
@@ -65,6 +67,14 @@ def plan_on(
         CalibrationError: if the text is too short to measure predictions on, or what is kept is of something else.
         CheckpointError, ArchitectureError: if the model cannot be walked layer by layer.
     """
+    rounding: list[MatrixCosts] = []
+    if budget.rounded is not None:
+        rounding = _costs_of_rounding(dense, calibration, probe=probe, device=device, workspace=workspace, kept=kept)
+        # where bits alone are enough, nothing costs as little: what could be given up need not be priced
+        if budget.rounded.is_met_by_bits(dense):
+            none = priced_before(dense, budget.actions, (), ffn_groups=budget.ffn_groups)
+            return plan_with_bits(dense, replace(none, in_nats=probe and predicts(dense)), rounding, budget.rounded)
+
     # All layers are priced, protected or not, so that one pricing serves whatever is protected.
     known = processes.from_first(lambda: None if kept is None else kept.read(budget.actions))
     prices = prices_on(
@@ -81,10 +91,42 @@ def plan_on(
     if kept is not None and known is None and processes.is_first():
         kept.write(budget.actions, prices.curves)
     prices = prices.only(budget.actions).without_layers(budget.protect)
+    if budget.rounded is not None:
+        return plan_with_bits(dense, prices, rounding, budget.rounded)
     if budget.units is not None:
         return plan_for_units(prices, budget.units)
     assert budget.saved_bytes is not None
     return plan_for_bytes(prices, budget.saved_bytes)
+
+
+def _costs_of_rounding(
+    dense: Checkpoint,
+    calibration: Calibration,
+    *,
+    probe: bool,
+    device: str,
+    workspace: Workspace | None,
+    kept: KeptCurves | None,
+) -> list[MatrixCosts]:
+    """What rounding each matrix costs, from what is kept or what a stopped run saved, if they have it."""
+    sensitive = probe and predicts(dense)
+    name = f"rounding-{key_of(sensitive)}.json"
+
+    def before() -> list[MatrixCosts] | None:
+        known = None if kept is None else kept.read_rounding()
+        saved = None if workspace is None or known is not None else workspace.read_json(name)
+        data = known if saved is None else saved["costs"]
+        return None if data is None else checked_costs(data)
+
+    costs = processes.from_first(before)
+    if costs is None:
+        costs = rounding_costs(dense, calibration, sensitive=sensitive, device=device)
+        if processes.is_first():
+            if workspace is not None:
+                workspace.write_json(name, {"costs": costs_to_data(costs)})
+            if kept is not None:
+                kept.write_rounding(costs_to_data(costs))
+    return costs
 
 
 def prices_on(

@@ -36,7 +36,10 @@ class Planned:
 def _predicted(chosen: Budgeted | None) -> dict[str, Any]:
     """The predicted cost and its unit under the names that `--json` prints; null where nothing was predicted."""
     unit = None if chosen is None else "nats" if chosen.in_nats else "relative error"
-    return {"price": None if chosen is None else chosen.price, "price_unit": unit}
+    data: dict[str, Any] = {"price": None if chosen is None else chosen.price, "price_unit": unit}
+    if chosen is not None and chosen.plan.bits is not None:
+        data |= {"rounding_price": chosen.rounding, "bits": chosen.plan.bits.model_dump(mode="json")}
+    return data
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexi
     The first process measures it alone.
     """
     folder = run.resumable.workspace.folder / "measured"
-    refitted = run.refit(share(run.dense, plan))
+    shared = share(run.dense, plan)
+    refitted = run.refit(shared) if plan.sections else shared
     if not processes.is_first():
         return None
     shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +216,7 @@ def share_calibrated(
         chosen = run.plan(wanted.plan) if isinstance(wanted.plan, Budget) else None
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
         shared = share(dense, plan, dtype=wanted.dtype)
-        if wanted.refit:
+        if wanted.refit and plan.sections:
             shared = run.refit(shared, ffn=wanted.ffn, refine=wanted.refine)
         first = processes.is_first()
         if first:

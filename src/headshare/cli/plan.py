@@ -204,7 +204,7 @@ def plan(
 
 
 # parameters that only a plan from a model uses
-_OF_MODEL = ("calibration", "ffn_groups", "save", "allow", "multiple", "target", "revision", *CALIBRATING)
+_OF_MODEL = ("calibration", "ffn_groups", "save", "to", "bits", "allow", "multiple", "target", "revision", *CALIBRATING)
 
 
 def _check_file(path: Path, overwrite: bool, read: Callable[[Path], object], source: str | None = None) -> None:

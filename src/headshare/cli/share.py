@@ -146,7 +146,7 @@ def share(
         calibrated=run.calibration is not None,
     )
     if by_output and match != OUTPUT:
-        refuse_unused(context, "--save, --allow and --target choose by output", ["match"])
+        refuse_unused(context, "--save, --to, --bits, --allow and --target choose by output", ["match"])
     check_vacant(out, overwrite=common.overwrite)
     with watched_peak() as peak, open_checkpoint(model, revision=common.revision) as dense:
         check_output(out, dense.path, overwrite=common.overwrite)
@@ -155,7 +155,7 @@ def share(
         if plan_file is not None:
             wanted = SharePlan.load(plan_file)
         elif by_output:
-            wanted = choice.budget(context, dense)
+            wanted = choice.budget(context, dense, dtype)
         elif exact:
             wanted = exact_plan(dense)
             if not wanted.sections:

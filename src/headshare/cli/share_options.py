@@ -13,10 +13,9 @@ from headshare.cli.options import (
     WRITE,
     Context,
     RestartOption,
-    is_given,
     refuse_unused,
 )
-from headshare.defaults import OUTPUT_DTYPES, TARGET_NAMES, TOKENS
+from headshare.defaults import OUTPUT_DTYPES, TARGET_NAMES, TOKENS, WIDTH_NAMES
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.modes import MODES
 from headshare.plan.units import Sublayer
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     ModeName = str
     DtypeName = str
     TargetName = str
+    WidthsName = str
 else:
     # all of them import torch, which only a command that runs has the time for
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
@@ -50,6 +50,7 @@ else:
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
     TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})
+    WidthsName = StrEnum("WidthsName", {name: name for name in WIDTH_NAMES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[
@@ -109,6 +110,14 @@ TargetOption = Annotated[
         "sublayers, 32 neurons at a time, for `export`.",
     ),
 ]
+PlanBitsOption = Annotated[
+    WidthsName,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Round matrices too: to 8 bits, to 4, or each to 16, 8 or 4, so that bits and what is given up together "
+        "cost least for the size. Embeddings get 8 bits, unless it is 16: nothing is rounded.",
+    ),
+]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "
     "gateup, low_rank (qkv, and o in low rank), several joined by +, auto (qkvo+low_rank), or none. Default: none with "
@@ -149,6 +158,15 @@ class ChoiceOptions:
             help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
         ),
     ] = None
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            rich_help_panel=CHOOSE,
+            help="Leave this much of the whole model (40%, 120MB), where it costs least. The other way to say --save.",
+        ),
+    ] = None
+    bits: PlanBitsOption = "16"
     allow: Annotated[
         str | None,
         typer.Option(
@@ -170,7 +188,10 @@ class ChoiceOptions:
     @property
     def asks_for_output(self) -> bool:
         """True if an option is given that only a plan by output has."""
-        return any(option is not None for option in (self.save, self.allow, self.target))
+        return (
+            any(option is not None for option in (self.save, self.to, self.allow, self.target))
+            or str(self.bits) != "16"
+        )
 
     def plan_from(self, scores: Scores) -> SharePlan:
         """The plan by weights that the options ask for."""
@@ -185,7 +206,7 @@ class ChoiceOptions:
             protect=whole_numbers(self.protect),
         )
 
-    def budget(self, context: Context, dense: Checkpoint) -> Budget:
+    def budget(self, context: Context, dense: Checkpoint, dtype: str | None = None) -> Budget:
         """The budget by output that the options ask for. Options that do not apply to it are refused."""
         from headshare.calibration.budget import NOTHING, Budget
 
@@ -193,7 +214,10 @@ class ChoiceOptions:
             dense,
             ratio=self.ratio,
             save=self.save,
-            parts=self.parts or (None if self.save or self.allow or self.target else "qkv"),
+            to=self.to,
+            bits=str(self.bits),
+            dtype=dtype,
+            parts=self.parts or (None if self.save or self.to or self.allow or self.target else "qkv"),
             allow=None if self.allow is None else [word for word in self.allow.split(",") if word != NOTHING],
             ffn_groups=self.ffn_groups,
             protect=whole_numbers(self.protect),
@@ -201,8 +225,8 @@ class ChoiceOptions:
             target=self.target,
         )
         refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
-        if is_given(context, "save"):
-            refuse_unused(context, "--save says how much is given up", ["ratio"])
+        if self.save or self.to:
+            refuse_unused(context, "--save and --to say how much is given up", ["ratio"])
         if not any(action.sublayer is Sublayer.FFN for action in budget.actions):
             refuse_unused(context, "no groups of neurons are shared; add gateup to --parts", ["ffn_groups"])
         return budget

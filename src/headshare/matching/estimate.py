@@ -10,8 +10,8 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Parts, Tie
-from headshare.sharing.rounded.matrices import estimate_rounded
-from headshare.sharing.size import Estimate, estimate_plan
+from headshare.sharing.rounded.matrices import estimate_planned, estimate_rounded
+from headshare.sharing.size import Estimate
 
 
 def estimate(
@@ -67,7 +67,7 @@ def _estimate(
     checkpoint: Checkpoint, plan: SharePlan, dtype: str | None, bits: int | None, group: int | None
 ) -> Estimate:
     if bits is None:
-        return estimate_plan(checkpoint, plan, dtype=dtype)
+        return estimate_planned(checkpoint, plan, dtype=dtype)
     return estimate_rounded(checkpoint, plan, bits=bits, group=group, dtype=dtype)
 
 

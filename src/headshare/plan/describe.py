@@ -16,7 +16,8 @@ def describe(plan: SharePlan) -> dict[str, Any]:
     listed: dict[str, list[dict[str, Any]]] = {key: [] for key in _ALWAYS}
     for section in plan.sections:
         listed.setdefault(section.key, []).append(section.describe())
-    return {"model_type": plan.model_type, "plan_digest": plan.digest, "ties": plan.ties, **listed}
+    bits = {} if plan.bits is None else {"bits": plan.bits.model_dump(mode="json")}
+    return {"model_type": plan.model_type, "plan_digest": plan.digest, "ties": plan.ties, **listed, **bits}
 
 
 def titles(plan: SharePlan) -> list[str]:
@@ -51,4 +52,5 @@ def picture(plan: SharePlan) -> str:
     for kind in SECTION_KINDS.values():
         if kind.legend and any(isinstance(section, kind) for section in plan.sections):
             legend += f"   {kind.sign} {kind.legend}"
-    return "\n\n".join([*blocks, legend]) + "\n"
+    bits = [] if plan.bits is None else [plan.bits.in_words()]
+    return "\n\n".join([*blocks, legend, *bits]) + "\n"

@@ -6,11 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import field_serializer, field_validator
 
 from headshare.errors import PlanError
-from headshare.plan.groups import MAX_ATTENTION_UNITS, flat, read_groups, read_layer, write_groups
 from headshare.plan.layout import Layout, Place
 from headshare.plan.removal import Removal, counts
 from headshare.plan.section import KEPT, AddedTensor, Choice, ModuleChange, Section, Touched, section_kind
-from headshare.plan.spans import Spans, length
+from headshare.plan.spans import MAX_ATTENTION_UNITS, Spans, flat, length, read_groups, read_layer, write_groups
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 

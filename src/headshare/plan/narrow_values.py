@@ -6,11 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import field_serializer, field_validator
 
 from headshare.errors import PlanError
-from headshare.plan.groups import MAX_ATTENTION_UNITS, read_layer
 from headshare.plan.layout import Layout, Place
 from headshare.plan.low_rank import LowRankUnits
 from headshare.plan.removal import Removal, counts
 from headshare.plan.section import KEPT, Choice, ModuleChange, Removed, Section, Touched, section_kind
+from headshare.plan.spans import MAX_ATTENTION_UNITS, read_layer
 from headshare.plan.ties import Selection
 from headshare.plan.units import HeadUnit, Part, Sublayer
 

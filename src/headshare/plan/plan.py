@@ -26,6 +26,7 @@ from headshare.defaults import MAX_NAME
 from headshare.errors import PlanError
 from headshare.files.atomic import write_whole
 from headshare.files.untrusted import first_error, foreign, is_file, parse_json, read_bytes
+from headshare.plan.bits import PlannedBits
 from headshare.plan.copies.identical import IdenticalTensors
 from headshare.plan.layout import Layout, check_places, check_tensors
 from headshare.plan.low_rank import LowRankUnits
@@ -70,6 +71,7 @@ class SharePlan(BaseModel):
     factored: Annotated[tuple[LowRankUnits, ...], Field(max_length=len(Sublayer))] = ()
     # narrow values, and sections of kinds that were registered elsewhere; in JSON each kind has a key of its own
     others: Annotated[tuple[SerializeAsAny[Section], ...], Field(max_length=MAX_SECTIONS)] = ()
+    bits: PlannedBits | None = None
 
     def __repr__(self) -> str:
         return short(self, self.model_type, *(section.told() for section in self.sections))
@@ -127,7 +129,7 @@ class SharePlan(BaseModel):
         """
         data: dict[str, Any] = handler(self)
         others = zip(self.others, data.pop("others", ()), strict=True)
-        for key in ("removals", "factored"):
+        for key in ("removals", "factored", "bits"):
             if not getattr(self, key):
                 data.pop(key, None)
         for section, written in others:

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 from pydantic import field_serializer, field_validator, model_validator
 
 from headshare.errors import PlanError
-from headshare.plan.groups import MAX_ATTENTION_UNITS, flat, read_groups, write_groups
 from headshare.plan.layout import Layout, Place
 from headshare.plan.section import KEPT, Choice, Removed, Section, Touched, section_kind
-from headshare.plan.spans import Span, Spans, length
+from headshare.plan.spans import MAX_ATTENTION_UNITS, Span, Spans, flat, length, read_groups, write_groups
 from headshare.plan.ties import Selection
 from headshare.plan.units import ATTENTION_PARTS, FFN_PARTS, READOUTS, HeadUnit, Part, Sublayer
 

@@ -20,8 +20,11 @@ from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.entry import Origin, SharingEntry
 from headshare.checkpoint.fingerprint import origin_of
 from headshare.checkpoint.header import DTYPES
+from headshare.checkpoint.opening import open_checkpoint
 from headshare.checkpoint.refit_record import RefitRecord
 from headshare.errors import CheckpointError
+from headshare.files.folder import check_output
+from headshare.files.scratch import scratch_folder
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.tensors import TensorPlan
@@ -29,7 +32,9 @@ from headshare.sharing.assembly import Assembly, copied, kept_only, output_dtype
 from headshare.sharing.expanded import LazyTensors, rotated_tensors
 from headshare.sharing.fits import SharedFiles, fit_plan
 from headshare.sharing.makers import split
-from headshare.sharing.size import Estimate, dtype_code, estimate_plan
+from headshare.sharing.rounded.matrices import estimate_planned
+from headshare.sharing.rounded.write import round_as_planned
+from headshare.sharing.size import Estimate, dtype_code
 from headshare.sharing.writer import all_finite, dtype_key, given_assembly, write_checkpoint
 from headshare.short import short, tail
 
@@ -66,19 +71,34 @@ class SharedCheckpoint:
     @property
     def estimate(self) -> Estimate:
         """The exact bytes of the result."""
-        return estimate_plan(self.dense, self.plan, dtype=self.dtype)
+        return estimate_planned(self.dense, self.plan, dtype=self.dtype)
 
     def save(
         self, out: str | Path, *, overwrite: bool = False, notes: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Path:
         """Write the shared checkpoint as a folder, whole or not at all, and check what was written.
 
+        Where the plan names bits, it is written beside the output first, for the time, and rounded from there.
         `notes` are JSON files that go with it, by name.
 
         Raises:
             OutputError: if the folder exists or cannot be written.
             CheckpointError: if the source cannot be read, or what was written is not what was meant.
         """
+        if self.plan.bits is not None:
+            return self._save_rounded(Path(out), overwrite=overwrite)
+        return self._save_whole(Path(out), overwrite=overwrite, notes=notes)
+
+    def _save_rounded(self, out: Path, *, overwrite: bool) -> Path:
+        check_output(out, self.dense.path, overwrite=overwrite)
+        with (
+            scratch_folder(out.absolute().parent) as scratch,
+            open_checkpoint(self._save_whole(scratch / "whole", overwrite=False)) as whole,
+        ):
+            return round_as_planned(whole).save(out, overwrite=overwrite)
+
+    def _save_whole(self, out: Path, *, overwrite: bool, notes: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+        """Write the shared checkpoint with numbers that are not rounded."""
         tensors = self.files.tensors
         tied = self.files.tied
         code = dtype_code(self.dtype)
@@ -104,7 +124,7 @@ class SharedCheckpoint:
         numbers: Mapping[str, Tensor] = ChainMap(self.refitted, rotated)  # type: ignore[arg-type]
         replaced = as_stored(numbers, assemblies, tensors)
         given: Mapping[str, Tensor] = ChainMap(added, replaced)  # type: ignore[arg-type]
-        return write_checkpoint(self.dense, assemblies, config, Path(out), overwrite, given, notes=notes)
+        return write_checkpoint(self.dense, assemblies, config, out, overwrite, given, notes=notes)
 
     def with_refit(self, refit: RefitRecord, tensors: Mapping[str, Tensor]) -> "SharedCheckpoint":
         """The shared checkpoint with these whole tensors in the place of the dense model's.

@@ -21,7 +21,8 @@ class Prediction:
 
     `nats` is the divergence of the model's predictions from the dense model's, a token; None for a model that predicts
     none, whose `error` is the sum of the squared relative errors of its layers instead. `less` is the same for a plan
-    that saves half as much. `float32` says that the weights are written as 32-bit numbers.
+    that saves half as much. `float32` says that the weights are written as 32-bit numbers. `bits` says in words how
+    matrices are rounded, where they are.
     """
 
     estimate: Estimate
@@ -30,12 +31,14 @@ class Prediction:
     less: float | None = None
     float32: bool = False
     refined: bool = False
+    bits: str | None = None
 
     @classmethod
     def of(cls, chosen: Budgeted, estimate: Estimate, **more: Any) -> "Prediction":
         """The prediction for a plan that was chosen on cost curves."""
         nats, error = (chosen.price, None) if chosen.in_nats else (None, chosen.price)
-        return cls(estimate, nats, error, **more)
+        bits = chosen.bits_in_words() or None
+        return cls(estimate, nats, error, bits=bits, **more)
 
     @property
     def factor(self) -> float | None:
@@ -63,7 +66,10 @@ class Prediction:
         }
 
     def in_words(self) -> str:
-        """The prediction in one sentence."""
+        """The prediction in one sentence, and what is rounded in another."""
+        return self._size_and_loss() + (f"\n{self.bits}" if self.bits else "")
+
+    def _size_and_loss(self) -> str:
         size = (
             f"{in_units(self.estimate.dense_bytes)} becomes {in_units(self.estimate.shared_bytes)} "
             f"(-{self.estimate.saved_fraction:.1%})"
@@ -81,9 +87,10 @@ class Prediction:
 
     def cheaper(self) -> Iterator[str]:
         """Ways to a smaller model that cost less, each in a few words; the cheapest comes first."""
-        if self.float32:
+        if self.float32 and self.bits is None:
             yield "--dtype bfloat16 halves 32-bit weights at next to no loss"
-        yield "rounding to 8 bits, which saves half of 16-bit weights (0.005 nats where we measured it)"
+        if self.bits is None:
+            yield "rounding to 8 bits, which saves half of 16-bit weights (0.005 nats where we measured it: --bits 8)"
         if self.less is not None:
             half = 100 * self.estimate.saved_fraction / 2
             yield f"a smaller saving: --save {half:.2g}% is predicted at x{math.exp(self.less):.2f}"

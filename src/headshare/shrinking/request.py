@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from math import ceil
 
 from headshare.calibration.amounts import Amount, in_units
+from headshare.calibration.bits.joint import bytes_left
 from headshare.calibration.budget import Budget
 from headshare.calibration.refit.refinement import Refinement
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import OptionError
-from headshare.sharing.size import dtype_code, parameter_bytes, parameter_infos, stored_bytes
+from headshare.sharing.size import dtype_code, parameter_bytes
 from headshare.text.documents import MIX, SELF
 
 
@@ -21,6 +22,7 @@ class ShrinkRequest:
     type in which they are written; exactly one of them is given. `refine` names the gradient steps that follow the
     refit. Layers in `protect` give nothing up. A layer keeps a multiple of `multiple` neurons. `dtype` is the type of
     the weights that are written; None leaves it. `target` is a format that the model is to be written in afterwards.
+    `bits` is a key of `WIDTHS`: below 16, matrices are rounded too.
     """
 
     save: str | None = None
@@ -30,6 +32,7 @@ class ShrinkRequest:
     multiple: int = 1
     dtype: str | None = None
     target: str | None = None
+    bits: str = "16"
 
     def __post_init__(self) -> None:
         if (self.save is None) == (self.to is None):
@@ -48,9 +51,8 @@ class ShrinkRequest:
             OptionError: if the model is as small as that already.
             PlanError: if it cannot be made so small.
         """
-        code = dtype_code(self.dtype)
         before = parameter_bytes(dense)
-        whole = sum(stored_bytes(info, code) for info in parameter_infos(dense).values())
+        whole = bytes_left(dense, self.dtype)
         if self.to is not None:
             left = Amount.parse(self.to, "to shrink to").of(whole)
             if left >= whole:
@@ -62,6 +64,16 @@ class ShrinkRequest:
             saved = whole - left
         else:
             saved = Amount.parse(self.save or "", "to save").of(whole)
+        if self.bits != "16":
+            return Budget.parse(
+                dense,
+                save=str(ceil(saved)),
+                bits=self.bits,
+                dtype=self.dtype,
+                protect=self.protect,
+                multiple=self.multiple,
+                target=self.target,
+            )
         # plans count bytes as the model stores them, whatever the type that is written
         asked = max(1, ceil(saved * before / whole)) if saved else 0
         return Budget.parse(dense, save=str(asked), protect=self.protect, multiple=self.multiple, target=self.target)

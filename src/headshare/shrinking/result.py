@@ -71,7 +71,9 @@ class Shrunk:
         """What was done, in one sentence."""
         # a title also says how the section was asked for, which is the same for all of them here
         steps = [title.partition("; asked")[0] + ")" for title in titles(self.plan)]
-        return "; ".join([*steps, *([self.refit.in_words()] if self.refit else [])]) + "."
+        steps += [self.refit.in_words()] if self.refit else []
+        steps += [self.plan.bits.in_words()] if self.plan.bits else []
+        return "; ".join(steps) + "."
 
     @property
     def how_to_load(self) -> tuple[str, str]:

@@ -61,15 +61,15 @@ def shrink(
     came of it: its bytes, its perplexity beside the dense model's, and what was done. A stopped call goes on when it is
     made again. `calibration` is a text as `Calibration.load` takes it; by default the model writes one, and a model
     that writes none has the mix of texts that comes with headshare. `text` is a file to measure perplexity on, besides
-    the calibration text that is held out. `more` has `protect`, `multiple` and `target` of `ShrinkRequest`, and fields
-    of `CalibrationSettings`, such as `tokens` and `device`.
+    the calibration text that is held out. `more` has `protect`, `multiple`, `target` and `bits` of `ShrinkRequest`, and
+    fields of `CalibrationSettings`, such as `tokens` and `device`.
 
     Raises:
         PlanError: if the predicted loss is large and `yes` is false, or the model cannot be made so small.
         OptionError: if neither or both of `save` and `to` are given, or a word is not known.
         HeadshareError: if a step fails; the state stays, and the same call goes on from there.
     """
-    chosen = {name: more.pop(name) for name in ("protect", "multiple", "target") if name in more}
+    chosen = {name: more.pop(name) for name in ("protect", "multiple", "target", "bits") if name in more}
     wanted = ShrinkRequest(save, to, refine, dtype=dtype, **chosen)
     if more.get("prices") is not None:
         more["prices"] = Path(more["prices"])
@@ -132,7 +132,7 @@ def shrink_checkpoint(
         if not is_written:
             processes.from_first(lambda: judge(predicted))
             say("2 of 4: repair")
-            shared = run.refit(shared, refine=wanted.refine)
+            shared = run.refit(shared, refine=wanted.refine) if chosen.plan.sections else shared
 
         def finished() -> Shrunk:
             if not is_written:
@@ -165,7 +165,8 @@ def _key(wanted: ShrinkRequest) -> list[Any]:
     refinement = Refinement.of(wanted.refine)
     steps = None if refinement is None else refinement.key()
     key = [wanted.save, wanted.to, steps, sorted(wanted.protect), wanted.multiple, wanted.dtype]
-    return key if wanted.target is None else [*key, wanted.target]
+    key += [] if wanted.target is None else [wanted.target]
+    return key if wanted.bits == "16" else [*key, wanted.bits]
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class _Written:
 
 def _half(run: CalibratedRun, budget: Budget, chosen: Budgeted) -> float | None:
     """The predicted divergence where half as much is saved, from the same cost curves."""
-    if not chosen.in_nats or budget.saved_bytes is None or budget.saved_bytes < 2:
+    rounded = budget.rounded is not None
+    if rounded or not chosen.in_nats or budget.saved_bytes is None or budget.saved_bytes < 2:
         return None
     return run.plan(replace(budget, saved_bytes=budget.saved_bytes // 2)).price
 

@@ -3,6 +3,7 @@
 A file that a person keeps says which model and which text its curves are of. Those of another one are refused.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ MAX_VALUES = 20_000_000
 
 
 class _Document(BaseModel):
-    """The file: what the curves are of, the actions that were priced, and the curves."""
+    """The file: what the curves are of, the actions that were priced, the curves, and what rounding costs.
+
+    Where only rounding was priced there are no actions.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,6 +35,7 @@ class _Document(BaseModel):
     of: dict[str, str] = Field(max_length=50)
     actions: list[str] = Field(max_length=1000)
     curves: Any
+    rounding: Any = None
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,14 @@ class KeptCurves:
     of: Mapping[str, str]
 
     def read(self, actions: Collection[Action]) -> list[CostCurve] | None:
-        """The curves of these actions, of all layers; None if there is no such file yet.
+        """The curves of these actions, of all layers; None if no such file has curves yet.
 
         Raises:
             CalibrationError: if the file is not one of cost curves, or they are of something else.
         """
-        if not is_file(self.path):
+        document = self._own()
+        if document is None or not document.actions:
             return None
-        document = self._document()
-        for what, value in self.of.items():
-            if document.of.get(what) != value:
-                raise self._refusal(
-                    f"it is of another {what}: {document.of.get(what, 'unknown')[:20]}, not {value[:20]}"
-                )
         missing = sorted({str(action) for action in actions} - set(document.actions))
         if missing:
             raise self._refusal(f"it has no costs of {', '.join(missing)}")
@@ -62,15 +62,49 @@ class KeptCurves:
         except PlanError as error:
             raise self._refusal(str(error)) from None
 
+    def read_rounding(self) -> Any | None:
+        """What rounding costs, unchecked; None if no such file has it yet.
+
+        Raises:
+            CalibrationError: as `read` does.
+        """
+        document = self._own()
+        return None if document is None else document.rounding
+
     def write(self, actions: Collection[Action], curves: Sequence[CostCurve]) -> None:
         """Write the curves, whole or not at all.
 
         Raises:
             OutputError: if they cannot be written.
         """
-        named = sorted(map(str, actions))
-        head = _Document(headshare_prices=FORMAT, of=dict(self.of), actions=named, curves=[]).model_dump_json()
-        write_whole(self.path, (head.removesuffix("[]}") + curves_to_json(curves) + "}\n").encode())
+        self._write(sorted(map(str, actions)), curves_to_json(curves), self.read_rounding())
+
+    def write_rounding(self, costs: Sequence[Any]) -> None:
+        """Write what rounding costs, as JSON data, beside the curves that are there.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        document = self._own()
+        curves = "[]" if document is None else json.dumps(document.curves)
+        self._write([] if document is None else document.actions, curves, costs)
+
+    def _write(self, actions: list[str], curves: str, rounding: Any) -> None:
+        document = _Document(headshare_prices=FORMAT, of=dict(self.of), actions=actions, curves=[], rounding=rounding)
+        head = document.model_dump_json(exclude={"curves"}, exclude_none=True)
+        write_whole(self.path, (f'{head.removesuffix("}")},"curves":{curves}}}\n').encode())
+
+    def _own(self) -> _Document | None:
+        """What the file holds, if there is one, and it is of the right model and text."""
+        if not is_file(self.path):
+            return None
+        document = self._document()
+        for what, value in self.of.items():
+            if document.of.get(what) != value:
+                raise self._refusal(
+                    f"it is of another {what}: {document.of.get(what, 'unknown')[:20]}, not {value[:20]}"
+                )
+        return document
 
     def _document(self) -> _Document:
         data = parse_json(

@@ -19,16 +19,30 @@ class Budgeted:
     """A plan with the bytes that it saves and its predicted cost.
 
     `price` is the sum of the costs of all steps, each with the donor that it has in the plan. Costs are squared errors
-    relative to the hidden state, or nats a token with `in_nats`.
+    relative to the hidden state, or nats a token with `in_nats`. Where matrices are rounded, `rounding` is what that
+    adds to the price.
     """
 
     plan: SharePlan
     saved_bytes: int
     price: float
     in_nats: bool = False
+    rounding: float = 0.0
 
     def in_words(self) -> str:
-        """A line for the command line's report: the predicted cost, and what is given up where."""
+        """What is predicted and given up, for the command line's report."""
+        return f"{self._predicted()}\n{self.bits_in_words()}".rstrip("\n")
+
+    def bits_in_words(self) -> str:
+        """How many bits each part has, and what that costs, where matrices are rounded; else nothing."""
+        bits = self.plan.bits
+        if bits is None:
+            return ""
+        unit = "nats" if self.in_nats else "of the price"
+        words = f"{bits.in_words()}; predicted to cost {self.rounding:.4g} {unit}"
+        return words if self.plan.sections else f"bits alone reach this size at less cost: nothing is given up\n{words}"
+
+    def _predicted(self) -> str:
         if not self.in_nats:
             return f"predicted price {self.price:.6g} (sum of squared relative errors){self._places()}"
         return (

@@ -26,6 +26,7 @@ from headshare.cli.share_options import (
     ModelArgument,
     MultipleOption,
     OutArgument,
+    PlanBitsOption,
     TargetOption,
     whole_numbers,
 )
@@ -54,6 +55,7 @@ class SizeOptions:
         str | None,
         typer.Option(metavar="AMOUNT", rich_help_panel=CHOOSE, help="Leave this much of them: 4GB, 120MB, 60%."),
     ] = None
+    bits: PlanBitsOption = "16"
     protect: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +138,7 @@ def shrink(
     from headshare.shrinking.run import shrink_checkpoint
 
     protect = whole_numbers(size.protect)
-    wanted = ShrinkRequest(size.save, size.to, texts.refine, protect, size.multiple, dtype, size.target)
+    wanted = ShrinkRequest(size.save, size.to, texts.refine, protect, size.multiple, dtype, size.target, str(size.bits))
 
     def judge(predicted: Prediction) -> None:
         say(predicted.in_words())

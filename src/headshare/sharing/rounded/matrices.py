@@ -1,6 +1,6 @@
 """Which stored tensors of a checkpoint can be rounded, and the bytes that they then take."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -11,7 +11,8 @@ from headshare.checkpoint.header import DTYPES, WEIGHT_DTYPES, TensorInfo
 from headshare.checkpoint.int4 import GROUPS
 from headshare.checkpoint.rounding.numbers import groups_of, stored_width
 from headshare.checkpoint.rounding.tensors import SUFFIXES, scale_type
-from headshare.errors import CheckpointError, OptionError
+from headshare.errors import CheckpointError, OptionError, PlanError
+from headshare.plan.bits import PlannedBits
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.plan.units import READOUTS
@@ -115,6 +116,37 @@ def bits_for(
     return Bits({name: 8 if name in eight else 4 for name in asked}, {4: size, 8: None})
 
 
+def bits_of(
+    planned: PlannedBits, layouts: ModelLayouts, matrices: Mapping[str, Roundable], added: Mapping[str, AddedTensor]
+) -> Bits:
+    """The bits that a plan gives these matrices; those that it adds have the bits of the matrix that they belong to.
+
+    A stored one of less than half a group of inputs has no use for 4 bits, and gets 8.
+
+    Raises:
+        PlanError: if it names a matrix that the model has not.
+    """
+    places = [(place, layout.layers) for layout in layouts.all for place in layout.parts.values()]
+    known = {place.name(layer) for place, layers in places for layer in range(layers)} | set(matrices)
+    unknown = sorted(set(planned.of) - known)
+    if unknown:
+        raise PlanError(f"the plan rounds {unknown[0]:.200}, which is no matrix of this model. Plan for it again.")
+    group = planned.group or 1
+    wanted = {name: planned.of.get(added[name].weight if name in added else name) for name in matrices}
+    of = {
+        name: 8 if bits == 4 and 2 * matrices[name].inputs < group else bits
+        for name, bits in wanted.items()
+        if bits is not None
+    }
+    return Bits(of, {4: planned.group, 8: None})
+
+
+def groups_fitting(checkpoint: Checkpoint, sizes: Collection[int]) -> list[int]:
+    """Those of these sizes of a group that divide the inputs of all dense matrices of a checkpoint."""
+    inputs = _inputs(checkpoint.layouts)
+    return [size for size in sizes if all(count % size == 0 for count in inputs)]
+
+
 def _inputs(layouts: ModelLayouts) -> set[int]:
     """The counts of inputs that a model's dense matrices have."""
     places = [(part, place) for layout in layouts.all for part, place in layout.parts.items()]
@@ -147,6 +179,30 @@ def estimate_rounded(
         CheckpointError: if a group does not fit.
         OptionError: if there is no such type or rounding.
     """
+    layouts = checkpoint.layouts
+
+    def chosen(matrices: Mapping[str, Roundable]) -> Bits:
+        return bits_for(layouts, matrices, bits, group, embeddings=True)
+
+    return _estimate(checkpoint, plan, dtype, chosen)
+
+
+def estimate_planned(checkpoint: Checkpoint, plan: SharePlan, *, dtype: str | None = None) -> Estimate:
+    """The estimate for this plan and a dense checkpoint, rounded to the plan's own bits where it has some.
+
+    Raises:
+        OptionError, PlanError: if there is no such type, or the plan is of another model.
+    """
+    planned = plan.bits
+    if planned is None:
+        return estimate_plan(checkpoint, plan, dtype=dtype)
+    layouts = checkpoint.layouts
+    return _estimate(checkpoint, plan, dtype, lambda matrices: bits_of(planned, layouts, matrices, plan.added_tensors))
+
+
+def _estimate(
+    checkpoint: Checkpoint, plan: SharePlan, dtype: str | None, chosen: Callable[[Mapping[str, Roundable]], Bits]
+) -> Estimate:
     estimate = estimate_plan(checkpoint, plan, dtype=dtype)
     code = dtype_code(dtype)
     tensors = {**plan.tensors, **plan.biases}
@@ -157,10 +213,10 @@ def estimate_rounded(
     added = plan.added_tensors
     infos |= {name: replace(infos[extra.weight], name=name, shape=extra.shape) for name, extra in added.items()}
     matrices = _roundable(checkpoint.layouts, infos, added)
-    rounded = bits_for(checkpoint.layouts, matrices, bits, group, embeddings=True)
+    rounded = chosen(matrices)
     size = 0
     for name, info in infos.items():
-        if name in matrices:
+        if name in rounded.of:
             scale = DTYPES[scale_type(rounded.of[name], code or info.dtype)].itemsize
             size += matrices[name].nbytes(rounded.of[name], rounded.group(name), scale)
         else:

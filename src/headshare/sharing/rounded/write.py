@@ -23,13 +23,21 @@ from headshare.checkpoint.rounding.tensors import (
     guard_shape,
     scale_type,
 )
-from headshare.errors import CheckpointError
+from headshare.errors import CheckpointError, PlanError
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import AddedTensor
 from headshare.sharing.assembly import Assembly, copied
 from headshare.sharing.expanded import LazyTensors
 from headshare.sharing.fits import open_shared
-from headshare.sharing.rounded.matrices import Bits, Roundable, bits_for, once, repeated_outputs, roundable
+from headshare.sharing.rounded.matrices import (
+    Bits,
+    Roundable,
+    bits_for,
+    bits_of,
+    once,
+    repeated_outputs,
+    roundable,
+)
 from headshare.sharing.writer import write_checkpoint
 
 
@@ -38,6 +46,7 @@ class RoundedCheckpoint:
     """A checkpoint and the bits that each of its stored matrices gets, as `save` writes them.
 
     `how` says for each count of bits how numbers are found, and `make` gives those of a matrix when they are asked for.
+    `planned` says that the bits are those of the checkpoint's plan, which otherwise goes on without bits of its own.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +54,7 @@ class RoundedCheckpoint:
     bits: Bits
     how: Mapping[int, str]
     make: Callable[[str], Rounded]
+    planned: bool = False
 
     @property
     def rounding(self) -> Rounding:
@@ -67,6 +77,8 @@ class RoundedCheckpoint:
         if entry is None:
             kind = text_config(source.config).get("model_type")
             entry = SharingEntry(SharePlan(model_type=kind), base_model=source.name, origin=origin_of(source))
+        if not self.planned:
+            entry = dataclasses.replace(entry, plan=entry.plan.model_copy(update={"bits": None}))
         repeated = repeated_outputs(source)
         assemblies: list[Assembly] = []
         part_of: dict[str, str] = {}
@@ -135,6 +147,27 @@ def round_to_nearest(
     """
     matrices = roundable(checkpoint, check_roundable(checkpoint))
     rounded = bits_for(checkpoint.layouts, once(checkpoint, matrices), bits, group, embeddings=embeddings)
+
+    return _to_nearest(checkpoint, matrices, rounded)
+
+
+def round_as_planned(checkpoint: Checkpoint) -> RoundedCheckpoint:
+    """A shared checkpoint with the matrices that its plan names rounded to the nearest numbers of the plan's bits.
+
+    Raises:
+        CheckpointError: if it is rounded already.
+        PlanError: if its plan names no bits, or another model's matrices.
+    """
+    added = check_roundable(checkpoint)
+    planned = None if checkpoint.plan is None else checkpoint.plan.bits
+    if planned is None:
+        raise PlanError(f"{checkpoint.name} has no plan that says how to round it. Say so: --bits 8")
+    matrices = roundable(checkpoint, added)
+    of = bits_of(planned, checkpoint.layouts, once(checkpoint, matrices), added)
+    return dataclasses.replace(_to_nearest(checkpoint, matrices, of), planned=True)
+
+
+def _to_nearest(checkpoint: Checkpoint, matrices: Mapping[str, Roundable], rounded: Bits) -> RoundedCheckpoint:
 
     def make(name: str) -> Rounded:
         return nearest_of(checkpoint, matrices[name], rounded.of[name], rounded.group(name))
