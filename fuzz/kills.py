@@ -57,6 +57,7 @@ CASES = {
     "refit": Case(f"refit shared --out out {TEXT}", "out"),
     "refit in place": Case(f"refit shared {TEXT}", "shared", before="shared"),
     "quantize to 8": Case("quantize shared out --bits 8", "out"),
+    "share with bits": Case(f"share model out --to 35% --bits auto --no-probe --refit {TEXT}", "out"),
     "verify": Case("verify shared --against model"),
     "train": Case("train model out --data text --context 16 --held-out 4 --max_steps 6 --eval_steps 2 --use_cpu",
                   "out"),

@@ -35,6 +35,7 @@ COMMANDS = {
         (
             "headshare shrink MODEL OUT --save 20% --calibration FILE",
             "headshare shrink MODEL OUT --to 4GB --calibration FILE --dry-run",
+            "headshare shrink MODEL OUT --to 40% --bits auto --calibration FILE",
         ),
         goes_on=True,
     ),
