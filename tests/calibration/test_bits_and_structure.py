@@ -117,7 +117,8 @@ def test_what_is_written_has_no_more_bytes_than_were_asked_for(
     with hs.open_checkpoint(shared.save(tmp_path / "out")) as out:
         left = parameter_bytes(out)
         assert left == shared.estimate.shared_bytes == bytes_left(dense, None) - plan.saved_bytes
-        assert 0.97 * to < left / bytes_left(dense, None) <= to
+        assert left <= to * bytes_left(dense, None)
+        assert left > 0.97 * to * bytes_left(dense, None) or not plan.plan.sections
         widths = {info.parts.bits if info.parts else 16 for info in out.tensors.values() if len(info.shape) == 2}
         assert widths <= {"8": {8}, "4": {4, 8}, "auto": {4, 8, 16}}[bits]
         assert out.plan == plan.plan
