@@ -15,7 +15,8 @@ from headshare.cli.options import (
     RestartOption,
     refuse_unused,
 )
-from headshare.defaults import OUTPUT_DTYPES, TARGET_NAMES, TOKENS, WIDTH_NAMES
+from headshare.cli.shrinking.size import MultipleOption, PlanBitsOption, TargetOption
+from headshare.defaults import OUTPUT_DTYPES, TOKENS
 from headshare.matching.functions import MATCH_FUNCTIONS
 from headshare.matching.modes import MODES
 from headshare.plan.units import Sublayer
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     EstimateMatchName = str
     ModeName = str
     DtypeName = str
-    TargetName = str
-    WidthsName = str
 else:
     # all of them import torch, which only a command that runs has the time for
     Budget = CalibrationSettings = Checkpoint = Scores = SharePlan = Any
@@ -49,8 +48,6 @@ else:
     EstimateMatchName = StrEnum("EstimateMatchName", {name: name for name in (*MATCH_NAMES, EXACT)})
     ModeName = StrEnum("ModeName", {name: name for name in MODES})
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
-    TargetName = StrEnum("TargetName", {name: name for name in TARGET_NAMES})
-    WidthsName = StrEnum("WidthsName", {name: name for name in WIDTH_NAMES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
 SharedArgument = Annotated[
@@ -92,31 +89,6 @@ FfnGroupsOption = Annotated[
 FfnRatioOption = Annotated[
     float | None,
     typer.Option(rich_help_panel=CHOOSE, help="Share this fraction of the feed-forward's units. Default: --ratio."),
-]
-MultipleOption = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        rich_help_panel=CHOOSE,
-        help="Leave each layer a multiple of this many neurons, as a target may want: 32 or 256 for llama.cpp's "
-        "formats, 8 to 128 for GPUs.",
-    ),
-]
-TargetOption = Annotated[
-    TargetName | None,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Give up only what this format keeps, and neurons in its blocks. gguf: heads, neurons and whole "
-        "sublayers, 32 neurons at a time, for `export`.",
-    ),
-]
-PlanBitsOption = Annotated[
-    WidthsName,
-    typer.Option(
-        rich_help_panel=CHOOSE,
-        help="Round matrices too: to 8 bits, to 4, or each to 16, 8 or 4, so that bits and what is given up together "
-        "cost least for the size. Embeddings get 8 bits, unless it is 16: nothing is rounded.",
-    ),
 ]
 CALIBRATED_PARTS = (
     "Share these parts. By weights: qkv (default), qk, qkvo, ffn, gateup, or qkvo+ffn. By output: qk, qkv, qkvo, "

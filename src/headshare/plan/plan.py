@@ -123,10 +123,7 @@ class SharePlan(BaseModel):
 
     @model_serializer(mode="wrap")
     def _write(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """The plan as JSON data, with only those keys that hold something, and `selections` always.
-
-        Plans from before there were other sections so keep their digests.
-        """
+        """The plan as JSON data: keys that hold something, and `selections` always: older plans keep their digests."""
         data: dict[str, Any] = handler(self)
         others = zip(self.others, data.pop("others", ()), strict=True)
         for key in ("removals", "factored", "bits"):

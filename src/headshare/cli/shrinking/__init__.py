@@ -1,1 +1,1 @@
-"""The command shrink."""
+"""The command shrink, and the options of size that others have in common with it."""

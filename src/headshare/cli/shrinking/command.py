@@ -24,12 +24,10 @@ from headshare.cli.share_options import (
     CalibrationOptions,
     DtypeOption,
     ModelArgument,
-    MultipleOption,
     OutArgument,
-    PlanBitsOption,
-    TargetOption,
     whole_numbers,
 )
+from headshare.cli.shrinking.size import MultipleOption, PlanBitsOption, TargetOption
 from headshare.progress import say, tell
 from headshare.tables import markdown
 
