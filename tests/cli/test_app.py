@@ -27,7 +27,7 @@ from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
     "shrink", "bench", "estimate", "score", "plan", "share", "repeat", "refit", "train", "quantize", "inspect",
-    "verify", "expand", "export", "eval", "compare", "report", "generate", "demo",
+    "verify", "expand", "export", "attention", "eval", "compare", "report", "generate", "demo",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from headshare.experiments.about import About
 from headshare.experiments.case import base_of
 from headshare.experiments.report.claims import Checked, Says, checked
 from headshare.experiments.report.content import report_of
-from headshare.experiments.report.figures import figures_of, save_figures
+from headshare.experiments.report.figures import figures_of
 from headshare.experiments.report.groups import groups
 from headshare.experiments.report.page import as_html, as_markdown
 from headshare.experiments.report.sources import Comparison, Published, published

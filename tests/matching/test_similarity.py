@@ -152,13 +152,13 @@ def test_slices_and_blocks_of_any_size_give_the_same_scores(
 
 def test_small_slices_are_streamed_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, counts = tiny.make("llama-mha", tmp_path / "dense"), []
-    accumulate = products_module._accumulate
+    accumulate = products_module.accumulate
 
     def counting(*given: torch.Tensor, **named: bool) -> torch.Tensor | None:
         counts.append(given[1].shape)
         return accumulate(*given, **named)
 
-    monkeypatch.setattr(products_module, "_accumulate", counting)
+    monkeypatch.setattr(products_module, "accumulate", counting)
     monkeypatch.setattr(products_module, "SLICE_BYTES", 3 * 16 * HIDDEN * 4)
     table_of(folder, "q")
     assert counts == [(16, 3 * HIDDEN), (16, 3 * HIDDEN), (16, 2 * HIDDEN)]

@@ -172,7 +172,8 @@ def compare_command(
 
 def report_command(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Folders that `compare --out` or `eval --out` wrote.")
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders that --out of `compare`, `eval` or `attention` wrote."),
     ],
     out: Annotated[
         Path | None,
@@ -202,22 +203,28 @@ def report_command(
 ) -> None:
     """Write one page from finished comparisons: their tables and figures, and what became of the paper's claims.
 
-    The page is Markdown; `--html` writes it for a browser too. Results of `eval` come after the comparisons.
+    The page is Markdown; `--html` writes it for a browser too. Results of `eval` and of `attention` come after the
+    comparisons.
     """
+    from headshare.attention.page import Attended
+    from headshare.attention.result import FILE, AttentionResult
     from headshare.evaluation.results import RESULTS
     from headshare.experiments.about import ABOUT
     from headshare.experiments.report.content import report_of
-    from headshare.experiments.report.figures import save_figures
     from headshare.experiments.report.page import as_html, as_markdown, check_page
     from headshare.experiments.report.sources import Comparison, Evaluated, published
     from headshare.files.atomic import write_whole
     from headshare.files.untrusted import is_file
     from headshare.pages import page as pages
+    from headshare.pages.figures import save_figures
 
     if out is not None:
         check_page(out)
     if html is not None:
         pages.check_page(html)
+    looked = [folder for folder in folders if is_file(folder / FILE)]
+    attended = [Attended.of(AttentionResult.load(folder)) for folder in looked]
+    folders = [folder for folder in folders if folder not in looked]
     has_results = {folder: is_file(folder / RESULTS) for folder in folders}
     compared = {
         folder: Comparison.load(folder) for folder in folders if is_file(folder / ABOUT) or not has_results[folder]
@@ -226,12 +233,15 @@ def report_command(
     # an evaluation beside a comparison is shown only if it has more than that
     evaluated = [results for folder, results in loaded.items() if results.tells_more_than(compared.get(folder))]
     measured = list(compared.values())
-    report = report_of(measured, published(paper) if paper else (), evaluated)
+    report = report_of(measured, published(paper) if paper else (), evaluated, attended)
     shown = []
     if figures is not None:
         start = out.absolute().parent if out else Path.cwd()
         for number, comparison in enumerate(report.comparisons, 1):
             drawn = save_figures(comparison.figures, figures, str(number))
+            shown.append([(title, os.path.relpath(path, start)) for title, path in drawn])
+        for number, one in enumerate(attended, 1):
+            drawn = save_figures(one.figures, figures, f"attention-{number}")
             shown.append([(title, os.path.relpath(path, start)) for title, path in drawn])
     page = as_markdown(report, shown)
     if out is not None:

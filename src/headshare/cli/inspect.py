@@ -1,13 +1,26 @@
-"""The commands inspect and verify."""
+"""The commands inspect, verify and attention."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.cli.options import CHECK, NEXT, SHOW, AnyBaseOption, JsonOption, RevisionOption, print_result
-from headshare.cli.share_options import SharedArgument
-from headshare.errors import CheckpointError
+from headshare.cli.options import (
+    CHECK,
+    NEXT,
+    RUN,
+    SHOW,
+    TEXT,
+    WRITE,
+    AnyBaseOption,
+    FieldOption,
+    JsonOption,
+    OverwriteOption,
+    RevisionOption,
+    print_result,
+)
+from headshare.cli.share_options import ModelArgument, SharedArgument
+from headshare.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from headshare.checkpoint.checkpoint import Checkpoint
@@ -157,3 +170,74 @@ def verify(
     print_result(report.to_dict(), "\n".join([*lines, *report.notes, *report.problems]), as_json)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def attention(
+    model: ModelArgument,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=TEXT,
+            help="Compare attention maps on this text, .jsonl, .json or .csv. Give it again for another text.",
+        ),
+    ],
+    tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=TEXT, help="Use about this many tokens of each.")
+    ] = 4096,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=TEXT,
+            help="Cut each into windows of this many tokens. Default: 512, or the most that the model reads.",
+        ),
+    ] = None,
+    field: FieldOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=WRITE,
+            help="Draw figures into this folder, and keep the similarities of all heads there for `headshare report`.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=WRITE, help="Also write tables and figures to this HTML file, which needs no other."
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    seed: Annotated[int, typer.Option(rich_help_panel=RUN, help="Choose the windows of a text by this seed.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", rich_help_panel=RUN, help="Run the model on this device: cpu, cuda:0, auto."),
+    ] = "cpu",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare which heads attend alike on a text, and whether their weights tell it.
+
+    Similarities of attention maps stand beside those of weights by every match function, with their rank correlations.
+    """
+    from headshare.attention.analysis import attention as analyse
+    from headshare.attention.figures import figures_of
+    from headshare.attention.page import attention_page
+    from headshare.attention.result import FILE
+    from headshare.checkpoint.opening import open_checkpoint
+    from headshare.files.atomic import write_whole
+    from headshare.pages.figures import save_figures
+    from headshare.pages.page import check_page, write_page
+
+    if html is not None:
+        check_page(html)
+    if out is not None and (out / FILE).exists() and not overwrite:
+        raise OutputError(f"{out / FILE} exists. Choose another folder, or pass --overwrite to replace it.")
+    with open_checkpoint(model, revision=revision) as dense:
+        result = analyse(dense, text, tokens=tokens, window=window, seed=seed, field=field, device=device)
+    if out is not None:
+        save_figures(figures_of(result), out, "attention")
+        write_whole(out / FILE, result.to_bytes())
+    if html is not None:
+        write_page(html, attention_page(result))
+    print_result(result.to_dict(), result.in_words(), as_json, written=out or html)

@@ -75,7 +75,8 @@ MatchOption = Annotated[
     MatchName,
     typer.Option(
         rich_help_panel=CHOOSE,
-        help="Match units by the cosine of these parts; separate matches q, k and v each by itself.",
+        help="Match units by the cosine of these parts; separate matches q, k and v each by itself, and circuit by "
+        "W_q^T W_k, which says where a head looks.",
     ),
 ]
 FfnGroupsOption = Annotated[

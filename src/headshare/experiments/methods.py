@@ -33,8 +33,9 @@ from headshare.training import TrainingMethod as Training
 from headshare.training import TrainSettings
 
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
-TYING = ("directshare", "output", "random-donors", *(f"match-{name}" for name in MATCHES))  # rows of q, k, v alone
-SHARING = ("directshare", "output", "auto", "cheapest", *(f"match-{name}" for name in MATCHES))
+MATCHED = tuple(f"match-{name}" for name in (*MATCHES, "circuit"))
+TYING = ("directshare", "output", "random-donors", *MATCHED)  # rows of q, k, v alone
+SHARING = ("directshare", "output", "auto", "cheapest", *MATCHED)
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons", "budget")
 
 
@@ -91,6 +92,9 @@ def _matched(name: str) -> Make:
 
 for _name in MATCHES:
     method(f"match-{_name}", f"DirectShare with pairs by cosine of {_name}")(_matched(_name))
+method("match-circuit", "DirectShare with pairs by cosine of W_q^T W_k, by which heads score tokens")(
+    _matched("circuit")
+)
 
 
 # ---- controls and baselines

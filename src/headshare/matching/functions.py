@@ -1,6 +1,7 @@
 """Match functions: scores of all pairs of units from their inner products. Higher means more alike.
 
-A match function gets the inner products part by part, and never the weights: all cosines follow from the products.
+A match function gets the inner products part by part, and never the weights: all cosines follow from the products. One
+of circuits gets the inner products of W_q^T W_k in their place.
 To add one, decorate a function and give it a test and a line in the docs.
 """
 
@@ -16,28 +17,36 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    Products = Mapping[Part, Float[Tensor, "units units"]]
+    Products = Mapping[str, Float[Tensor, "units units"]]
     MatchingScores = Float[Tensor, "units units"]
 else:
     Products = MatchingScores = Any  # the command line takes its choices from here, and has no time to import torch
 
 
+# the name of the products of circuits, beside those of parts
+CIRCUIT = "circuit"
+
+
 @dataclass(frozen=True)
 class MatchFunction:
-    """A named match function, the parts it reads, and whether each part is matched, and tied, on its own."""
+    """A named match function, the parts it reads, and whether each part is matched, and tied, on its own.
+
+    A function of `circuits` is given the products of W_q^T W_k alone, under the name CIRCUIT.
+    """
 
     name: str
     kind: Sublayer
     parts: tuple[Part, ...]
     score: Callable[[Products], MatchingScores]
     separate: bool = False
+    circuits: bool = False
 
 
 MATCH_FUNCTIONS: dict[str, MatchFunction] = {}
 
 
 def match_function(
-    name: str, *parts: Part, kind: Sublayer = Sublayer.ATTENTION, separate: bool = False
+    name: str, *parts: Part, kind: Sublayer = Sublayer.ATTENTION, separate: bool = False, circuits: bool = False
 ) -> Callable[[Callable[[Products], MatchingScores]], Callable[[Products], MatchingScores]]:
     """Register a match function under a name; `parts` are those whose inner products it needs.
 
@@ -48,13 +57,13 @@ def match_function(
         raise OptionError(f"a match function's name has at most {MAX_NAME} characters; this one has {len(name)}.")
 
     def register(score: Callable[[Products], MatchingScores]) -> Callable[[Products], MatchingScores]:
-        MATCH_FUNCTIONS[name] = MatchFunction(name, kind, parts, score, separate)
+        MATCH_FUNCTIONS[name] = MatchFunction(name, kind, parts, score, separate, circuits)
         return score
 
     return register
 
 
-def cosine(products: Products, *parts: Part) -> MatchingScores:
+def cosine(products: Products, *parts: str) -> MatchingScores:
     """Cosine of the concatenated, flattened parts (arXiv 2402.11819, Eq. 3), signed. A zero unit has cosine 0."""
     import torch
 
@@ -92,6 +101,12 @@ def v(products: Products) -> MatchingScores:
 def qkv(products: Products) -> MatchingScores:
     """Cosine of queries, keys and values: all that a head reads from the hidden states."""
     return cosine(products, Part.Q, Part.K, Part.V)
+
+
+@match_function("circuit", Part.Q, Part.K, circuits=True)
+def circuit(products: Products) -> MatchingScores:
+    """Cosine of W_q^T W_k, by which a head scores tokens, with the scale of the norm before it folded in."""
+    return cosine(products, CIRCUIT)
 
 
 @match_function("separate", Part.Q, Part.K, Part.V, separate=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError
-from headshare.plan.layout import Layout, Place
-from headshare.plan.units import Part
+from headshare.plan.layout import Layout
+from headshare.plan.units import HeadUnit, Part
 from headshare.precision import full_float32, short_products
 from headshare.progress import track
 
@@ -35,9 +35,10 @@ def unit_products(
     scratch: Scratch = {}
     for together in _read_together(layout, parts):
         for part, units in _streamed(checkpoint, layout, together):
-            largest = _accumulate(products[part], units, layout.groups, scratch, exact=is_exact(layout, part))
+            largest = accumulate(products[part], units, layout.groups, scratch, exact=is_exact(layout, part))
             if largest is not None and not torch.isfinite(largest).all():
-                raise CheckpointError(_not_finite(largest, checkpoint, layout, layout.parts[part]))
+                unit = layout.unit(int((~torch.isfinite(largest)).nonzero()[0, 0]))
+                raise CheckpointError(not_finite(unit, layout.parts[part].name(unit.layer), checkpoint))
     for part, product in products.items():
         if not torch.isfinite(product).all():
             raise CheckpointError(
@@ -129,7 +130,7 @@ def _room(scratch: Scratch, like: Float[Tensor, "units slice"], dtype: torch.dty
     return scratch[dtype][: like.numel()].view(like.shape)
 
 
-def _accumulate(
+def accumulate(
     products: Float[Tensor, "units units"],
     units: Float[Tensor, "units slice"],
     groups: int,
@@ -175,10 +176,10 @@ def _blocks(
         ]
 
 
-def _not_finite(largest: Float[Tensor, " units"], checkpoint: Checkpoint, layout: Layout, place: Place) -> str:
-    unit = layout.unit(int((~torch.isfinite(largest)).nonzero()[0, 0]))
+def not_finite(unit: HeadUnit, name: str, checkpoint: Checkpoint) -> str:
+    """The words that refuse a unit with numbers that are none, in the tensor of this name."""
     return (
-        f"{place.name(unit.layer)} in {checkpoint.name} holds NaN or infinite numbers (in {unit}). "
+        f"{name} in {checkpoint.name} holds NaN or infinite numbers (in {unit}). "
         "The file is damaged or the training diverged; headshare does not share such weights."
     )
 

@@ -1,5 +1,9 @@
 """Scores of all pairs of units, from one streamed product: each weight is read once, a slice of it at a time."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -7,7 +11,8 @@ from torch import Tensor
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.layouts import layouts_of
 from headshare.errors import OptionError
-from headshare.matching.functions import MatchFunction, get_match_function
+from headshare.matching.circuits import Circuits
+from headshare.matching.functions import CIRCUIT, MatchFunction, get_match_function
 from headshare.matching.products import CHUNK_NUMBERS, is_exact, read_unit, unit_products
 from headshare.matching.scores import Scores, ScoreTable
 from headshare.plan.layout import Layout
@@ -61,23 +66,72 @@ def score_units(
 
 
 def _score_tables(checkpoint: Checkpoint, layout: Layout, function: MatchFunction) -> list[ScoreTable]:
+    if function.circuits:
+        circuits = Circuits(checkpoint, layout)
+        scores = function.score({CIRCUIT: circuits.of_units()})
+        rounding = _Rounding(circuits.exact, circuits.numel * layout.units)
+        exact = _Exact(function, {CIRCUIT: circuits.of_pair})
+        return [ScoreTable(layout, function.name, tuple(layout.parts), _decided(scores, layout, rounding, exact))]
     parts = tuple(part for part in function.parts if part in layout.parts)
     products = unit_products(checkpoint, layout, parts)
     tables = []
     for tied in tied_together(function, layout):
         scored = tied if function.separate else parts
         scores = function.score({part: products[part] for part in scored})
-        scores = _decided(scores, checkpoint, layout, function, scored)
-        tables.append(ScoreTable(layout, function.name, tied, scores))
+        rounding = _Rounding.of(layout, scored)
+        exact = _Exact(function, {part: partial(_product, checkpoint, layout, part) for part in scored})
+        tables.append(ScoreTable(layout, function.name, tied, _decided(scores, layout, rounding, exact)))
     return tables
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """How products were rounded: whether they are in float64, and else how many numbers of all units they are of."""
+
+    exact: bool
+    numbers: int
+
+    @classmethod
+    def of(cls, layout: Layout, parts: tuple[Part, ...]) -> "_Rounding":
+        numbers = min(layout.parts[part].numel for part in parts) * layout.units
+        return cls(all(is_exact(layout, part) for part in parts), numbers)
+
+
+def _product(checkpoint: Checkpoint, layout: Layout, part: Part, first: int, second: int) -> float:
+    """The inner product of two units in one part, computed alone in float64."""
+    a, b = (read_unit(checkpoint, layout, part, index).double() for index in (first, second))
+    return float(a.dot(b))
+
+
+@dataclass
+class _Exact:
+    """Scores of single pairs, each computed alone in float64, so that equal units get equal scores.
+
+    `products` computes the inner product of two units, by the names that the match function gives products. `squares`
+    keeps those of units with themselves from one call to the next.
+    """
+
+    function: MatchFunction
+    products: Mapping[str, Callable[[int, int], float]]
+    squares: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def __call__(self, pair: tuple[int, int]) -> float:
+        of_two: dict[str, Tensor] = {}
+        for name, product in self.products.items():
+            for index in pair:
+                if (name, index) not in self.squares:
+                    self.squares[name, index] = product(index, index)
+            aa, bb = (self.squares[name, index] for index in pair)
+            ab = product(*pair)
+            of_two[name] = torch.tensor([[aa, ab], [ab, bb]], dtype=torch.float64)
+        return float(self.function.score(of_two)[0, 1])
 
 
 def _decided(
     scores: Float[Tensor, "units units"],
-    checkpoint: Checkpoint,
     layout: Layout,
-    function: MatchFunction,
-    parts: tuple[Part, ...],
+    rounding: _Rounding,
+    exact: Callable[[tuple[int, int]], float],
 ) -> Float[Tensor, "units units"]:
     """The scores of pairs whose donor lies in a strictly earlier layer, exact wherever they are too close to call.
 
@@ -93,7 +147,7 @@ def _decided(
     best = masked.amax(dim=1)
     # A pair can decide a tie if rounding could make it the best of its recipient. It matters only where there are
     # several such pairs, or where the order of two recipients is open as well.
-    near = _near(best, layout, parts)
+    near = _near(best, rounding)
     close = allowed & (masked >= (best - near)[:, None])
     undecided = (close.sum(dim=1) > 1) | _has_neighbour(best, near)
     result = scores.masked_fill(~allowed, 0.0)
@@ -102,21 +156,20 @@ def _decided(
         step = float(near.max())
         return torch.round(result / step) * step
     # Computing a pair again reads two units from disk, which is why there is a limit above.
-    squares: dict[tuple[Part, int], float] = {}
     for recipient, donor in pairs.tolist():
-        result[recipient, donor] = _exact_score(checkpoint, layout, function, parts, (recipient, donor), squares)
+        result[recipient, donor] = exact((recipient, donor))
     return torch.round(result / GRID) * GRID
 
 
-def _near(best: Float[Tensor, " units"], layout: Layout, parts: tuple[Part, ...]) -> Float[Tensor, " units"]:
+def _near(best: Float[Tensor, " units"], rounding: _Rounding) -> Float[Tensor, " units"]:
     """The distance from each of these scores within which another may be as high, by the rounding of the products.
 
     Chunks are summed in float64, so that their errors average out. Measured over correlations of 0 to 0.99, chunks of
     4,096 to 65,536 numbers and both ways of multiplying, errors stay below a quarter of this distance.
     """
-    if all(is_exact(layout, part) for part in parts):
+    if rounding.exact:
         return torch.full_like(best, NEAR_EXACT)
-    chunks = min(layout.parts[part].numel for part in parts) * layout.units / CHUNK_NUMBERS
+    chunks = rounding.numbers / CHUNK_NUMBERS
     near: Tensor = NEAR_FLOAT32 * (best.abs() + UNRELATED) / max(1.0, chunks) ** 0.5
     return near.nan_to_num(0.0, posinf=0.0)
 
@@ -129,28 +182,3 @@ def _has_neighbour(best: Float[Tensor, " units"], near: Float[Tensor, " units"])
     has_neighbour = torch.empty_like(best, dtype=torch.bool)
     has_neighbour[order] = torch.cat([gap, side]) | torch.cat([side, gap])
     return has_neighbour
-
-
-def _exact_score(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    function: MatchFunction,
-    parts: tuple[Part, ...],
-    pair: tuple[int, int],
-    squares: dict[tuple[Part, int], float],
-) -> float:
-    """The score of a single pair, computed alone in float64, so that equal units get equal scores.
-
-    `squares` keeps the products of units with themselves from one call to the next.
-    """
-    products: dict[Part, Tensor] = {}
-    for part in parts:
-        a, b = (read_unit(checkpoint, layout, part, index).double() for index in pair)
-        for index, unit in zip(pair, (a, b), strict=True):
-            if (part, index) not in squares:
-                squares[part, index] = float(unit.dot(unit))
-        aa = squares[part, pair[0]]
-        ab = float(a.dot(b))
-        bb = squares[part, pair[1]]
-        products[part] = torch.tensor([[aa, ab], [ab, bb]], dtype=torch.float64)
-    return float(function.score(products)[0, 1])

@@ -81,6 +81,14 @@ COMMANDS = {
         AFTER,
         ("headshare export OUT model.gguf", "headshare export OUT model.gguf --dtype q8_0"),
     ),
+    "attention": Command(
+        "inspect:attention",
+        MEASURE,
+        (
+            "headshare attention MODEL --text FILE",
+            "headshare attention MODEL --text FILE --text FILE2 --html attention.html",
+        ),
+    ),
     "verify": Command("inspect:verify", AFTER, ("headshare verify OUT --against MODEL",)),
     "demo": Command("bench:demo", MEASURE, ("headshare demo MODEL --text FILE",)),
     "bench": Command(

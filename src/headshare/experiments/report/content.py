@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headshare.attention.page import Attended
 from headshare.evaluation.harness import named
 from headshare.evaluation.results import results_table
 from headshare.experiments.about import About
@@ -70,15 +71,20 @@ class Compare:
 
 @dataclass(frozen=True)
 class Report:
-    """All of a report: the claims on each model, the comparisons, and results of `headshare eval` with their titles."""
+    """All of a report: the claims on each model, the comparisons, results of `headshare eval` with their titles, and
+    those of `headshare attention`."""
 
     judged: Sequence[Judged]
     comparisons: Sequence[Compare]
     evaluated: Sequence[tuple[str, Table]]
+    attended: Sequence[Attended] = ()
 
 
 def report_of(
-    measured: Sequence[Comparison], tables: Sequence[Published] = (), evaluated: Sequence[Evaluated] = ()
+    measured: Sequence[Comparison],
+    tables: Sequence[Published] = (),
+    evaluated: Sequence[Evaluated] = (),
+    attended: Sequence[Attended] = (),
 ) -> Report:
     """The report of these comparisons, beside the paper's tables, and of these results."""
     comparisons = [
@@ -95,7 +101,8 @@ def report_of(
         )
         for one in measured
     ]
-    return Report(_judged(measured), comparisons, [(one.title, results_table(one.rows)) for one in evaluated])
+    results = [(one.title, results_table(one.rows)) for one in evaluated]
+    return Report(_judged(measured), comparisons, results, attended)
 
 
 def _facts(about: About) -> Iterable[tuple[str, str]]:

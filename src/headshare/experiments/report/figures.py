@@ -2,20 +2,16 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-from headshare.errors import OutputError
 from headshare.evaluation.results import TaskResult
 from headshare.experiments.case import REFIT, base_of
 from headshare.experiments.cells import DENSE, Compared
 from headshare.experiments.report.claims import ACCURACY, score
 from headshare.experiments.report.groups import compared_with, groups, in_panel, is_fixed
-from headshare.files.atomic import write_whole
-from headshare.files.failures import explain
 from headshare.pages.layers import bars_panel, shades_panel
 from headshare.pages.lines import MOST, Axes, Level, Line, lines_panel
 from headshare.pages.rows import Mark, Row, rows_panel
-from headshare.pages.svg import Figure, Panel, as_file
+from headshare.pages.svg import Figure, Panel
 
 Drawn = Callable[[Sequence[Compared]], list[Panel]]
 GUESSING = "guessing"
@@ -25,22 +21,6 @@ def figures_of(cells: Sequence[Compared]) -> list[Figure]:
     """The figures for which these cells have data."""
     drawn = ((kind, title, note, draw(cells)) for kind, (title, note, draw) in FIGURES.items())
     return [Figure(kind, title, note, panels) for kind, title, note, panels in drawn if panels]
-
-
-def save_figures(figures: Sequence[Figure], folder: Path, name: str) -> list[tuple[str, Path]]:
-    """Write figures as SVG files whose names begin with `name`. Returns the title and the path of each.
-
-    Raises:
-        OutputError: if they cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(explain(error, folder)) from None
-    paths = [folder / f"{name}-{figure.kind}.svg" for figure in figures]
-    for figure, path in zip(figures, paths, strict=True):
-        write_whole(path, as_file(figure.panels).encode())
-    return [(f"{figure.title}. {figure.note}".strip(), path) for figure, path in zip(figures, paths, strict=True)]
 
 
 # ---- quality

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
-from headshare.experiments.methods import DELETING, MATCHES, SHARING
+from headshare.experiments.methods import DELETING, MATCHED, SHARING
 from headshare.experiments.peers.registry import PEERS
 from headshare.experiments.report.claims import PAPERS
 from headshare.pages.lines import MOST
@@ -12,7 +12,6 @@ REFITTED = ", refitted"
 ROUNDING = "Rounded"
 # groups without the paper's method
 OTHERS = ("Match functions", "Deleting", "Controls")
-MATCHED = tuple(f"match-{name}" for name in MATCHES)
 
 
 def groups(methods: Iterable[str]) -> dict[str, list[str]]:

@@ -29,9 +29,12 @@ def check_page(out: Path) -> None:
 
 
 def as_markdown(report: Report, figures: Sequence[Sequence[tuple[str, str]]] = ()) -> str:
-    """The page of a report in Markdown. `figures` holds for each comparison titles and addresses of its figures."""
+    """The page of a report in Markdown.
+
+    `figures` holds titles and addresses of the figures of each comparison, and then of each analysis of attention.
+    """
     lines = [TITLE, "", *_summary(report.judged)]
-    pictures = [*figures, *[()] * len(report.comparisons)]
+    pictures = [*figures, *[()] * (len(report.comparisons) + len(report.attended))]
     for one, shown in zip(report.comparisons, pictures, strict=False):
         lines += ["", f"## {one.heading}", "", _sentence(one.facts), "", one.table.markdown()]
         lines += ["", *one.notes] if one.notes else []
@@ -41,6 +44,10 @@ def as_markdown(report: Report, figures: Sequence[Sequence[tuple[str, str]]] = (
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     for title, table in report.evaluated:
         lines += ["", f"## {title}", "", table.markdown()]
+    for attended, shown in zip(report.attended, pictures[len(report.comparisons) :], strict=False):
+        lines += ["", f"## {attended.title}", "", _sentence(attended.facts)]
+        lines += [line for words, table in attended.tables for line in ("", words, "", table.markdown())]
+        lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
     return "\n".join(lines).rstrip() + "\n"
 
 
