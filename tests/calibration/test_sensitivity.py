@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -58,10 +59,14 @@ def of_stock_model(dense: hs.Checkpoint, readouts: tuple[str, str]) -> dict[int,
         watch(layer, number, readouts, kept)
     logits = model(input_ids=text().tokens).logits.log_softmax(dim=-1)
     seeds = torch.randint(2**62, (WINDOWS,), generator=torch.Generator().manual_seed(0)).tolist()
-    drawn = [
-        torch.multinomial(window.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
-        for window, seed in zip(logits, seeds, strict=True)
-    ]
+    drawn = []
+    for window, seed in zip(logits, seeds, strict=True):
+        numbers = torch.rand(WINDOW, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+        sums = window.detach().exp().double().numpy().cumsum(axis=-1)
+        places = [
+            np.searchsorted(each, number * each[-1], side="right") for each, number in zip(sums, numbers, strict=True)
+        ]
+        drawn.append(torch.tensor(places, dtype=torch.long)[:, None])
     gradients = torch.autograd.grad(logits.gather(2, torch.stack(drawn)).sum(), [output for output, _ in kept.values()])
     sums: dict[int, dict[Sublayer, Tensor]] = {}
     for ((number, kind), (_, hidden)), gradient in zip(kept.items(), gradients, strict=True):

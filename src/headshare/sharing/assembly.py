@@ -97,13 +97,54 @@ def stream(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
 
 
 def _rows(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:
-    for name, start, stop in assembly.runs:
-        if name == NOTHING:
-            yield torch.zeros(stop - start, *assembly.shape[1:], dtype=DTYPES[assembly.dtype])
-            continue
-        step = _rows_per_slice(source.tensors[name])
-        for first in range(start, stop, step):
-            yield source.read(name, first, min(first + step, stop))
+    for runs in _near(assembly):
+        read = [run for run in runs if run.source != NOTHING]
+        if not read:
+            length = sum(run.stop - run.start for run in runs)
+            yield torch.zeros(length, *assembly.shape[1:], dtype=DTYPES[assembly.dtype])
+        elif len(runs) == 1:
+            name, start, stop = runs[0]
+            step = _rows_per_slice(source.tensors[name])
+            for first in range(start, stop, step):
+                yield source.read(name, first, min(first + step, stop))
+        else:
+            name, first, _ = read[0]
+            rows = source.read(name, first, read[-1].stop)
+            zeros = rows.new_zeros(max(run.stop - run.start for run in runs), *rows.shape[1:])
+            yield torch.cat(
+                [
+                    zeros[: run.stop - run.start]
+                    if run.source == NOTHING
+                    else rows[run.start - first : run.stop - first]
+                    for run in runs
+                ]
+            )
+
+
+def _near(assembly: Assembly) -> Iterator[list[Source]]:
+    """The runs of an assembly in order, those together that lie in one slice of one tensor, with zeros among them.
+
+    Where neurons are removed one by one there is a run for each stretch of those left, and each read takes its time.
+    """
+    length = assembly.shape[0] if assembly.shape else 1
+    room = max(1, SLICE_BYTES * length // max(1, assembly.nbytes))
+    together: list[Source] = []
+    read: list[Source] = []
+    rows = 0
+    for run in assembly.runs:
+        rows += run.stop - run.start
+        fits = rows <= room
+        if read and run.source != NOTHING:
+            name, _, end = read[-1]
+            fits &= run.source == name and run.start >= end and run.stop - read[0].start <= room
+        if together and not fits:
+            yield together
+            together, read, rows = [], [], run.stop - run.start
+        together.append(run)
+        if run.source != NOTHING:
+            read.append(run)
+    if together:
+        yield together
 
 
 def _columns(assembly: Assembly, source: Checkpoint) -> Iterator[Tensor]:

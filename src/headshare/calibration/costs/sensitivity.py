@@ -94,8 +94,16 @@ def _of_predictions(layers: Layers, leaving: Stream, seeds: Sequence[int]) -> St
 
 
 def _drawn(known: Float[Tensor, "window vocabulary"], seed: int) -> Int[Tensor, "window 1"]:
-    """A token for each place of a window, drawn from its log-probabilities."""
-    return torch.multinomial(known.exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(known.device)
+    """A token for each place of a window, drawn from its log-probabilities.
+
+    The first token at which the sum of probabilities passes a random number: one number for each place, where
+    `torch.multinomial` draws one for each word of the vocabulary.
+    """
+    sums = known.exp().cpu().double().cumsum_(dim=-1)
+    total = sums[:, -1:]
+    drawn = torch.rand(total.shape, dtype=sums.dtype, generator=torch.Generator().manual_seed(seed)) * total
+    # a number that was rounded up to the total passes no sum
+    return torch.searchsorted(sums, drawn, right=True).clamp_(max=sums.shape[-1] - 1).to(known.device)
 
 
 @dataclass

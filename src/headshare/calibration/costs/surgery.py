@@ -89,7 +89,7 @@ class Surgery:
     def cheapest(self, count: int) -> Int[Tensor, " count"]:
         """The channels left whose removal, each alone, costs least: |W_n|^2 / Q_nn."""
         inverse = self.inverse.diagonal()
-        costs: Tensor = torch.linalg.vector_norm(self.weight, dim=0).square() / inverse
+        costs: Tensor = self.weight.square().sum(dim=0) / inverse  # a norm over columns takes three times as long
         costs[inverse == 0] = torch.inf
         return costs.topk(count, largest=False).indices.sort().values
 
