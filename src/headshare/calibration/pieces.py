@@ -7,7 +7,7 @@ and the second what the first makes of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ class Piece:
 
 def pieces_of(whole: ExpandedTensors, matrices: Mapping[str, Roundable]) -> list[Piece]:
     """The pieces of all of a checkpoint's layers' matrices that can be rounded; of embeddings there are none."""
-    tensors = whole.files.tensors
+    copies = whole.files.plan.copies
+    tensors = {name: tensor for name, tensor in whole.files.tensors.items() if name not in copies}
     found: list[Piece] = []
     for name, matrix in matrices.items():
         if matrix.embedding or name in whole.files.added:
@@ -50,11 +51,19 @@ def pieces_of(whole: ExpandedTensors, matrices: Mapping[str, Roundable]) -> list
         elif tensor.axis == (1 if matrix.in_out else 0):
             found += _of_outputs(tensor, tensors.values())
         else:
-            found.append(Piece(name, torch.arange(matrix.outputs), tuple(_uses_of_columns(tensor, whole))))
+            uses = tuple(_uses_of_columns(tensor, tensors.values(), whole))
+            found.append(Piece(name, torch.arange(matrix.outputs), uses))
     for tensor in tensors.values():
         if tensor.factored:
             found += [piece for piece in _of_factors(tensor, whole) if piece.name in matrices]
-    return found
+    return [_with_copies(piece, copies) for piece in found] if copies else found
+
+
+def _with_copies(piece: Piece, copies: Mapping[str, str]) -> Piece:
+    """A piece with the uses of its tensor's copies too, which give it inputs as the tensor's own module does."""
+    names = [name for name, donor in copies.items() if donor == piece.name]
+    more = [Use(name, use.inputs) for use in piece.uses if use.user == piece.name for name in names]
+    return replace(piece, uses=tuple(sorted([*piece.uses, *more], key=lambda use: layer_of(use.user))))
 
 
 def _all(inputs: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ def _of_outputs(tensor: TensorPlan, tensors: Iterable[TensorPlan]) -> Iterator[P
     """Pieces of the rows that a tensor stores, one for each combination of users."""
     # For each row, its own tensor and then those that borrow it, in the order of their layers.
     users: list[tuple[str, ...]] = [(tensor.name,)] * tensor.size
-    for other in sorted(tensors, key=lambda each: layer_of(each.name)):
+    for other in sorted((each for each in tensors if each.gaps), key=lambda each: layer_of(each.name)):
         for gap in (gap for gap in other.gaps if gap.donor == tensor.name):
             for row in range(gap.donor_start, gap.donor_start + gap.stop - gap.start):
                 users[row] = (*users[row], other.name)
@@ -78,12 +87,11 @@ def _of_outputs(tensor: TensorPlan, tensors: Iterable[TensorPlan]) -> Iterator[P
         yield Piece(tensor.name, torch.tensor(rows), tuple(Use(user, _all) for user in same))
 
 
-def _uses_of_columns(tensor: TensorPlan, whole: ExpandedTensors) -> Iterator[Use]:
+def _uses_of_columns(tensor: TensorPlan, tensors: Iterable[TensorPlan], whole: ExpandedTensors) -> Iterator[Use]:
     """The uses of an output projection's stored columns: its own first."""
     kept = [index for start, stop in tensor.kept() for index in range(start, stop)]
     yield Use(tensor.name, partial(_taken, torch.tensor(kept)))
-    others = sorted(whole.files.tensors.values(), key=lambda each: layer_of(each.name))
-    for other in others:
+    for other in sorted((each for each in tensors if each.gaps), key=lambda each: layer_of(each.name)):
         gaps = [gap for gap in other.gaps if gap.donor == tensor.name]
         if gaps:
             lent = [range(gap.start, gap.stop) for gap in gaps]

@@ -87,6 +87,11 @@ class ExpandedTensors:
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint.tensors
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The dense shape of the tensor of this name."""
+        tensor = self.files.tensors.get(name)
+        return self.checkpoint.tensors[name].shape if tensor is None else tensor.shape
+
     def read(self, name: str, *, rounded: bool = True) -> Tensor:
         """The tensor of this name in its dense shape, in new memory.
 

@@ -67,6 +67,8 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     plan = entry.plan
     packing = entry.packing if isinstance(entry.packing, Packing) else None
     tensors = _tensors_of(plan, checkpoint)
+    if packing is not None and plan.copies:
+        raise CheckpointError(f"{checkpoint.name} holds matrices in an older form of 4 bits, in which none is a copy.")
     if packing is not None:
         tensors = packed_tensors(tensors, packing)
     files = SharedFiles(checkpoint, entry, tensors, plan.added_tensors, stored=True)
@@ -91,6 +93,7 @@ def open_shared(checkpoint: Checkpoint) -> SharedFiles:
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, what)
     check_removals(plan, checkpoint.layouts)
+    _check_types(plan, checkpoint)
     # tensors that the plan adds, each in the type of the weight that it belongs to
     for name, added in files.added.items():
         _check_tensor(checkpoint, name, added.shape, what)
@@ -122,6 +125,7 @@ def fit_plan(plan: SharePlan, dense: Checkpoint) -> SharedFiles:
             require_one_dtype(section.layout, dense)
     # what the plan does with them
     check_removals(plan, dense.layouts)
+    _check_types(plan, dense)
     files = SharedFiles(dense, SharingEntry(plan), _tensors_of(plan, dense), plan.added_tensors, stored=False)
     check_makers(files.tensors.values())
     for name, tensor in files.tensors.items():
@@ -136,6 +140,21 @@ def _tensors_of(plan: SharePlan, checkpoint: Checkpoint) -> dict[str, TensorPlan
     """Tensor plans of this checkpoint: of the weights, and of biases that are there and lose numbers."""
     biases = {name: bias for name, bias in plan.biases.items() if name in checkpoint.tensors}
     return {**plan.tensors, **biases}
+
+
+def _check_types(plan: SharePlan, checkpoint: Checkpoint) -> None:
+    """Check that each copy has the type of the tensor that it is.
+
+    Raises:
+        CheckpointError: naming the first that has another.
+    """
+    infos = checkpoint.tensors
+    for name, donor in plan.copies.items():
+        if name in infos and donor in infos and infos[name].dtype != infos[donor].dtype and not infos[donor].parts:
+            raise CheckpointError(
+                f"{name} in {checkpoint.name} is {infos[name].dtype}, and is to be {donor}, which is "
+                f"{infos[donor].dtype}."
+            )
 
 
 def _check_packed(checkpoint: Checkpoint, tensors: Mapping[str, TensorPlan], packing: Packing) -> None:

@@ -5,14 +5,16 @@ holds. So it takes no memory in any storage, and it trains as one with the param
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from headshare.architecture.families import names_elsewhere
 from headshare.architecture.modules import module_path
 from headshare.errors import PlanError, StorageError
+from headshare.storage.rounded import held_by, tie, untied
 
 
 class ParameterPlace(NamedTuple):
@@ -45,6 +47,9 @@ class Copies:
     """
 
     def __init__(self, model: nn.Module, copies: Mapping[str, str]) -> None:
+        # copies of rounded matrices, with the empty tensors that files hold for them
+        self._rounded: dict[ParameterPlace, Tensor] = {}
+        self._hook: RemovableHandle | None = None
         self._donors = {place_of(model, name): place_of(model, donor) for name, donor in copies.items()}
 
     def __len__(self) -> int:
@@ -66,27 +71,46 @@ class Copies:
         """
         held: dict[tuple[int, torch.device], nn.Parameter] = {}
         for place, donor in self._donors.items():
-            stored = donor.get(model)
             device = place.get(model).device
             if _is_offloaded(model, place) or _is_offloaded(model, donor):
                 raise StorageError(
                     f"{place.name} is {donor.name}, bit for bit, and one of the two is offloaded. Give the model room "
                     "(device_map=), or expand it first: headshare expand."
                 )
+            lender = model.get_submodule(donor.path)
+            if donor.leaf in held_by(lender):
+                self._rounded[place] = place.get(model).detach()
+                tie(model.get_submodule(place.path), lender, donor.leaf)
+                continue
+            stored = donor.get(model)
             if stored.device != device:
                 stored = held.setdefault((id(stored), device), nn.Parameter(stored.detach().to(device)))
             place.put(model, stored)
+        self._hook = model.register_load_state_dict_pre_hook(self._fill)
+
+    def _fill(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
+        """Let the model load a state dictionary in which copies have no rows, as `emptied` makes it."""
+        for place, donor in self._donors.items():
+            held = state.get(f"{prefix}{place.name}")
+            if place in self._rounded:
+                state.pop(f"{prefix}{place.name}", None)
+            elif held is not None and not held.numel():
+                state[f"{prefix}{place.name}"] = state[f"{prefix}{donor.name}"]
 
     def emptied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dictionary in which copies have no rows, as a file of the model holds them."""
         names = {place.name for place in self._donors}
-        return {
+        rounded = {place.name: empty for place, empty in self._rounded.items()}
+        return rounded | {
             name: tensor.new_empty(0, *tensor.shape[1:]) if name in names else tensor for name, tensor in state.items()
         }
 
     def part(self, model: nn.Module) -> None:
         """Give each copy memory of its own again, as a stock model has it."""
+        if self._hook is not None:
+            self._hook.remove()
         for place in self._donors:
+            untied(model.get_submodule(place.path))
             shared = place.get(model)
             place.put(model, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
@@ -110,7 +134,8 @@ def place_of(model: nn.Module, tensor: str) -> ParameterPlace:
 
 def _is_offloaded(model: nn.Module, place: ParameterPlace) -> bool:
     """True if accelerate brings this parameter only when its module runs."""
-    return place.get(model).is_meta and hasattr(model.get_submodule(place.path), "_hf_hook")
+    module = model.get_submodule(place.path)
+    return hasattr(module, "_hf_hook") and any(each.is_meta for each in module.parameters(recurse=False))
 
 
 def _paths(model: nn.Module, path: str) -> Iterator[str]:

@@ -93,6 +93,8 @@ class Refitter:
         layers: Layers | None = None,
     ) -> None:
         dense.require_dense("refit it")
+        if plan.copies:
+            raise PlanError("the plan stores equal tensors once. That loses nothing, so nothing is refitted: leave it.")
         if shared is not None and shared.plan != plan:
             raise PlanError(f"{shared.name} was not shared by this plan. Give the plan in its config.json.")
         weights = ExpandedTensors.planned(dense, plan)  # which checks that the plan is for this model

@@ -159,8 +159,7 @@ def _sublayer(
 
 
 def _whole(tensors: ExpandedTensors, name: str, source: str, *, reads_out: bool = False) -> FileTensor:
-    info = tensors.checkpoint.tensors.get(source)
-    shape = (0,) if info is None else info.shape  # one that is missing is refused when all are listed
+    shape = tensors.shape(source) if source in tensors else (0,)  # one that is missing is refused when all are listed
     return FileTensor(name, shape, source, lambda: tensors.read(source), reads_out=reads_out, whole=True)
 
 

@@ -21,11 +21,12 @@ from headshare.short import short
 class GivenBack:
     """Bytes of the file's tensors that the checkpoint does without and the file does not, by the reason.
 
-    `ties` and `low_rank` are multiplied out, `narrow_values` filled up with zeros. `zeros` are units and neurons that
-    llama.cpp, or the type's blocks, cannot go without.
+    `ties`, `copies` and `low_rank` are written out, `narrow_values` filled up with zeros. `zeros` are units and neurons
+    that llama.cpp, or the type's blocks, cannot go without.
     """
 
     ties: int = 0
+    copies: int = 0
     low_rank: int = 0
     narrow_values: int = 0
     zeros: int = 0
@@ -33,12 +34,13 @@ class GivenBack:
     @property
     def all(self) -> int:
         """The bytes of all reasons."""
-        return self.ties + self.low_rank + self.narrow_values + self.zeros
+        return self.ties + self.copies + self.low_rank + self.narrow_values + self.zeros
 
     def in_words(self) -> str:
         """The reasons in words, with their bytes."""
         words = {
             "ties written out": self.ties,
+            "copies written out": self.copies,
             "low-rank factors multiplied": self.low_rank,
             "narrow values filled up with zeros": self.narrow_values,
             "units or neurons of zeros": self.zeros,
@@ -117,7 +119,7 @@ def _bytes_in(shape: tuple[int, ...], kind: NumberType) -> int:
 
 
 def _given_back(tensors: ExpandedTensors, placed: Sequence[Placed]) -> GivenBack:
-    found = dict.fromkeys(("ties", "low_rank", "narrow_values", "zeros"), 0.0)
+    found = dict.fromkeys(("ties", "copies", "low_rank", "narrow_values", "zeros"), 0.0)
     added = _added(tensors)
     for tensor, kind in placed:
         each = kind.nbytes / kind.block
@@ -128,7 +130,8 @@ def _given_back(tensors: ExpandedTensors, placed: Sequence[Placed]) -> GivenBack
         across = prod(plan.shape) // plan.size
         present = sum(stop - start for start, stop in plan.present()) * across
         found["narrow_values"] += (tensor.numbers - tensor.zeros - present) * each
-        found["ties"] += (_length(plan.gaps) * across - added.get(scale_name(tensor.source), 0)) * each
+        reason = "copies" if tensor.source in tensors.files.plan.copies else "ties"
+        found[reason] += (_length(plan.gaps) * across - added.get(scale_name(tensor.source), 0)) * each
         found["low_rank"] += (_length(plan.made) * across - added.get(tensor.source, 0)) * each
     return GivenBack(**{reason: round(count) for reason, count in found.items()})
 
