@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import headshare as hs
 from headshare.errors import ArchitectureError, CheckpointError, HeadshareError, OptionError, OutputError
 from headshare.integrations.gguf import writing
+from headshare.sharing.rounded.write import round_to_nearest
 from support import tiny
 from support.folders import WEIGHTS, left_behind
 from support.gguf_models import byte_tokenizer, make, plan_of, reduce, sentencepiece_tokenizer
@@ -344,13 +345,43 @@ def test_the_package_that_writes_the_format_is_asked_for(
         hs.export_gguf(checkpoint, tmp_path / "a.gguf")
 
 
-def test_what_is_rounded_already_is_not_rounded_again(tmp_path: Path) -> None:
+def test_what_is_rounded_already_is_not_rounded_again(dense: Path, tmp_path: Path) -> None:
     packed = Path(__file__).parents[1] / "sharing" / "format" / "packed"
-    with (
-        hs.open_checkpoint(packed) as checkpoint,
-        pytest.raises(CheckpointError, match="are rounded already"),
-    ):
-        hs.export_gguf(checkpoint, tmp_path / "a.gguf")
+    round_to_nearest(hs.open_checkpoint(dense)).save(tmp_path / "eight")
+    for folder, dtype in ((packed, "f16"), (packed, "q8_0"), (tmp_path / "eight", "q4_0")):
+        with (
+            hs.open_checkpoint(folder) as checkpoint,
+            pytest.raises(CheckpointError, match="are rounded already"),
+        ):
+            hs.export_gguf(checkpoint, tmp_path / "a.gguf", dtype=dtype)
+
+
+@pytest.mark.parametrize("kinds", [(), ("units", "neurons", "ties")])
+def test_whole_numbers_of_8_bits_are_those_of_the_file(kinds: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
+    folder = reduce(dense, tmp_path / "reduced", *kinds) if kinds else dense
+    eight = round_to_nearest(hs.open_checkpoint(folder)).save(tmp_path / "eight")
+    found, stored = numbers(written(eight, tmp_path / "a.gguf", dtype="q8_0")), load_file(eight / WEIGHTS)
+
+    def meant(name: str) -> Any:
+        return stored[f"{name}_int8"].float().numpy() * stored[f"{name}_scale"].float().numpy()
+
+    assert np.array_equal(found["token_embd.weight"], meant("model.embed_tokens.weight"))
+    down = meant("model.layers.1.mlp.down_proj.weight")
+    assert np.array_equal(found["blk.1.ffn_down.weight"][:, : down.shape[1]], down)
+    k = meant("model.layers.1.self_attn.k_proj.weight")
+    for head in range(len(k) // 16):
+        for row in range(16):
+            assert np.array_equal(
+                found["blk.1.attn_k.weight"][16 * head + row], k[16 * head + row // 2 + 8 * (row % 2)]
+            )
+
+
+def test_4_bits_are_a_file_of_8_bits_and_next_to_nothing_is_lost(dense: Path, tmp_path: Path) -> None:
+    four = round_to_nearest(hs.open_checkpoint(dense), bits=4, group=32).save(tmp_path / "four")
+    found = numbers(written(four, tmp_path / "a.gguf", dtype="q8_0"))["blk.1.ffn_up.weight"]
+    wanted = hs.open_checkpoint(four).read("model.layers.1.mlp.up_proj.weight").float().numpy()
+    own = hs.open_checkpoint(dense).read("model.layers.1.mlp.up_proj.weight").float().numpy()
+    assert np.abs(found - wanted).mean() < 0.1 * np.abs(own - wanted).mean()
 
 
 def test_a_plan_of_these_tests_is_what_its_words_say(dense: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from headshare.architecture.llama_cpp import (
     PART_NAMES,
     ROTARY_FACTORS,
 )
+from headshare.checkpoint.header import TensorInfo
+from headshare.checkpoint.rounding.numbers import Rounded
 from headshare.errors import ArchitectureError, CheckpointError
 from headshare.integrations.gguf.rotary import Rotary
 from headshare.integrations.gguf.shape import FileLayer, FileShape, Kept
@@ -26,6 +29,7 @@ from headshare.plan.layout import Layout, Place
 from headshare.plan.tensors import bias_name
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
+from headshare.sharing.rounded.stock import StockMatrices
 from headshare.sharing.size import parameter_infos
 
 
@@ -35,7 +39,8 @@ class FileTensor:
 
     `source` is the name of the checkpoint's tensor that it is made from, and `read` gives its numbers in this shape, of
     which so many are `zeros` that nothing asks for but llama.cpp. `reads_out` is true for the matrix that predictions
-    are read from, and `whole` for a tensor of no unit.
+    are read from, and `whole` for a tensor of no unit. `in_rows` gives whole numbers of 8 bits and the scale of each
+    row, where the checkpoint holds such.
     """
 
     name: str
@@ -45,6 +50,7 @@ class FileTensor:
     zeros: int = 0
     reads_out: bool = False
     whole: bool = False
+    in_rows: Callable[[], Rounded] | None = None
 
     @property
     def numbers(self) -> int:
@@ -94,6 +100,7 @@ def contents_of(tensors: ExpandedTensors, shape: FileShape, rotary: Rotary) -> l
 
 def _all(tensors: ExpandedTensors, shape: FileShape, rotary: Rotary) -> Iterator[FileTensor]:
     stored = parameter_infos(tensors.checkpoint)
+    stock = StockMatrices(tensors.files)
     stem = _stem(shape)
     tied = bool(tensors.checkpoint.layouts.config.get("tie_word_embeddings"))
     inputs = (name for name in stored if name.startswith(stem) and name.endswith(INPUT_EMBEDDINGS))
@@ -103,7 +110,7 @@ def _all(tensors: ExpandedTensors, shape: FileShape, rotary: Rotary) -> Iterator
     for number, layer in enumerate(shape.layers):
         for sublayer in _sublayers(shape, layer.layer, layer):
             if sublayer.kept.count:
-                yield from _sublayer(tensors, shape, f"blk.{number}.", layer.layer, sublayer)
+                yield from _sublayer(tensors, stock, shape, f"blk.{number}.", layer.layer, sublayer)
     yield _whole(tensors, f"{LAST_NORM[1]}.weight", f"{stem}{LAST_NORM[0]}.weight")
     if not tied:
         outputs = (name for name in TIED_OUTPUTS if name in stored)
@@ -139,7 +146,7 @@ def _gone(shape: FileShape) -> set[str]:
 
 
 def _sublayer(
-    tensors: ExpandedTensors, shape: FileShape, prefix: str, layer: int, sublayer: _Sublayer
+    tensors: ExpandedTensors, stock: StockMatrices, shape: FileShape, prefix: str, layer: int, sublayer: _Sublayer
 ) -> Iterator[FileTensor]:
     yield _whole(tensors, f"{prefix}{sublayer.norm_in_file}.weight", sublayer.norm)
     for part, place in sublayer.layout.parts.items():
@@ -147,7 +154,7 @@ def _sublayer(
         source = place.name(layer)
         in_pairs = shape.architecture.pairs and part in (Part.Q, Part.K)
         head = shape.head_dim if in_pairs else None
-        yield _part(tensors, f"{name}.weight", source, place, sublayer.kept, head)
+        yield _part(tensors, stock, f"{name}.weight", source, place, sublayer.kept, head)
         bias = bias_name(source)
         if bias not in tensors.checkpoint.tensors:
             continue
@@ -155,15 +162,27 @@ def _sublayer(
         if place.axis:
             yield _whole(tensors, f"{name}.bias", bias)
         else:
-            yield _part(tensors, f"{name}.bias", bias, place, sublayer.kept, head)
+            yield _part(tensors, stock, f"{name}.bias", bias, place, sublayer.kept, head)
 
 
 def _whole(tensors: ExpandedTensors, name: str, source: str, *, reads_out: bool = False) -> FileTensor:
     shape = tensors.shape(source) if source in tensors else (0,)  # one that is missing is refused when all are listed
-    return FileTensor(name, shape, source, lambda: tensors.read(source), reads_out=reads_out, whole=True)
+    checkpoint = tensors.checkpoint
+    info = checkpoint.tensors.get(source)
+    in_rows = partial(checkpoint.read_rounded, source) if info is not None and _has_rows(info) else None
+    return FileTensor(
+        name, shape, source, lambda: tensors.read(source), reads_out=reads_out, whole=True, in_rows=in_rows
+    )
 
 
-def _part(tensors: ExpandedTensors, name: str, source: str, place: Place, kept: Kept, head: int | None) -> FileTensor:
+def _has_rows(info: TensorInfo) -> bool:
+    """True if a matrix is stored as whole numbers of 8 bits with one scale for each row."""
+    return info.parts is not None and (info.parts.bits, info.parts.group, info.parts.in_out) == (8, None, False)
+
+
+def _part(
+    tensors: ExpandedTensors, stock: StockMatrices, name: str, source: str, place: Place, kept: Kept, head: int | None
+) -> FileTensor:
     """A part's matrix, or its bias, with the groups that are kept and those of zeros.
 
     Rows of heads of `head` numbers are put in pairs; with None they stay as they are.
@@ -173,9 +192,18 @@ def _part(tensors: ExpandedTensors, name: str, source: str, place: Place, kept: 
         taken = _taken(tensors.read(source, rounded=False), place, kept)
         return taken if head is None else _in_pairs(taken, head)
 
+    def in_rows() -> Rounded:
+        numbers, scale = stock.whole(source)
+        numbers = _taken(numbers, place, kept)
+        scale = scale if place.axis else _taken(scale, place, kept)
+        return Rounded(numbers, scale) if head is None else Rounded(_in_pairs(numbers, head), _in_pairs(scale, head))
+
+    info = tensors.checkpoint.tensors.get(source)
+    exact = info is not None and _has_rows(info) and source in stock.names
     size = kept.count * place.rows
     shape = (*place.shape[: place.axis], size, *place.shape[place.axis + 1 :]) if source.endswith("weight") else (size,)
-    return FileTensor(name, shape, source, read, zeros=prod(shape) // size * kept.zeros * place.rows)
+    zeros = prod(shape) // size * kept.zeros * place.rows
+    return FileTensor(name, shape, source, read, zeros=zeros, in_rows=in_rows if exact else None)
 
 
 def _taken(whole: Tensor, place: Place, kept: Kept) -> Tensor:

@@ -14,8 +14,13 @@ from headshare.integrations.gguf.shape import shape_of
 from headshare.integrations.gguf.vocabulary import vocabulary
 from headshare.integrations.gguf.writing import check_file, check_installed, write_file
 from headshare.sharing.expanded import ExpandedTensors
+from headshare.sharing.fits import open_shared
 
 ENDING = ".gguf"
+
+
+# types in which what is rounded already loses nothing, or next to nothing
+_TAKING_ROUNDED = ("q8_0", "bf16", "f16", "f32")
 
 
 def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", overwrite: bool = False) -> Exported:
@@ -28,7 +33,7 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
     Raises:
         OptionError: if there is no such type, the file does not end in .gguf, or the gguf package is not installed.
         ArchitectureError: if llama.cpp does not run such a model, with the reason.
-        CheckpointError: if the checkpoint is incomplete, rounded already, or its tokenizer is of another kind.
+        CheckpointError: if the checkpoint is incomplete, would be rounded twice, or its tokenizer is of another kind.
         OutputError: if the file exists or cannot be written; nothing of it is left behind.
     """
     out = Path(out)
@@ -37,8 +42,9 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
         raise OptionError(f"{out.name} should end in {ENDING}, which is the only format that is written so far.")
     check_installed()
     check_file(out, checkpoint.path, overwrite=overwrite)
-    _check_unrounded(checkpoint)
-    tensors = ExpandedTensors.of(checkpoint)
+    _check_rounding(checkpoint, dtype)
+    rounded = checkpoint.sharing is not None and checkpoint.sharing.packing is not None
+    tensors = ExpandedTensors(open_shared(checkpoint)) if rounded else ExpandedTensors.of(checkpoint)
     shape = shape_of(checkpoint, block=wanted.block)
     config = checkpoint.layouts.config
     with foreign(f"config.json of {checkpoint.name} cannot be written as GGUF", ArchitectureError):
@@ -54,8 +60,10 @@ def export_gguf(checkpoint: Checkpoint, out: str | Path, *, dtype: str = "f16", 
     return exported(tensors, shape, placed, wanted, out, size)
 
 
-def _check_unrounded(checkpoint: Checkpoint) -> None:
-    """Refuse matrices that are rounded already: they would be rounded twice, in blocks that do not fit each other.
+def _check_rounding(checkpoint: Checkpoint, dtype: str) -> None:
+    """Refuse matrices that are rounded already where they would be rounded again, in blocks that do not fit each other.
+
+    Those of 8 bits are stored as they are in q8_0, and 4 bits lose next to nothing there.
 
     Raises:
         CheckpointError: saying what to export instead.
@@ -63,7 +71,8 @@ def _check_unrounded(checkpoint: Checkpoint) -> None:
     entry = checkpoint.sharing
     if entry is None:
         checkpoint.require_dense("export it")
-    elif entry.packing is not None:
+    elif entry.packing is not None and (entry.rounding is None or dtype not in _TAKING_ROUNDED):
         raise CheckpointError(
-            f"the matrices of {checkpoint.name} are rounded already. Export the folder that they were rounded from."
+            f"the matrices of {checkpoint.name} are rounded already. Export them as q8_0, or "
+            "the folder that they were rounded from."
         )

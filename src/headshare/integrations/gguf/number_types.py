@@ -43,6 +43,8 @@ _LISTED = (
     NumberType("q4_0", 2, BLOCK, 18, finer="q8_0"),
 )
 NUMBER_TYPES: Mapping[str, NumberType] = {each.name: each for each in _LISTED}
+# of matrices that are rounded to 8 bits already: it takes their whole numbers as they are
+WHOLE_NUMBERS = NUMBER_TYPES["q8_0"]
 # of vectors, which are small and which llama.cpp adds to or multiplies with sums in float32
 VECTORS = NUMBER_TYPES["f32"]
 # of matrices whose rows do not fill whole blocks

@@ -6,10 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headshare.errors import CheckpointError
-from headshare.integrations.gguf.number_types import NumberType
+from headshare.integrations.gguf.number_types import BLOCK, NumberType
 
 # rows that are rounded at once, so that a large matrix needs no second copy in float32
 _ROWS = 4096
+
+
+def in_blocks(numbers: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Whole numbers of 8 bits with one scale for each row, in blocks of q8_0: the same numbers, each with its scale.
+
+    A scale has 16 bits there, of which bfloat16 needs no more.
+    """
+    blocks = numbers.reshape(len(numbers), -1, BLOCK)
+    scales = np.broadcast_to(scale.astype(np.float16)[:, :, None], (*blocks.shape[:2], 1))
+    both = [np.ascontiguousarray(scales).view(np.uint8), np.ascontiguousarray(blocks).view(np.uint8)]
+    return np.concatenate(both, axis=2).reshape(len(numbers), -1)
 
 
 def rounded(numbers: NDArray[np.float32], kind: NumberType, name: str) -> NDArray[Any]:

@@ -15,8 +15,8 @@ from headshare.errors import CheckpointError, OptionError, OutputError
 from headshare.files.atomic import whole_file
 from headshare.installing import install
 from headshare.integrations.gguf.contents import FileTensor
-from headshare.integrations.gguf.number_types import NumberType
-from headshare.integrations.gguf.rounding import rounded
+from headshare.integrations.gguf.number_types import WHOLE_NUMBERS, NumberType
+from headshare.integrations.gguf.rounding import in_blocks, rounded
 from headshare.progress import track
 
 if TYPE_CHECKING:
@@ -153,9 +153,14 @@ def _value_type(value: Any) -> Any:
 
 def _write_tensor(writer: GGUFWriter, tensor: FileTensor, kind: NumberType) -> bytes:
     """Round a tensor, write it, and return the digest of its bytes."""
-    numbers = tensor.read()
-    assert tuple(numbers.shape) == tensor.shape
-    stored = rounded(numbers.to(torch.float32).numpy(), kind, tensor.source)
+    if kind is WHOLE_NUMBERS and tensor.in_rows is not None:
+        whole, scale = tensor.in_rows()
+        assert tuple(whole.shape) == tensor.shape
+        stored = in_blocks(whole.numpy(), scale.to(torch.float32).numpy())
+    else:
+        numbers = tensor.read()
+        assert tuple(numbers.shape) == tensor.shape
+        stored = rounded(numbers.to(torch.float32).numpy(), kind, tensor.source)
     writer.write_tensor_data(stored)
     return blake3(stored.view("uint8").data).digest()
 

@@ -89,7 +89,7 @@ class StockMatrices:
             matrix = of[name]
             if name.endswith(SHAPE):
                 return torch.tensor(self._shape(matrix))
-            numbers, scale = self._whole(matrix)
+            numbers, scale = self.whole(matrix)
             parts = self._tensors[matrix].parts
             assert parts is not None
             return scale if name.endswith(SCALE) else packed(numbers, parts.bits)
@@ -130,8 +130,8 @@ class StockMatrices:
         tensor = self._files.tensors.get(name)
         return self._tensors[name].shape if tensor is None else tensor.shape
 
-    def _whole(self, name: str) -> Rounded:
-        """The numbers in their dense shape, with donors' rows in place and zeros where the plan removed some."""
+    def whole(self, name: str) -> Rounded:
+        """The numbers of one of them in its dense shape, with donors' rows in place and zeros for those removed."""
         checkpoint = self._files.checkpoint
         tensor = self._files.tensors.get(name)
         if tensor is None:
