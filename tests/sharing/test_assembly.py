@@ -1,6 +1,5 @@
 """Output tensors from runs of stored indices, read in slices."""
 
-
 import numpy as np
 import pytest
 import torch
