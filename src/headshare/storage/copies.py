@@ -86,7 +86,7 @@ class Copies:
             if stored.device != device:
                 stored = held.setdefault((id(stored), device), nn.Parameter(stored.detach().to(device)))
             place.put(model, stored)
-        self._hook = model.register_load_state_dict_pre_hook(self._fill)
+        self._hook = model.register_load_state_dict_pre_hook(self._fill)  # type: ignore[no-untyped-call]
 
     def _fill(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
         """Let the model load a state dictionary in which copies have no rows, as `emptied` makes it."""
