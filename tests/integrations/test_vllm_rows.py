@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import headshare as hs
-from headshare.errors import CheckpointError, StorageError
+from headshare.errors import CheckpointError, OptionError, StorageError
 from headshare.integrations.vllm.rows import RankMatrix, lay_out, range_of
 from headshare.integrations.vllm.weights import RankWeights
 from headshare.integrations.vllm.widths import LayerWidth, layer_width
+from headshare.plan.placement import shares_of_ranks
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.section import Borrowed
@@ -128,6 +129,18 @@ def test_a_rank_stores_a_unit_once_wherever_its_donor_is(dense: Path, tmp_path: 
     assert rows_stored(across, 1) == [3 * 4 * unit - 2 * unit]
     # the other rank's unit stands in the first of the matrices that use it, and the second borrows it from there
     assert rows_stored(across, 2) == [3 * 2 * unit, 3 * 2 * unit - unit]
+    # and that is what inspect counts, of all layers
+    whole = 2 * unit * 64
+    for plan, ranks in ((tie(dense, (2, 1, 0, 0)), 2), (across, 1), (across, 2), (across, 4)):
+        itemsizes = dict.fromkeys((name_of(layer, part) for layer in LAYERS for part in "qkv"), 1)
+        shares = shares_of_ranks(plan, ranks, itemsizes)
+        untouched = 4 * (4 - len(plan.tensors) // 3) * unit // ranks
+        assert [(share.stored + share.copied) // 64 for share in shares] == [
+            rows + untouched for rows in rows_stored(plan, ranks)
+        ]
+        assert all(share.stored + share.borrowed + share.copied == 8 // ranks * whole for share in shares)
+    with pytest.raises(OptionError, match="do not divide evenly by 3 ranks"):
+        shares_of_ranks(across, 3, itemsizes)
 
 
 def test_matrices_lend_to_each_other_in_their_own_rows() -> None:
@@ -184,7 +197,9 @@ def test_what_does_not_load_or_does_not_fit_is_refused(dense: Path, tmp_path: Pa
         short.whole("0.qkv")
 
 
-@pytest.mark.parametrize(("heads", "how"), [({}, "each unit once"), ({"head_dim": 8}, "put together in each module")])
+@pytest.mark.parametrize(
+    ("heads", "how"), [({}, "each unit stands once"), ({"head_dim": 8}, "put together in each matrix")]
+)
 def test_units_of_less_than_a_page_are_put_together_and_the_log_says_so(
     heads: dict[str, int], how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models of the families that GGUF is written for, with tokenizers of real kinds, and llama.cpp to run them."""
+"""Tiny models of the families that llama.cpp and vLLM run, with tokenizers of real kinds, and llama.cpp to run them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,6 +40,7 @@ MODELS: Mapping[str, tuple[type, Any]] = {
     "llama-biased": (tf.LlamaForCausalLM, tf.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
     "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**{**SIZES, "head_dim": 8}, sliding_window=None)),
     "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**{**SIZES, "head_dim": 8})),
+    "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**SIZES)),
 }
 TEXTS = [
     "The guinea pig went to the house because the cat was there, and it'll stay until 12.5 hours have passed.",

@@ -36,17 +36,39 @@ def held(model: Any) -> dict[str, int]:
 
 
 def answer(folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities of the prompts' tokens and greedy continuations, and what every rank holds."""
-    from vllm import LLM, SamplingParams, TokensPrompt
+    """Log-probabilities of the prompts' tokens and greedy continuations, and what every rank holds.
 
-    sampling = SamplingParams(temperature=0, max_tokens=CONTINUED, prompt_logprobs=0, ignore_eos=True)
-    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, **options)
-    outputs = made.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
+    The continuations are asked for twice, so that the second time keys and values of the prompts are in the cache. An
+    adapter that lies in the folder is asked for as well.
+    """
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    sampling = {"temperature": 0, "max_tokens": CONTINUED, "ignore_eos": True}
+    before = shared_memory()
+    asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    adapter = folder / "adapter"
+    lora = {"enable_lora": True, "max_lora_rank": 8} if adapter.exists() else {}
+    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, block_size=32, **lora, **options)
+
+    def logprobs(request: Any = None) -> tuple[list[list[float]], list[list[int]]]:
+        scored = SamplingParams(**sampling, prompt_logprobs=0)
+        outputs = made.generate(asked, scored, use_tqdm=False, lora_request=request)
+        numbers = [[next(iter(each.values())).logprob for each in out.prompt_logprobs[1:]] for out in outputs]
+        return numbers, [list(out.outputs[0].token_ids) for out in outputs]
+
+    numbers, greedy = logprobs()
+    made.generate(asked, SamplingParams(**sampling), use_tqdm=False)
+    again = made.generate(asked, SamplingParams(**sampling), use_tqdm=False)
     found = {
-        "logprobs": [[next(iter(each.values())).logprob for each in out.prompt_logprobs[1:]] for out in outputs],
-        "greedy": [list(out.outputs[0].token_ids) for out in outputs],
-        "held": made.apply_model(held),
+        "logprobs": numbers,
+        "greedy": greedy,
+        "again": [list(out.outputs[0].token_ids) for out in again],
+        "cached": [out.num_cached_tokens for out in again],
+        "held": [{**rank, "memory": rank["memory"] - before} for rank in made.apply_model(held)],
     }
+    if lora:
+        found["adapted"] = logprobs(LoRARequest("adapter", 1, str(adapter)))[0]
     made.llm_engine.engine_core.shutdown()
     return found
 

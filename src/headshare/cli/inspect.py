@@ -31,11 +31,13 @@ else:
 def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
     """Count what is held more than once when the layers are split evenly over devices: by pair, by device, in all.
 
+    `ranks` has what each of as many tensor-parallel ranks holds, if they can have as many units each.
+
     Raises:
         CheckpointError: if the checkpoint is dense, rounded, or lacks a tensor that its plan shares.
         OptionError: if it has fewer layers than there are devices.
     """
-    from headshare.plan.placement import held_again, split_evenly
+    from headshare.plan.placement import held_again, shares_of_ranks, split_evenly
 
     entry = checkpoint.require_sharing()
     if entry.packing is not None:
@@ -49,7 +51,9 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
     itemsizes = {name: checkpoint.tensors[name].torch_dtype.itemsize for name in places}
     pairs = held_again(entry.plan, places, itemsizes)
     by_device = [[pair for pair in pairs if pair.device == f"device {number}"] for number in range(devices)]
+    even = all(selection.layout.groups % devices == 0 for selection in entry.plan.selections)
     return {
+        "ranks": [share._asdict() for share in shares_of_ranks(entry.plan, devices, itemsizes)] if even else None,
         "pairs": [
             {"home": pair.home, "device": pair.device, "units": pair.units, "bytes": pair.nbytes} for pair in pairs
         ],
@@ -63,10 +67,15 @@ def describe_split(checkpoint: Checkpoint, devices: int) -> dict[str, Any]:
 
 
 def picture_split(split: dict[str, Any]) -> str:
-    """The split in words: the sum, and a line for each pair of devices."""
+    """The split in words: the sum, a line for each pair of devices, and a line for each tensor-parallel rank."""
     lines = [
         f"  {pair['device']} also holds {pair['units']} units of {pair['home']}: {pair['bytes']:,} bytes"
         for pair in split["pairs"]
+    ]
+    lines += [
+        f"  rank {rank['rank']} of {len(split['ranks'])}, with its part of every layer, stores {rank['stored']:,} bytes, "
+        f"saves {rank['borrowed']:,} by ties, and copies {rank['copied']:,} from other ranks"
+        for rank in split["ranks"] or ()
     ]
     title = f"layers split over {len(split['devices'])} devices: {split['units']} units held more than once"
     return "\n".join([f"{title}, {split['bytes']:,} bytes", *lines]) + "\n"
@@ -78,7 +87,8 @@ def inspect(
         int | None,
         typer.Option(
             rich_help_panel=SHOW,
-            help="Also count what is held more than once when the layers are split over this many devices.",
+            help="Also count what is held more than once when layers, or each layer's units, are split over this many "
+            "devices.",
         ),
     ] = None,
     html: Annotated[

@@ -58,7 +58,12 @@ class ReducedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is n
 
 
 class ReducedForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama-like model whose layers have the widths that its plan says."""
+    """A Llama-like model whose layers have the widths that its plan says.
+
+    Adapters are refused by vLLM: an adapter's own matrices would have to lose the same rows.
+    """
+
+    supports_lora = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=ReducedDecoderLayer)

@@ -200,14 +200,24 @@ class RankWeights:
             self._finish(matrix)  # it stores nothing of its own
         self._ready = True
         LOGGER.info(
-            "headshare: %s bytes are stored of matrices that are %s bytes in this rank's modules (%s)",
-            *(f"{self.stored_bytes:,}", f"{self.dense_bytes:,}", HOW[type(self._bank)]),
+            "headshare: this rank stores %s bytes of matrices that its modules see as %s: %s; %s bytes are zeros or "
+            "products multiplied out",
+            *(f"{self.stored_bytes:,}", f"{self.dense_bytes:,}"),
+            HOW[type(self._bank)] if self._bank.tensors else "nothing is shared",
+            f"{self.stored_bytes - self.loaded_bytes:,}",
         )
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all matrices on this rank, each unit counted once."""
         return sum(prod(plan.stored_shape) * self._like[name].itemsize for name, plan in self._layout.plans.items())
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of these that the checkpoint has; all else is filled up or computed."""
+        pieces = [piece for many in self._layout.pieces.values() for piece in many]
+        sizes = ((piece.size * self._matrices[piece.matrix].across, piece.matrix) for piece in pieces)
+        return sum(numbers * self._like[matrix].itemsize for numbers, matrix in sizes)
 
     @property
     def dense_bytes(self) -> int:
@@ -245,9 +255,9 @@ class GatheredBank(BlockPool):
 
 
 HOW: Mapping[type[BlockPool], str] = {
-    AliasBank: "each unit once, mapped to every matrix that uses it",
-    IndirectBank: "each unit once, found by a table of blocks",
-    GatheredBank: "put together in each module, which gives the saving of memory back",
+    AliasBank: "each unit stands once, mapped to every matrix that uses it",
+    IndirectBank: "each unit stands once, found by a table of blocks",
+    GatheredBank: "shared units are put together in each matrix, which gives their saving of memory back",
 }
 
 
