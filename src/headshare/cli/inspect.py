@@ -73,7 +73,7 @@ def picture_split(split: dict[str, Any]) -> str:
         for pair in split["pairs"]
     ]
     lines += [
-        f"  rank {rank['rank']} of {len(split['ranks'])}, with its part of every layer, stores {rank['stored']:,} bytes, "
+        f"  rank {rank['rank']} of {len(split['ranks'])}, with its part of layers, stores {rank['stored']:,} bytes, "
         f"saves {rank['borrowed']:,} by ties, and copies {rank['copied']:,} from other ranks"
         for rank in split["ranks"] or ()
     ]
