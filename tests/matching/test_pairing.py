@@ -45,6 +45,25 @@ def chosen(scores: Scores, ratio: float, mode: str, **more: Any) -> Pairs:
     return {selection.layout.index(recipient): selection.layout.index(donor) for recipient, donor in selection.ties}
 
 
+@quick
+@given(st.data())
+@pytest.mark.parametrize("mode", MODES)
+def test_donors_stay_on_the_rank_of_their_recipients(mode: str, data: st.DataObject) -> None:
+    layers, ranks, each = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    groups = ranks * each
+    units = layers * groups
+    scores = table(data.draw(arrays(np.float64, (units, units), elements=st.floats(-1, 1, width=32))), layers, groups)
+    ratio = data.draw(st.integers(0, 100 * (layers - 1) // layers)) / 100
+    pairs = chosen(scores, ratio, mode, ranks=ranks)
+    assert all(recipient % groups // each == donor % groups // each for recipient, donor in pairs.items())
+    if mode != "published":
+        assert len(pairs) == int(Decimal(str(ratio)) * units)
+    if ranks == 1:
+        assert pairs == chosen(scores, ratio, mode)
+    with pytest.raises(OptionError, match="cannot share"):
+        hs.make_plan(scores, ratio, ranks=groups + 1)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[np.ndarray, int, int, float, frozenset[int]]:
     """Scores (with many ties, or with none to speak of), the grid, a ratio that can be met, and protected layers."""

@@ -47,6 +47,13 @@ RestartOption = Annotated[
         "--restart", rich_help_panel=RUN, help="Throw away the state of a stopped run. Default: go on from it."
     ),
 ]
+RanksOption = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Keep donors on the rank of their recipients, when so many tensor-parallel ranks share each layer's heads.",
+    ),
+]
 RevisionOption = Annotated[
     str | None, typer.Option(rich_help_panel=OTHER, help="Read this branch, tag or commit of a hub id. Default: main.")
 ]

@@ -12,6 +12,7 @@ from headshare.cli.options import (
     CHOOSE,
     WRITE,
     Context,
+    RanksOption,
     RestartOption,
     refuse_unused,
 )
@@ -114,6 +115,7 @@ class ChoiceOptions:
     ] = "star"
     ffn_groups: FfnGroupsOption = 1
     ffn_ratio: FfnRatioOption = None
+    ranks: RanksOption = 1
     protect: Annotated[
         str | None,
         typer.Option(
@@ -177,6 +179,7 @@ class ChoiceOptions:
             mode=self.mode,
             ffn_ratio=self.ffn_ratio,
             protect=whole_numbers(self.protect),
+            ranks=self.ranks,
         )
 
     def budget(self, context: Context, dense: Checkpoint, dtype: str | None = None) -> Budget:
@@ -197,7 +200,7 @@ class ChoiceOptions:
             multiple=self.multiple,
             target=self.target,
         )
-        refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio"])
+        refuse_unused(context, "units are chosen by output, on the calibration text", ["mode", "ffn_ratio", "ranks"])
         if self.save or self.to:
             refuse_unused(context, "--save and --to say how much is given up", ["ratio"])
         if not any(action.sublayer is Sublayer.FFN for action in budget.actions):

@@ -22,12 +22,20 @@ else:
 
 @dataclass(frozen=True)
 class Request:
-    """The request to a mode: so many recipients, none of them in a protected layer."""
+    """The request to a mode: so many recipients, none of them in a protected layer.
+
+    Donors are among the units that are on the recipient's own rank, where `ranks` divide each layer's units evenly.
+    """
 
     layout: Layout
     scores: ScoreMatrix
     recipients: int
     protected: frozenset[int]
+    ranks: int = 1
+
+    def rank(self, unit: int) -> int:
+        """The rank that has this unit."""
+        return unit % self.layout.groups * self.ranks // self.layout.groups
 
     def candidates(self) -> list[int]:
         """Units that may become recipients, in order: all outside layer 0 and protected layers."""
@@ -62,8 +70,9 @@ def star(request: Request) -> list[Tie]:
     for recipient, donor in _pairs_by_score(request.scores, layout, candidates):
         if len(donor_of) == request.recipients:
             break
-        if recipient in donor_of or recipient in kept or donor in donor_of:
-            continue  # already tied, already lending, or given up
+        elsewhere = request.rank(recipient) != request.rank(donor)
+        if recipient in donor_of or recipient in kept or donor in donor_of or elsewhere:
+            continue  # already tied, already lending, given up, or on another rank
         if donor not in kept:
             if spare == 0:
                 continue
@@ -113,6 +122,10 @@ def pairs_of(request: Request) -> dict[int, int]:
     best: list[tuple[float, int, int]] = []
     for recipient in request.candidates():
         row = scores[recipient, : recipient // groups * groups]
+        if request.ranks > 1:
+            elsewhere = [donor for donor in range(len(row)) if request.rank(donor) != request.rank(recipient)]
+            row = row.copy()
+            row[elsewhere] = -np.inf
         donor = int(np.argmax(row))
         best.append((-float(row[donor]), recipient, donor))
     return {recipient: donor for _, recipient, donor in sorted(best)[: request.recipients]}

@@ -35,13 +35,15 @@ def make_plan(
     mode: str = "star",
     ffn_ratio: float | None = None,
     protect: Collection[int] = (),
+    ranks: int = 1,
 ) -> SharePlan:
     """Choose int(ratio x units) recipients in each grid and tie each to a donor of a strictly earlier layer.
 
-    `ffn_ratio` is the feed-forward's own ratio where it differs. Layers in `protect` give nothing up.
+    `ffn_ratio` is the feed-forward's own ratio where it differs. Layers in `protect` give nothing up. Donors are on
+    their recipients' rank when an engine divides each layer's units evenly among so many `ranks`.
 
     Raises:
-        OptionError: if there is no such mode, or no such part.
+        OptionError: if there is no such mode, or no such part, or ranks do not divide the units.
         PlanError: if the ratio cannot be met (it says the maximum), or the scores lack what the parts need.
     """
     wanted = Parts.parse(parts)
@@ -56,7 +58,9 @@ def make_plan(
         for table in _tables_for(scores, kind, tied):
             shared = tuple(part for part in tied if part in table.parts)
             recipients = checked_recipients(table.layout, share, protect)
-            request = Request(table.layout, table.scores, recipients, frozenset(protect))
+            if ranks < 1 or table.layout.groups % ranks:
+                raise OptionError(f"{ranks} ranks cannot share {table.layout.groups} {kind} units of a layer evenly.")
+            request = Request(table.layout, table.scores, recipients, frozenset(protect), ranks)
             choice = Choice(match=table.match, mode=mode, ratio=share, scores_digest=digest)
             ties = tuple(sorted(MODES[mode](request)))
             selections.append(Selection(layout=table.layout.only(shared), ties=ties, chosen=choice))
