@@ -51,7 +51,7 @@ RanksOption = Annotated[
     int,
     typer.Option(
         rich_help_panel=CHOOSE,
-        help="Keep donors on the rank of their recipients, when so many tensor-parallel ranks share each layer's heads.",
+        help="Keep donors on the rank of their recipients, when so many ranks share each layer's heads.",
     ),
 ]
 RevisionOption = Annotated[
