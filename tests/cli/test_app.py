@@ -27,7 +27,7 @@ from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
     "shrink", "bench", "estimate", "score", "plan", "share", "repeat", "refit", "train", "quantize", "inspect",
-    "verify", "expand", "export", "attention", "eval", "compare", "report", "generate", "demo",
+    "verify", "expand", "export", "attention", "eval", "compare", "reproduce", "report", "generate", "demo",
 )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ KEYS: dict[str, set[str]] = {
     "attention": {"texts", "agreements", "stability", "most_similar", "layers_alike"},
     "eval": {"perplexity", "tokens", "window"},
     "compare": {"cells", "verdict"},
+    "reproduce": {"claims", "not_run"},
     "report": {"tables"},
     "generate": {"prompts", "texts"},
     "demo": {"rows", "sentence"},
@@ -151,6 +152,19 @@ def valid(
         "eval": [model, "--text", text, "--window", 32],
         "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
+        "reproduce": [
+            model,
+            "--out",
+            "paper",
+            "--only",
+            "figure-6",
+            "--text",
+            text,
+            "--calibration",
+            text,
+            "--window",
+            32,
+        ],
         "report": [a_finished_comparison(tmp_path / "finished")],
         "bench": [shared, "--repeats", 2, "--loads", 1, "--tokens", "1,8"],
         "demo": [long, "--text", a_text(tmp_path / "long.txt", 2200), "--tokens", 1022],
@@ -173,7 +187,7 @@ def test_words_are_for_people(command: str, valid: dict[str, list[object]], run:
     assert found.status == 0, found.err
     assert found.out.strip()
     assert not found.out.startswith("{")
-    assert found.err == "" or command in ("shrink", "share", "demo", "train", "compare")  # which say more
+    assert found.err == "" or command in ("shrink", "share", "demo", "train", "compare", "reproduce")  # which say more
 
 
 OPTIONS = ["", "--ratio 0.5 --parts qkvo+ffn", "--match separate", "--ratio 0", "--dtype bfloat16",

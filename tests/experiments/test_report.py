@@ -270,7 +270,9 @@ def test_a_page_is_written_over_a_page_and_over_nothing_else(place: Path, tmp_pa
 
 def test_evidence_names_both_sides() -> None:
     found = checked([cell("directshare", 0.1, 1.0, 1.1), cell("match-k", 0.1, 2.0, 2.1)])
-    assert found == [Checked(found[0].claim, "0.1", Says.HOLDS, "directshare 2.858, match-k 7.768")]
+    assert found == [
+        Checked(found[0].claim, "0.1", Says.HOLDS, "directshare 2.858, match-k 7.768", "2 windows of text")
+    ]
 
 
 # ---- figures

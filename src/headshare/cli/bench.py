@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from headshare.cli.options import CHOOSE, RUN, TEXT, WRITE, AnyBaseOption, FieldOption, JsonOption, print_result
-from headshare.cli.share_options import DtypeName, ModelArgument, PartsOption, whole_numbers
+from headshare.cli.share_options import DtypeName, ModelArgument, ModeOption, PartsOption, whole_numbers
 from headshare.defaults import DEMO_TOKENS
 from headshare.errors import CheckpointError
 from headshare.storage.names import AUTO, NAMES
@@ -34,6 +34,7 @@ def demo(
     tokens: Annotated[
         int, typer.Option(rich_help_panel=TEXT, help="Measure on this many tokens of the text, and repair on as many.")
     ] = DEMO_TOKENS,
+    mode: ModeOption = "star",
     as_json: JsonOption = False,
 ) -> None:
     """Shrink a model by 5, 10 and 20 %, and print the results beside 8 bits and the paper's method."""
@@ -48,7 +49,7 @@ def demo(
         )
     check_field(field, text)
     content = read_text(text, field) if text else language_reference()
-    rows = list(run_demo(model, work, content, tokens=tokens, keep=keep))
+    rows = list(run_demo(model, work, content, tokens=tokens, keep=keep, mode=str(mode)))
     sentence = in_one_sentence(rows)
     first = rows[0]
     source = (

@@ -26,7 +26,7 @@ from headshare.cli.options import (
     print_result,
     refuse_unused,
 )
-from headshare.cli.share_options import CalibrationOptions
+from headshare.cli.share_options import CalibrationOptions, ModeOption
 from headshare.errors import EvaluationError, TrainingError
 
 # a panel of `--help`
@@ -69,6 +69,7 @@ class GridOptions(CalibrationOptions):
             "--ratios, at these alone.",
         ),
     ] = ""
+    mode: ModeOption = "star"
     calibration: Annotated[
         str | None,
         typer.Option(rich_help_panel=CALIBRATE, metavar="FILE", help="Choose units and refit on this text."),

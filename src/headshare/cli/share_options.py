@@ -51,6 +51,14 @@ else:
     DtypeName = StrEnum("DtypeName", {name: name for name in OUTPUT_DTYPES})
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, or a model id on the hub.")]
+ModeOption = Annotated[
+    ModeName,
+    typer.Option(
+        rich_help_panel=CHOOSE,
+        help="Choose ties in this way. star: donors only among kept units. root: the paper's pairs, with chains "
+        "followed. published: as in the authors' release.",
+    ),
+]
 SharedArgument = Annotated[
     str, typer.Argument(metavar="SHARED", help="A folder that `shrink` or `share` wrote, or a hub id.")
 ]
@@ -105,14 +113,7 @@ class ChoiceOptions:
 
     ratio: RatioOption = 0.3
     parts: Annotated[str | None, typer.Option(metavar="PARTS", rich_help_panel=CHOOSE, help=CALIBRATED_PARTS)] = None
-    mode: Annotated[
-        ModeName,
-        typer.Option(
-            rich_help_panel=CHOOSE,
-            help="Choose ties in this way. star: donors only among kept units. root: the paper's pairs, with chains "
-            "followed. published: as in the authors' release.",
-        ),
-    ] = "star"
+    mode: ModeOption = "star"
     ffn_groups: FfnGroupsOption = 1
     ffn_ratio: FfnRatioOption = None
     ranks: RanksOption = 1

@@ -254,6 +254,7 @@ class Runner:
             chance=sum(1 / count for count in options) / len(options) if chosen and min(options) > 1 else None,
             constant=share_of_constant(samples) if chosen else None,
             parts=shares if len(shares) > 1 else {},
+            right="".join(str(int(sample["acc"])) for sample in samples) if chosen else "",
             settings={
                 **settings.deciding,
                 **self.circumstances,

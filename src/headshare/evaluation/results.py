@@ -25,6 +25,8 @@ IRRELEVANT = ("batch_size", "device", "model", "torch", "transformers")
 # metrics that tables show, the first that a result has
 MAIN = ("acc", "exact_match", "perplexity", "bleu")
 
+CountsOfLine = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=10, max_length=10)]
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -43,6 +45,10 @@ class TaskResult(Keyed):
 
     `key` stands for the model, the questions and the settings. `parts` has the accuracy and the number of questions of
     each subject, for a task of several.
+
+    What became of each question is kept, so that models can be compared question by question: `right` has "1" or "0"
+    for each that was answered right or wrong. `lines` has the counts of each translated line that BLEU adds up: n-grams
+    of 1 to 4 words that match, all of them, and the lengths of the translation and of the reference.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -56,6 +62,8 @@ class TaskResult(Keyed):
     parts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     constant: float | None = None
+    right: Annotated[str, Field(pattern="^[01]*$")] = ""
+    lines: tuple[CountsOfLine, ...] = ()
 
     def __repr__(self) -> str:
         return short(self, tail(self.model), self.task, f"{self.questions} questions", self.in_cell)

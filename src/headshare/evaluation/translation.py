@@ -83,13 +83,15 @@ class Parallel:
         prompts = [self.prompt.replace(SOURCE, line) for line, _ in self.pairs]
         written = continuations(runner, prompts, Writing(self.tokens, stop="\n"))
         references = [reference for _, reference in self.pairs]
-        metrics, signature = bleu_and_meteor([text.strip() for text in written], references, self.language)
+        stripped = [text.strip() for text in written]
+        metrics, signature = bleu_and_meteor(stripped, references, self.language)
         settings = {
             "prompt": self.prompt, "tokens": self.tokens, "limit": self.limit, "language": self.language,
             "lines": hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()[:8], **runner.circumstances,
             "bleu": signature, "meteor": METEOR_RULE,
         }  # fmt: skip
-        return TaskResult(runner.name, self.name, key, metrics, len(self.pairs), settings=settings)
+        lines = tuple(counts_of_line(*each) for each in zip(stripped, references, strict=True))
+        return TaskResult(runner.name, self.name, key, metrics, len(self.pairs), settings=settings, lines=lines)
 
 
 def stemmer_for(language: str | None) -> Any:
@@ -151,6 +153,14 @@ def bleu_and_meteor(
         ),
     }
     return metrics, signature
+
+
+def counts_of_line(written: str, reference: str) -> tuple[int, ...]:
+    """What corpus BLEU adds up over lines: matching n-grams of 1 to 4 words, all n-grams, and both lengths."""
+    from sacrebleu import BLEU
+
+    found = BLEU(effective_order=True).sentence_score(written, [reference])
+    return (*map(int, found.counts), *map(int, found.totals), int(found.sys_len), int(found.ref_len))
 
 
 class _NoSynonyms:

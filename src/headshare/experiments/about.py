@@ -29,6 +29,7 @@ class About:
     dtype: str = ""
     few_shot: int | None = None
     device: str = ""
+    mode: str = "star"
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class About:
             grid.settings.dtype,
             grid.settings.few_shot,
             grid.settings.device,
+            grid.mode,
         )
 
 

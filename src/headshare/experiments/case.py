@@ -107,12 +107,13 @@ class Common:
 class Case:
     """A request to a method: to save at least the bytes that sharing q, k and v of int(ratio x units) units saves.
 
-    Or, where a share of the model's bytes is asked for, to save at least that.
+    Or, where a share of the model's bytes is asked for, to save at least that. `mode` is DirectShare's.
     """
 
     common: Common
     asked: Asked
     seed: int
+    mode: str = "star"
 
     @property
     def dense(self) -> Checkpoint:
@@ -137,15 +138,16 @@ class Case:
             return math.ceil(self.asked.save * parameter_bytes(self.dense))
         return estimate(self.dense, self.ratio, parts="qkv").saved_bytes
 
-    def directshare(self, match: str = "qk") -> SharePlan:
-        """The plan by a match function; the paper's function unless another is named."""
-        return make_plan(self.common.scores(match), self.ratio)
+    def directshare(self, match: str = "qk", mode: str | None = None) -> SharePlan:
+        """The plan by a match function and a mode; the paper's function and the case's mode unless others are named."""
+        return make_plan(self.common.scores(match), self.ratio, mode=mode or self.mode)
 
     def trained(self, method: Training) -> TrainSettings:
         """The training run of this ratio's DirectShare plan."""
         settings = self.common.training
         assert settings is not None
-        return settings.model_copy(update={"method": method, "sharing": Sharing(ratio=self.ratio), "seed": self.seed})
+        sharing = Sharing(ratio=self.ratio, mode=self.mode)
+        return settings.model_copy(update={"method": method, "sharing": sharing, "seed": self.seed})
 
     def saving(self, prices: CostCurves) -> SharePlan:
         """The plan that saves the bytes at the least cost."""
@@ -165,7 +167,15 @@ class Edit:
     refit: Callable[[Any], int] | None = None
 
 
-Make = Callable[[Case], SharePlan | Edit | TrainSettings | RoundedCheckpoint]
+@dataclass(frozen=True)
+class Noted:
+    """A plan, and what is to be known of it."""
+
+    plan: SharePlan
+    note: str
+
+
+Make = Callable[[Case], SharePlan | Noted | Edit | TrainSettings | RoundedCheckpoint]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from headshare.evaluation.harness import Chosen, Runner, chosen_tasks
 from headshare.evaluation.perplexity import Predictions, losses_and_divergences
 from headshare.evaluation.results import TaskResult, kept_results, key_of_result, versions
 from headshare.evaluation.translation import Parallel
-from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, base_of
+from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, Case, Common, Edit, Noted, base_of
 from headshare.experiments.cells import DENSE, Asked, Compared, TakenUnits
-from headshare.experiments.recipe import Grid
+from headshare.experiments.recipe import STAR, Grid
 from headshare.files.digests import SHA256, file_digest
 from headshare.files.printable import MAX_TEXT
 from headshare.files.state_files import Workspace
@@ -79,6 +79,8 @@ class CellRunner:
         amount = f"save {asked.save}" if asked.save else asked.ratio
         if own := METHODS[base_of(name)].digest if base_of(name) in METHODS else "":
             name = f"{name} {own}"
+        if self.grid.mode != STAR and name != DENSE:
+            name = f"{name} {self.grid.mode}"
         return key_of_result(name, amount, measured, made, self.grid.seed, packages=packages)
 
     def _packages(self, method: str) -> list[str]:
@@ -94,7 +96,7 @@ class CellRunner:
         cell = Compared(key, name, asked.ratio, save=asked.save)
         if name == DENSE:
             return self._measured(cell, self.dense)
-        case = Case(self._common, asked, self.grid.seed)
+        case = Case(self._common, asked, self.grid.seed, self.grid.mode)
         try:
             made = METHODS[base_of(name)].make(case)
             if isinstance(made, TrainSettings):
@@ -103,6 +105,8 @@ class CellRunner:
                 return self._rounded(cell, made, begun)
             if isinstance(made, Edit):
                 return self._edited(replace(cell, note=made.note), made, begun)
+            if isinstance(made, Noted):
+                return self._written(replace(cell, note=made.note), made.plan, case, begun)
             return self._written(cell, made, case, begun)
         except HeadshareError as error:
             if isinstance(error, TrainingError | OutputError):  # not the method's

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from headshare.architecture.modules import ModuleMap
+from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import PlanError
+from headshare.matching.functions import cosine
+from headshare.matching.modes import MODES, Request
+from headshare.matching.pairing import units_at
+from headshare.matching.products import unit_products
 from headshare.plan.layout import Layout
 from headshare.plan.plan import SharePlan
 from headshare.plan.section import Choice
@@ -76,6 +81,29 @@ def with_random_donors(plan: SharePlan, seed: int = 0) -> SharePlan:
         factored=plan.factored,
         others=plan.others,
     )
+
+
+def layer_by_layer(dense: Checkpoint, ratio: float) -> SharePlan:
+    """A plan that shares q, k and v of whole layers, enough for the heads of this ratio (section 3.2 of the paper).
+
+    Layers are matched as the paper matches heads: by the cosine of all of W_q and W_k, the best pairs first, each
+    recipient with a donor that keeps its weights. Each unit takes the place's unit of the donor.
+    """
+    layout = dense.layouts.attention.only((Part.Q, Part.K, Part.V))
+    products = sum(unit_products(dense, layout, (Part.Q, Part.K)).values())
+    assert isinstance(products, Tensor)
+    # of a layer with a layer: the sum over units in the same place
+    layers = products.view(layout.layers, layout.groups, layout.layers, layout.groups).diagonal(dim1=1, dim2=3).sum(-1)
+    whole = layout.model_copy(update={"groups": 1, "parts": {}})
+    recipients = min(-(-units_at(ratio, layout.units) // layout.groups), layout.layers - 1)
+    pairs = MODES["star"](Request(whole, cosine({Part.Q: layers}, Part.Q), recipients, frozenset()))
+    ties = [
+        Tie(HeadUnit(tie.recipient.layer, group), HeadUnit(tie.donor.layer, group))
+        for tie in pairs
+        for group in range(layout.groups)
+    ]
+    selection = Selection(layout=layout, ties=tuple(ties), chosen=Choice(match="layers", mode="star", ratio=ratio))
+    return SharePlan(model_type=str(dense.config.get("model_type", "unknown")), selections=(selection,))
 
 
 def recipients_of(plan: SharePlan) -> dict[Sublayer, list[HeadUnit]]:

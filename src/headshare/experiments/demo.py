@@ -67,9 +67,9 @@ class DemoRow:
         return self.perplexity / dense.perplexity
 
 
-def paper(ratio: float) -> str:
+def paper(ratio: float, mode: str = "star") -> str:
     """The name of the paper's method in the table."""
-    return f"the paper's DirectShare, {ratio:.0%} of the heads"
+    return f"the paper's DirectShare, {ratio:.0%} of the heads, mode {mode}"
 
 
 def shrunk(saved: str) -> str:
@@ -91,6 +91,7 @@ def run_demo(
     saved: Sequence[str] = SAVED,
     tokens: int = TOKENS,
     keep: bool = False,
+    mode: str = "star",
 ) -> Iterator[DemoRow]:
     """Measure a model, and write, verify and measure it in 8 bits, by the paper's method, and shrunk by each amount.
 
@@ -113,7 +114,8 @@ def run_demo(
 
     # what is done without a text
     yield table.written(EIGHT_BITS, round_to_nearest(dense))
-    yield table.written(paper(RATIO), share(dense, make_plan(score_units(dense, "qk", "qkv"), RATIO)))
+    plan = make_plan(score_units(dense, "qk", "qkv"), RATIO, mode=mode)
+    yield table.written(paper(RATIO, mode), share(dense, plan))
 
     # One pricing serves all amounts. `shrink` also measures what it prices; that would take longer than all else here.
     budgets = [Budget.parse(dense, save=amount) for amount in saved]

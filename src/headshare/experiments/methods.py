@@ -21,9 +21,9 @@ from headshare.experiments.baselines import (
     zero_smallest,
 )
 from headshare.experiments.case import METHODS as METHODS  # all of them, once this module is imported
-from headshare.experiments.case import Case, Edit, Make, method
-from headshare.experiments.controls import with_random_donors
-from headshare.matching.pairing import units_at
+from headshare.experiments.case import Case, Edit, Make, Noted, method
+from headshare.experiments.controls import layer_by_layer, with_random_donors
+from headshare.matching.pairing import best_pairs, published_count, units_at
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.units import HeadUnit
@@ -34,8 +34,9 @@ from headshare.training import TrainSettings
 
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 MATCHED = tuple(f"match-{name}" for name in (*MATCHES, "circuit"))
-TYING = ("directshare", "output", "random-donors", *MATCHED)  # rows of q, k, v alone
-SHARING = ("directshare", "output", "auto", "cheapest", *MATCHED)
+BY_COSINE = ("directshare", "directshare-root", "directshare-published", "layerwise")
+TYING = (*BY_COSINE, "output", "random-donors", *MATCHED)  # rows of q, k, v alone
+SHARING = (*BY_COSINE, "output", "auto", "cheapest", *MATCHED)
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons", "budget")
 
 
@@ -45,6 +46,28 @@ DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons", "
 @method("directshare", "DirectShare: the paper's pairs, by cosine of q and k")
 def _directshare(case: Case) -> SharePlan:
     return case.directshare()
+
+
+@method("directshare-root", "the same, where Algorithm 1's own pairs are followed to the first head of each chain")
+def _root(case: Case) -> SharePlan:
+    return case.directshare(mode="root")
+
+
+@method("directshare-published", "the same, as in the code of the paper's authors: heads that lend keep their weights")
+def _published(case: Case) -> Noted:
+    (table,) = case.common.scores("qk").tables
+    asked = units_at(case.ratio, table.layout.units)
+    count = published_count(list(best_pairs(table.layout, table.scores, asked).items()))
+    note = (
+        f"the authors' code takes {count.pairs} pairs for {asked} heads, and {count.changed} heads change. What is "
+        f"saved is counted for those. As their code stores it, a copy for each pair, it would be {count.saved} heads"
+    )
+    return Noted(case.directshare(mode="published"), note)
+
+
+@method("layerwise", "the attention of whole layers shared, by cosine of all their q and k")
+def _layerwise(case: Case) -> SharePlan:
+    return layer_by_layer(case.dense, case.ratio)
 
 
 @method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)

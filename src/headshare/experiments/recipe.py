@@ -19,10 +19,12 @@ from headshare.experiments.case import METHODS, REFIT, ROUNDED, TRAINED, base_of
 from headshare.experiments.cells import Asked
 from headshare.experiments.methods import TYING
 from headshare.files.untrusted import read_yaml
+from headshare.matching.modes import MODES
 from headshare.text.formats import check_field
 from headshare.text.tokens import Calibration
 from headshare.training import TrainSettings
 
+STAR = "star"  # DirectShare's mode where nobody asks for another
 LIGHT = ("directshare", "random-donors", "mean-unit", "deletion-same", "magnitude", "magnitude-zeros", "int8")
 
 
@@ -31,7 +33,8 @@ class Grid:
     """The methods, amounts and measurements of a comparison.
 
     Amounts are `ratios` of the units, and shares of the model's bytes to `save`. Methods may end in `+refit`. They are
-    measured on a text, on tasks, and on the translation of a parallel text.
+    measured on a text, on tasks, and on the translation of a parallel text. `mode` is that of DirectShare and of all
+    that starts from its pairs.
     """
 
     methods: tuple[str, ...]
@@ -44,6 +47,7 @@ class Grid:
     seed: int = 0
     training: TrainSettings | None = None
     save: tuple[float, ...] = ()
+    mode: str = STAR
 
     @property
     def asked(self) -> tuple[Asked, ...]:
@@ -61,6 +65,8 @@ class Grid:
                 raise EvaluationError(f"{ROUNDED} is for methods that tie q, k and v alone, as {method.name} does not.")
         if self.training is None and (trained := [name for name in self.methods if name in TRAINED]):
             raise EvaluationError(f"{trained[0]} trains: say on what, with --train FILE or `train` in the recipe.")
+        if self.mode not in MODES:
+            raise OptionError(f"there is no mode '{self.mode:.40}'. There are: {', '.join(MODES)}.")
         if not self.methods or not self.asked:
             raise EvaluationError("there is nothing to compare: name methods and ratios.")
         if wrong := [amount for amount in (*self.ratios, *self.save) if not 0 < amount < 1]:
@@ -115,6 +121,7 @@ class Recipe(BaseModel):
     train: dict[str, Any] | None = None
     seed: int = 0
     device: str = "cpu"
+    mode: str = STAR
 
     @classmethod
     def load(cls, path: Path | None, options: Mapping[str, Any]) -> "Recipe":
@@ -160,6 +167,7 @@ class Recipe(BaseModel):
             seed=self.seed,
             training=self._training(),
             save=self.save,
+            mode=self.mode,
         )
 
     def _training(self) -> TrainSettings | None:

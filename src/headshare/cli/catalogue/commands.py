@@ -125,6 +125,15 @@ COMMANDS = {
         ),
         goes_on=True,
     ),
+    "reproduce": Command(
+        "reproducing.command:reproduce_command",
+        MEASURE,
+        (
+            "headshare reproduce MODEL --out DIR --data-dir DATA",
+            "headshare reproduce MODEL --out DIR --only table-12,figure-6 --dry-run",
+        ),
+        goes_on=True,
+    ),
     "report": Command(
         "compare:report_command", MEASURE, ("headshare report compared --out report.md --html report.html",)
     ),

@@ -3,15 +3,15 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headshare.attention.page import Attended
-from headshare.evaluation.harness import named
 from headshare.evaluation.results import results_table
-from headshare.experiments.about import About
+from headshare.experiments.case import base_of
 from headshare.experiments.cells import Asked, Compared
-from headshare.experiments.report.claims import ACCURACY, Checked, checked
+from headshare.experiments.report.claims import Checked, checked
 from headshare.experiments.report.figures import figures_of
+from headshare.experiments.report.paper import beside
+from headshare.experiments.report.retained import RETAINED, left_out, retained, subjects
 from headshare.experiments.report.sources import Comparison, Evaluated, Published
 from headshare.experiments.report.tables import cells_table, notes_of, verdict
 from headshare.pages.svg import Figure
@@ -25,15 +25,22 @@ COUNTED = (
 # the rules by which claims are judged, as the page lists them
 JUDGED = (
     "What decides is the mean difference of the losses on the same windows of the text, from two standard errors on; "
-    "without a text, that of the mean accuracy or BLEU, as if each had been asked other questions. What differs by "
-    "less is level, or cannot be told.",
-    "The best of several rivals is chosen on those windows too, which favours it. Errors are of the text alone, not of "
-    "the seed of a training run or of a draw.",
-    "More sharing has less quality where that is so from each ratio to the next.",
+    "without a text, that of the mean accuracy, on tasks where the dense model is two standard errors above guessing, "
+    "or that of BLEU. What differs by less is level, or cannot be told.",
+    "Errors of a text are those of the circular block bootstrap, with blocks of four windows, as neighbours are alike. "
+    "Errors of tasks are those of a paired bootstrap of questions or lines, where the outcome of each was kept, and "
+    "otherwise as if each model had been asked other questions.",
+    "The best of several rivals is chosen on those windows too, which favours it. Errors are of the text or the "
+    "questions alone, not of the seed of a training run or of a draw.",
+    "More sharing has less quality where the slope of a straight line over the ratios says so, and no step from one "
+    "ratio to the next says otherwise.",
     "What was trained has read text that neither the dense model nor what was not trained has.",
     "In tables, `~` is before an accuracy that is not two standard errors above guessing or, where that is more, above "
     "always the same answer: the row `guessing` has both.",
 )
+
+# what starts from the paper's pairs
+PAIRED = ("directshare", "match-", "random-donors", "mean-unit", "deletion-same", "postshare", "both")
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,16 @@ class Compare:
 @dataclass(frozen=True)
 class Report:
     """All of a report: the claims on each model, the comparisons, results of `headshare eval` with their titles, and
-    those of `headshare attention`."""
+    those of `headshare attention`.
+
+    `absent` names what was not run, each with the reason.
+    """
 
     judged: Sequence[Judged]
     comparisons: Sequence[Compare]
     evaluated: Sequence[tuple[str, Table]]
     attended: Sequence[Attended] = ()
+    absent: Sequence[tuple[str, str]] = ()
 
 
 def report_of(
@@ -85,27 +96,35 @@ def report_of(
     tables: Sequence[Published] = (),
     evaluated: Sequence[Evaluated] = (),
     attended: Sequence[Attended] = (),
+    absent: Sequence[tuple[str, str]] = (),
 ) -> Report:
-    """The report of these comparisons, beside the paper's tables, and of these results."""
+    """The report of these comparisons, beside the paper's tables, of these results, and of what was not run."""
     comparisons = [
         Compare(
             one.about.title,
             one.about.model,
-            list(_facts(one.about)),
+            list(_facts(one)),
             cells_table(one.cells),
-            notes_of(one.cells),
+            [*notes_of(one.cells), *filter(None, [left_out(one.cells)])],
             verdict(one.cells).splitlines(),
-            list(_beside(one, tables)),
+            [*_retained(one.cells), *beside(one, tables), *subjects(one.cells)],
             checked(one.cells),
             figures_of(one.cells),
         )
         for one in measured
     ]
     results = [(one.title, results_table(one.rows)) for one in evaluated]
-    return Report(_judged(measured), comparisons, results, attended)
+    return Report(_judged(measured), comparisons, results, attended, absent)
 
 
-def _facts(about: About) -> Iterable[tuple[str, str]]:
+def _retained(cells: Sequence[Compared]) -> Iterable[tuple[str, Table]]:
+    table = retained(cells)
+    if table is not None:
+        yield RETAINED, table
+
+
+def _facts(one: Comparison) -> Iterable[tuple[str, str]]:
+    about = one.about
     yield "model", about.model
     if about.text:
         yield "measured on", about.text
@@ -119,6 +138,8 @@ def _facts(about: About) -> Iterable[tuple[str, str]]:
         yield "calibrated on", about.calibration
     if about.training:
         yield "trained on", about.training
+    if any(base_of(cell.method).startswith(PAIRED) for cell in one.cells):
+        yield "pairs", f"in mode {about.mode} where a method names no other"
     yield "versions", ", ".join(f"{name} {value}" for name, value in about.versions.items())
 
 
@@ -160,23 +181,3 @@ def _pooled(measured: Sequence[Comparison]) -> list[tuple[str, list[Compared]]]:
 def _results_of(cell: Compared) -> object:
     """The results that claims are judged by: losses, or without a text the metrics of tasks."""
     return cell.losses or [(row.task, row.metrics) for row in cell.results]
-
-
-def _beside(comparison: Comparison, tables: Sequence[Published]) -> Iterable[tuple[str, Table]]:
-    """Tables of our accuracies beside the paper's, in percent, if the paper has this model."""
-    for table in (table for table in tables if table.model.casefold() == comparison.about.model.casefold()):
-        ours = {cell.title: {named(row.task)[0]: row for row in cell.results} for cell in comparison.cells}
-        common = [task for task in table.tasks if any(task in results for results in ours.values())]
-        if not common:
-            continue
-        words = f"Beside table {table.table} of the paper (ours / the paper's, percent, on the paper's own questions):"
-        rows = []
-        for name, values in table.rows.items():
-            paper = dict(zip(table.tasks, values, strict=True))
-            rows.append([name, *(f"{_percent(ours.get(name, {}), task)} / {paper[task]:.2f}" for task in common)])
-        yield words, Table(["", *common], rows)
-
-
-def _percent(results: Mapping[str, Any], task: str) -> str:
-    metric = results[task].metrics.get(ACCURACY) if task in results else None
-    return "" if metric is None or metric.value is None else f"{100 * metric.value:.2f}"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from headshare.evaluation.results import TaskResult
 from headshare.experiments.case import REFIT, base_of
 from headshare.experiments.cells import DENSE, Compared
-from headshare.experiments.report.claims import ACCURACY, score
 from headshare.experiments.report.groups import compared_with, groups, in_panel, is_fixed
+from headshare.experiments.report.scores import ACCURACY, score
 from headshare.pages.layers import bars_panel, shades_panel
 from headshare.pages.lines import MOST, Axes, Level, Line, lines_panel
 from headshare.pages.rows import Mark, Row, rows_panel

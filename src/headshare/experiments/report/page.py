@@ -12,6 +12,7 @@ from headshare.tables import Table
 
 # the first line of a page in Markdown
 TITLE = "# Results"
+NOT_RUN = "What was not run, and why"
 
 
 def check_page(out: Path) -> None:
@@ -48,6 +49,8 @@ def as_markdown(report: Report, figures: Sequence[Sequence[tuple[str, str]]] = (
         lines += ["", f"## {attended.title}", "", _sentence(attended.facts)]
         lines += [line for words, table in attended.tables for line in ("", words, "", table.markdown())]
         lines += [line for title, address in shown for line in ("", f"![{title}]({address})")]
+    if report.absent:
+        lines += ["", f"## {NOT_RUN}", "", *(f"* {title}: {why}." for title, why in report.absent)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -60,14 +63,15 @@ def as_html(report: Report) -> str:
         models=models,
         counted=COUNTED,
         rules=JUDGED,
+        not_run=NOT_RUN,
         claims=[claims_table(one.claims) for one in report.comparisons],
     )
 
 
 def claims_table(claims: Sequence[Checked]) -> Table:
     """The claims that a comparison can tell about, and the numbers behind each verdict."""
-    rows = [[claim.claim, claim.where, claim.says.value, claim.evidence] for claim in claims]
-    return Table(["claim", "at, or of", "says", "figures"], rows, words=range(4))
+    rows = [[claim.claim, claim.where, claim.says.value, claim.evidence, claim.rests] for claim in claims]
+    return Table(["claim", "at, or of", "says", "figures", "rests on"], rows, words=range(5))
 
 
 def _sentence(facts: Sequence[tuple[str, str]]) -> str:

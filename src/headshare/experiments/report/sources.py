@@ -75,7 +75,7 @@ class Comparison:
         """
         try:
             about = _ABOUT.validate_json((folder / ABOUT).read_bytes())
-            words = (about.title, about.model, about.text, about.calibration, about.training, about.dtype)
+            words = (about.title, about.model, about.text, about.calibration, about.training, about.dtype, about.mode)
             for text in (*words, *about.versions, *about.versions.values()):
                 _shown(text)
         except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from headshare.evaluation.results import guesses_of
 from headshare.experiments.case import REFIT
-from headshare.experiments.cells import DENSE, Asked, Compared
+from headshare.experiments.cells import DENSE, Asked, Compared, blocked_error
 from headshare.experiments.methods import DELETING, SHARING
 from headshare.tables import Table
 
@@ -69,7 +69,7 @@ def _mib(size: int | None) -> str:
 def _with_error(values: Sequence[float]) -> str:
     if not values:
         return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    error = f" ± {blocked_error(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{error}"
 
 
