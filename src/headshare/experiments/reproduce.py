@@ -23,8 +23,8 @@ from headshare.experiments.report.sources import Comparison, Published, publishe
 from headshare.files.atomic import write_whole
 from headshare.integrations.transformers.loading import load_tokenizer
 from headshare.progress import say
-from headshare.text.tokens import Calibration
-from headshare.text.windows import window_for
+from headshare.text.windows import opening_token, window_for
+from headshare.text.written import first_tokens, written_after
 
 # each recipe, and the one that is the same comparison where it is not the model that matters
 RECIPES = {
@@ -51,6 +51,7 @@ EXAMS_TOO = "-exams"
 RATIOS = (0.1, 0.2, 0.3)  # of table 12 in its small form, which has eight
 TEXTS = "texts"
 HELD_OUT = 32
+WRITTEN_TOGETHER = 64  # windows: more at once are written faster
 BATCH = 8
 MAPS = "figure-1"
 WHY_MAPS = "run headshare attention MODEL, which draws it"
@@ -263,8 +264,10 @@ def _write_texts(dense: Checkpoint, wanted: Wanted) -> None:
         if path.is_file():
             continue
         say(f"{dense.name} writes {path.name}: {tokens:,} tokens")
-        written = Calibration.load("self", dense, tokens=tokens, window=window, seed=seed, device=wanted.device)
-        texts = load_tokenizer(dense).batch_decode(written.tokens, skip_special_tokens=True)
+        tokenizer = load_tokenizer(dense)
+        starts = first_tokens(dense, tokenizer, opening_token(tokenizer), tokens // window, seed)
+        written = written_after(starts, dense, window, seed, wanted.device, batch=WRITTEN_TOGETHER)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         write_whole(path, (lines if path.suffix == ".jsonl" else "\n\n".join(texts)).encode())
