@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import headshare
+from headshare.attention.analysis import attention
+from headshare.attention.page import Attended
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import EvaluationError, HeadshareError, OptionError
 from headshare.evaluation.harness import named
@@ -54,7 +56,8 @@ HELD_OUT = 32
 WRITTEN_TOGETHER = 64  # windows: more at once are written faster
 BATCH = 8
 MAPS = "figure-1"
-WHY_MAPS = "run headshare attention MODEL, which draws it"
+MAPS_TITLE = "Figure 1 of the paper: attention maps"
+MAP_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Wanted:
             raise OptionError(f"there is no {unknown[0]!r:.60} to reproduce. There are: {known}.")
         if (self.text is None) != (self.calibration is None):
             raise OptionError("--text and --calibration go together: one text to measure on, another to choose on.")
+
+    @property
+    def maps(self) -> bool:
+        """Whether figure 1 is to be drawn."""
+        return not self.only or MAPS in self.only
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,6 @@ def steps_for(dense: Checkpoint, wanted: Wanted) -> list[Step]:
             steps.append(Step(recipe, loaded.title, why=f"on any one model it is {same}"))
         else:
             steps += _small(recipe, loaded, wanted, dense)
-    if not wanted.only or MAPS in wanted.only:
-        steps.append(Step(MAPS, "Figure 1 of the paper: attention maps", why=WHY_MAPS))
     return steps
 
 
@@ -229,7 +235,7 @@ def reproduce(dense: Checkpoint, wanted: Wanted) -> Report:
     """
     steps = steps_for(dense, wanted)
     todo = [step for step in steps if step.recipe is not None]
-    if not todo:
+    if not todo and not wanted.maps:
         raise EvaluationError(f"nothing of the paper fits: {'; '.join(step.in_words for step in steps)}.")
     if wanted.text is None:
         _write_texts(dense, wanted)
@@ -246,7 +252,17 @@ def reproduce(dense: Checkpoint, wanted: Wanted) -> Report:
         except HeadshareError as error:
             absent.append((step.title, " ".join(str(error).split())))
         absent += [(f"{step.title}: {task}", "its file is not in --data-dir") for task in step.left_out]
-    return report_of(done, papers_tables(), absent=absent)
+    attended = []
+    if wanted.maps:
+        say(f"{MAPS_TITLE}, on both texts")
+        try:
+            texts = [str(text) for text in dict.fromkeys(_texts(wanted))]
+            tokens = min(MAP_TOKENS, wanted.tokens)
+            found = attention(dense, texts, tokens=tokens, window=wanted.window, device=wanted.device)
+            attended.append(Attended.of(found))
+        except HeadshareError as error:
+            absent.append((MAPS_TITLE, " ".join(str(error).split())))
+    return report_of(done, papers_tables(), attended=attended, absent=absent)
 
 
 def _texts(wanted: Wanted) -> tuple[Path, Path]:
@@ -265,7 +281,7 @@ def _write_texts(dense: Checkpoint, wanted: Wanted) -> None:
             continue
         say(f"{dense.name} writes {path.name}: {tokens:,} tokens")
         tokenizer = load_tokenizer(dense)
-        starts = first_tokens(dense, tokenizer, opening_token(tokenizer), tokens // window, seed)
+        starts = first_tokens(dense, tokenizer, opening_token(tokenizer, None), tokens // window, seed)
         written = written_after(starts, dense, window, seed, wanted.device, batch=WRITTEN_TOGETHER)
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def _shade(value: float, low: float, high: float) -> float:
 def _draw_scale(root: Element, low: float, high: float) -> None:
     """The shades of the least and the greatest number, and of those between, with the two numbers."""
     words = [said(round(end, 3)) for end in (low, high)]
-    right = WIDTH - width_of(words[1], 10) - 4
+    right = WIDTH - width_of(words[1], 10.0) - 4
     group = add(root, "g", class_="s0")
     for number in range(SHADES):
         add(group, "rect", x=right - 6.0 * (SHADES - number), y=24, width=6, height=8, fill="currentColor",

@@ -91,7 +91,7 @@ def reproduce_command(
 
     from headshare.checkpoint.opening import open_checkpoint
     from headshare.experiments.report.page import as_html, as_markdown, check_page
-    from headshare.experiments.reproduce import Wanted, reproduce, steps_for
+    from headshare.experiments.reproduce import MAPS, Wanted, reproduce, steps_for
     from headshare.files.atomic import write_whole
     from headshare.pages import page as pages
 
@@ -102,7 +102,8 @@ def reproduce_command(
         dense.require_dense("reproduce the paper on it")
         if dry_run:
             steps = steps_for(dense, wanted)
-            words = "\n".join(step.in_words for step in steps)
+            lines = [step.in_words for step in steps]
+            words = "\n".join([*lines, f"{MAPS}: attention maps on both texts"] if wanted.maps else lines)
             print_result({"steps": [{"name": step.name, "why": step.why} for step in steps]}, words, as_json)
             return
         check_page(pages_of[0])
