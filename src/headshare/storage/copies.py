@@ -126,10 +126,29 @@ def place_of(model: nn.Module, tensor: str) -> ParameterPlace:
         for found in _paths(model, path):
             if model.get_submodule(found)._parameters.get(leaf) is not None:
                 return ParameterPlace(found, leaf)
+    alike = [name for name, _ in model.named_parameters(remove_duplicate=False) if _is_alike(name, tensor)]
+    if len(alike) == 1:
+        path, _, leaf = alike[0].rpartition(".")
+        return ParameterPlace(path, leaf)
     raise StorageError(
         f"{type(model).__name__} has no parameter for {tensor} alone, so it cannot be held once. Expand the model: "
         "headshare expand"
     )
+
+
+def _is_alike(name: str, tensor: str) -> bool:
+    """True if a parameter's name differs from a tensor's in one step within its layer, as where a class was renamed."""
+    ours, theirs = ([*steps[_layer_at(steps) :]] for steps in (name.split("."), tensor.split(".")))
+    return (
+        len(ours) == len(theirs) > 2
+        and sum(one != other for one, other in zip(ours, theirs, strict=True)) == 1
+        and ([step for step in ours if step.isdigit()] == [step for step in theirs if step.isdigit()] != [])
+    )
+
+
+def _layer_at(steps: list[str]) -> int:
+    """The place of a layer's number in a name; its end where it has none."""
+    return next((at for at, step in enumerate(steps) if step.isdigit()), len(steps))
 
 
 def _is_offloaded(model: nn.Module, place: ParameterPlace) -> bool:

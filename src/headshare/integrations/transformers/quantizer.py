@@ -4,7 +4,6 @@ To transformers, sharing is a quantisation method: config.json names it, and its
 the plan touches while the model is still on the meta device. Weights then load under their own names.
 """
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,14 +24,14 @@ from headshare.checkpoint.int4 import Packing, check_types, guards, packed_tenso
 from headshare.checkpoint.rounding.tensors import joined_parts
 from headshare.errors import CheckpointError, PlanError, StorageError
 from headshare.integrations.transformers.absent import AbsentAttention
+from headshare.integrations.transformers.copied import CopiedWeights
 from headshare.integrations.transformers.placing import device_of, device_types
 from headshare.integrations.transformers.rounded import RoundedWeights
-from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of
+from headshare.integrations.transformers.shrinking import check_attention, regrow, shrink, shrunk_of, stock_copies
 from headshare.integrations.transformers.sized import check_numbers, shape_mismatch
 from headshare.plan.placement import held_again
 from headshare.sharing.fits import open_shared
 from headshare.storage.changes import change_modules, changed_paths, changed_tensors, stock_modules
-from headshare.storage.copies import Copies
 from headshare.storage.int4 import PackedLinear, install_packed, unpacked
 from headshare.storage.pooled.bank import HOW_TO_TRAIN
 from headshare.storage.pooled.frozen import read_banks
@@ -58,7 +57,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         self._guarded: set[str] = set()
         self._shapes: dict[str, torch.Size] = {}
         self._rounded = RoundedWeights()
-        self._copies: Copies | None = None
+        self._copies: CopiedWeights | None = None
+        self._checkpoint: Checkpoint | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -88,7 +88,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         if removed:
             shrink(model, plan, ModuleMap.of(model, removed))
         change_modules(model, plan, ModuleMap.of(model, changed_tensors(plan)))
-        self._copies = Copies(model, plan.copies) if plan.copies else None
+        self._copies = CopiedWeights(model, plan.copies, self._checkpoint) if plan.copies else None
         self._tensors = plan.reduced_tensors
         self._modules = ModuleMap.of(model, self._tensors)
         self._stock = {path: model.get_submodule(path) for path in self._modules.paths().values()}
@@ -108,6 +108,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         opened = self.quantization_config.opened
         if opened is None or {opened.path / file for file in opened.metadata} != set(files):
             opened = _opened(model, self.quantization_config.sharing, files)
+        self._checkpoint = opened
         check_numbers(opened, model)
         for guard in guards(opened.tensors):
             with suppress(PlanError):  # a bare model lacks what stands in the head
@@ -117,6 +118,11 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         # a model is being built without memory, and here numbers are read
         with torch.device("cpu"), opened:
             open_shared(opened)
+
+    def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
+        """The conversions of weights as they load, in which copies among experts are read from what they are."""
+        conversions = super().update_weight_conversions(weight_conversions, *rest)
+        return conversions if self._copies is None else self._copies.converters(conversions)
 
     def update_parallel_plan(self, *_: Any) -> None:
         """Leave plans for several devices as they are: parameters keep their names. transformers would read each."""
@@ -164,6 +170,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         self._check_shapes(model)
         self.quantization_config.opened = None
+        self._checkpoint = None
         self._model = None
         self._stock = {}
         self._tensors = {}
@@ -210,7 +217,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
             self._copies = None
         # in the reverse of the order on loading: shared modules become dense, then removed units come back as zeros
         removed = ModuleMap.of(model, shrunk_of(plan))
-        stock = _stock_modules(model, {*changed_paths(model), *removed.paths().values()})
+        stock = stock_copies(model, {*changed_paths(model), *removed.paths().values()})
         _put_back(model, stock_modules(model, stock))
         regrow(model, plan, stock, removed)
         return _converted(model, dtype)
@@ -235,7 +242,7 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         """
         if self._copies is None:
             return self._gathered, {}
-        return self._copies.emptied(model.state_dict() if self._gathered is None else self._gathered), {}
+        return self._copies.saved(model.state_dict() if self._gathered is None else self._gathered), {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """True: a shared model is saved as it was loaded."""
@@ -251,6 +258,8 @@ class HeadshareQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is 
         """
         if self.quantization_config.sharing.packing is not None:
             raise StorageError("this model's matrices are rounded, and those are not trained. Train it before.")
+        if self._copies is not None:
+            self._copies.check_kept("trained")
         if self._frozen:
             raise StorageError(f"this model's shared weights are read-only. {HOW_TO_TRAIN}")
         return True
@@ -308,13 +317,3 @@ def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         replace_module(model, path, module)
-
-
-def _stock_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """Empty dense modules by path, of the classes that this model would have without sharing."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        stock = type(model)(config)
-    return {path: stock.get_submodule(path) for path in paths}

@@ -6,7 +6,8 @@ counts them by are data, in `families`. Attention that loses all its heads is re
 without neurons works as it is.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,3 +207,13 @@ def _with_zeros(small: Tensor, tensor: TensorPlan) -> Tensor:
             small.narrow(tensor.axis, tensor.reduced_index(start), stop - start)
         )
     return whole
+
+
+def stock_copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Empty dense modules by path, of the classes that this model would have without sharing."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        stock = type(model)(config)
+    return {path: stock.get_submodule(path) for path in paths}

@@ -24,6 +24,10 @@ NO_BITS = (
     "vLLM cannot load this model: its matrices are rounded, and headshare's plugin takes whole numbers of no kind. "
     "headshare expand writes a stock compressed-tensors folder, which vLLM loads."
 )
+NO_COPIES = (
+    "vLLM cannot load this model: whole tensors of it are copies of others, and vLLM reads each of them for itself. "
+    "headshare expand writes a stock folder, which vLLM loads."
+)
 
 
 @register_quantization_config(METHOD)
@@ -41,12 +45,14 @@ class HeadshareConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not 
 
         Raises:
             CheckpointError: if it is not valid.
-            StorageError: if the matrices are rounded.
+            StorageError: if the matrices are rounded, or whole tensors are copies of others.
         """
         entry = SharingEntry.from_config(dict(config))
         assert entry is not None  # it has our name
         if entry.packing is not None:
             raise StorageError(NO_BITS)
+        if entry.plan.copies:
+            raise StorageError(NO_COPIES)
         return cls(entry)
 
     @classmethod
