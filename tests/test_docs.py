@@ -41,10 +41,16 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(r"^    (headshare .*)$", page, re.M)]
 
 
+OTHERS = {"lm_eval", "accelerate", "trl", "transformers", "torchrun", "jupyter", "python"}
+
+
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    became: list[list[str]] = []  # what `headshare run` would become: some is not installed here
+    monkeypatch.setattr("headshare.integrations.transformers.startup.command.become", became.append)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         main()
+    assert [one[0] in OTHERS for one in became] == [True] * (words[1] == "run")
     assert ended.value.code == 0, (words, capsys.readouterr().err)
 
 

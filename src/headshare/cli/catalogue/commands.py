@@ -89,6 +89,15 @@ COMMANDS = {
             "headshare attention MODEL --text FILE --text FILE2 --html attention.html",
         ),
     ),
+    "run": Command(
+        "elsewhere.run:run",
+        AFTER,
+        (
+            "headshare run -- lm_eval --model hf --model_args pretrained=OUT --tasks NAMES",
+            "headshare run -- accelerate launch script.py",
+        ),
+        {"allow_interspersed_args": False},
+    ),
     "verify": Command("inspect:verify", AFTER, ("headshare verify OUT --against MODEL",)),
     "demo": Command("bench:demo", MEASURE, ("headshare demo MODEL --text FILE",)),
     "bench": Command(

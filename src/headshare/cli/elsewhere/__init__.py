@@ -1,0 +1,1 @@
+"""Commands for what is done elsewhere: in other tools, and on the hub."""
