@@ -14,7 +14,7 @@ class _Waiting:
         if fullname == "transformers":
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             try:
-                import headshare  # noqa: F401 - it registers the format
+                import headshare.integrations.transformers.registering  # noqa: F401 - headshare itself registers
             except ImportError as error:
                 words = f"headshare: {sys.executable} loads no models of headshare's format: {error}\n"
                 if sys.stderr is not None:
