@@ -110,7 +110,8 @@ def rounding_costs(
     text = calibration.mixed()
     metrics = sensitivities(layers, text, tuple(layouts)) if sensitive else {}
     forms = [(8, None), *((4, group) for group in groups_fitting(dense, GROUPS))]
-    stream = layers.start(processes.mine(text.tokens[: max(1, tokens // text.tokens.shape[1])]))
+    count = min(len(text.tokens), max(processes.count(), tokens // text.tokens.shape[1]))
+    stream = layers.start(processes.divided(text.tokens[:count], count)[0])
     costs: list[MatrixCosts] = []
     for number in track(range(layers.count), "rounding", layers.count):
         layer = DenseLayer(dense, layers, number, layers.build(number), stream)
