@@ -10,22 +10,24 @@ import torch
 
 import headshare as hs
 from headshare.calibration.bits.costs import MatrixCosts, checked_costs, costs_to_data, rounding_costs
-from headshare.calibration.bits.joint import LEFT_BY_REPAIR, WIDTHS, ByteBudget, bytes_left, plan_with_bits
+from headshare.calibration.bits.joint import WIDTHS, ByteBudget, bytes_left, plan_with_bits
 from headshare.calibration.budget import Budget
 from headshare.calibration.costs.actions import NARROW_VALUES, REMOVE
 from headshare.calibration.costs.curves import CostCurves
 from headshare.calibration.costs.local import price_units, priced_before
 from headshare.calibration.costs.to_plan import Budgeted
+from headshare.calibration.refit.run import refit
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError, OptionError, PlanError
 from headshare.evaluation.verify import verify
+from headshare.integrations.transformers.loading import load_model
 from headshare.plan.bits import PlannedBits
 from headshare.plan.plan import SharePlan
 from headshare.plan.units import Part, Sublayer
 from headshare.sharing.size import parameter_bytes
 from support import tiny
 from support.priced import Reference, calibration, opened
-from support.rounded import of_kind
+from support.rounded import of_kind, outputs
 
 ACTIONS = (REMOVE, NARROW_VALUES)
 EMBEDDING = "model.embed_tokens.weight"
@@ -50,11 +52,6 @@ def prices(dense: Checkpoint) -> CostCurves:
 def chosen(dense: Checkpoint, prices: CostCurves, costs: list[MatrixCosts], to: float, bits: str) -> Budgeted:
     budget = ByteBudget(int(to * bytes_left(dense, None)), WIDTHS[bits])
     return plan_with_bits(dense, prices, costs, budget)
-
-
-def repaired(plan: Budgeted) -> float:
-    """What a plan is expected to cost after the repair."""
-    return plan.rounding + LEFT_BY_REPAIR * (plan.price - plan.rounding)
 
 
 # ---- costs
@@ -135,10 +132,10 @@ def test_free_widths_cost_no_more_than_one_for_all_and_less_where_more_is_left(
     dense: Checkpoint, prices: CostCurves, costs: list[MatrixCosts]
 ) -> None:
     sizes = (0.45, 0.4, 0.35, 0.25)
-    free = [repaired(chosen(dense, prices, costs, to, "auto")) for to in sizes]
+    free = [chosen(dense, prices, costs, to, "auto").price for to in sizes]
     assert free == sorted(free)
     for to, price in zip(sizes, free, strict=True):
-        assert price <= 1.02 * min(repaired(chosen(dense, prices, costs, to, bits)) for bits in ("8", "4"))
+        assert price <= 1.02 * min(chosen(dense, prices, costs, to, bits).price for bits in ("8", "4"))
 
 
 def test_widths_alone_are_the_cheapest_of_all_there_are(dense: Checkpoint, costs: list[MatrixCosts]) -> None:
@@ -216,6 +213,21 @@ def test_a_plan_of_any_kind_is_rounded_as_it_says(kind: str, dense: Checkpoint, 
         for name, each in parts.items():
             if each and name in bits.of and 2 * max(each.guard.shape) >= 16:
                 assert each.bits == bits.of[name]
+        narrow = [each.bits for each in parts.values() if each and 2 * max(each.guard.shape) < 16]
+        assert set(narrow) == ({8} if kind == "low_rank" else set())
+
+
+def test_a_refit_makes_up_for_rounding_too(dense: Checkpoint, tmp_path: Path) -> None:
+    names = [place.name(layer) for layout in dense.layouts.all for place in layout.parts.values() for layer in range(4)]
+    shared = hs.share(dense, SharePlan(bits=PlannedBits(int4=tuple(names), group=16)))
+    text = calibration(64)
+    lost = {}
+    for name, each in (("rounded", shared), ("repaired", refit(shared, text))):
+        with hs.open_checkpoint(each.save(tmp_path / name)) as out:
+            assert verify(out, dense).ok
+            model, own = load_model(out, dtype=torch.float32), load_model(dense, dtype=torch.float32)
+            lost[name] = float((outputs(model, text.tokens) - outputs(own, text.tokens)).square().mean())
+    assert lost["repaired"] < 0.8 * lost["rounded"]
 
 
 def test_a_plan_that_rounds_what_the_model_has_not_is_refused(dense: Checkpoint, tmp_path: Path) -> None:

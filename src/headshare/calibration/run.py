@@ -21,6 +21,7 @@ from headshare.calibration.measure import HeldOutPerplexity, measure
 from headshare.calibration.outcome import Outcome, Planned, ShareRequest
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.refitter import Refitter, text_written
+from headshare.calibration.refit.rounded import is_repaired
 from headshare.calibration.refit.run import record_of, refit, run_refit, state_key
 from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.calibration.settings import CalibrationSettings
@@ -186,7 +187,7 @@ def _measured_for_a_time(run: CalibratedRun, plan: SharePlan) -> HeldOutPerplexi
     """
     folder = run.resumable.workspace.folder / "measured"
     shared = share(run.dense, plan)
-    refitted = run.refit(shared) if plan.sections else shared
+    refitted = run.refit(shared) if is_repaired(plan) else shared
     if not processes.is_first():
         return None
     shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +217,7 @@ def share_calibrated(
         chosen = run.plan(wanted.plan) if isinstance(wanted.plan, Budget) else None
         plan = wanted.plan if isinstance(wanted.plan, SharePlan) else chosen.plan  # type: ignore[union-attr]
         shared = share(dense, plan, dtype=wanted.dtype)
-        if wanted.refit and plan.sections:
+        if wanted.refit and is_repaired(plan):
             shared = run.refit(shared, ffn=wanted.ffn, refine=wanted.refine)
         first = processes.is_first()
         if first:

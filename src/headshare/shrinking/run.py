@@ -11,6 +11,7 @@ from headshare.calibration.budget import Budget
 from headshare.calibration.costs.measured import predicts
 from headshare.calibration.costs.to_plan import Budgeted
 from headshare.calibration.refit.refinement import Refinement
+from headshare.calibration.refit.rounded import is_repaired
 from headshare.calibration.refit.steps.whole_model import check_room
 from headshare.calibration.run import CalibratedRun, calibrated_run
 from headshare.calibration.settings import CalibrationSettings
@@ -132,7 +133,7 @@ def shrink_checkpoint(
         if not is_written:
             processes.from_first(lambda: judge(predicted))
             say("2 of 4: repair")
-            shared = run.refit(shared, refine=wanted.refine) if chosen.plan.sections else shared
+            shared = run.refit(shared, refine=wanted.refine) if is_repaired(chosen.plan) else shared
 
         def finished() -> Shrunk:
             if not is_written:

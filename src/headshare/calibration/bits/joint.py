@@ -32,9 +32,6 @@ from headshare.sharing.size import dtype_code, item_size, parameter_bytes, param
 
 # Widths under each word of --bits, in bits of a number. 16 stands for numbers as they are.
 WIDTHS: Mapping[str, tuple[int, ...]] = dict(zip(WIDTH_NAMES, ((16,), (8,), (4,), (16, 8, 4)), strict=True))
-# The part of what giving something up is predicted to cost that is left after the repair, which mends no rounding:
-# SmolLM2-135M is predicted 0.12 and 0.32 nats with 10 and 20 % gone, and loses 0.075 and 0.20 (docs/shrink.md).
-LEFT_BY_REPAIR = 0.62
 # How often the exact bytes of a plan may turn out to be too many.
 TRIES = 16
 
@@ -92,7 +89,7 @@ def plan_with_bits(dense: Checkpoint, prices: CostCurves, costs: Sequence[Matrix
     if not plans:
         assert refused is not None
         raise refused
-    return min(plans, key=lambda plan: plan.rounding + LEFT_BY_REPAIR * (plan.price - plan.rounding))
+    return min(plans, key=lambda plan: plan.price)
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class _Model:
                 price = form.price
                 saved = float(base)
                 for end, step in enumerate(curve.steps, 1):
-                    price += LEFT_BY_REPAIR * step.price
+                    price += step.price
                     saved += step.saved_bytes * shares[step.action]
                     choices.append((int(saved), price, _Taken(form, curve, end, int(saved))))
         return Choices.of(choices)

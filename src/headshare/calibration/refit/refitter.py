@@ -21,6 +21,7 @@ from headshare.calibration.refit.columns import PlannedColumns
 from headshare.calibration.refit.layer_fit import LayerFit, Streams
 from headshare.calibration.refit.refinement import Refinement
 from headshare.calibration.refit.result import Refit, RefitStep
+from headshare.calibration.refit.rounded import round_layer
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.errors import CheckpointError, PlanError
 from headshare.files.state_files import Workspace, key_of
@@ -112,7 +113,9 @@ class Refitter:
         self.tokens, fitted = processes.divided(torch.cat([fitted_to, held.tokens]), len(fitted_to))
 
         # A plan that changes nothing has no first layer: then the walk ends without a fit.
-        first = plan.first_layer()
+        # Rounding to few bits changes all layers.
+        first = 0 if plan.bits is not None and plan.bits.int4 else plan.first_layer()
+        self.plan = plan
         self.first = self.layers.count if first is None else first
         self.next = 0
         self.result = Refit()
@@ -200,6 +203,7 @@ class Refitter:
         module = self._fitted(layer, streams)
         if self.layer_fit.takes_steps:
             self.layer_fit.refine(layer, module, streams)
+        round_layer(module, self.layers, layer, self.plan, readouts=True)
         self._run_over(self.shared_layers, module, layer, streams.shared)
 
     def _run_over(self, layers: Layers, module: nn.Module, layer: int, stream: Stream) -> None:
@@ -216,4 +220,6 @@ class Refitter:
         """The shared model's layer, as it is before it is refitted."""
         if self.shared_layers is not self.layers:
             return self.shared_layers.build(layer)
-        return self.layers.build(layer, self.columns.changed(layer))
+        module = self.layers.build(layer, self.columns.changed(layer))
+        round_layer(module, self.layers, layer, self.plan, readouts=False)
+        return module
