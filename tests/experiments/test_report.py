@@ -488,3 +488,20 @@ def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> Non
     assert as_html(found) == (results / "report.html").read_text()
     kept = {path.name: path.read_text() for path in (results / "figures").iterdir()}
     assert {path.name: path.read_text() for some in drawn for _, path in some} == kept
+
+
+def test_the_page_of_what_holds_has_every_claim_that_was_judged() -> None:
+    """And where a claim's verdicts are counted there, they are those of the results."""
+    page = (ROOT / "docs" / "holds.md").read_text()
+    results = (ROOT / "results" / "README.md").read_text().partition("\n* ")[0]
+    found = re.findall(r"^\| (.+?) \| (smollm2-135m|stories15m) \| (.+?) \|$", results, re.M)
+    assert len(found) > 10
+    for claim, model, verdicts in found:
+        if "not the paper's words" in claim:
+            continue
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
+        said = line.split("|")[3 if model == "smollm2-135m" else 4]
+        counts = dict(re.findall(r"(\w[\w ]*?): (\d+)", verdicts))
+        for verdict, count, whole in re.findall(r"(\w[\w ]*?): (\d+) of (\d+)", said):
+            word = {"better": "holds"}.get(verdict.strip(), verdict.strip())
+            assert (counts[word], sum(map(int, counts.values()))) == (count, int(whole)), line

@@ -59,7 +59,7 @@ def test_a_rerun_measures_nothing_again_and_writes_the_same_report(
     assert "## Who attends alike, in model" in page
     assert "heads are given up evenly" in (tmp_path / "report.html").read_text()
     cells = read_cells(tmp_path / "figure-6" / "cells.json")
-    assert {cell.method for cell in cells} == {"dense", "directshare", "directshare-published", "layerwise"}
+    assert {cell.method for cell in cells} == {"dense", "directshare", "directshare-published", "layerwise", "headwise"}
     monkeypatch.setattr("headshare.experiments.cell_runner.CellRunner.cell", None)
     assert command(*words)[1] == said
 

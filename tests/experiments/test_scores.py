@@ -11,6 +11,7 @@ from headshare.evaluation.results import Metric, TaskResult
 from headshare.evaluation.translation import counts_of_line
 from headshare.experiments.cells import Compared, blocked_error
 from headshare.experiments.report.claims import Says, checked
+from headshare.experiments.report.figures import figures_of
 from headshare.experiments.report.retained import left_out, retained, subjects
 from headshare.experiments.report.scores import together
 
@@ -143,6 +144,10 @@ def test_subjects_of_an_exam_have_a_table() -> None:
     ((words, table),) = subjects(cells)
     assert "Of 2 subjects, as good as dense or better: directshare 0.3 1." in words
     assert table.rows == [["law", "2", "50", "50"], ["art", "2", "50", "0"]]
+    (figure,) = [each for each in figures_of(cells) if each.kind == "subjects"]
+    said = [text.text for text in figure.panels[0].root.iter("text")]
+    assert [said[said.index(name) + 1] for name in ("law", "art")] == ["50 to 50", "50 to 0"]
+    assert {"mmlu:5, directshare 0.3", "guessing"} <= set(said)
 
 
 def test_four_bits_may_cost_five_points_and_no_more() -> None:
@@ -162,8 +167,9 @@ def test_layers_that_give_up_alike_shares_correlate() -> None:
         )
         for ratio in (0.1, 0.2)
     ]
+    heads = replace(cells[0], method="headwise")
     layers = replace(cells[0], method="layerwise", by_layer=(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
-    said = {(each.claim, each.says) for each in checked([*cells, layers])}
+    said = {(each.claim, each.says) for each in checked([*cells, layers, heads])}
     assert ("layers give up alike shares of their heads at all ratios", Says.HOLDS) in said
     assert ("heads are given up evenly over layers", Says.HOLDS) in said
     other = replace(cells[1], by_layer=tuple(reversed(cells[1].by_layer)))

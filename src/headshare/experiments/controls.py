@@ -95,7 +95,7 @@ def layer_by_layer(dense: Checkpoint, ratio: float) -> SharePlan:
     # of a layer with a layer: the sum over units in the same place
     layers = products.view(layout.layers, layout.groups, layout.layers, layout.groups).diagonal(dim1=1, dim2=3).sum(-1)
     whole = layout.model_copy(update={"groups": 1, "parts": {}})
-    recipients = min(-(-units_at(ratio, layout.units) // layout.groups), layout.layers - 1)
+    recipients = whole_layers(layout, ratio)
     pairs = MODES["star"](Request(whole, cosine({Part.Q: layers}, Part.Q), recipients, frozenset()))
     ties = [
         Tie(HeadUnit(tie.recipient.layer, group), HeadUnit(tie.donor.layer, group))
@@ -104,6 +104,11 @@ def layer_by_layer(dense: Checkpoint, ratio: float) -> SharePlan:
     ]
     selection = Selection(layout=layout, ties=tuple(ties), chosen=Choice(match="layers", mode="star", ratio=ratio))
     return SharePlan(model_type=str(dense.config.get("model_type", "unknown")), selections=(selection,))
+
+
+def whole_layers(layout: Layout, ratio: float) -> int:
+    """The number of layers that hold at least the units of this ratio; one layer always keeps its own."""
+    return min(-(-units_at(ratio, layout.units) // layout.groups), layout.layers - 1)
 
 
 def recipients_of(plan: SharePlan) -> dict[Sublayer, list[HeadUnit]]:

@@ -22,8 +22,8 @@ from headshare.experiments.baselines import (
 )
 from headshare.experiments.case import METHODS as METHODS  # all of them, once this module is imported
 from headshare.experiments.case import Case, Edit, Make, Noted, method
-from headshare.experiments.controls import layer_by_layer, with_random_donors
-from headshare.matching.pairing import best_pairs, published_count, units_at
+from headshare.experiments.controls import layer_by_layer, whole_layers, with_random_donors
+from headshare.matching.pairing import best_pairs, make_plan, published_count, units_at
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.plan.units import HeadUnit
@@ -34,7 +34,7 @@ from headshare.training import TrainSettings
 
 MATCHES = ("q", "k", "v", "qkv", "separate")  # besides the paper's own, for its comparison of them
 MATCHED = tuple(f"match-{name}" for name in (*MATCHES, "circuit"))
-BY_COSINE = ("directshare", "directshare-root", "directshare-published", "layerwise")
+BY_COSINE = ("directshare", "directshare-root", "directshare-published", "layerwise", "headwise")
 TYING = (*BY_COSINE, "output", "random-donors", *MATCHED)  # rows of q, k, v alone
 SHARING = (*BY_COSINE, "output", "auto", "cheapest", *MATCHED)
 DELETING = ("deletion", "deletion-same", "magnitude", "llm-pruner", "neurons", "budget")
@@ -68,6 +68,14 @@ def _published(case: Case) -> Noted:
 @method("layerwise", "the attention of whole layers shared, by cosine of all their q and k")
 def _layerwise(case: Case) -> SharePlan:
     return layer_by_layer(case.dense, case.ratio)
+
+
+@method("headwise", "DirectShare of as many heads as layerwise shares, so that both save the same")
+def _headwise(case: Case) -> SharePlan:
+    layout = case.dense.layouts.attention
+    units = whole_layers(layout, case.ratio) * layout.groups
+    # half a unit more, so that rounding of the ratio loses none
+    return make_plan(case.common.scores("qk"), (units + 0.5) / layout.units)
 
 
 @method("output", "q,k,v shared, pairs by what they do to their layer's output", reads=True)

@@ -17,6 +17,7 @@ ERRORS = 2.0  # standard errors from which a difference counts as one
 POINTS = 0.05  # what 4 bits cost at most, of an accuracy of 1
 PAPERS = "directshare"
 LAYERS = "layerwise"
+HEADS = "headwise"  # DirectShare at the bytes of the former
 RIVALS = tuple(f"match-{name}" for name in MATCHES)
 
 
@@ -144,7 +145,7 @@ CHECKS: tuple[Check, ...] = (
         if_level=Says.LEVEL,
     ),
     _pairs(PAPERS, "magnitude", "DirectShare is above magnitude pruning", if_more=Says.FAILS, if_less=Says.HOLDS),
-    _pairs(LAYERS, PAPERS, "sharing heads is better than sharing layers", if_more=Says.HOLDS, if_less=Says.FAILS),
+    _pairs(LAYERS, HEADS, "sharing heads is better than sharing layers", if_more=Says.HOLDS, if_less=Says.FAILS),
     _pairs(PAPERS, "postshare", "PostShare is above DirectShare", if_more=Says.HOLDS, if_less=Says.FAILS),
     _pairs(
         "both",
@@ -225,7 +226,7 @@ def _layers(cells: Sequence[Compared]) -> Iterator[Checked]:
         claim = "layers give up alike shares of their heads at all ratios"
         yield Checked(claim, PAPERS, says, words, f"{len(rising[0].by_layer) - 1} layers")
     for ratio, by_name in _by_ratio(cells).items():
-        some = [by_name[name] for name in (PAPERS, LAYERS) if name in by_name and by_name[name].by_layer]
+        some = [by_name[name] for name in (HEADS, LAYERS) if name in by_name and by_name[name].by_layer]
         if len(some) == 2:
             heads, layers = (float(np.std(cell.by_layer[1:])) for cell in some)
             says = Says.HOLDS if heads < layers else Says.FAILS

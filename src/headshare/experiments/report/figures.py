@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from headshare.evaluation.results import TaskResult
 from headshare.experiments.case import REFIT, base_of
 from headshare.experiments.cells import DENSE, Compared
+from headshare.experiments.report.claims import PAPERS
 from headshare.experiments.report.groups import compared_with, groups, in_panel, is_fixed
+from headshare.experiments.report.retained import subject_of
 from headshare.experiments.report.scores import ACCURACY, score
 from headshare.pages.layers import bars_panel, shades_panel
 from headshare.pages.lines import MOST, Axes, Level, Line, lines_panel
@@ -172,6 +174,25 @@ def _means(cells: Sequence[Compared], made: Sequence[Compared]) -> list[Panel]:
     ]
 
 
+def _subjects(cells: Sequence[Compared]) -> list[Panel]:
+    """Accuracies by subject of each exam: the dense model, and the paper's method at its largest ratio."""
+    dense = next((cell for cell in cells if cell.method == DENSE), None)
+    shared = max((cell for cell in cells if cell.method == PAPERS), key=lambda cell: cell.ratio, default=None)
+    if dense is None or shared is None:
+        return []
+    after = {row.task: row.parts for row in shared.results if row.parts}
+    panels = []
+    for row in (row for row in dense.results if row.parts and row.task in after):
+        rows = []
+        for subject, (before, count) in row.parts.items():
+            left, _ = after[row.task].get(subject, (before, count))
+            marks = [Mark(100 * before, filled=False), Mark(100 * left)]
+            rows.append(Row(subject_of(row.task, subject), marks, f"{100 * before:.0f} to {100 * left:.0f}"))
+        level = [] if row.chance is None else [Level(GUESSING, 100 * row.chance)]
+        panels.append(rows_panel(f"{row.task}, {shared.title}", rows, "accuracy, %", level))
+    return panels
+
+
 # ---- layers and steps
 
 
@@ -240,6 +261,11 @@ FIGURES: dict[str, tuple[str, str, Drawn]] = {
         "The gray band is the dense model and a standard error to each side. Guessing is the better of guessing and "
         "of always the same answer.",
         _tasks,
+    ),
+    "subjects": (
+        "Subjects of an exam (figure 4 of the paper)",
+        "Open: the dense model; filled: DirectShare. Each subject has few questions, so single ones tell little.",
+        _subjects,
     ),
     "layers": ("The share of its units that each layer gives up", "", _layers),
     "curves": ("Training", "The loss is of the model as it would be shared at that step.", _curves),

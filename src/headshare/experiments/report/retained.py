@@ -60,7 +60,7 @@ def subjects(cells: Sequence[Compared]) -> Iterator[tuple[str, Table]]:
         some = {title: of[task] for title, of in parts.items() if task in of}
         first = next(iter(some.values()))
         rows = [
-            [subject.removeprefix(f"{task.partition(':')[0]}_").replace("_", " "), str(first[subject][1])]
+            [subject_of(task, subject), str(first[subject][1])]
             + [f"{100 * shares[subject][0]:.0f}" if subject in shares else "" for shares in some.values()]
             for subject in first
         ]
@@ -75,6 +75,11 @@ def subjects(cells: Sequence[Compared]) -> Iterator[tuple[str, Table]]:
             f"{words}: {counts}." if counts else f"{words.partition(' Of')[0]}",
             Table(["subject", "questions", *some], rows, words=(0,)),
         )
+
+
+def subject_of(task: str, part: str) -> str:
+    """The name of a subject for people, from that of a part of a task."""
+    return part.removeprefix(f"{task.partition(':')[0]}_").replace("_", " ")
 
 
 def _chosen(cell: Compared) -> dict[str, TaskResult]:
