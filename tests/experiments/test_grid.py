@@ -71,7 +71,7 @@ def test_a_method_saves_at_least_the_bytes_that_sharing_saves(
     dense = hs.open_checkpoint(place / "model")
     wanted, cell, plain = estimate(dense, 0.5, parts="qkv").saved_bytes, compared[name], compared["dense"]
     assert not cell.failed
-    assert (wanted <= cell.saved_bytes < 1.4 * wanted) != (name in LESS)
+    assert (0 if name in LESS else wanted) < cell.saved_bytes + 1 <= 1.4 * wanted
     assert plain.memory_bytes is not None
     assert cell.memory_bytes == plain.memory_bytes - cell.saved_bytes
     assert plain.disk_bytes is not None
