@@ -25,6 +25,7 @@ from headshare.experiments.report.figures import figures_of
 from headshare.experiments.report.groups import groups
 from headshare.experiments.report.page import as_html, as_markdown
 from headshare.experiments.report.sources import Comparison, Published, published
+from headshare.pages.figures import save_figures
 from headshare.plan.describe import given_up
 from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
