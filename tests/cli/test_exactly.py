@@ -36,7 +36,7 @@ def test_wrong_layers_are_one_line(words: list[object], llama: Path, run: Run, t
 def test_an_estimate_says_that_it_reads_and_then_what_share_does(run: Run, tmp_path: Path) -> None:
     merge = make_merge(tmp_path / "merge")
     told = run("estimate", merge, "--match", "exact")
-    assert "bytes are read" in told.err
+    assert "so they are read" in told.err
     assert "18 tensors stand elsewhere too, bit for bit" in told.out
     estimated = run("estimate", merge, "--match", "exact", "--json").data
     shared = run("share", merge, "out", "--match", "exact", "--json").data

@@ -90,7 +90,7 @@ def test_only_tensors_that_could_be_equal_are_read_once_each(tmp_path: Path, mon
         "read_into",
         lambda self, buffer, *rest: (read.append(len(buffer)), original(self, buffer, *rest))[1],
     )
-    hs.exact_plan(dense)
+    identical_tensors(dense)
     alone = dense.tensors["model.embed_tokens.weight"].nbytes  # the only one of its shape
     assert sum(read) == bytes_to_read(dense) == sum(info.nbytes for info in dense.tensors.values()) - alone
 
@@ -150,3 +150,45 @@ def test_a_shared_checkpoint_is_refused(tmp_path: Path) -> None:
     out = hs.share(dense, hs.exact_plan(dense)).save(tmp_path / "out")
     with pytest.raises(CheckpointError, match="already shared"):
         hs.exact_plan(hs.open_checkpoint(out))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "phi3", "gpt2", "gpt_neox"])
+def test_units_that_are_equal_are_tied_where_their_tensors_differ(name: str, tmp_path: Path) -> None:
+    folder = tiny.make(name, tmp_path / "model")
+    layout = hs.open_checkpoint(folder).layouts.attention
+    tensors = load_file(folder / WEIGHTS)
+    for place in layout.parts.values():
+        (start, stop), (first, last) = place.span(1), place.span(0)
+        donor = tensors[place.name(0)].narrow(place.axis, start, stop - start).clone()
+        tensors[place.name(2)].narrow(place.axis, first, last - first).copy_(donor)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    dense = hs.open_checkpoint(folder)
+    plan = hs.exact_plan(dense)
+    assert [list(map(str, selection.ties)) for selection in plan.selections] == [
+        ["layer 2, group 0 takes its weights from layer 0, group 1"]
+    ]
+    assert plan.selections[0].layout.parts.keys() == layout.parts.keys()
+    out = hs.share(dense, plan).save(tmp_path / "out")
+    report = hs.verify(hs.open_checkpoint(out), dense)
+    assert (report.ok, report.max_logit_diff) == (True, 0.0)
+    assert same_outputs(hs.load(out), hs.load(folder))
+    written = load_file(hs.expand(hs.open_checkpoint(out), tmp_path / "expanded") / WEIGHTS)
+    assert all(torch.equal(written[each], tensors[each]) for each in tensors)
+
+
+def test_a_part_is_tied_alone_and_a_tensor_that_stands_twice_lends_but_borrows_no_unit(tmp_path: Path) -> None:
+    folder = make_merge(tmp_path / "merge", order=(0, 1, 2, 1))
+    tensors = load_file(folder / WEIGHTS)
+    key = "model.layers.{}.self_attn.k_proj.weight"
+    tensors[key.format(2)][8:] = tensors[key.format(1)][:8]  # of a tensor that layer 3 has too
+    tensors[key.format(1)][8:] = tensors[key.format(3)][8:] = tensors[key.format(0)][:8]
+    save_file({name: each.clone() for name, each in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    dense = hs.open_checkpoint(folder)
+    plan = hs.exact_plan(dense)
+    assert plan.copies[key.format(3)] == key.format(1)
+    assert [
+        (list(each.layout.parts), [[*tie.recipient, *tie.donor] for tie in each.ties]) for each in plan.selections
+    ] == [(["k"], [[2, 1, 1, 0]])]
+    out = hs.share(dense, plan).save(tmp_path / "out")
+    assert hs.verify(hs.open_checkpoint(out), dense).ok
+    assert same_outputs(hs.load(out), hs.load(folder))

@@ -77,9 +77,8 @@ def estimate(
         refuse_unused(context, "what stands several times is all counted once", _OF_A_RATIO)
     checkpoint = open_checkpoint(model, revision=revision, weights=exact)
     if exact:
-        from headshare.matching.exact.find import bytes_to_read
-
-        tell(f"only their numbers say which tensors are equal: {bytes_to_read(checkpoint):,} bytes are read.")
+        size = sum(info.nbytes for info in checkpoint.tensors.values())
+        tell(f"only their numbers say which weights are equal, so they are read: {size:,} bytes.")
     estimated = estimate_bytes(
         checkpoint,
         ratio,
@@ -94,7 +93,7 @@ def estimate(
     words = f"{estimated.in_words()}\n{NEXT}"
     if exact:
         found = estimated.identical_tensors or estimated.recipients
-        words = estimated.in_words() if found else f"Nothing stands twice in {model}, bit for bit."
+        words = estimated.lossless() if found else f"Nothing stands twice in {model}, bit for bit."
     print_result(estimated.to_dict(), words, as_json)
 
 

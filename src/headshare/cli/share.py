@@ -190,7 +190,7 @@ def share(
         "peak_anonymous_bytes": peak.bytes,
         "out": str(out),
     }
-    words = "\n".join([estimated.in_words(), *outcome.in_words()])
+    words = "\n".join([estimated.lossless() if exact else estimated.in_words(), *outcome.in_words()])
     print_written(data, words, out, seconds, as_json=common.as_json)
 
 

@@ -63,19 +63,24 @@ class Estimate:
         removed = f", {' and '.join(gone)} removed" if gone else ""
         if self.narrow_layers:
             removed += f", narrow values in {self.narrow_layers} layer{'s'[: self.narrow_layers != 1]}"
-        becomes = f"{_mib(self.dense_bytes)} becomes {_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
         if self.identical_tensors:
-            units = f" and {self.recipients} units" if self.recipients else ""
-            return (
-                f"{self.identical_tensors} tensors{units} stand elsewhere too, bit for bit: {becomes} Nothing is lost."
-            )
-        text = f"{self.recipients} of {self.units} units shared{removed}: {becomes}"
+            return self.lossless()
+        text = f"{self.recipients} of {self.units} units shared{removed}: {self._becomes()}"
         if self.parts_fraction < SMALL_PARTS:
             text += f" The chosen parts are only {self.parts_fraction:.1%} of this model; no ratio can save more."
         if self.recipients and self.saved_fraction < LITTLE:
             small = "more parts (--parts qkvo or qkvo+ffn)" if self.parts_fraction < SMALL_PARTS else "a higher ratio"
             text += f" That is little: consider {small}."
         return text
+
+    def lossless(self) -> str:
+        """The estimate of a plan that stores once what stands several times, in words."""
+        found = [f"{self.identical_tensors} tensors"] * bool(self.identical_tensors)
+        found += [f"{self.recipients} parts of units"] * bool(self.recipients)
+        return f"{' and '.join(found)} stand elsewhere too, bit for bit: {self._becomes()} Nothing is lost."
+
+    def _becomes(self) -> str:
+        return f"{_mib(self.dense_bytes)} becomes {_mib(self.shared_bytes)}, {self.saved_fraction:.1%} less."
 
 
 def _mib(count: int) -> str:

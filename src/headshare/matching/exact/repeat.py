@@ -53,7 +53,7 @@ def repeat_layers(dense: Checkpoint, layers: str, *, times: int = 2, dtype: str 
     order = list(repeated(blocks, count, times))
     grown = with_layers(dense, order)
     how = f"layers {','.join(map(str, blocks))} x {times}"
-    return dataclasses.replace(share(grown, exact_plan(grown, mode=how), dtype=dtype), base_model=None)
+    return dataclasses.replace(share(grown, exact_plan(grown, mode=how, units=False), dtype=dtype), base_model=None)
 
 
 def read_blocks(text: str, count: int) -> list[Block]:
