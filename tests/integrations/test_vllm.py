@@ -19,6 +19,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
+from headshare.errors import ArchitectureError
 from headshare.sharing.size import estimate_plan
 from support import vllm_engine
 from support.gguf_models import TEXTS, make, reduce
@@ -42,7 +43,11 @@ ONE_RANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("qwen2", ("units", "neurons", "ties")),
     "qwen3": ("qwen3", ("ties", "neurons")),
 }
-TWO_RANKS = ("ties", "units", "attention", "scales", "products", "qwen2")
+TWO_RANKS = {
+    "across": ("llama", ("units", "neurons", "ties across")),
+    "attention": ("llama-biased", ("layer", "feed-forward", "odd neurons")),
+    "products": ("llama", ("low rank", "narrow values", "odd neurons")),
+}
 ENVIRONMENT = {
     **os.environ,
     "VLLM_NO_USAGE_STATS": "1",
@@ -99,7 +104,10 @@ def adapted(model: Any, adapter: Path) -> Any:
 def asked(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     """The answers of vLLM, by model."""
     command = [sys.executable, vllm_engine.__file__, str(folder), json.dumps({"enforce_eager": True, **options})]
-    environment = {**ENVIRONMENT, **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if "uni" in options.values() else {})}
+    # one process less for each engine, and a core for each rank
+    environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if options.get("tensor_parallel_size") == 2:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     ran = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     answers: dict[str, Any] = json.loads(out.read_text())
@@ -136,6 +144,44 @@ def follows(model: Any, prompt: list[int]) -> list[int]:
     return written
 
 
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own
+def test_what_vllm_cannot_serve_is_refused_in_words(models: Path) -> None:
+    from vllm import ModelRegistry
+
+    from headshare.integrations.vllm import plugin
+
+    for _ in range(2):
+        plugin.register()
+    assert plugin.REDUCED in ModelRegistry.get_supported_archs()
+    from headshare.integrations.vllm.models import ReducedForCausalLM
+    from headshare.integrations.vllm.quantization import HeadshareConfig
+
+    assert not ReducedForCausalLM.supports_lora
+
+    def class_of(name: str, **changes: object) -> list[str]:
+        config = tf.AutoConfig.from_pretrained(models / name)
+        entry = config.quantization_config
+        entry = entry if isinstance(entry, dict) else entry.to_dict()
+        for key, value in changes.items():
+            setattr(config, key, value)
+        assert HeadshareConfig.override_quantization_method(entry, None, hf_config=config) is None
+        classes: list[str] = config.architectures
+        return classes
+
+    assert class_of("units") == class_of("mistral") == [plugin.REDUCED]
+    assert class_of("ties") == ["LlamaForCausalLM"]
+    assert class_of("qwen2") == ["Qwen2ForCausalLM"]
+    # what only the stock class has is left to it, and gets zeros
+    assert class_of("mistral", llama_4_scaling={"beta": 0.1}) == ["MistralForCausalLM"]
+    assert class_of("units", architectures=["LlamaModel"]) == ["LlamaModel"]
+    config = tf.AutoConfig.from_pretrained(models / "ties")
+    config.model_type = "gemma2"
+    entry = {"quant_method": "headshare"}
+    with pytest.raises(ArchitectureError, match="a shared 'gemma2' model"):
+        HeadshareConfig.override_quantization_method(entry, None, hf_config=config)
+    assert HeadshareConfig.override_quantization_method({"quant_method": "awq"}, None, hf_config=config) is None
+
+
 def test_one_rank_predicts_what_transformers_does_and_holds_each_unit_once(
     dense: Path, models: Path, tmp_path: Path
 ) -> None:
@@ -158,14 +204,15 @@ def test_one_rank_predicts_what_transformers_does_and_holds_each_unit_once(
         assert missed(merged, prompt, plain) > 0.1
 
 
-def test_two_ranks_predict_what_transformers_does(models: Path, tmp_path: Path) -> None:
-    some = tmp_path / "models"
-    some.mkdir()
-    for name in (*TWO_RANKS, "prompts.json"):
-        (some / name).symlink_to(models / name)
-    answers = asked(some, tmp_path / "answers.json", tensor_parallel_size=2)
+def test_two_ranks_predict_what_transformers_does(dense: Path, models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "prompts.json").symlink_to(models / "prompts.json")
+    for name, (kind, words) in TWO_RANKS.items():
+        reduce(dense / kind, folder / name, *words)
+    answers = asked(folder, tmp_path / "answers.json", tensor_parallel_size=2)
     for name in TWO_RANKS:
-        check(models / name, answers[name])
+        check(folder / name, answers[name])
         assert len(answers[name]["held"]) == 2
 
 

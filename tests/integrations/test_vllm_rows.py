@@ -75,7 +75,7 @@ def held(folder: Path, rank: int, ranks: int) -> tuple[RankWeights, dict[str, Te
     return weights, wanted
 
 
-CASES = [("ties",), ("units", "neurons", "ties"), ("scaled ties", "odd neurons"), ("low rank", "narrow values")]
+CASES = [("ties",), ("units", "neurons", "ties across"), ("scaled ties", "odd neurons"), ("low rank", "narrow values")]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])

@@ -162,6 +162,9 @@ def plan_of(dense: hs.Checkpoint, *words: str) -> hs.SharePlan:
             case "ties":
                 ties = (Tie(HeadUnit(2, 1), HeadUnit(0, 0)), Tie(HeadUnit(3, 3), HeadUnit(1, 2)))
                 sections.append(Selection(layout=units.only((Part.Q, Part.K, Part.V)), ties=ties))
+            case "ties across":  # to units that another of two ranks has
+                ties = (Tie(HeadUnit(2, 3), HeadUnit(0, 0)), Tie(HeadUnit(3, 0), HeadUnit(1, 2)))
+                sections.append(Selection(layout=units.only((Part.Q, Part.K, Part.V)), ties=ties))
             case "scaled ties":
                 ties = (Tie(HeadUnit(2, 1), HeadUnit(0, 0)), Tie(HeadUnit(3, 3), HeadUnit(1, 2)))
                 sections.append(Selection(layout=units, ties=ties, scale=True))

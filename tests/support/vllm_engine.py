@@ -81,10 +81,9 @@ def main() -> None:
     for model in sorted(path for path in folder.iterdir() if path.is_dir()):
         answers[model.name] = answer(model, prompts, options)
         out.write_text(json.dumps(answers))
-        if options.get("distributed_executor_backend") == "uni":
-            from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed import cleanup_dist_env_and_memory
 
-            cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

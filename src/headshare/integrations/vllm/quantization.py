@@ -78,7 +78,8 @@ class HeadshareConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not 
                 f"{', '.join(SERVED)} alone. headshare expand writes a stock folder for it."
             )
         entry = cls.from_config(hf_quant_cfg).entry
-        if entry.plan.removals and SERVED[model_type] and not any(getattr(hf_config, one, None) for one in UNLESS):
+        replaced = [SERVED[model_type]] == hf_config.architectures
+        if entry.plan.removals and replaced and not any(getattr(hf_config, one, None) for one in UNLESS):
             hf_config.architectures = [REDUCED]
         return None
 
