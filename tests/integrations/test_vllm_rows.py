@@ -197,6 +197,29 @@ def test_what_does_not_load_or_does_not_fit_is_refused(dense: Path, tmp_path: Pa
         short.whole("0.qkv")
 
 
+def test_a_rank_for_which_a_layer_has_nothing_left_multiplies_with_zeros(dense: Path, tmp_path: Path) -> None:
+    with hs.open_checkpoint(dense) as checkpoint:
+        plan = SharePlan(removals=(Removal(layout=checkpoint.layouts.attention, removed={1: [0, 1, 3]}),))
+        hs.share(checkpoint, plan).save(tmp_path / "reduced")
+    reduced = hs.open_checkpoint(tmp_path / "reduced")
+    width = layer_width(plan, 1, LayerWidth(4, 128), 2).units
+    kept = reduced.read(name_of(1, "k"))
+    for rank in range(2):
+        weights = RankWeights(plan)
+        for part in "qkvo":
+            tensor = weights.tensor(name_of(1, part), (), 0)
+            size = tensor.size // 4 * width
+            runs = range_of(tensor, weights.removed[tensor.name], size, rank * size // 2, (rank + 1) * size // 2)
+            weights.add(
+                RankMatrix(tensor.name, tensor.axis, tensor.shape[1 - tensor.axis], tuple(runs)), torch.empty(0)
+            )
+        for part in "qkvo":
+            weights.put(name_of(1, part), reduced.read(name_of(1, part)))
+        found = weights.whole(name_of(1, "k"))
+        assert isinstance(found, Tensor)
+        assert torch.equal(found, torch.zeros_like(kept) if rank else kept)
+
+
 @pytest.mark.parametrize(
     ("heads", "how"), [({}, "each unit stands once"), ({"head_dim": 8}, "put together in each matrix")]
 )
@@ -210,7 +233,7 @@ def test_units_of_less_than_a_page_are_put_together_and_the_log_says_so(
     weights = RankWeights(checkpoint.plan)
     touched: Sequence[str] = sorted(checkpoint.plan.tensors)
     for name in touched:
-        tensor = weights.tensors[name]
+        tensor = weights.tensor(name, (), 0)
         weights.add(RankMatrix(name, 0, tensor.shape[1], (Source(name, 0, tensor.size),)), torch.empty(0))
     for name in touched:
         weights.put(name, checkpoint.read(name))

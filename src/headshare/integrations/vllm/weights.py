@@ -39,6 +39,7 @@ class RankWeights:
         self.plan = plan
         self.tensors: dict[str, TensorPlan] = dict(plan.tensors)
         self.added: Mapping[str, AddedTensor] = plan.added_tensors
+        self._placed: set[str] = set()
         self._matrices: dict[str, RankMatrix] = {}
         self._like: dict[str, Tensor] = {}
         self._arrived: dict[str, Tensor | None] = {}
@@ -48,7 +49,8 @@ class RankWeights:
         self._ready = False
 
     def tensor(self, name: str, shape: tuple[int, ...], axis: int) -> TensorPlan:
-        """The plan of a tensor; of one that the plan leaves alone, and others do not, it has this shape and axis."""
+        """The plan of a tensor that a module holds a part of. If the share plan leaves it alone, its shape is this."""
+        self._placed.add(name)
         return self.tensors.setdefault(name, TensorPlan(name, shape, axis))
 
     @cached_property
@@ -115,8 +117,9 @@ class RankWeights:
             tensor = self.tensors.get(source)
             whole = torch.ones(stop - start)
             if tensor is not None and tensor.scaled:
-                scale = self._arrived[scale_name(source)]
-                assert scale is not None
+                scale = self._arrived.get(scale_name(source))
+                if scale is None:
+                    raise CheckpointError(f"{scale_name(source)} did not load. Download the model again.")
                 factors = torch.ones(tensor.size)
                 used = 0
                 for first, last in tensor.scaled:
@@ -134,8 +137,8 @@ class RankWeights:
         """The layout of all matrices; the first tensor that loads finds them all added."""
         layout = lay_out(self._matrices.values(), self.tensors)
         # the module of a tensor without any numbers may be absent
-        named = {run.source for matrix in self._matrices.values() for run in matrix.runs}
-        missing = sorted(t.name for t in self.plan.tensors.values() if t.name not in named and 0 not in t.reduced_shape)
+        wanted = {tensor.name for tensor in self.plan.tensors.values() if 0 not in tensor.reduced_shape}
+        missing = sorted(wanted - self._placed)
         if missing:
             raise StorageError(
                 f"the plan shares {missing[0]}, for which vLLM's model has no module on this rank. Pipeline stages are "
