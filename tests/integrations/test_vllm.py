@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import headshare as hs
 from headshare.errors import ArchitectureError
+from headshare.sharing.expanded import ExpandedTensors
 from headshare.sharing.size import estimate_plan
 from support import vllm_engine
 from support.gguf_models import TEXTS, make, reduce
@@ -37,6 +38,7 @@ ONE_RANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "ties": ("llama", ("ties",)),
     "units": ("llama", ("units", "neurons", "ties")),
     "attention": ("llama-biased", ("layer", "feed-forward", "odd neurons")),
+    "biases": ("llama-biased", ("units", "odd neurons", "ties across")),
     "scales": ("llama", ("scaled ties", "odd neurons")),
     "products": ("llama", ("low rank", "narrow values")),
     "mistral": ("mistral", ("units", "neurons", "ties")),
@@ -180,6 +182,65 @@ def test_what_vllm_cannot_serve_is_refused_in_words(models: Path) -> None:
     with pytest.raises(ArchitectureError, match="a shared 'gemma2' model"):
         HeadshareConfig.override_quantization_method(entry, None, hf_config=config)
     assert HeadshareConfig.override_quantization_method({"quant_method": "awq"}, None, hf_config=config) is None
+
+
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_vllms_modules_hold_their_rank_of_the_expanded_model(
+    ranks: int, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine runs: vLLM's own modules are made as on each rank, and loaded."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    from headshare.integrations.vllm.linear import SharedLinearMethod
+    from headshare.integrations.vllm.quantization import HeadshareConfig
+
+    checkpoint = hs.open_checkpoint(models / "biases")
+    expanded = ExpandedTensors.of(checkpoint)
+    for rank in range(ranks):
+        for module in (linear, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        config = HeadshareConfig(checkpoint.entry)
+        config.packed_modules_mapping = {
+            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+            "gate_up_proj": ["gate_proj", "up_proj"],
+        }
+        modules: dict[str, Any] = {}
+        for layer in range(4):
+            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            qkv, gate_up = f"{attention}.qkv_proj", f"{mlp}.gate_up_proj"
+            o, down = f"{attention}.o_proj", f"{mlp}.down_proj"
+            modules[qkv] = linear.QKVParallelLinear(64, 32, 8, 4, quant_config=config, prefix=qkv)
+            modules[gate_up] = linear.MergedColumnParallelLinear(64, [128] * 2, quant_config=config, prefix=gate_up)
+            modules[o] = linear.RowParallelLinear(256, 64, quant_config=config, prefix=o)
+            modules[down] = linear.RowParallelLinear(128, 64, quant_config=config, prefix=down)
+        stock = {name: rebuilt(linear, module) for name, module in modules.items()}
+        # every tensor to the shared module as it is stored, and to vLLM's stock one as it is when expanded
+        for name, module in modules.items():
+            above, _, leaf = name.rpartition(".")
+            for shard, part in enumerate(config.packed_modules_mapping.get(leaf, [leaf])):
+                fused = {"qkv_proj": ("qkv"[shard],), "gate_up_proj": (shard,)}.get(leaf, ())
+                for kind in ("weight", "bias"):
+                    tensor = f"{above}.{part}.{kind}"
+                    for target, loaded in ((module, checkpoint.read(tensor)), (stock[name], expanded.read(tensor))):
+                        empty = getattr(target, kind)
+                        empty.weight_loader(empty, loaded, *fused)
+        for name, module in modules.items():
+            if isinstance(module.quant_method, SharedLinearMethod):  # stock ones pack their weights
+                module.quant_method.process_weights_after_loading(module)
+            assert torch.equal(module.weight, stock[name].weight), name
+            assert torch.equal(module.bias, stock[name].bias), name
+
+
+def rebuilt(linear: Any, module: Any) -> Any:
+    """A stock module of the same shape, of the same rank."""
+    if isinstance(module, linear.QKVParallelLinear):
+        return linear.QKVParallelLinear(64, 32, 8, 4)
+    if isinstance(module, linear.MergedColumnParallelLinear):
+        return linear.MergedColumnParallelLinear(64, [128] * 2)
+    return linear.RowParallelLinear(module.input_size, 64)
 
 
 def test_one_rank_predicts_what_transformers_does_and_holds_each_unit_once(
