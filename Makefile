@@ -66,7 +66,7 @@ test-floor test-newest: test-%: .venv-%/installed
 	touch $@
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest -q -m vllm tests/integrations/test_vllm.py
+	.venv-vllm/bin/python -m pytest -q -o faulthandler_timeout=3600 -m vllm tests/integrations/test_vllm.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
