@@ -1,6 +1,6 @@
 """What vLLM's model classes are known to do with the model types of shared checkpoints.
 
-A row is written down only where tests/vllm shows that vLLM computes the same.
+tests/integrations/test_vllm.py shows for each row that vLLM computes the same.
 """
 
 from collections.abc import Mapping
