@@ -23,11 +23,13 @@ from support import gguf_models, tiny
 from support.command_line import Outcome, Run, assert_one_error_line
 from support.folders import WEIGHTS
 from support.nearest import stand_in
+from support.questions import make_data
 from support.texts import a_text, add_tokenizer
 
 COMMANDS = (
     "shrink", "bench", "estimate", "score", "plan", "share", "repeat", "refit", "train", "quantize", "inspect",
     "verify", "expand", "export", "attention", "eval", "compare", "reproduce", "report", "generate", "demo",
+    "push", "tasks",
 )  # fmt: skip
 FOR_OTHERS = ("run",)  # it becomes the command that it is given, whose words and output are its own
 
@@ -121,6 +123,8 @@ KEYS: dict[str, set[str]] = {
     "reproduce": {"claims", "not_run"},
     "report": {"tables"},
     "generate": {"prompts", "texts"},
+    "push": {"repository", "files", "bytes", "base_model", "license", "address"},
+    "tasks": {"out", "tasks"},
     "demo": {"rows", "sentence"},
     "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
 }
@@ -151,6 +155,8 @@ def valid(
         "export": [gguf_models.make("llama", tmp_path / "exported"), "one.gguf"],
         "attention": [model, "--text", text, "--window", 32],
         "eval": [model, "--text", text, "--window", 32],
+        "push": [shared, "someone/small", "--private", "--dry-run"],
+        "tasks": ["for-lm-eval", "--data-dir", make_data(tmp_path / "data"), "--tasks", "piqa"],
         "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],
         "reproduce": [

@@ -42,6 +42,7 @@ Cite the base model. Units of different layers that share weights are the method
 ```
 """
 _LICENCE = re.compile(r"(license|license_name|license_link): *[\"']?([\w.+:/~-]+(?: [\w.+:/~-]+)*)[\"']? *")
+_SAID = re.compile(_LICENCE.pattern.replace("license|", "base_model|license|", 1))
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -126,13 +127,22 @@ def _steps(entry: SharingEntry | None) -> list[str]:
     return titles(entry.plan) + [each.in_words() for each in (refit, entry.packing) if each is not None]
 
 
+def front_matter(folder: Path) -> dict[str, str]:
+    """The base model and the licence in the front matter of a folder's card, each if it is one plain word there."""
+    return {key: value for key, value in _front(folder, _SAID).items() if key in ("base_model", "license")}
+
+
 def licence_of(folder: Path) -> dict[str, str]:
     """What the front matter of a folder's card says of its licence."""
+    return _front(folder, _LICENCE)
+
+
+def _front(folder: Path, wanted: re.Pattern[str]) -> dict[str, str]:
     card = folder / CARD
     if not card.is_file() or not is_inside(folder, CARD):
         return {}
     with card.open(encoding="utf-8", errors="replace") as file:
         text = file.read(_MAX_FRONT)
     front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    found = map(_LICENCE.fullmatch, front[1].splitlines() if front else ())
+    found = map(wanted.fullmatch, front[1].splitlines() if front else ())
     return {line[1]: line[2] for line in found if line}

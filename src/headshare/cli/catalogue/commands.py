@@ -98,6 +98,11 @@ COMMANDS = {
         ),
         {"allow_interspersed_args": False},
     ),
+    "push": Command(
+        "elsewhere.push:push",
+        AFTER,
+        ("headshare push OUT USER/NAME --dry-run", "headshare push OUT USER/NAME --private"),
+    ),
     "verify": Command("inspect:verify", AFTER, ("headshare verify OUT --against MODEL",)),
     "demo": Command("bench:demo", MEASURE, ("headshare demo MODEL --text FILE",)),
     "bench": Command(
@@ -122,6 +127,7 @@ COMMANDS = {
         ),
         goes_on=True,
     ),
+    "tasks": Command("elsewhere.tasks:tasks", MEASURE, ("headshare tasks TASKS --data-dir DATA --tasks piqa,boolq",)),
     "generate": Command(
         "evaluate:generate_command", MEASURE, ('headshare generate MODEL OUT --prompt "The capital of France is"',)
     ),
