@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from headshare.pages.lines import Axes
 from headshare.pages.scales import Scale, said
-from headshare.pages.svg import Element, Panel, add, new_panel, width_of, write, write_head
+from headshare.pages.svg import SMALL, Element, Panel, add, new_panel, width_of, write, write_head
 
 WIDTH = 380.0
 TOP = 44.0
@@ -105,7 +105,7 @@ def _shade(value: float, low: float, high: float) -> float:
 def _draw_scale(root: Element, low: float, high: float) -> None:
     """The shades of the least and the greatest number, and of those between, with the two numbers."""
     words = [said(round(end, 3)) for end in (low, high)]
-    right = WIDTH - width_of(words[1], 10.0) - 4
+    right = WIDTH - width_of(words[1], SMALL) - 4
     group = add(root, "g", class_="s0")
     for number in range(SHADES):
         add(group, "rect", x=right - 6.0 * (SHADES - number), y=24, width=6, height=8, fill="currentColor",
