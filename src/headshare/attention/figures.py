@@ -29,7 +29,7 @@ def figures_of(result: AttentionResult) -> list[Figure]:
         ),
         Figure(
             "scatter",
-            "Do weights tell which heads attend alike?",
+            "Whether weights tell which heads attend alike",
             "All pairs of heads of different layers; the darker a place, the more pairs.",
             list(_scatter(result)),
         ),
@@ -53,9 +53,7 @@ def _figure_1(result: AttentionResult, head: int) -> Iterator[Panel]:
         if name in _SHOWN:
             both = {*nearest} & {*result.nearest(head, scores)}
             marks = {divmod(other, result.heads): "both" if other in both else "tick" for other in nearest}
-            yield heat_panel(
-                f"The same heads, by weights: {_SHOWN[name]}", _beside(result, scores, head), _HEADS, marks
-            )
+            yield heat_panel(f"The same by {_SHOWN[name]}", _beside(result, scores, head), _HEADS, marks)
 
 
 _HEADS = Sides("layer", "head")
