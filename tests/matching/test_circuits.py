@@ -249,3 +249,10 @@ def test_huge_or_tiny_weights_are_scored_like_any_or_refused(
         assert factor == 1e30
     else:
         assert found < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_the_product_of_a_single_pair_is_the_same(name: str, tmp_path: Path) -> None:
+    dense = hs.open_checkpoint(tiny.make(name, tmp_path / "dense"))
+    circuits = Circuits(dense, dense.layouts.attention)
+    assert circuits.of_pair(5, 2) == pytest.approx(float(circuits.of_units()[5, 2]), rel=1e-9)
