@@ -33,6 +33,8 @@ ALLOWED = {
     ("integrations/gguf/vocabulary.py", "llama"): "GGUF's word for tokenizers of SentencePiece",
     ("integrations/gguf/splitting.py", "llama"): "llama-bpe, a name of a tokenizer's splitting",
     ("integrations/gguf/splitting.py", "qwen2"): "the same",
+    ("integrations/vllm/models.py", "LlamaForCausalLM"): "vLLM's own class, which reduced models are made from",
+    ("integrations/vllm/models.py", "o_proj"): "the module of it that a layer without attention stands in for",
 }
 
 

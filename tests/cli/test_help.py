@@ -49,7 +49,7 @@ def test_the_help_of_share_can_be_read_on_a_narrow_terminal(run: Run, monkeypatc
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
     lines = run("share", "--help").out.split("\n")
     assert max(map(len, lines)) <= 80
-    assert len(lines) < 150
+    assert len(lines) < 160
     panels = [line.split()[1] for line in lines if line.startswith("╭")]
     assert panels == ["Arguments", "Choose", "Calibrate", "Run", "Repair", "Write", "Other"]
     assert not any("…" in line for line in lines)  # nothing is cut off
@@ -59,6 +59,6 @@ def test_choices_are_those_of_the_registries() -> None:
     share = options_of("share")
     assert all(f"{mode}:" in share["--mode"].help for mode in MODES)
     attention = [name for name, function in MATCH_FUNCTIONS.items() if function.kind == "attention"]
-    assert f"One of: {', '.join(attention)}, output." in share["--match"].help
+    assert f"One of: {', '.join(attention)}, output, exact." in share["--match"].help
     assert all(f"({name})" in share["--allow"].help for name in BY_DEFAULT)
     assert f"{AUTO}, {', '.join(STORAGES)}." in options_of("bench")["--storage"].help

@@ -65,5 +65,6 @@ def test_what_sticks_out_is_seen(chromium: Any, tmp_path: Path) -> None:
 
 
 def perplexities(section: Any) -> list[float]:
-    column = section.locator("table").last.locator("tbody td:nth-child(7)").all_inner_texts()
+    button = section.page.get_by_role("button", name="perplexity")
+    column = section.locator("table").filter(has=button).last.locator("tbody td:nth-child(7)").all_inner_texts()
     return [float(text.replace(",", "")) for text in column if text]

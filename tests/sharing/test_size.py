@@ -378,5 +378,5 @@ def test_estimates_are_the_same_numbers_under_the_names_that_json_prints() -> No
     assert found.to_dict() == {name: getattr(found, name) for name in found.to_dict()}
     assert list(found.to_dict()) == [
         *("units", "recipients", "dense_bytes", "shared_bytes", "saved_bytes", "saved_fraction", "parts_fraction"),
-        *("removed_units", "removed_neurons", "narrow_layers"),
+        *("removed_units", "removed_neurons", "narrow_layers", "identical_tensors"),
     ]

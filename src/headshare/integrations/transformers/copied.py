@@ -52,6 +52,7 @@ class CopiedWeights:
         self._copies.join(model)
         if self._checkpoint is not None:
             self._checkpoint.close()
+            self._checkpoint = None  # a model is copied and pickled without its files
         first: dict[tuple[str, ...], ParameterPlace] = {}
         for name, sources in self._made_of.items():
             path, _, leaf = name.rpartition(".")

@@ -47,13 +47,17 @@ class HeadshareConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not 
             CheckpointError: if it is not valid.
             StorageError: if the matrices are rounded, or whole tensors are copies of others.
         """
+        return cls(cls._checked(config))
+
+    @staticmethod
+    def _checked(config: Mapping[str, Any]) -> SharingEntry:
         entry = SharingEntry.from_config(dict(config))
         assert entry is not None  # it has our name
         if entry.packing is not None:
             raise StorageError(NO_BITS)
         if entry.plan.copies:
             raise StorageError(NO_COPIES)
-        return cls(entry)
+        return entry
 
     @classmethod
     def override_quantization_method(
@@ -77,7 +81,7 @@ class HeadshareConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not 
                 f"this is a shared '{model_type}' model, and headshare's plugin for {ENGINE} serves "
                 f"{', '.join(SERVED)} alone. headshare expand writes a stock folder for it."
             )
-        entry = cls.from_config(hf_quant_cfg).entry
+        entry = cls._checked(hf_quant_cfg)
         replaced = [SERVED[model_type]] == hf_config.architectures
         if entry.plan.removals and replaced and not any(getattr(hf_config, one, None) for one in UNLESS):
             hf_config.architectures = [REDUCED]
