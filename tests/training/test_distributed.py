@@ -27,7 +27,21 @@ EXAMPLES = Folder(__file__).parents[2] / "examples"
 
 
 def in_two(work: Callable[[], object], folder: Folder, exits: int = 0) -> None:
-    """Run this in two processes that know of each other."""
+    """Run this in two processes that know of each other.
+
+    They are forked from a process that has run many libraries of C. Where one of them dies of its memory, which was
+    seen once in gloo, both are begun again, and go on from what they left.
+    """
+    codes, errors = _once_in_two(work, folder)
+    if -signal.SIGABRT in codes or -signal.SIGSEGV in codes:
+        codes, errors = _once_in_two(work, folder)
+    assert codes == [exits, exits], errors
+
+
+def _once_in_two(work: Callable[[], object], folder: Folder) -> tuple[list[int | None], str]:
+    """The exit codes of both processes, and their errors."""
+    for path in folder.glob("error-*"):
+        path.unlink()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +52,7 @@ def in_two(work: Callable[[], object], folder: Folder, exits: int = 0) -> None:
     for child in children:
         child.join(120)
     errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert [child.exitcode for child in children] == [exits, exits], "\n".join(errors)
+    return [child.exitcode for child in children], "\n".join(errors)
 
 
 def _one_of_two(work: Callable[[], object], rank: int, port: int, folder: Folder) -> None:
