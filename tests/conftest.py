@@ -53,12 +53,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_temporary_files() -> Iterator[None]:
+def _own_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Temporary files of this process and its children lie in a folder that no other test process looks into.
 
     A test that does without locks leaves files that others would take for those of a dead run. Everybody may enter it,
     as tests act for another user, too.
     """
+    tmp_path_factory.getbasetemp()  # pytest's own folders stay where they are kept
     with tempfile.TemporaryDirectory(prefix="headshare-tests-") as place:
         Path(place).chmod(0o755)
         with mock.patch.dict(os.environ, {"TMPDIR": place}), mock.patch.object(tempfile, "tempdir", place):

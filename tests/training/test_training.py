@@ -259,7 +259,7 @@ def test_the_checkpoint_is_pushed_once_it_is_written(
         def upload_folder(self, **what: Any) -> None:
             pushed.append({**what, "files": {path.name for path in what["folder_path"].iterdir()}})
 
-    monkeypatch.setattr("headshare.training.hub.HfApi", Api)
+    monkeypatch.setattr("headshare.integrations.hub.HfApi", Api)
     train(model, tmp_path / "out", settings(text, arguments={"push_to_hub": True, "max_steps": 1}))
     (found,) = pushed
     assert (found["repo_id"], found["folder_path"]) == ("user/out", tmp_path / "out")
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_cannot_be_pushed_stays(
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError("401 Unauthorized")
 
-    monkeypatch.setattr("headshare.training.hub.HfApi.create_repo", refuse)
+    monkeypatch.setattr("headshare.integrations.hub.HfApi.create_repo", refuse)
     with pytest.raises(TrainingError, match=r"is written, but was not pushed to me/mine: 401.*hf upload me/mine"):
         train(model, tmp_path / "out", settings(text, arguments={"push_to_hub": True, "hub_model_id": "me/mine"}))
     assert hs.load(tmp_path / "out")(input_ids=tiny.tokens()).logits.isfinite().all()

@@ -57,18 +57,16 @@ class Upload:
         if get_token() is None:
             raise OutputError("nobody is logged in to the hub. Run: hf auth login, or set HF_TOKEN.")
         try:
-            api = HfApi()
-            address = api.create_repo(self.repository, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=address.repo_id,
-                folder_path=self.folder,
+            address = upload(
+                self.folder,
+                self.repository,
+                private=private,
                 revision=revision,
-                allow_patterns=list(self.files),
-                commit_message="Upload with headshare",
+                message="Upload with headshare",
+                files=list(self.files),
             )
-        except Exception as error:  # the hub's library lets through what the one below it raises
-            reason = " ".join(str(error).split())
-            raise OutputError(f"{self.folder} was not pushed to {self.repository}: {reason:.300}") from error
+        except OutputError as error:
+            raise OutputError(f"{self.folder} was not pushed to {self.repository}: {error}") from error
         return str(address)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +78,37 @@ class Upload:
             "base_model": self.base_model,
             "license": self.licence,
         }
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+    files: list[str] | None = None,
+) -> Any:
+    """Make the repository if it is not there, and upload a folder, or these files of it, in one commit.
+
+    Returns the hub's address of the repository, a `RepoUrl`.
+
+    Raises:
+        OutputError: with the hub's reason, if it refuses; what is there stays as it was.
+    """
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=files,
+            commit_message=message,
+        )
+    except Exception as error:  # the hub's library lets through what the one below it raises
+        raise OutputError(f"{' '.join(str(error).split()):.300}") from error
+    return address
 
 
 def check_name(repository: str) -> None:

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
-
-from headshare.errors import TrainingError
+from headshare.errors import OptionError, OutputError, TrainingError
+from headshare.integrations.hub import check_name, upload
 from headshare.progress import say
 
 HUB_ARGUMENTS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
@@ -38,9 +35,9 @@ class Hub:
             return None
         name = arguments.get("hub_model_id") or out.resolve().name
         try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise TrainingError(f"nothing can be pushed to {name!r:.100}: {error} Use --hub_model_id.") from None
+            check_name(name)
+        except OptionError as error:
+            raise TrainingError(f"{error} Use --hub_model_id.") from None
         return cls(name, *(arguments.get(option) for option in ("hub_private_repo", "hub_revision")))
 
     def push(self, folder: Path) -> None:
@@ -49,16 +46,17 @@ class Hub:
         Raises:
             TrainingError: if that fails; the folder stays.
         """
-        api = HfApi()
         try:
-            repository = api.create_repo(self.repository, private=self.private, exist_ok=True).repo_id
-            api.upload_folder(
-                repo_id=repository, folder_path=folder, revision=self.revision, commit_message="Train with headshare"
+            address = upload(
+                folder,
+                self.repository,
+                private=self.private,
+                revision=self.revision,
+                message="Train with headshare",
             )
-        except Exception as error:  # the hub's library lets through what the one below it raises
-            reason = " ".join(str(error).split())
+        except OutputError as error:
             raise TrainingError(
-                f"{folder} is written, but was not pushed to {self.repository}: {reason:.300}. Run: hf upload "
+                f"{folder} is written, but was not pushed to {self.repository}: {error}. Run: hf upload "
                 f"{self.repository} {folder}"
             ) from error
-        say(f"pushed to {repository}")
+        say(f"pushed to {address.repo_id}")
