@@ -8,13 +8,15 @@ their maps. *Deleted* units give nothing. Pairs are chosen by a score of all pai
 paper's (cosine of q and k), `circuit`, similarity of attention maps, or by output (what the layer's output loses, on
 `--price-tokens`, after the best refit of W_o, with this donor in the unit's place). Perplexity is raw, and after W_o of
 every layer from the first recipient on was refitted in closed form to the dense hidden states. Weight bytes of rows
-are compared at the end of each ratio; maps also spare the recipient's cache of keys. For models of the Llama family,
+are compared at the end of each ratio; maps also spare the recipient's cache of keys. `--donors` says before that what
+each donor makes up for of a unit that is given up alone, and how well scores tell it. For models of the Llama family,
 without biases. TEXT is a file, or `self`: text that the model writes.
 """
 
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import headshare as hs
 from benchmarks.machine import machine
 from headshare.attention.maps import map_products
+from headshare.attention.ranks import rank_correlation
 from headshare.calibration.costs.least_squares import Fit
 from headshare.calibration.costs.sublayer import DenseLayer, SublayerData
 from headshare.calibration.layerwise.layers import Layers
@@ -296,11 +299,14 @@ def _whole(at: DenseLayer) -> tuple[Any, Tensor]:
 
 CHOOSERS = ("paper", "circuit", "maps", "output")
 
+# by each chooser, how good a donor each unit is for each other one in each form; and less what deletion costs each unit
+Choosers = dict[str, dict[str, Tensor]]
 
-def rows_of(study: Study, ratios: list[float], names: list[str]) -> Iterator[tuple[float, str, str, dict[str, Any]]]:
-    """The rows of the table: ratio, form, chooser, and what was measured."""
-    units = study.layout.units
-    choosers: dict[str, dict[str, Tensor]] = {}
+
+def choosers_of(study: Study, names: list[str]) -> tuple[Choosers, Tensor]:
+    """The scores by each of these choosers, and what the deletion of each unit costs, where `output` is among them."""
+    choosers: Choosers = {}
+    deleted = torch.zeros(0)
     for name in names:
         if name == "output":
             choosers[name], deleted = study.by_output()
@@ -309,6 +315,44 @@ def rows_of(study: Study, ratios: list[float], names: list[str]) -> Iterator[tup
         else:
             (table,) = hs.score_units(study.dense, "qk" if name == "paper" else name).tables
             choosers[name] = dict.fromkeys((WEIGHTS, MAPS), table.scores)
+    return choosers, deleted
+
+
+def donor_rows(study: Study, choosers: Choosers, deleted: Tensor) -> Iterator[str]:
+    """Rows of a table: what of a unit's loss the donor makes up for that each chooser picks, alone and refitted.
+
+    Columns are the median part made up for, that as a share of the best donor's, and the rank correlation of scores
+    with parts, the mean over units.
+    """
+    groups = study.layout.groups
+    recipients = [study.layout.unit(index) for index in range(groups, study.layout.units)]
+    for form in (WEIGHTS, MAPS):
+        made_up = [
+            1 + choosers["output"][form][study.layout.index(unit), : unit.layer * groups] / deleted[index]
+            for unit in recipients
+            for index in [study.layout.index(unit)]
+        ]
+        best = [float(parts.max()) for parts in made_up]
+        picks = {"the best": best, "any: the mean": [float(parts.mean()) for parts in made_up]}
+        told: dict[str, list[float]] = {}
+        for name, scores in choosers.items():
+            if name == "output":
+                continue
+            given = [scores[form][study.layout.index(unit), : unit.layer * groups] for unit in recipients]
+            picks[name] = [float(parts[int(each.argmax())]) for parts, each in zip(made_up, given, strict=True)]
+            found = (rank_correlation(each.double(), parts) for each, parts in zip(given, made_up, strict=True))
+            told[name] = [one for one in found if one is not None]
+        for name, parts in picks.items():
+            shares = [part / most for part, most in zip(parts, best, strict=True) if most > 0]
+            told_by = f"{statistics.mean(told[name]):+.3f}" if name in told else ""
+            yield f"| {form} | {name} | {statistics.median(parts):.1%} | {statistics.median(shares):.1%} | {told_by} |"
+
+
+def rows_of(
+    study: Study, ratios: list[float], choosers: Choosers, deleted: Tensor
+) -> Iterator[tuple[float, str, str, dict[str, Any]]]:
+    """The rows of the table: ratio, form, chooser, and what was measured."""
+    units = study.layout.units
     numel = {part: place.numel for part, place in study.layout.parts.items()}
     bytes_of = {WEIGHTS: sum(numel[part] for part in MADE), MAPS: numel[Part.Q] + numel[Part.K]}
     bytes_of[DELETED] = bytes_of[WEIGHTS] + numel[Part.O]
@@ -350,24 +394,29 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument(
-        "--ratios", type=lambda words: [float(word) for word in words.split(",")], default=[0.1, 0.2, 0.3]
+        "--ratios", type=lambda words: [float(word) for word in words.split(",") if word], default=[0.1, 0.2, 0.3]
     )
     parser.add_argument("--choosers", type=lambda words: words.split(","), default=list(CHOOSERS))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--price-tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--donors", action="store_true", help="also print what donors make up for; needs output")
     parser.add_argument("--out", type=Path, help="also keep the rows, with the losses of all windows, in this file")
     args = parser.parse_args()
     lines, kept = [], []
     with shown():
         study = Study(args)
         print(json.dumps({**machine(), "tokens": args.tokens, "window": args.window}), flush=True)
+        choosers, deleted = choosers_of(study, args.choosers)
+        if args.donors:
+            print("| shared | donor by | makes up for | of the best | rank correlation |\n|---|---|--:|--:|--:|")
+            print("\n".join(donor_rows(study, choosers, deleted)), end="\n\n", flush=True)
         print(
             "| ratio | shared | chosen by: units | raw | refitted | nats over dense, refitted |\n"
             "|--:|---|---|--:|--:|--:|"
         )
         base: Tensor | None = None
-        for ratio, form, chooser, found in rows_of(study, args.ratios, args.choosers):
+        for ratio, form, chooser, found in rows_of(study, args.ratios, choosers, deleted):
             losses = torch.tensor(found["losses"]["refit"], dtype=torch.float64)
             base = losses if base is None else base
             apart = losses - base
