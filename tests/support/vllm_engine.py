@@ -79,7 +79,10 @@ def main() -> None:
     prompts = json.loads((folder / "prompts.json").read_text())
     answers: dict[str, Any] = {}
     for model in sorted(path for path in folder.iterdir() if path.is_dir()):
-        answers[model.name] = answer(model, prompts, options)
+        try:
+            answers[model.name] = answer(model, prompts, options)
+        except ValueError as error:
+            answers[model.name] = {"refused": str(error)}
         out.write_text(json.dumps(answers))
         from vllm.distributed import cleanup_dist_env_and_memory
 
