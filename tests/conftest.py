@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxtyping
 import torch
 
 if find_spec("triton") and not torch.cuda.is_available():  # triton decides at its import whether it interprets
@@ -22,6 +23,10 @@ if find_spec("triton") and not torch.cuda.is_available():  # triton decides at i
 import transformers
 
 pytest.register_assert_rewrite("support")
+
+from support.shapes import checked  # noqa: E402 - the same
+
+jaxtyping.jaxtyped = checked
 
 from headshare import precision  # noqa: E402 - the same
 from headshare.calibration.costs import measured, sensitivity  # noqa: E402 - the same

@@ -1,6 +1,9 @@
 """Tiny real models, built from their families' own configurations with random weights; nothing is downloaded."""
 
 import json
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +96,41 @@ RELATIVES: dict[str, tuple[type, Any, str | None]] = {
 def make(name: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: object) -> Path:
     """A checkpoint folder of this family, stored in this type. `save` goes to save_pretrained (max_shard_size)."""
     model_class, config, _ = FAMILIES[name]
-    torch.manual_seed(seed)
-    model = model_class(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, so that a test can see them go missing
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter if parameter.ndim == 1 else 0))
-    model.to(dtype).save_pretrained(folder, **save)
-    return folder
+
+    def built() -> Any:
+        model = model_class(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases and norms too, so that a test can see them go missing
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter if parameter.ndim == 1 else 0))
+        return model.to(dtype)
+
+    return _saved(built, folder, seed, save, config, model_class, dtype)
 
 
 def make_llama(folder: Path, *, seed: int = 0, save: dict | None = None, **changes: object) -> Path:
     """A tiny grouped-query Llama with some settings changed."""
-    torch.manual_seed(seed)
     config = tf.LlamaConfig(**{**GROUPED, **changes})
-    tf.LlamaForCausalLM(config).save_pretrained(folder, **(save or {}))
+    return _saved(lambda: tf.LlamaForCausalLM(config), folder, seed, save or {}, config)
+
+
+_MADE: dict[str, tuple[Path, torch.Tensor]] = {}
+
+
+def _saved(built: Callable[[], Any], folder: Path, seed: int, save: dict, config: Any, *told: object) -> Path:
+    """A folder with the model that is built from this seed, or a copy of one that this process has built before.
+
+    What is drawn at random after it is the same either way.
+    """
+    said = {name: value for name, value in config.to_dict().items() if name not in ("architectures", "dtype")}
+    what = repr((seed, save, said, told))
+    if what not in _MADE or not _MADE[what][0].exists():
+        torch.manual_seed(seed)
+        place = Path(tempfile.mkdtemp(prefix="tiny-"))
+        built().save_pretrained(place, **save)
+        _MADE[what] = place, torch.get_rng_state()
+    place, after = _MADE[what]
+    shutil.copytree(place, folder, copy_function=shutil.copy, dirs_exist_ok=True)
+    torch.set_rng_state(after)
     return folder
 
 

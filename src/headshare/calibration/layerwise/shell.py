@@ -19,7 +19,7 @@ from headshare.checkpoint.remote_code import check_model_code
 from headshare.errors import CheckpointError
 from headshare.files.untrusted import foreign
 from headshare.integrations.transformers.loading import load_model, quiet
-from headshare.integrations.transformers.sized import check_size
+from headshare.integrations.transformers.sized import check_size, unfilled
 from headshare.plan.layout import Layout
 from headshare.plan.units import Part
 from headshare.sharing.expanded import ExpandedTensors
@@ -191,7 +191,7 @@ def empty_shell(checkpoint: Checkpoint, head: bool) -> Any:
         with init_empty_weights(include_buffers=False):
             built = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
             _without_cache(built)
-            return kind.from_config(built, trust_remote_code=False).eval()
+            return unfilled(built, kind).eval()
 
 
 def _without_cache(config: Any) -> None:

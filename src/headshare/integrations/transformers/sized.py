@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from headshare.checkpoint.checkpoint import Checkpoint
 from headshare.checkpoint.justified import justified_numbers
@@ -52,10 +53,21 @@ def shape_mismatch(source: object, name: str, stored: Sequence[int], wanted: Seq
 def built(checkpoint: Checkpoint, model_class: Any) -> Any:
     """A stock model of this class as config.json describes it, with weights that nothing has filled."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    described = transformers.AutoConfig.for_model(config.pop("model_type", ""), **config)
-    if issubclass(model_class, transformers.PreTrainedModel):
-        return model_class._from_config(described)
-    return model_class.from_config(described, trust_remote_code=False)
+    return unfilled(transformers.AutoConfig.for_model(config.pop("model_type", ""), **config), model_class)
+
+
+def unfilled(described: Any, model_class: Any) -> Any:
+    """A stock model of this class, its weights tied where they are to be, and drawn from no distribution.
+
+    Drawing takes longest of all, even where no weight has memory. Buffers are computed.
+    """
+    with no_init_weights():
+        if issubclass(model_class, transformers.PreTrainedModel):
+            model = model_class._from_config(described)
+        else:
+            model = model_class.from_config(described, trust_remote_code=False)
+    model.tie_weights(recompute_mapping=False)
+    return model
 
 
 def _numbers_of(model: torch.nn.Module) -> int:
