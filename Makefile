@@ -84,7 +84,7 @@ format: $(VENV)/installed
 
 results: $(VENV)/installed
 	rm -rf results/figures
-	$(BIN)/headshare report $(sort $(patsubst %/cells.json,%,$(wildcard results/measured/*/cells.json))) --paper recipes/published/2402.11819.yaml --figures results/figures --out results/README.md --html results/report.html
+	$(BIN)/headshare report $(sort $(dir $(wildcard results/measured/*/cells.json results/measured/*/attention.safetensors))) --paper recipes/published/2402.11819.yaml --figures results/figures --out results/README.md --html results/report.html
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m fuzz.inputs --count $(COUNT) --seed $(SEED) --minutes $(MINUTES)

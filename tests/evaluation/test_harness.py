@@ -75,7 +75,7 @@ def test_tasks_written_for_the_harness_ask_the_same_there(
     asked = []
     for given, more in ((names, manager), (ours, TaskManager(include_defaults=False))):
         options = {"num_fewshot": shots, "bootstrap_iters": 0, "log_samples": True, "limit": 2}
-        with harness._hushed(), harness._no_commit_asked():
+        with harness._hushed(), harness._only_results():
             out = lm_eval.simple_evaluate(model=runner._for_harness, tasks=given, task_manager=more, **options)
         asked.append(
             {

@@ -11,6 +11,8 @@ from xml.etree.ElementTree import Element, fromstring
 import pytest
 
 import headshare as hs
+from headshare.attention.page import Attended
+from headshare.attention.result import AttentionResult
 from headshare.errors import EvaluationError
 from headshare.evaluation import EvalText, measure
 from headshare.evaluation.results import Metric
@@ -480,9 +482,14 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
 
 def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
     """`make results` would change nothing."""
-    folders = sorted(path.parent for path in (ROOT / "results" / "measured").glob("*/cells.json"))
-    found = report_of([Comparison.load(folder) for folder in folders], published(PUBLISHED))
+    folders, looked = (
+        sorted(path.parent for path in (ROOT / "results" / "measured").glob(f"*/{name}"))
+        for name in ("cells.json", "attention.safetensors")
+    )
+    attended = [Attended.of(AttentionResult.load(folder)) for folder in looked]
+    found = report_of([Comparison.load(folder) for folder in folders], published(PUBLISHED), (), attended)
     drawn = [save_figures(one.figures, tmp_path, str(number)) for number, one in enumerate(found.comparisons, 1)]
+    drawn += [save_figures(one.figures, tmp_path, f"attention-{number}") for number, one in enumerate(attended, 1)]
     shown = [[(title, f"figures/{path.name}") for title, path in some] for some in drawn]
     results = ROOT / "results"
     assert as_markdown(found, shown) == (results / "README.md").read_text()

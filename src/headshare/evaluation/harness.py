@@ -218,7 +218,7 @@ class Runner:
         settings = task.settings(self.settings)
         with _explained(task.name):
             model = self._for_harness
-        with _explained(task.name), _hushed(), _no_commit_asked():
+        with _explained(task.name), _hushed(), _only_results():
             parts = None if task.parts is None else task.parts.items()
             given = [task.task] if parts is None else [as_task(task.task, *part) for part in parts]
             # errors of metrics are computed below, so the harness need not bootstrap them
@@ -293,20 +293,21 @@ def _hushed() -> Iterator[None]:
 
 
 @contextmanager
-def _no_commit_asked() -> Iterator[None]:
-    """Keep the harness from asking git for a commit.
+def _only_results() -> Iterator[None]:
+    """Keep the harness from asking git and the machine what its own reports say of them, which nobody reads here.
 
+    What the machine has takes seconds for each task: all installed packages are listed, and compilers are started.
     Outside a repository git complains on standard error, where the harness does not catch it.
     """
     from lm_eval import evaluator
 
-    name = "get_git_commit_hash"
-    asks = getattr(evaluator, name, None)
-    if asks is None:  # another version, which does not ask there
-        yield
-        return
-    setattr(evaluator, name, lambda: None)
+    asks = {
+        name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info") if name in vars(evaluator)
+    }
+    for name in asks:  # a version that does not ask there has none
+        setattr(evaluator, name, lambda *_: None)
     try:
         yield
     finally:
-        setattr(evaluator, name, asks)
+        for name, asked in asks.items():
+            setattr(evaluator, name, asked)
