@@ -29,7 +29,7 @@ from support.texts import a_text, add_tokenizer
 COMMANDS = (
     "shrink", "bench", "estimate", "score", "plan", "share", "repeat", "refit", "train", "quantize", "inspect",
     "verify", "expand", "export", "attention", "eval", "compare", "reproduce", "report", "generate", "demo",
-    "push", "tasks",
+    "push", "register", "tasks",
 )  # fmt: skip
 FOR_OTHERS = ("run",)  # it becomes the command that it is given, whose words and output are its own
 
@@ -124,6 +124,7 @@ KEYS: dict[str, set[str]] = {
     "report": {"tables"},
     "generate": {"prompts", "texts"},
     "push": {"repository", "files", "bytes", "base_model", "license", "address"},
+    "register": {"file", "registered", "removed"},
     "tasks": {"out", "tasks"},
     "demo": {"rows", "sentence"},
     "bench": {"tasks", "loading", "memory", "repeats", "loads", "threads"},
@@ -136,6 +137,7 @@ def valid(
 ) -> dict[str, list[object]]:
     """For every command, words that it accepts."""
     stand_in(monkeypatch)
+    monkeypatch.setattr("headshare.integrations.transformers.startup.always.place", lambda: tmp_path / "format.pth")
     with hs.open_checkpoint(model) as dense:
         hs.score_units(dense).save(tmp_path / "scores")
     long = add_tokenizer(tiny.make_llama(tmp_path / "long", max_position_embeddings=1024))
@@ -156,6 +158,7 @@ def valid(
         "attention": [model, "--text", text, "--window", 32],
         "eval": [model, "--text", text, "--window", 32],
         "push": [shared, "someone/small", "--private", "--dry-run"],
+        "register": [],
         "tasks": ["for-lm-eval", "--data-dir", make_data(tmp_path / "data"), "--tasks", "piqa"],
         "generate": [model, "--prompt", "w4 w5", "--tokens", 2],
         "compare": [model, "--out", "grid", "--text", text, "--window", 32, "--methods", "directshare"],

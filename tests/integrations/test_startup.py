@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import headshare
-from headshare.errors import OptionError
+from headshare.errors import OptionError, OutputError
+from headshare.integrations.transformers.startup import always
 from headshare.integrations.transformers.startup.command import ON_PATH, environment, found
 from support.shares import share
 
@@ -123,3 +124,55 @@ def test_the_folder_stands_once_in_the_path_before_what_was_there() -> None:
     once = environment(before)
     assert once == environment(once) == {"PYTHONPATH": os.pathsep.join((str(ON_PATH), "a", "b")), "X": "1"}
     assert environment({})["PYTHONPATH"] == str(ON_PATH)
+
+
+# ---- `headshare register`
+
+
+@pytest.fixture
+def packages(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that stands for the environment's, with a transformers."""
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(stand_ins))
+    return stand_ins
+
+
+def started(packages: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """What a program prints in a Python that reads the .pth files of this folder, as it does those of its own."""
+    begins = f"import site, sys; site.addsitedir({str(packages)!r}); "
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", "-c", begins + program],
+        capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "PYTHONPATH": SOURCE},
+    )  # fmt: skip
+
+
+def test_a_registered_environment_knows_the_format_without_a_command(packages: Path) -> None:
+    for _ in range(2):  # twice is once
+        assert always.register() == packages / always.NAME
+    assert started(packages, KNOWS).stdout == "False True\n"
+    names = "print('headshare' in sys.modules)"
+    done = started(packages, names)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert always.unregister()
+    assert not always.unregister()
+    assert started(packages, KNOWS).stdout == "False False\n"
+
+
+def test_an_environment_from_which_headshare_is_gone_says_nothing(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(always, "HOOK", packages / "h\u00f6\u00f6k's.py")
+    always.register()
+    done = started(packages, KNOWS)
+    assert (done.stdout, done.stderr) == ("False False\n", "")
+    always.HOOK.write_text("print('run')")
+    assert started(packages, "pass").stdout == "run\n"
+
+
+def test_an_environment_that_cannot_be_written_to_is_one_error(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(packages / "none"))
+    with pytest.raises(OutputError, match=r"none.*headshare-format"):
+        always.register()
+    (packages / always.NAME).mkdir()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(packages))
+    with pytest.raises(OutputError, match="headshare-format"):
+        always.unregister()

@@ -98,6 +98,11 @@ COMMANDS = {
         ),
         {"allow_interspersed_args": False},
     ),
+    "register": Command(
+        "elsewhere.register:register",
+        AFTER,
+        ("headshare register", "headshare register --remove"),
+    ),
     "push": Command(
         "elsewhere.push:push",
         AFTER,
