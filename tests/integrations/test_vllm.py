@@ -13,6 +13,7 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import headshare as hs
-from headshare.errors import ArchitectureError
+from headshare.errors import ArchitectureError, StorageError
 from headshare.sharing.expanded import ExpandedTensors
 from headshare.sharing.size import estimate_plan
 from support import vllm_engine
@@ -35,6 +36,7 @@ CLOSE = 1e-5
 CONTINUED = vllm_engine.CONTINUED
 # vLLM's attention on a CPU takes heads of 32 numbers or more; its Qwen2 takes the state's size over their count
 SIZES = {"head_dim": 32}
+QWEN2 = {"hidden_size": 256, "initializer_range": 0.05}
 # folders by name: the model, and what a plan does to it
 ONE_RANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "ties": ("llama", ("ties",)),
@@ -47,8 +49,8 @@ ONE_RANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("qwen2", ("units", "neurons", "ties")),
     "qwen3": ("qwen3", ("ties", "neurons")),
 }
-# one that lost heads, with an adapter
-WITHOUT_HEADS = "without-heads"
+# with an adapter each: the folder of ties, and that of removed heads
+ADAPTED, WITHOUT_HEADS = "adapted", "without-heads"
 TWO_RANKS = {
     "across": ("llama", ("units", "neurons", "ties across", "low rank")),
     "attention": ("llama-biased", ("layer", "feed-forward", "odd neurons", "narrow values")),
@@ -57,7 +59,6 @@ ENVIRONMENT = {
     **os.environ,
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
 }
 
 
@@ -66,7 +67,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of dense models."""
     folder = tmp_path_factory.mktemp("dense")
     for kind in {kind for kind, _ in ONE_RANK.values()}:
-        make(kind, folder / kind, **SIZES, **({"hidden_size": 256} if kind == "qwen2" else {}))
+        make(kind, folder / kind, **SIZES, **(QWEN2 if kind == "qwen2" else {}))
     return folder
 
 
@@ -76,8 +77,8 @@ def models(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, (kind, words) in ONE_RANK.items():
         reduce(dense / kind, folder / name, *words)
-    shutil.copytree(folder / "units", folder / WITHOUT_HEADS)
-    for name in ("ties", WITHOUT_HEADS):
+    for name, source in ((ADAPTED, "ties"), (WITHOUT_HEADS, "units")):
+        shutil.copytree(folder / source, folder / name)
         add_adapter(folder / name / "adapter")
     tokenizer = tf.AutoTokenizer.from_pretrained(dense / "llama")
     (folder / "prompts.json").write_text(json.dumps([tokenizer(text)["input_ids"][:60] for text in TEXTS]))
@@ -136,11 +137,11 @@ def prompts(folder: Path) -> list[list[int]]:
     return listed
 
 
-def missed(model: Any, prompt: list[int], logprobs: list[float]) -> float:
-    """The largest difference of a log-probability of a prompt's tokens from the model's."""
+def missed(model: Any, text: list[int], logprobs: list[float]) -> float:
+    """The largest difference of a log-probability of a text's last tokens from the model's."""
     with torch.no_grad():
-        predicted = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
-    wanted = predicted[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        predicted = model(torch.tensor([text])).logits[0].double().log_softmax(-1)
+    wanted = predicted[:-1].gather(1, torch.tensor(text[1:])[:, None])[-len(logprobs) :, 0]
     return (wanted - torch.tensor(logprobs, dtype=torch.float64)).abs().max().item()
 
 
@@ -163,7 +164,8 @@ def test_what_vllm_cannot_serve_is_refused_in_words(models: Path) -> None:
     from headshare.integrations.vllm.models import ReducedForCausalLM
     from headshare.integrations.vllm.quantization import HeadshareConfig
 
-    assert not ReducedForCausalLM.supports_lora
+    with pytest.raises(StorageError, match="cannot add adapters to this model"):
+        ReducedForCausalLM(vllm_config=SimpleNamespace(lora_config=object()))
 
     def class_of(name: str, **changes: object) -> list[str]:
         config = tf.AutoConfig.from_pretrained(models / name)
@@ -262,13 +264,14 @@ def test_one_rank_predicts_what_transformers_does_and_holds_each_unit_once(
     assert 0.9 < rank["memory"] / rank["stored"] < 1.01
     # an adapter for the dense model's modules
     hs.expand(hs.open_checkpoint(models / "ties"), tmp_path / "expanded")
-    merged = adapted(hs.load(tmp_path / "expanded", dtype=torch.float32), models / "ties" / "adapter")
-    for prompt, logprobs, plain in zip(
-        prompts(models / "ties"), answers["ties"]["adapted"], answers["ties"]["logprobs"], strict=True
-    ):
-        assert missed(merged, prompt, logprobs) < CLOSE
-        assert missed(merged, prompt, plain) > 0.1
-    assert "does not support LoRA" in answers[WITHOUT_HEADS]["refused"]
+    plain = hs.load(models / "ties", dtype=torch.float32)
+    merged = adapted(hs.load(tmp_path / "expanded", dtype=torch.float32), models / ADAPTED / "adapter")
+    for kind, model, other in (("plain", plain, merged), ("adapted", merged, plain)):
+        answer = answers[ADAPTED][kind]
+        for prompt, greedy, logprobs in zip(prompts(models / "ties"), *answer.values(), strict=True):
+            assert missed(model, prompt + greedy, logprobs) < CLOSE
+            assert missed(other, prompt + greedy, logprobs) > 0.1
+    assert "cannot add adapters to this model" in answers[WITHOUT_HEADS]["refused"]
 
 
 def test_two_ranks_predict_what_transformers_does(dense: Path, models: Path, tmp_path: Path) -> None:

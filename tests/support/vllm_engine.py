@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from headshare.errors import HeadshareError
+
 LENGTH = 128
 CONTINUED = 8
+SAMPLING = {"temperature": 0, "max_tokens": CONTINUED, "ignore_eos": True}
 
 
 def shared_memory() -> int:
@@ -38,37 +41,46 @@ def held(model: Any) -> dict[str, int]:
 def answer(folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities of the prompts' tokens and greedy continuations, and what every rank holds.
 
-    The continuations are asked for twice, so that the second time keys and values of the prompts are in the cache. An
-    adapter that lies in the folder is asked for as well.
+    The continuations are asked for twice, so that the second time keys and values of the prompts are in the cache.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
 
-    sampling = {"temperature": 0, "max_tokens": CONTINUED, "ignore_eos": True}
     before = shared_memory()
     asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-    adapter = folder / "adapter"
-    lora = {"enable_lora": True, "max_lora_rank": 8} if adapter.exists() else {}
-    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, block_size=32, **lora, **options)
-
-    def logprobs(request: Any = None) -> tuple[list[list[float]], list[list[int]]]:
-        scored = SamplingParams(**sampling, prompt_logprobs=0)
-        outputs = made.generate(asked, scored, use_tqdm=False, lora_request=request)
-        numbers = [[next(iter(each.values())).logprob for each in out.prompt_logprobs[1:]] for out in outputs]
-        return numbers, [list(out.outputs[0].token_ids) for out in outputs]
-
-    numbers, greedy = logprobs()
-    made.generate(asked, SamplingParams(**sampling), use_tqdm=False)
-    again = made.generate(asked, SamplingParams(**sampling), use_tqdm=False)
+    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, block_size=32, **options)
+    outputs = made.generate(asked, SamplingParams(**SAMPLING, prompt_logprobs=0), use_tqdm=False)
+    made.generate(asked, SamplingParams(**SAMPLING), use_tqdm=False)
+    again = made.generate(asked, SamplingParams(**SAMPLING), use_tqdm=False)
     found = {
-        "logprobs": numbers,
-        "greedy": greedy,
+        "logprobs": [[next(iter(each.values())).logprob for each in out.prompt_logprobs[1:]] for out in outputs],
+        "greedy": [list(out.outputs[0].token_ids) for out in outputs],
         "again": [list(out.outputs[0].token_ids) for out in again],
         "cached": [out.num_cached_tokens for out in again],
         "held": [{**rank, "memory": rank["memory"] - before} for rank in made.apply_model(held)],
     }
-    if lora:
-        found["adapted"] = logprobs(LoRARequest("adapter", 1, str(adapter)))[0]
+    made.llm_engine.engine_core.shutdown()
+    return found
+
+
+def adapted(folder: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+    """Greedy continuations and their tokens' log-probabilities, without and with the adapter that lies in the folder.
+
+    vLLM does not score prompts on a CPU where it takes adapters.
+    """
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    made = LLM(model=str(folder), dtype="float32", max_model_len=LENGTH, block_size=32, **lora, **options)
+    found = {}
+    for kind, request in (("plain", None), ("adapted", LoRARequest("adapter", 1, str(folder / "adapter")))):
+        scored = SamplingParams(**SAMPLING, logprobs=0)
+        outputs = [out.outputs[0] for out in made.generate(asked, scored, use_tqdm=False, lora_request=request)]
+        found[kind] = {
+            "greedy": [list(out.token_ids) for out in outputs],
+            "logprobs": [[next(iter(each.values())).logprob for each in out.logprobs] for out in outputs],
+        }
     made.llm_engine.engine_core.shutdown()
     return found
 
@@ -80,8 +92,9 @@ def main() -> None:
     answers: dict[str, Any] = {}
     for model in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            answers[model.name] = answer(model, prompts, options)
-        except ValueError as error:
+            ask = adapted if (model / "adapter").exists() else answer
+            answers[model.name] = ask(model, prompts, options)
+        except HeadshareError as error:
             answers[model.name] = {"refused": str(error)}
         out.write_text(json.dumps(answers))
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -11,7 +11,13 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
+from headshare.errors import StorageError
 from headshare.integrations.vllm.widths import LayerWidth, layer_width
+
+NO_ADAPTERS = (
+    "vLLM cannot add adapters to this model: its layers lost heads or neurons, which an adapter's matrices still have. "
+    "Start it without adapters; or give vLLM the stock folder that headshare expand writes, which takes them."
+)
 
 
 class AbsentAttention(nn.Module):
@@ -60,10 +66,11 @@ class ReducedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is n
 class ReducedForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """A Llama-like model whose layers have the widths that its plan says.
 
-    Adapters are refused by vLLM: an adapter's own matrices would have to lose the same rows.
+    Raises:
+        StorageError: if vLLM is to take adapters, whose own matrices would have to lose the same rows.
     """
 
-    supports_lora = False
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if vllm_config.lora_config is not None:
+            raise StorageError(NO_ADAPTERS)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=ReducedDecoderLayer)
