@@ -13,8 +13,8 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -154,18 +154,18 @@ def follows(model: Any, prompt: list[int]) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore")  # of vLLM's own
 def test_what_vllm_cannot_serve_is_refused_in_words(models: Path) -> None:
-    from vllm import ModelRegistry
+    import vllm.config
 
     from headshare.integrations.vllm import plugin
 
     for _ in range(2):
         plugin.register()
-    assert plugin.REDUCED in ModelRegistry.get_supported_archs()
+    assert plugin.REDUCED in vllm.ModelRegistry.get_supported_archs()
     from headshare.integrations.vllm.models import ReducedForCausalLM
     from headshare.integrations.vllm.quantization import HeadshareConfig
 
     with pytest.raises(StorageError, match="cannot add adapters to this model"):
-        ReducedForCausalLM(vllm_config=SimpleNamespace(lora_config=object()))
+        ReducedForCausalLM(vllm_config=mock.Mock(spec=vllm.config.VllmConfig, lora_config=object()))
 
     def class_of(name: str, **changes: object) -> list[str]:
         config = tf.AutoConfig.from_pretrained(models / name)
