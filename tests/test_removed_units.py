@@ -466,3 +466,15 @@ def test_a_tensor_that_only_loses_units_needs_no_storage(tmp_path: Path) -> None
     assert plan.reduced_tensors == {}
     assert len(plan.tensors) == 3 * 7
     assert plan.tensors["model.layers.0.self_attn.o_proj.weight"].removed in ((Span(0, 16),), (Span(16, 32),))
+
+
+@pytest.mark.parametrize("layer", [{"intermediate_size": 32}, {"num_key_value_heads": 2, "num_attention_heads": 2}])
+def test_stock_models_do_not_read_widths_by_layer_yet(layer: dict[str, int]) -> None:
+    """The day that they do, plans that only remove can be written for them as `per_layer_config`: this fails then."""
+    if "per_layer_config" not in tf.PretrainedConfig.__doc__:
+        pytest.skip("this transformers has no widths by layer at all")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    with pytest.raises(Exception, match="per-layer attribute"):
+        tf.AutoModelForCausalLM.from_config(
+            tf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=32, per_layer_config={1: layer})
+        )
