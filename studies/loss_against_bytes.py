@@ -29,6 +29,7 @@ OUT = Path(__file__).parents[1] / "docs" / "figures" / "loss-against-bytes.svg"
 LINES = {
     "headshare": ("s0", 40, (8, -3), "left"),
     "headshare --refine best": ("s5", 30, (8, -3), "left"),
+    "headshare --bits auto": ("s0", 70, (0, 27), "center"),
     "MoDeGPT": ("s2", 30, (8, -3), "left"),
     "FLAP": ("s1", 30, (8, -3), "left"),
     "SVD-LLM (pivoted)": ("s3", 30, (8, -2), "left"),
@@ -64,7 +65,7 @@ def draw() -> str:
     figure, axes = pyplot.subplots(figsize=(8.4, 4.9))
     points = rows()
     for name, (colour, at, shift, side) in LINES.items():
-        ours = name == "headshare"
+        ours = name in ("headshare", "headshare --bits auto")
         saved, ratio = zip(*points[name], strict=True)
         axes.plot(
             saved, ratio, "o-", color=LIGHT[colour], lw=3 if ours else 1.6, ms=7 if ours else 4.5, zorder=3 + ours
@@ -94,13 +95,13 @@ def draw() -> str:
         axes.scatter(*points[name][0], s=48, marker="D", color=LIGHT["s5"], zorder=5)
         axes.annotate(name, points[name][0], shift, textcoords="offset points", ha="center", color=LIGHT["s5"])
     axes.axhline(1, color=LIGHT["muted"], lw=1, ls=(0, (4, 3)))
-    axes.annotate("dense model", (66, 1), (0, 4), textcoords="offset points", color=LIGHT["muted"], ha="right")
+    axes.annotate("dense model", (46, 1), (0, -13), textcoords="offset points", color=LIGHT["muted"], ha="right")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5, 10]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set(xlim=(0, 66), ylim=(0.93, 12))
+    axes.set(xlim=(0, 79), ylim=(0.87, 12))
     axes.set_xlabel("bytes saved, of the whole model")
     axes.set_title("Perplexity, as a multiple of the dense model's (lower is better)", loc="left", fontsize=11)
     axes.grid(axis="y", color=LIGHT["grid"])
