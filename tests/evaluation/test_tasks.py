@@ -18,7 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import headshare as hs
 from headshare.errors import EvaluationError
-from headshare.evaluation.harness import Runner, Settings, _hushed, chosen_tasks, tasks_of_harness
+from headshare.evaluation.harness import Runner, Settings, _hushed, _only_results, chosen_tasks, tasks_of_harness
 from headshare.evaluation.harness_tasks import as_task
 from headshare.evaluation.questions import Question
 from headshare.evaluation.task_files import TASKS, TaskPart
@@ -74,7 +74,7 @@ def test_a_task_asks_and_scores_as_the_harnesss_own_does(name: str, runner: Runn
     unused = dict.fromkeys(("dataset_path", "dataset_name", "training_split", "validation_split", "test_split"))
     given = {"task": name, "test_split": split, "custom_dataset": lambda **_: {split: Dataset.from_list(rows)}}
     (chosen,) = chosen_tasks([name], data)
-    with _hushed():
+    with _hushed(), _only_results():
         theirs = ConfigurableTask(config={**config, **unused, **given})
         ours = as_task(name, *next(iter((chosen.parts or {}).items())))
         samples = [
@@ -96,7 +96,7 @@ def test_exams_ask_as_the_harness_does_with_examples_of_their_own_subject(runner
     folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
     own = load_yaml(folder / "mmlu_high_school_us_history.yaml")["description"]
     assert parts["river_law"].heading == own.replace("high school us history", "river law")
-    with _hushed():
+    with _hushed(), _only_results():
         task = as_task("mmlu", "history", parts["history"])
         found = lm_eval.simple_evaluate(
             model=runner._for_harness, tasks=[task], num_fewshot=1, bootstrap_iters=0, task_manager=NONE
@@ -125,7 +125,7 @@ def test_examples_of_an_exam_are_shown_in_their_order(runner: Runner, data: Path
     shown = [[f"Who was number {number}?", "a", "b", "c", "d", "ABCD"[number % 4]] for number in range(5)]
     zipped(data / "mmlu.zip", {**EXAM, "dev/history_dev.csv": shown})
     (chosen,) = chosen_tasks(["mmlu"], data)
-    with _hushed():
+    with _hushed(), _only_results():
         task = as_task("mmlu", "history", (chosen.parts or {})["history"])
         found = lm_eval.simple_evaluate(
             model=runner._for_harness, tasks=[task], num_fewshot=5, bootstrap_iters=0, task_manager=NONE
@@ -137,7 +137,7 @@ def test_examples_of_an_exam_are_shown_in_their_order(runner: Runner, data: Path
 def test_chinese_prompts_have_no_space_before_their_answers(runner: Runner, data: Path) -> None:
     for name in ("cmnli", "ocnli", "tnews", "csl", "ceval"):
         (chosen,) = chosen_tasks([name], data)
-        with _hushed():
+        with _hushed(), _only_results():
             task = as_task(name, *next(iter((chosen.parts or {}).items())))
             samples = lm_eval.simple_evaluate(
                 model=runner._for_harness, tasks=[task], bootstrap_iters=0, task_manager=NONE
