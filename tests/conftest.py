@@ -32,14 +32,19 @@ from headshare import precision  # noqa: E402 - the same
 from headshare.calibration.costs import measured, sensitivity  # noqa: E402 - the same
 from headshare.calibration.refit import layer_fit, refitter  # noqa: E402 - the same
 from headshare.calibration.refit.steps import whole_model  # noqa: E402 - the same
+from headshare.evaluation import harness  # noqa: E402 - the same
 from support import tiny  # noqa: E402 - after the line above
 from support.command_line import Run, run_in  # noqa: E402 - the same
+from support.questions import some_tasks  # noqa: E402 - the same
+from support.undrawn import draw_nothing_without_memory  # noqa: E402 - the same
 
 # Layers multiply float32 numbers, as on a machine that has no faster ones: figures are the same everywhere.
 # What shorter numbers change is measured in tests that ask for them.
 precision._multiplies_bfloat16 = lambda _: False
 for module in (measured, sensitivity, layer_fit, refitter, whole_model):
     module.short_layers = lambda _: precision.full_float32()
+harness.tasks_of_harness = some_tasks
+draw_nothing_without_memory()
 torch.set_num_threads(1)  # tests of kill -9 fork this process, and a fork must not wait for threads that it lacks
 transformers.utils.logging.set_verbosity(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()

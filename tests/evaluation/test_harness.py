@@ -19,14 +19,17 @@ from headshare.evaluation.measuring import EvalText, measure
 from headshare.evaluation.results import table_of
 from headshare.progress import shown
 from support.byte_level import SENTENCES
-from support.questions import measured
+from support.questions import all_tasks, measured
 
 
-def test_the_harnesss_own_tasks_go_by_their_names(data: Path) -> None:
+def test_the_harnesss_own_tasks_go_by_their_names(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "tasks_of_harness", all_tasks)
     own, theirs = chosen_tasks(["boolq", "hellaswag"], data)
     assert own.parts is not None
     assert theirs.parts is None
     assert chosen_tasks(["boolq"], None)[0].parts is None
+    with pytest.raises(EvaluationError, match="no task 'no_task'"):
+        chosen_tasks(["no_task"], data)
 
 
 def only_tasks(monkeypatch: pytest.MonkeyPatch, folder: Path, *tasks: str) -> None:
