@@ -7,7 +7,6 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
 def test_what_does_not_fit_is_an_error(call: Callable[[], Any]) -> None:
-    with pytest.raises((BeartypeCallHintViolation, jaxtyping.TypeCheckError)):
+    with pytest.raises(TypeError, match=r"violates type hint|[Tt]ype-check error"):
         call()
 
 

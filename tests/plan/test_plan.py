@@ -117,7 +117,7 @@ def spoilt_plans(draw: st.DrawFn) -> Any:
             holder = holder[step]
         match draw(st.sampled_from(["replace", "nudge", "remove", "repeat", "add"])):
             case "replace":
-                holder[last] = draw(st.sampled_from(ODD) | json_values)
+                holder[last] = copy.deepcopy(draw(st.sampled_from(ODD) | json_values))  # it may be spoilt further
             case "nudge" if type(holder[last]) is int:
                 holder[last] += draw(st.integers(-2, 2))
             case "remove":

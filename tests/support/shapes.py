@@ -10,10 +10,12 @@ from dataclasses import is_dataclass
 from functools import wraps
 from typing import Any
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 
 SIZES_OF_ONE_CALL = jaxtyped("context")
+# what does not fit is a TypeError, as it is by jaxtyping's own decorator
+_checks = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
 def checked(*, typechecker: object) -> Callable[[Any], Any]:
@@ -31,7 +33,7 @@ def _checked(made: Any) -> Any:
     written = made.__annotations__
     made.__annotations__ = {name: _read(annotation, made.__globals__) for name, annotation in written.items()}
     sizes = "jaxtyping." in repr(made.__annotations__)
-    quick = beartype(made)
+    quick = _checks(made)
     made.__annotations__ = quick.__annotations__ = written
     if not sizes:
         return quick

@@ -130,6 +130,7 @@ def _saved(built: Callable[[], Any], folder: Path, seed: int, save: dict, config
         _MADE[what] = place, torch.get_rng_state()
     place, after = _MADE[what]
     shutil.copytree(place, folder, copy_function=shutil.copy, dirs_exist_ok=True)
+    folder.chmod(0o755)  # a folder that is made for a time is its owner's alone
     torch.set_rng_state(after)
     return folder
 

@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headshare.cli.options import (
-    CALIBRATE,
-    CHOOSE,
-    SIZE,
-    WRITE,
-    Context,
-    RanksOption,
-    RestartOption,
-    refuse_unused,
-)
+from headshare.cli.options import CALIBRATE, CHOOSE, SIZE, WRITE, Context, RanksOption, RestartOption, refuse_unused
 from headshare.cli.shrinking.size import MultipleOption, PlanBitsOption, TargetOption
 from headshare.defaults import OUTPUT_DTYPES, TOKENS
 from headshare.matching.functions import MATCH_FUNCTIONS
