@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 import headshare as hs
 from headshare.errors import CheckpointError, HeadshareError
 from headshare.integrations.transformers.quantizer import HeadshareQuantizer
+from headshare.integrations.transformers.sized import built
 from support import tiny
 from support.folders import MANIFEST, WEIGHTS
 from support.shares import share
@@ -122,3 +123,17 @@ def test_a_shape_that_config_json_does_not_describe_is_refused_where_transformer
     monkeypatch.setattr(HeadshareQuantizer, "param_needs_quantization", lambda *_: True)
     with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight as \(\d+,\), and its config\.json makes"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=device)
+
+
+def test_a_model_that_is_built_for_its_shapes_is_tied_as_a_stock_one_and_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "tied")) as dense:
+        stock = AutoModelForCausalLM.from_pretrained(dense.path)
+        monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a weight was drawn"))
+        with torch.device("meta"):
+            made = built(dense, LlamaForCausalLM)
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    assert [(name, one.shape) for name, one in made.named_parameters()] == [
+        (name, one.shape) for name, one in stock.named_parameters()
+    ]

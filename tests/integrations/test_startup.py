@@ -70,7 +70,9 @@ def test_a_program_without_transformers_imports_nothing_of_headshare() -> None:
     names = (
         "[name for name in sys.modules if name.partition('.')[0] in ('headshare', 'torch', 'typing', 'pathlib', 're')]"
     )
-    plain = subprocess.run([sys.executable, "-c", f"import sys, colorsys; print({names})"], capture_output=True, text=True)
+    plain = subprocess.run(
+        [sys.executable, "-c", f"import sys, colorsys; print({names})"], capture_output=True, text=True
+    )
     assert run("-c", f"import sys, colorsys; print({names})").stdout == plain.stdout
 
 
