@@ -325,20 +325,17 @@ def donor_rows(study: Study, choosers: Choosers, deleted: Tensor) -> Iterator[st
     with parts, the mean over units.
     """
     groups = study.layout.groups
-    recipients = [study.layout.unit(index) for index in range(groups, study.layout.units)]
+    # each recipient, and how many units stand in earlier layers
+    donors = {index: study.layout.unit(index).layer * groups for index in range(groups, study.layout.units)}
     for form in (WEIGHTS, MAPS):
-        made_up = [
-            1 + choosers["output"][form][study.layout.index(unit), : unit.layer * groups] / deleted[index]
-            for unit in recipients
-            for index in [study.layout.index(unit)]
-        ]
+        made_up = [1 + choosers["output"][form][index, :count] / deleted[index] for index, count in donors.items()]
         best = [float(parts.max()) for parts in made_up]
         picks = {"the best": best, "any: the mean": [float(parts.mean()) for parts in made_up]}
         told: dict[str, list[float]] = {}
         for name, scores in choosers.items():
             if name == "output":
                 continue
-            given = [scores[form][study.layout.index(unit), : unit.layer * groups] for unit in recipients]
+            given = [scores[form][index, :count] for index, count in donors.items()]
             picks[name] = [float(parts[int(each.argmax())]) for parts, each in zip(made_up, given, strict=True)]
             found = (rank_correlation(each.double(), parts) for each, parts in zip(given, made_up, strict=True))
             told[name] = [one for one in found if one is not None]

@@ -65,7 +65,7 @@ def draw() -> str:
     figure, axes = pyplot.subplots(figsize=(8.4, 4.9))
     points = rows()
     for name, (colour, at, shift, side) in LINES.items():
-        ours = name in ("headshare", "headshare --bits auto")
+        ours = colour == "s0"
         saved, ratio = zip(*points[name], strict=True)
         axes.plot(
             saved, ratio, "o-", color=LIGHT[colour], lw=3 if ours else 1.6, ms=7 if ours else 4.5, zorder=3 + ours

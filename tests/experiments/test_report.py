@@ -11,8 +11,7 @@ from xml.etree.ElementTree import Element, fromstring
 import pytest
 
 import headshare as hs
-from headshare.attention.page import Attended
-from headshare.attention.result import AttentionResult
+from headshare.attention.result import FILE
 from headshare.errors import EvaluationError
 from headshare.evaluation import EvalText, measure
 from headshare.evaluation.results import Metric
@@ -33,6 +32,7 @@ from headshare.plan.plan import SharePlan
 from headshare.plan.removal import Removal
 from headshare.training import TrainSettings
 from support import tiny
+from support.command_line import Run
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "recipes" / "published" / "2402.11819.yaml"
@@ -480,22 +480,20 @@ def test_what_a_layer_gives_up_is_tied_removed_or_factored(tmp_path: Path) -> No
     assert given_up(SharePlan()) == []
 
 
-def test_the_page_of_results_is_what_the_measurements_say(tmp_path: Path) -> None:
+def test_the_page_of_results_is_what_the_measurements_say(run: Run, tmp_path: Path) -> None:
     """`make results` would change nothing."""
-    folders, looked = (
-        sorted(path.parent for path in (ROOT / "results" / "measured").glob(f"*/{name}"))
-        for name in ("cells.json", "attention.safetensors")
-    )
-    attended = [Attended.of(AttentionResult.load(folder)) for folder in looked]
-    found = report_of([Comparison.load(folder) for folder in folders], published(PUBLISHED), (), attended)
-    drawn = [save_figures(one.figures, tmp_path, str(number)) for number, one in enumerate(found.comparisons, 1)]
-    drawn += [save_figures(one.figures, tmp_path, f"attention-{number}") for number, one in enumerate(attended, 1)]
-    shown = [[(title, f"figures/{path.name}") for title, path in some] for some in drawn]
+    measured = (ROOT / "results" / "measured").iterdir()
+    folders = sorted(path for path in measured if (path / "cells.json").exists() or (path / FILE).exists())
+    made = {"--figures": tmp_path / "figures", "--out": tmp_path / "README.md", "--html": tmp_path / "report.html"}
+    options = [word for option in made.items() for word in option]
+    assert run("report", *folders, "--paper", PUBLISHED, *options).status == 0
     results = ROOT / "results"
-    assert as_markdown(found, shown) == (results / "README.md").read_text()
-    assert as_html(found) == (results / "report.html").read_text()
-    kept = {path.name: path.read_text() for path in (results / "figures").iterdir()}
-    assert {path.name: path.read_text() for some in drawn for _, path in some} == kept
+    assert made["--out"].read_text() == (results / "README.md").read_text()
+    assert made["--html"].read_text() == (results / "report.html").read_text()
+    figures, kept = (
+        {path.name: path.read_text() for path in where.iterdir()} for where in (made["--figures"], results / "figures")
+    )
+    assert figures == kept
 
 
 def test_the_page_of_what_holds_has_every_claim_that_was_judged() -> None:

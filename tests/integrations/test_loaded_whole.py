@@ -130,7 +130,8 @@ def test_a_model_that_is_built_for_its_shapes_is_tied_as_a_stock_one_and_draws_n
 ) -> None:
     with hs.open_checkpoint(tiny.make("llama-gqa", tmp_path / "tied")) as dense:
         stock = AutoModelForCausalLM.from_pretrained(dense.path)
-        monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a weight was drawn"))
+        for name in ("normal_", "kaiming_uniform_"):  # torch's, by which modules fill their weights
+            monkeypatch.setattr(torch.nn.init, name, lambda *_, **__: pytest.fail("a weight was drawn"))
         with torch.device("meta"):
             made = built(dense, LlamaForCausalLM)
     assert made.lm_head.weight is made.model.embed_tokens.weight

@@ -20,11 +20,11 @@ def register(
     """
     from headshare.integrations.transformers.startup import always
 
+    at, removed = always.place(), False
     if remove:
-        was = always.unregister()
-        words = f"{'Removed' if was else 'There was no'} {always.place()}"
-        print_result({"file": str(always.place()), "registered": False, "removed": was}, words, as_json)
-        return
-    at = always.register()
-    words = f"{at}\nPrograms of this environment now load models of this format. Undo: headshare register --remove"
-    print_result({"file": str(at), "registered": True, "removed": False}, words, as_json)
+        removed = always.unregister()
+        words = f"{'Removed' if removed else 'There was no'} {at}"
+    else:
+        always.register()
+        words = f"{at}\nPrograms of this environment now load models of this format. Undo: headshare register --remove"
+    print_result({"file": str(at), "registered": not remove, "removed": removed}, words, as_json)
